@@ -1,0 +1,562 @@
+//! `Coordinator`: the shell around the membership machine, the ledger and the checkpoint tracker. It turns messages into
+//! events and effects into messages, in the order in which they come; it decides nothing.
+//!
+//! - **SUP-2** What comes from a stranger or from an older generation is refused by the machine and counted.
+//! - **STEP-3** A line is written, acknowledged and shown only after the ledger had it from a rank that finished it.
+
+use super::TraceHeads;
+use super::appender::{Appended, TraceAppender};
+use super::checkpointer::CheckpointerMessage;
+use super::loops::LookAt;
+use super::observatory::ObservatoryMessage;
+use super::root::{End, RootMessage};
+use super::sharder::SharderMessage;
+use crate::link::{Hub, HubEvent, PeerId};
+use crate::node::{NodeAgent, NodeCommand, NodeEvent};
+use crate::run_folder::{self, RunPaths};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+use tarazed_domain::StepsCompleted;
+use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
+use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
+use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::ledger::{Ledger, LedgerEffect};
+use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
+use tarazed_protocol::trace::TraceLine;
+
+/// Between ticks of the machine; a fraction of every timeout.
+const TICK: Duration = Duration::from_millis(20);
+
+pub enum CoordinatorMessage {
+    /// Everybody is there: start.
+    Begin(Box<Peers>),
+    /// From the hub.
+    Hub(HubEvent),
+    /// From the node agent.
+    Node(NodeEvent),
+    /// The loop has looked at a line.
+    Decided(StepsCompleted, Vec<Decision>),
+    /// The loop was made again.
+    LoopReplaced(ActorRef<LookAt>),
+    /// From the trace's writer.
+    Appended(Appended),
+    /// The step of the newest good checkpoint, none, or why it cannot be told.
+    Located(Result<Option<StepsCompleted>, String>),
+    /// A checkpoint exists.
+    Committed(StepsCompleted),
+    /// A checkpoint could not be committed.
+    CommitFailed(StepsCompleted, String),
+    /// Nothing can go on.
+    Fatal(String),
+    /// To be shown.
+    Warn(String),
+    /// A signal.
+    Stop,
+    /// Time passed.
+    Tick,
+    /// For `status`.
+    Status(RpcReplyPort<serde_json::Value>),
+}
+impl ractor::Message for CoordinatorMessage {}
+
+/// Whom the coordinator talks to.
+pub struct Peers {
+    pub hub: Hub,
+    pub node: NodeAgent,
+    pub observatory: ActorRef<ObservatoryMessage>,
+    pub checkpointer: ActorRef<CheckpointerMessage>,
+    pub sharder: ActorRef<SharderMessage>,
+    pub entry: ActorRef<LookAt>,
+    pub trace: TraceAppender,
+}
+
+pub struct CoordinatorArguments {
+    pub machine: Machine,
+    pub ledger: Ledger,
+    pub tracker: CheckpointTracker,
+    pub paths: RunPaths,
+    pub root: ActorRef<RootMessage>,
+    pub checkpoint_interval_steps: u64,
+    pub last_step: StepsCompleted,
+}
+
+pub struct CoordinatorState {
+    arguments: CoordinatorArguments,
+    peers: Option<Box<Peers>>,
+    began: Instant,
+    heads: TraceHeads,
+    deciding: Option<Box<TraceLine>>,
+    writing: Option<Box<TraceLine>>,
+    ended: bool,
+}
+
+pub struct CoordinatorActor;
+
+impl Actor for CoordinatorActor {
+    type Msg = CoordinatorMessage;
+    type State = CoordinatorState;
+    type Arguments = CoordinatorArguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<CoordinatorMessage>,
+        arguments: CoordinatorArguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        myself.send_interval(TICK, || CoordinatorMessage::Tick);
+        Ok(CoordinatorState {
+            arguments,
+            peers: None,
+            began: Instant::now(),
+            heads: TraceHeads::new(),
+            deciding: None,
+            writing: None,
+            ended: false,
+        })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<CoordinatorMessage>,
+        message: CoordinatorMessage,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            CoordinatorMessage::Begin(peers) => {
+                state.peers = Some(peers);
+                let now_ms = state.now_ms();
+                let effects = state.arguments.machine.start(now_ms);
+                state.act(effects)
+            }
+            CoordinatorMessage::Hub(event) => state.hub(event),
+            CoordinatorMessage::Node(event) => state.node(event),
+            CoordinatorMessage::Decided(step, decisions) => {
+                state.deciding = None;
+                let effects = state.arguments.ledger.on_decided(step, decisions);
+                state.record(effects)
+            }
+            CoordinatorMessage::LoopReplaced(entry) => {
+                if let Some(peers) = &mut state.peers {
+                    peers.entry = entry;
+                }
+                match state.deciding.clone() {
+                    Some(line) => state.record(vec![LedgerEffect::Decide(line)]),
+                    None => Ok(()),
+                }
+            }
+            CoordinatorMessage::Appended(Appended::Written(head)) => state.written(head),
+            CoordinatorMessage::Appended(Appended::Failed(cause)) => state.halt(3, cause),
+            CoordinatorMessage::Located(located) => state.located(located),
+            CoordinatorMessage::Committed(step) => {
+                state.observe(ObservatoryMessage::Checkpoint(step))?;
+                state.arguments.ledger.forget(step);
+                state.heads = state.heads.split_off(&step);
+                state.event(Event::CheckpointCommitted { step })
+            }
+            CoordinatorMessage::CommitFailed(step, cause) => state.checkpoint_failed(step, cause),
+            CoordinatorMessage::Fatal(cause) => state.halt(3, cause),
+            CoordinatorMessage::Warn(text) => state.observe(ObservatoryMessage::Warning(text)),
+            CoordinatorMessage::Stop => {
+                state.observe(ObservatoryMessage::Stopping)?;
+                state.event(Event::StopRequested)
+            }
+            CoordinatorMessage::Tick => state.event(Event::Tick),
+            CoordinatorMessage::Status(reply) => {
+                // An error means that whoever asked is gone.
+                let _ = reply.send(state.status());
+                Ok(())
+            }
+        }
+    }
+}
+
+impl CoordinatorState {
+    fn now_ms(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    fn peers(&self) -> Result<&Peers, ActorProcessingErr> {
+        self.peers.as_deref().ok_or_else(|| "not begun".into())
+    }
+
+    fn observe(&self, message: ObservatoryMessage) -> Result<(), ActorProcessingErr> {
+        if let Some(peers) = &self.peers {
+            peers.observatory.cast(message)?;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), ActorProcessingErr> {
+        if self.peers.is_none() || self.ended {
+            return Ok(());
+        }
+        let now_ms = self.now_ms();
+        let effects = self.arguments.machine.on_event(now_ms, event);
+        self.act(effects)
+    }
+
+    fn act(&mut self, effects: Vec<Effect>) -> Result<(), ActorProcessingErr> {
+        let mut queue = VecDeque::from(effects);
+        while let Some(effect) = queue.pop_front() {
+            match effect {
+                Effect::Start { member, after_ms } => {
+                    let after = Duration::from_millis(after_ms);
+                    let Member { worker, incarnation } = member;
+                    self.peers()?.node.command(NodeCommand::Start {
+                        worker,
+                        incarnation,
+                        after,
+                    })?;
+                }
+                Effect::Kill { member, reason } => {
+                    let Member { worker, incarnation } = member;
+                    self.peers()?.node.command(NodeCommand::Kill {
+                        worker,
+                        incarnation,
+                        reason,
+                    })?;
+                }
+                Effect::Send { member, message } => self.send(member, &message)?,
+                Effect::Begin { member, mut plan } => {
+                    self.complete(&mut plan);
+                    self.send(member, &ToRank::Begin(plan))?;
+                }
+                Effect::FindCheckpoint => self.peers()?.checkpointer.cast(CheckpointerMessage::Locate)?,
+                Effect::Note(incident) => self.note(incident)?,
+                Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
+                Effect::Done { code } => return self.end(code, String::new()),
+            }
+        }
+        Ok(())
+    }
+
+    /// What the ledger knows of a plan.
+    fn complete(&self, plan: &mut BeginPlan) {
+        plan.acknowledged = self.arguments.ledger.written();
+        plan.decided = self.arguments.ledger.written();
+        plan.decisions = self.arguments.ledger.decisions().to_vec();
+    }
+
+    fn note(&mut self, incident: Incident) -> Result<(), ActorProcessingErr> {
+        if let Incident::GenerationBegan { base, members, .. } = &incident {
+            self.arguments.tracker.on_generation(*base);
+            let placed = SharderMessage::Placed {
+                members: members.clone(),
+                shards: self.arguments.machine.placement().to_vec(),
+            };
+            self.peers()?.sharder.cast(placed)?;
+        }
+        self.observe(ObservatoryMessage::Incident(incident))
+    }
+
+    fn send(&self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
+        let peer = PeerId {
+            worker: member.worker,
+            incarnation: member.incarnation,
+        };
+        let body = message.encode().map_err(|e| e.to_string())?;
+        if let Err(error) = self.peers()?.hub.send(peer, body) {
+            // Its exit, or the loss of its session, comes as an event of its own.
+            tracing::debug!("{member} was not told: {error}");
+        }
+        Ok(())
+    }
+
+    fn hub(&mut self, event: HubEvent) -> Result<(), ActorProcessingErr> {
+        match event {
+            HubEvent::Connected(_) => Ok(()),
+            HubEvent::Disconnected(peer, reason) => {
+                // A rank without a session cannot take part: end what is left of it.
+                let member = Member {
+                    worker: peer.worker,
+                    incarnation: peer.incarnation,
+                };
+                let reason = format!("its control session ended: {reason}");
+                if self.ended || self.arguments.machine.is_leaving() {
+                    return Ok(());
+                }
+                self.act(vec![Effect::Kill { member, reason }])
+            }
+            HubEvent::Message(peer, body) => {
+                let member = Member {
+                    worker: peer.worker,
+                    incarnation: peer.incarnation,
+                };
+                match FromRank::decode(&body.into_vec()) {
+                    Ok(message) => self.from_rank(member, message),
+                    Err(error) => self.act(vec![Effect::Kill {
+                        member,
+                        reason: format!("it sent a {error}"),
+                    }]),
+                }
+            }
+        }
+    }
+
+    fn from_rank(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
+        match message {
+            FromRank::Ready { address, pid } => {
+                self.observe(ObservatoryMessage::Ready(member))?;
+                self.event(Event::Ready { member, address, pid })
+            }
+            FromRank::State { generation, report } => {
+                for line in &report.lines {
+                    self.line(line)?;
+                }
+                self.event(Event::State {
+                    member,
+                    generation,
+                    report,
+                })
+            }
+            FromRank::Running { .. } => Ok(()),
+            FromRank::Line {
+                generation,
+                line,
+                spent_us,
+            } => {
+                self.observe(ObservatoryMessage::Spent { generation, spent_us })?;
+                self.line(&line)
+            }
+            FromRank::Failed {
+                generation,
+                cause,
+                suspects,
+                corruption,
+            } => self.event(Event::Failed {
+                member,
+                generation,
+                cause,
+                suspects,
+                corruption,
+            }),
+            FromRank::Paused {
+                generation,
+                step,
+                saving,
+            } => self.event(Event::Paused {
+                member,
+                generation,
+                step,
+                saving,
+            }),
+            FromRank::Heartbeat {
+                generation,
+                step,
+                phase,
+                ..
+            } => self.event(Event::Heartbeat {
+                member,
+                generation,
+                step,
+                activity: phase,
+            }),
+            FromRank::ShardSaved {
+                step,
+                shard,
+                key,
+                length,
+                blake3,
+            } => {
+                self.observe(ObservatoryMessage::SavingBegan(step))?;
+                let stored = StoredShard { key, length, blake3 };
+                let effects = self.arguments.tracker.on_shard_saved(step, shard, stored);
+                self.checkpoint(effects)
+            }
+            FromRank::ShardLost { step, cause, .. } => {
+                let effects = self.arguments.tracker.on_shard_lost(step, cause);
+                self.checkpoint(effects)
+            }
+        }
+    }
+
+    fn node(&mut self, event: NodeEvent) -> Result<(), ActorProcessingErr> {
+        match event {
+            NodeEvent::Started {
+                worker,
+                incarnation,
+                pid,
+            } => self.observe(ObservatoryMessage::Started(Member { worker, incarnation }, pid)),
+            NodeEvent::Exited {
+                worker,
+                incarnation,
+                exit,
+            } => {
+                let orderly = exit.cause == crate::node::ExitCause::Code(0);
+                let member = Member { worker, incarnation };
+                self.event(Event::Exited {
+                    member,
+                    cause: exit.to_string(),
+                    orderly,
+                })
+            }
+            NodeEvent::StartFailed {
+                worker,
+                incarnation,
+                error,
+            } => {
+                let member = Member { worker, incarnation };
+                self.event(Event::Exited {
+                    member,
+                    cause: error.to_string(),
+                    orderly: false,
+                })
+            }
+            NodeEvent::AllStopped => Ok(()),
+        }
+    }
+
+    fn line(&mut self, line: &StepLine) -> Result<(), ActorProcessingErr> {
+        let effects = self.arguments.ledger.on_line(line);
+        self.record(effects)
+    }
+
+    fn record(&mut self, effects: Vec<LedgerEffect>) -> Result<(), ActorProcessingErr> {
+        for effect in effects {
+            match effect {
+                LedgerEffect::Decide(line) => {
+                    self.deciding = Some(line.clone());
+                    // An error means that the loop is being made again; it then gets this line.
+                    let _ = self.peers()?.entry.cast(LookAt(line));
+                }
+                LedgerEffect::Write(line) => {
+                    let interval = self.arguments.checkpoint_interval_steps;
+                    let durable =
+                        line.step == self.arguments.last_step || (interval > 0 && line.step.0.is_multiple_of(interval));
+                    self.peers()?.trace.append(line.step, line.print(), durable);
+                    self.writing = Some(line);
+                }
+                LedgerEffect::Checked(step) => {
+                    self.observe(ObservatoryMessage::Replayed(step))?;
+                    self.event(Event::LineWritten { step })?;
+                }
+                LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
+                LedgerEffect::Acknowledge { through, decisions } => {
+                    let message = ToRank::Acknowledge { through, decisions };
+                    for (member, _) in self.arguments.machine.roster().to_vec() {
+                        self.send(member, &message)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn written(&mut self, head: tarazed_store::TraceHead) -> Result<(), ActorProcessingErr> {
+        let step = head.step;
+        self.heads.insert(step, head);
+        // A manifest names the head of its own step; a stop may checkpoint any of the last steps.
+        while self.heads.len() > tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX {
+            self.heads.pop_first();
+        }
+        if let Some(line) = self.writing.take() {
+            let ranks_alive = self.arguments.machine.roster().len();
+            self.observe(ObservatoryMessage::Line { line, ranks_alive })?;
+        }
+        let effects = self.arguments.ledger.on_written(step);
+        self.record(effects)?;
+        let effects = self.arguments.tracker.on_line_written(step);
+        self.checkpoint(effects)?;
+        self.event(Event::LineWritten { step })
+    }
+
+    fn checkpoint(&mut self, effects: Vec<CheckpointEffect>) -> Result<(), ActorProcessingErr> {
+        for effect in effects {
+            match effect {
+                CheckpointEffect::Commit { step, shards } => {
+                    let Some(head) = self.heads.get(&step).cloned() else {
+                        self.checkpoint_failed(step, "its line is not at hand any more".to_owned())?;
+                        continue;
+                    };
+                    let decisions = self.arguments.ledger.decisions();
+                    let decisions = decisions
+                        .iter()
+                        .filter(|decision| decision.line <= step)
+                        .cloned()
+                        .collect();
+                    let generation = self.arguments.machine.generation();
+                    let head = Box::new(head);
+                    let commit = CheckpointerMessage::Commit {
+                        step,
+                        generation,
+                        shards,
+                        head,
+                        decisions,
+                    };
+                    self.peers()?.checkpointer.cast(commit)?;
+                }
+                CheckpointEffect::GivenUp { step, cause } => self.checkpoint_failed(step, cause)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String) -> Result<(), ActorProcessingErr> {
+        self.observe(ObservatoryMessage::Warning(format!(
+            "no checkpoint of step {step}: {cause}"
+        )))?;
+        self.event(Event::CheckpointFailed { step, cause })
+    }
+
+    fn located(&mut self, located: Result<Option<StepsCompleted>, String>) -> Result<(), ActorProcessingErr> {
+        let step = match located {
+            Ok(step) => step,
+            Err(reason) => return self.halt(3, reason),
+        };
+        self.arguments.tracker.on_restored(step);
+        let base = step.unwrap_or_default();
+        if base < self.arguments.ledger.written() {
+            match run_folder::lines_after(&self.arguments.paths.trace(), base) {
+                Ok(lines) => self.arguments.ledger.recall(lines),
+                Err(error) => return self.halt(3, error.to_string()),
+            }
+        } else if base > self.arguments.ledger.written() {
+            let written = self.arguments.ledger.written();
+            return self.halt(
+                3,
+                format!(
+                    "the store's newest checkpoint is of step {base}, but the trace in {} ends at step {written}; \
+                     restore the run folder's trace.jsonl",
+                    self.arguments.paths.dir().display()
+                ),
+            );
+        }
+        let checkpoint = step.map(|step| (step, format!("step {step}")));
+        self.event(Event::Located { checkpoint })
+    }
+
+    fn halt(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
+        self.end(code, diagnosis)
+    }
+
+    fn end(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
+        if !self.ended {
+            self.ended = true;
+            let step = self.arguments.ledger.written();
+            self.arguments
+                .root
+                .cast(RootMessage::Ended(End { code, diagnosis, step }))?;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let machine = &self.arguments.machine;
+        let workers: Vec<serde_json::Value> = machine
+            .workers()
+            .into_iter()
+            .map(|view| {
+                serde_json::json!({
+                    "worker": view.member.worker, "rank": view.rank, "pid": view.pid,
+                    "incarnation": view.member.incarnation,
+                    "lanes": view.lanes.map(|lanes| [lanes.start, lanes.end]),
+                    "step": view.step, "state": view.state, "activity": view.activity,
+                })
+            })
+            .collect();
+        serde_json::json!({
+            "live": true, "generation": machine.generation(), "step": self.arguments.ledger.written(),
+            "refused": machine.refused_count(), "workers": workers,
+        })
+    }
+}

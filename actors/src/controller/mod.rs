@@ -1,0 +1,248 @@
+//! The controller's process: `Root` and its children, from the first start to the exit code.
+//!
+//! Everything a person sees goes out as a [`Notice`]; this crate prints nothing.
+
+mod appender;
+mod checkpointer;
+mod coordinator;
+mod loops;
+mod observatory;
+mod root;
+mod sharder;
+mod status;
+
+use crate::run_folder::{FolderError, RunFolder};
+use root::RootArguments;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tarazed_corpus::{PrepareEvent, PrepareRequest};
+use tarazed_domain::config::Config;
+use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::message::Member;
+use tarazed_protocol::trace::TraceLine;
+
+/// Something a person will want to see.
+#[derive(Debug)]
+pub enum Notice {
+    /// Data are being prepared.
+    Preparing(PrepareEvent),
+    /// Data are ready: domains with language, training and held-out sequences.
+    DataReady {
+        /// Folder of the data set.
+        folder: PathBuf,
+        /// Name, language, training tokens, held-out tokens.
+        domains: Vec<(String, &'static str, u64, u64)>,
+        /// Vocabulary of the tokenizer.
+        vocabulary: usize,
+    },
+    /// The run begins or goes on.
+    Opened {
+        /// Run folder.
+        dir: PathBuf,
+        /// Goes on from this line; none for a new run.
+        resumed_at: Option<StepsCompleted>,
+        /// Where checkpoints lie.
+        store: String,
+        /// Parameters of the model.
+        parameters: usize,
+    },
+    /// A rank process was started.
+    RankStarted {
+        /// Who.
+        member: Member,
+        /// Process id.
+        pid: u32,
+    },
+    /// A rank is ready.
+    RankReady {
+        /// Who.
+        member: Member,
+        /// Since its start was asked for.
+        after_ms: u64,
+    },
+    /// A rank is gone.
+    RankLost {
+        /// Who.
+        member: Member,
+        /// Why.
+        cause: String,
+    },
+    /// A generation begins.
+    Generation {
+        /// Which.
+        generation: Generation,
+        /// How many ranks.
+        ranks: usize,
+        /// From where.
+        base: StepsCompleted,
+        /// From a checkpoint or the seed.
+        restored: bool,
+    },
+    /// The first line after a loss.
+    Recovered {
+        /// Since the loss was seen.
+        recovery_ms: u64,
+        /// Steps computed again.
+        steps_lost: u64,
+    },
+    /// A line was written.
+    Line {
+        /// The line.
+        line: Box<TraceLine>,
+        /// Over the last steps.
+        tokens_per_s: Option<f64>,
+        /// Since the line before.
+        step_ms: f64,
+        /// Ranks that train.
+        ranks_alive: usize,
+        /// Time left.
+        eta_s: Option<f64>,
+    },
+    /// Decisions were made.
+    Decided(Vec<Decision>),
+    /// A checkpoint exists.
+    Checkpoint {
+        /// Its step.
+        step: StepsCompleted,
+        /// From its first shard to its commit record.
+        took_ms: u64,
+    },
+    /// Something is wrong, and the run goes on.
+    Warning(String),
+    /// A signal asked for the end.
+    Stopping,
+}
+
+/// Where notices go; must not block.
+pub type Notify = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// How to run.
+pub struct RunOptions {
+    /// The resolved config; `run.dir` is the run folder.
+    pub config: Config,
+    /// The `tarazed` program, for rank processes.
+    pub program: PathBuf,
+    /// Stop at this count, if before `run.steps`.
+    pub last_step: StepsCompleted,
+    /// The run folder, owned.
+    pub folder: RunFolder,
+    /// Who hears.
+    pub notify: Notify,
+    /// Resolves when a signal asks for a last checkpoint and the end.
+    pub stop: tokio::sync::watch::Receiver<bool>,
+}
+
+/// How a run ended.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Outcome {
+    /// 0, 3, 33 or 34 (DESIGN.md section 11).
+    pub code: u8,
+    /// For people, where the code is not 0.
+    pub diagnosis: String,
+    /// Newest line.
+    pub step: StepsCompleted,
+    /// Folder of the data set used.
+    pub data: PathBuf,
+}
+
+/// A run that was refused before it began; nothing was overwritten.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The run folder.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] tarazed_corpus::CorpusError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] tarazed_store::StoreError),
+    /// Replicas, lanes or data do not fit.
+    #[error("{0}")]
+    Refused(String),
+    /// The machine.
+    #[error("{what}: {cause}; {remedy}")]
+    System {
+        /// What failed.
+        what: &'static str,
+        /// Why.
+        cause: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+}
+
+/// Prepares data, opens the store, starts the tree, and waits for the end.
+///
+/// # Errors
+/// A [`RunError`] if the run cannot begin.
+pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
+    let RunOptions {
+        config,
+        program,
+        last_step,
+        folder,
+        notify,
+        stop,
+    } = options;
+    let request = PrepareRequest {
+        domains: &config.data.domains,
+        tokenizer: &config.data.tokenizer,
+        model_vocabulary: config.model.vocabulary,
+        held_out_fraction: config.data.held_out_fraction,
+        context: config.model.context,
+    };
+    let heard = Arc::clone(&notify);
+    let prepared = tarazed_corpus::prepare(&request, &folder.paths.data(), &mut |event| {
+        heard(Notice::Preparing(event))
+    })?;
+    folder.write_config(&config)?;
+    let domains = prepared.manifest.domains.iter();
+    notify(Notice::DataReady {
+        folder: prepared.folder.clone(),
+        domains: domains
+            .map(|d| (d.name.clone(), d.language.name(), d.train.tokens, d.held_out.tokens))
+            .collect(),
+        vocabulary: prepared.manifest.tokenizer.vocabulary,
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("controller")
+        .enable_all()
+        .build()
+        .map_err(|e| RunError::System {
+            what: "actor runtime",
+            cause: e.to_string(),
+            remedy: "raise the limit of threads",
+        })?;
+    let data = prepared.folder.clone();
+    let arguments = RootArguments {
+        config: Arc::new(config),
+        program,
+        last_step,
+        folder,
+        prepared,
+        notify,
+    };
+    let outcome = runtime.block_on(root::serve(arguments, stop));
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    outcome.map(|end| Outcome {
+        code: end.code,
+        diagnosis: end.diagnosis,
+        step: end.step,
+        data,
+    })
+}
+
+/// Wall-clock milliseconds since 1970, for people and files that no number depends on.
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    since.as_millis() as u64
+}
+
+/// Trace heads by step, for manifests.
+type TraceHeads = BTreeMap<StepsCompleted, tarazed_store::TraceHead>;

@@ -1,0 +1,299 @@
+//! `Observatory`: measurements and incidents for people: `metrics.jsonl`, `events.jsonl`, notices. It reads the wall clock;
+//! nothing that it makes reaches a number of the run.
+
+use super::appender::JsonLines;
+use super::{Notice, Notify, unix_ms};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::coordinator::Incident;
+use tarazed_protocol::message::Member;
+use tarazed_protocol::trace::TraceLine;
+use tarazed_train::progress::{PHASES, Phase};
+
+/// Lines over which speed is averaged.
+const SPEED_WINDOW_LINES: usize = 16;
+
+pub enum ObservatoryMessage {
+    /// A process was started.
+    Started(Member, u32),
+    /// A process is ready.
+    Ready(Member),
+    /// The membership machine's remark.
+    Incident(Incident),
+    /// A line was written.
+    Line { line: Box<TraceLine>, ranks_alive: usize },
+    /// A line was checked on replay.
+    Replayed(StepsCompleted),
+    /// Time the ranks' first has spent in each phase so far.
+    Spent { generation: Generation, spent_us: Vec<u64> },
+    /// The first shard of a checkpoint is stored.
+    SavingBegan(StepsCompleted),
+    /// A checkpoint exists.
+    Checkpoint(StepsCompleted),
+    /// Something is wrong and the run goes on.
+    Warning(String),
+    /// The end was asked for.
+    Stopping,
+}
+impl ractor::Message for ObservatoryMessage {}
+
+pub struct Observatory;
+
+pub struct ObservatoryArguments {
+    pub metrics: JsonLines,
+    pub events: JsonLines,
+    pub notify: Notify,
+    pub tokens_per_step: u64,
+    pub last_step: StepsCompleted,
+}
+
+pub struct ObservatoryState {
+    arguments: ObservatoryArguments,
+    began: Instant,
+    starts: BTreeMap<Member, Instant>,
+    lines: VecDeque<(Instant, StepsCompleted)>,
+    loss: Option<Loss>,
+    written: StepsCompleted,
+    saving: BTreeMap<StepsCompleted, Instant>,
+    spent_us: [u64; PHASES],
+    spent_before: (Generation, [u64; PHASES]),
+    lost_ms: u64,
+}
+
+struct Loss {
+    at: Instant,
+    member: Member,
+    cause: String,
+    began: bool,
+    base: StepsCompleted,
+    written: StepsCompleted,
+}
+
+impl Actor for Observatory {
+    type Msg = ObservatoryMessage;
+    type State = ObservatoryState;
+    type Arguments = ObservatoryArguments;
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<ObservatoryMessage>,
+        arguments: ObservatoryArguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(ObservatoryState {
+            arguments,
+            began: Instant::now(),
+            starts: BTreeMap::new(),
+            lines: VecDeque::new(),
+            loss: None,
+            written: StepsCompleted(0),
+            saving: BTreeMap::new(),
+            spent_us: [0; PHASES],
+            spent_before: (Generation(0), [0; PHASES]),
+            lost_ms: 0,
+        })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<ObservatoryMessage>,
+        message: ObservatoryMessage,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ObservatoryMessage::Started(member, pid) => {
+                state.starts.insert(member, Instant::now());
+                state.notify(Notice::RankStarted { member, pid });
+            }
+            ObservatoryMessage::Ready(member) => {
+                let started = state.starts.remove(&member);
+                let after_ms = started.map_or(0, |at| at.elapsed().as_millis() as u64);
+                state.event(
+                    "rank_ready",
+                    &json!({"worker": member.worker, "incarnation": member.incarnation, "ready_ms": after_ms}),
+                );
+                state.notify(Notice::RankReady { member, after_ms });
+            }
+            ObservatoryMessage::Incident(incident) => state.incident(incident),
+            ObservatoryMessage::Line { line, ranks_alive } => state.line(line, ranks_alive),
+            ObservatoryMessage::Replayed(step) => state.recovered(step),
+            ObservatoryMessage::Spent { generation, spent_us } => state.spent(generation, &spent_us),
+            ObservatoryMessage::SavingBegan(step) => {
+                state.saving.entry(step).or_insert_with(Instant::now);
+            }
+            ObservatoryMessage::Checkpoint(step) => state.checkpoint(step),
+            ObservatoryMessage::Warning(text) => {
+                state.event("warning", &json!({"cause": text}));
+                state.notify(Notice::Warning(text));
+            }
+            ObservatoryMessage::Stopping => {
+                state.event("stop_requested", &json!({}));
+                state.notify(Notice::Stopping);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ObservatoryState {
+    fn notify(&self, notice: Notice) {
+        (self.arguments.notify)(notice);
+    }
+
+    fn event(&self, kind: &str, fields: &Value) {
+        let mut value = json!({"kind": kind, "time_unix_ms": unix_ms(), "step": self.written});
+        if let (Some(into), Some(from)) = (value.as_object_mut(), fields.as_object()) {
+            into.extend(from.clone());
+        }
+        self.arguments.events.append(&value);
+    }
+
+    fn incident(&mut self, incident: Incident) {
+        match incident {
+            Incident::RankLost { member, rank, cause } => {
+                let fields = json!({
+                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause
+                });
+                self.event("rank_lost", &fields);
+                if rank.is_some() && self.loss.is_none() {
+                    let (written, base) = (self.written, self.written);
+                    self.loss = Some(Loss {
+                        at: Instant::now(),
+                        member,
+                        cause: cause.clone(),
+                        began: false,
+                        base,
+                        written,
+                    });
+                }
+                self.notify(Notice::RankLost { member, cause });
+            }
+            Incident::GenerationBegan {
+                generation,
+                members,
+                base,
+                restored,
+                copies,
+            } => {
+                let fields = json!({
+                    "generation": generation, "ranks": members.len(), "base": base, "restored": restored,
+                    "shard_copies": copies
+                });
+                self.event("generation", &fields);
+                if let Some(loss) = &mut self.loss {
+                    loss.began = true;
+                    loss.base = base;
+                }
+                self.notify(Notice::Generation {
+                    generation,
+                    ranks: members.len(),
+                    base,
+                    restored,
+                });
+            }
+            Incident::StateLost { shards_missing } => {
+                self.event("state_lost", &json!({"shards_missing": shards_missing}));
+                self.notify(Notice::Warning(format!(
+                    "{shards_missing} optimizer shards have no copy left: restoring the newest checkpoint"
+                )));
+            }
+        }
+    }
+
+    /// The first step committed (or replayed) by a new generation ends a recovery.
+    fn recovered(&mut self, step: StepsCompleted) {
+        let Some(loss) = self.loss.take_if(|loss| loss.began && step > loss.base) else {
+            return;
+        };
+        let recovery_ms = loss.at.elapsed().as_millis() as u64;
+        self.lost_ms += recovery_ms;
+        let steps_lost = loss.written.0.saturating_sub(loss.base.0);
+        let fields = json!({
+            "cause": loss.cause, "worker": loss.member.worker, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
+            // A process's exit is seen through its pidfd; how long ago it happened nobody can tell from here.
+            "detection_ms": null
+        });
+        self.event("recovered", &fields);
+        self.notify(Notice::Recovered {
+            recovery_ms,
+            steps_lost,
+        });
+    }
+
+    fn line(&mut self, line: Box<TraceLine>, ranks_alive: usize) {
+        let now = Instant::now();
+        self.written = line.step;
+        self.recovered(line.step);
+        self.lines.push_back((now, line.step));
+        if self.lines.len() > SPEED_WINDOW_LINES + 1 {
+            self.lines.pop_front();
+        }
+        let step_ms = self
+            .lines
+            .iter()
+            .rev()
+            .nth(1)
+            .map_or(f64::NAN, |(at, _)| (now - *at).as_secs_f64() * 1e3);
+        let rate = self
+            .lines
+            .front()
+            .filter(|(at, _)| now - *at > Duration::ZERO)
+            .map(|(at, first)| {
+                let steps = line.step.0.saturating_sub(first.0) as f64;
+                steps / (now - *at).as_secs_f64()
+            });
+        let tokens_per_s = rate
+            .filter(|rate| *rate > 0.0)
+            .map(|rate| rate * self.arguments.tokens_per_step as f64);
+        let left = self.arguments.last_step.0.saturating_sub(line.step.0) as f64;
+        let eta_s = rate.filter(|rate| *rate > 0.0).map(|rate| left / rate);
+        let wall_s = self.began.elapsed().as_secs_f64();
+        let phases: serde_json::Map<String, Value> = Phase::ALL
+            .iter()
+            .map(|phase| {
+                (
+                    phase.name().to_owned(),
+                    json!(self.spent_us[*phase as usize] as f64 / 1e3),
+                )
+            })
+            .collect();
+        self.arguments.metrics.append(&json!({
+            "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
+            "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
+            "ranks": ranks_alive, "phase_ms": phases,
+            "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
+        }));
+        if !line.decisions.is_empty() {
+            self.notify(Notice::Decided(line.decisions.clone()));
+        }
+        self.notify(Notice::Line {
+            line,
+            tokens_per_s,
+            step_ms,
+            ranks_alive,
+            eta_s,
+        });
+    }
+
+    /// Time by phase since the report before, of one rank in one generation.
+    fn spent(&mut self, generation: Generation, spent_us: &[u64]) {
+        let Ok(now) = <[u64; PHASES]>::try_from(spent_us) else {
+            return;
+        };
+        let (before_in, before) = self.spent_before;
+        if before_in == generation {
+            self.spent_us = std::array::from_fn(|phase| now[phase].saturating_sub(before[phase]));
+        }
+        self.spent_before = (generation, now);
+    }
+
+    fn checkpoint(&mut self, step: StepsCompleted) {
+        let began = self.saving.remove(&step);
+        self.saving = self.saving.split_off(&step);
+        let took_ms = began.map_or(0, |at| at.elapsed().as_millis() as u64);
+        self.event("checkpoint", &json!({"checkpoint_step": step, "took_ms": took_ms}));
+        self.notify(Notice::Checkpoint { step, took_ms });
+    }
+}

@@ -1,0 +1,100 @@
+//! The control socket: one JSON request line, one JSON answer line, for whoever holds the token.
+
+use super::coordinator::CoordinatorMessage;
+use super::sharder::SharderMessage;
+use crate::run_folder::RunPaths;
+use ractor::{ActorRef, rpc::CallResult};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+/// Bytes of one request.
+const REQUEST_BYTES_MAX: u64 = 64 * 1024;
+/// A request must be there and be answered by then.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest path of a Unix socket's address.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Opens the control socket of a run and writes its token for the owner alone. A path that is too long for a socket is
+/// bound through its folder's descriptor.
+///
+/// # Errors
+/// If the socket or the token cannot be made.
+pub fn open(paths: &RunPaths, token: &str) -> std::io::Result<UnixListener> {
+    let token_path = paths.control_token();
+    let _ = std::fs::remove_file(&token_path);
+    let mut file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(&token_path)?;
+    writeln!(file, "{token}")?;
+    let socket = paths.control_socket();
+    // The folder's lock is ours, so a socket that is there belongs to a controller that is gone.
+    let _ = std::fs::remove_file(&socket);
+    if socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
+        return UnixListener::bind(&socket);
+    }
+    let folder = std::fs::File::open(paths.dir())?;
+    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&folder);
+    UnixListener::bind(format!("/proc/self/fd/{descriptor}/control.sock"))
+}
+
+/// Serves requests for ever.
+pub async fn serve(
+    listener: UnixListener,
+    token: String,
+    coordinator: ActorRef<CoordinatorMessage>,
+    sharder: ActorRef<SharderMessage>,
+) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let (token, coordinator, sharder) = (token.clone(), coordinator.clone(), sharder.clone());
+        tokio::spawn(async move {
+            let answered = tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, &coordinator, &sharder)).await;
+            if let Ok(Err(error)) = answered {
+                tracing::debug!("a status request broke off: {error}");
+            }
+        });
+    }
+}
+
+async fn answer(
+    mut stream: UnixStream,
+    token: &str,
+    coordinator: &ActorRef<CoordinatorMessage>,
+    sharder: &ActorRef<SharderMessage>,
+) -> std::io::Result<()> {
+    let (read, mut write) = stream.split();
+    let mut line = String::new();
+    BufReader::new(read.take(REQUEST_BYTES_MAX))
+        .read_line(&mut line)
+        .await?;
+    let request: Value = serde_json::from_str(&line).unwrap_or(Value::Null);
+    let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    // Compared as keyed hashes, so that the time it takes says nothing of the token.
+    let value = if blake3::hash(field("token").as_bytes()) != blake3::hash(token.as_bytes()) {
+        json!({"error": "the token is not this run's"})
+    } else if field("command") == "status" {
+        status(coordinator, sharder).await
+    } else {
+        json!({"error": format!("there is no command '{}'", field("command"))})
+    };
+    write.write_all(format!("{value}\n").as_bytes()).await
+}
+
+async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<SharderMessage>) -> Value {
+    let limit = Some(REQUEST_TIMEOUT);
+    let Ok(CallResult::Success(mut value)) = coordinator.call(CoordinatorMessage::Status, limit).await else {
+        return json!({"error": "the controller is ending"});
+    };
+    if let Ok(CallResult::Success(shards)) = sharder.call(SharderMessage::Show, limit).await
+        && let Some(object) = value.as_object_mut()
+    {
+        object.insert("shards".to_owned(), shards);
+    }
+    value
+}

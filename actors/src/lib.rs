@@ -1,0 +1,11 @@
+//! Floor 4: the shells around the state machines, and the supervision tree. Begin at [`supervision`].
+//!
+//! Actors translate between messages and the machines of `tarazed-protocol`; they do not decide. Tensors never pass
+//! through a mailbox, and no handler blocks (SUP-4).
+
+pub mod controller;
+pub mod link;
+pub mod node;
+pub mod rank;
+pub mod run_folder;
+pub mod supervision;

@@ -1,0 +1,228 @@
+//! The node agent: starts, watches and kills the rank processes of one machine.
+//!
+//! It acts and reports; it decides nothing. Whether, when and how often a worker is started again (back-off, the
+//! SUP-3 budget) is the membership machine's decision in `tarazed-protocol`.
+//!
+//! Invariants
+//! - **SUP-1** One `RankProcess` actor stands for each living process, as a child of the agent. If it dies, its process
+//!   is killed and the agent reports [`ExitCause::Unsupervised`] with the root cause.
+//! - **SUP-2** A worker has at most one life. Starting an incarnation that is not newer than the last one, or while
+//!   another lives, is refused and counted; so is killing an incarnation that does not live.
+//! - **SUP-4** Spawning and reading logs run on the blocking pool, never in a handler.
+//! - **NODE-1** Every `Start` is answered by exactly one `StartFailed`, or one `Started` and later one `Exited`.
+//! - **NODE-2** No process is left behind and none becomes a zombie: signals go through a pidfd (a pid may be reused, a
+//!   pidfd is not), each rank leads a process group that ends with it, and each is reaped. This holds for an orderly
+//!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink, and by
+//!   the end of its standard input, a pipe that the agent holds open.
+//!
+//! Ranks are *not* killed by the kernel when the controller dies (no PDEATHSIG): a new controller may re-adopt them.
+//! Their output goes straight into a file, so a slow or dead controller never blocks a rank that prints. The file is
+//! not rotated.
+
+mod agent;
+mod process;
+mod rank_process;
+#[cfg(test)]
+mod tests;
+
+pub use agent::{NodeAgent, start_node_agent};
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tarazed_domain::{Incarnation, WorkerId};
+
+/// How rank processes are started: `program args… --worker N --incarnation M`.
+#[derive(Clone, Debug)]
+pub struct LaunchSpec {
+    /// The program.
+    pub program: PathBuf,
+    /// Arguments before the two that name the worker. They show in `ps`: pass secrets in `env`.
+    pub args: Vec<OsString>,
+    /// Variables added to the inherited environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// Output goes to `worker-N.log` in here, after that of earlier incarnations. Created if missing.
+    pub log_dir: PathBuf,
+}
+
+/// What the agent is told to do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NodeCommand {
+    /// Start a worker's next life.
+    Start {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+        /// How long to wait first (back-off).
+        after: Duration,
+    },
+    /// Kill one life (SIGKILL), or cancel its start.
+    Kill {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life; if another one lives, nothing happens.
+        incarnation: Incarnation,
+        /// Told in the exit's report.
+        reason: String,
+    },
+    /// Kill all and cancel all starts; [`NodeEvent::AllStopped`] follows when the last has ended.
+    StopAll,
+}
+
+/// What the agent reports, from one actor and in order.
+#[derive(Debug)]
+pub enum NodeEvent {
+    /// The process runs.
+    Started {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+        /// Its process id.
+        pid: u32,
+    },
+    /// The process ended and has been reaped.
+    Exited {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+        /// How and why.
+        exit: Exit,
+    },
+    /// The process did not come to be.
+    StartFailed {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+        /// Why, and what to do.
+        error: StartError,
+    },
+    /// After [`NodeCommand::StopAll`]: no process is left.
+    AllStopped,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug)]
+pub struct Exit {
+    /// Code or signal.
+    pub cause: ExitCause,
+    /// The reason given with [`NodeCommand::Kill`], if this agent killed it.
+    pub killed: Option<String>,
+    /// Last lines that this life wrote, oldest first (at most [`EXIT_TAIL_LINES_MAX`]).
+    ///
+    /// [`EXIT_TAIL_LINES_MAX`]: tarazed_domain::limits::EXIT_TAIL_LINES_MAX
+    pub tail: Vec<String>,
+    /// Where the rest is.
+    pub log: PathBuf,
+    /// When the end was seen.
+    pub at: Instant,
+    /// How long it ran.
+    pub ran: Duration,
+}
+
+/// The system's word on how a process ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ExitCause {
+    /// It returned this exit code.
+    Code(i32),
+    /// A signal of this number ended it.
+    Signal(i32),
+    /// Its supervising actor died, for this reason; the process was killed with it.
+    Unsupervised(String),
+}
+
+impl fmt::Display for ExitCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(number) => match signal_name(*number) {
+                Some(name) => write!(f, "signal {number} ({name})"),
+                None => write!(f, "signal {number}"),
+            },
+            Self::Unsupervised(cause) => write!(f, "killed because its supervisor died: {cause}"),
+        }
+    }
+}
+
+/// The signals that end ranks in practice.
+fn signal_name(number: i32) -> Option<&'static str> {
+    Some(match number {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        15 => "SIGTERM",
+        _ => return None,
+    })
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} after {} ms", self.cause, self.ran.as_millis())?;
+        if let Some(reason) = &self.killed {
+            write!(f, "; killed: {reason}")?;
+        }
+        if !self.tail.is_empty() {
+            write!(
+                f,
+                "; its last words ({}):\n  {}",
+                self.log.display(),
+                self.tail.join("\n  ")
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a process did not start, by what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It can never work like this: change the settings.
+    #[error("cannot start {}: {what}: {source}; {remedy}", path.display())]
+    Reconfigure {
+        /// The program, or the log file.
+        path: PathBuf,
+        /// The operation.
+        what: &'static str,
+        /// What to change.
+        remedy: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine is short of something: try again later.
+    #[error("cannot start {}: {what}: {source}; the machine is short of processes, memory or file descriptors", path.display())]
+    Retry {
+        /// The program, or the log file.
+        path: PathBuf,
+        /// The operation.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Stale or doubled (SUP-2): the command is ignored.
+    #[error("refused to start this incarnation: {0}")]
+    Refused(String),
+    /// Killed or stopped before it started.
+    #[error("cancelled before it started: {0}")]
+    Cancelled(String),
+    /// Its supervising actor died first, for this reason.
+    #[error("its supervisor died before it started: {0}")]
+    Unsupervised(String),
+}
+
+/// The agent is gone or could not start.
+#[derive(Debug, thiserror::Error)]
+#[error("the node agent {0}; the controller must end and start again")]
+pub struct NodeError(String);

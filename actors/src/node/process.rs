@@ -1,0 +1,226 @@
+//! One operating-system process, from its start to its reaping. Everything here that can block says so.
+
+use super::{ExitCause, LaunchSpec, StartError};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+use tarazed_domain::limits::{EXIT_TAIL_BYTES_MAX, EXIT_TAIL_LINES_MAX};
+use tarazed_domain::{Incarnation, WorkerId};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A started process. Dropping it kills it, with its process group, and has it reaped.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub pid: Pid,
+    pub started: Instant,
+    pub log: PathBuf,
+    /// Where this life's output begins in the log.
+    log_start: u64,
+    pidfd: Arc<PidFd>,
+    /// The pipe whose end tells the rank that its controller is gone.
+    _stdin: Option<ChildStdin>,
+    reaped: bool,
+}
+
+/// A process's own handle: unlike a pid it can never come to mean another process.
+#[derive(Debug)]
+pub(super) struct PidFd(OwnedFd);
+
+/// Waits, without blocking, for the end of a process that somebody else owns.
+#[derive(Debug)]
+pub(super) struct Watch(AsyncFd<OwnedFd>);
+
+impl Watch {
+    /// Returns when the process has ended (it is then a zombie until reaped).
+    pub async fn ended(&self) -> io::Result<()> {
+        self.0.readable().await?.retain_ready();
+        Ok(())
+    }
+}
+
+impl Process {
+    /// Starts a rank's process as the leader of a group of its own. Blocks: the program's start, and the log file.
+    pub fn start(spec: &LaunchSpec, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
+        let log_path = spec.log_dir.join(format!("worker-{worker}.log"));
+        let (log, log_start) = open_log(&log_path, worker, incarnation).map_err(|e| {
+            let remedy = "choose a log folder that can be written";
+            failure(&log_path, "open its log", remedy, e)
+        })?;
+        let program = |what| {
+            let path = spec.program.clone();
+            let remedy = "check that the program exists and may be executed";
+            move |e| failure(&path, what, remedy, e)
+        };
+        let log_again = log.try_clone().map_err(program("duplicate its log"))?;
+        let mut child = Command::new(&spec.program)
+            .args(&spec.args)
+            .args(["--worker".to_owned(), worker.to_string()])
+            .args(["--incarnation".to_owned(), incarnation.to_string()])
+            .envs(spec.env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::piped())
+            .stdout(log)
+            .stderr(log_again)
+            // Signals from the terminal are the controller's to interpret, and helpers of the rank end with it.
+            .process_group(0)
+            .spawn()
+            .map_err(program("run the program"))?;
+        let pid = Pid::from_child(&child);
+        // The child is ours and not reaped, so its pid cannot have come to mean another process.
+        let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
+            Ok(fd) => Arc::new(PidFd(fd)),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(program("watch the process (pidfd_open, Linux 5.10 or newer)")(
+                    error.into(),
+                ));
+            }
+        };
+        Ok(Self {
+            pid,
+            started: Instant::now(),
+            log: log_path,
+            log_start,
+            pidfd,
+            _stdin: child.stdin.take(),
+            reaped: false,
+        })
+    }
+
+    /// Must be called within a tokio runtime.
+    pub fn watch(&self) -> io::Result<Watch> {
+        let fd = self.pidfd.0.try_clone()?;
+        // SAFETY: an `OwnedFd` stays open, and the same, for as long as it lives; `AsyncFd` owns it from here on, and
+        // `Watch` hands out no reference to it.
+        let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+        Ok(Watch(registered.map_err(io::Error::from)?))
+    }
+
+    /// SIGKILL to exactly this process; does nothing if it has ended.
+    pub fn kill(&self) {
+        // The only possible failure is that it has ended.
+        let _ = rustix::process::pidfd_send_signal(self.pidfd.0.as_fd(), Signal::KILL);
+    }
+
+    /// Kills what the rank left in its group, reaps it, and says how it ended. Call it once the pidfd is readable;
+    /// before that it would block.
+    pub fn reap(&mut self) -> io::Result<ExitCause> {
+        let ended = reap(self.pid, self.pidfd.0.as_fd());
+        self.reaped = true;
+        ended
+    }
+
+    /// The last lines that this life wrote. Blocks on the file.
+    pub fn tail(log: &Path, log_start: u64) -> Vec<String> {
+        tail(log, log_start).unwrap_or_else(|error| vec![format!("(its log could not be read: {error})")])
+    }
+
+    pub fn log_start(&self) -> u64 {
+        self.log_start
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.reaped {
+            return;
+        }
+        self.kill();
+        let (pid, pidfd) = (self.pid, Arc::clone(&self.pidfd));
+        // A process in an uninterruptible system call outlives its SIGKILL; nobody here may wait for that.
+        let reaper = std::thread::Builder::new().name("reaper".to_owned());
+        if let Err(error) = reaper.spawn(move || reap(pid, pidfd.0.as_fd())) {
+            tracing::error!(%error, pid = pid.as_raw_nonzero(), "no thread to reap a killed process");
+        }
+    }
+}
+
+/// Waits for the end, kills the group while the zombie still holds its number, then reaps.
+fn reap(pid: Pid, pidfd: BorrowedFd<'_>) -> io::Result<ExitCause> {
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+    wait(pidfd, look)?;
+    // The group may be empty.
+    let _ = rustix::process::kill_process_group(pid, Signal::KILL);
+    let status = wait(pidfd, WaitIdOptions::EXITED)?;
+    if let Some(code) = status.exit_status() {
+        return Ok(ExitCause::Code(code));
+    }
+    match status.terminating_signal() {
+        Some(signal) => Ok(ExitCause::Signal(signal)),
+        None => Err(io::Error::other("waitid reported neither a code nor a signal")),
+    }
+}
+
+/// A pidfd opened with NONBLOCK makes `waitid` answer "try again" where it would wait; poll waits instead.
+fn wait(pidfd: BorrowedFd<'_>, options: WaitIdOptions) -> io::Result<WaitIdStatus> {
+    loop {
+        match rustix::process::waitid(WaitId::PidFd(pidfd), options) {
+            Ok(Some(status)) => return Ok(status),
+            Ok(None) | Err(rustix::io::Errno::AGAIN) => {
+                let mut polled = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+                match rustix::event::poll(&mut polled, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn failure(path: &Path, what: &'static str, remedy: &'static str, source: io::Error) -> StartError {
+    let path = path.to_owned();
+    let passing = [
+        rustix::io::Errno::AGAIN,
+        rustix::io::Errno::NOMEM,
+        rustix::io::Errno::MFILE,
+        rustix::io::Errno::NFILE,
+        // The program is being written just now.
+        rustix::io::Errno::TXTBSY,
+    ];
+    if passing.iter().any(|e| source.raw_os_error() == Some(e.raw_os_error())) {
+        return StartError::Retry { path, what, source };
+    }
+    StartError::Reconfigure {
+        path,
+        what,
+        remedy,
+        source,
+    }
+}
+
+fn open_log(path: &Path, worker: WorkerId, incarnation: Incarnation) -> io::Result<(File, u64)> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let mut log = OpenOptions::new().create(true).append(true).open(path)?;
+    writeln!(log, "=== worker {worker} incarnation {incarnation}")?;
+    let start = log.seek(SeekFrom::End(0))?;
+    Ok((log, start))
+}
+
+fn tail(log: &Path, log_start: u64) -> io::Result<Vec<String>> {
+    let mut file = File::open(log)?;
+    let end = file.seek(SeekFrom::End(0))?;
+    let start = log_start.max(end.saturating_sub(EXIT_TAIL_BYTES_MAX));
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(EXIT_TAIL_BYTES_MAX).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<String> = text
+        .lines()
+        .rev()
+        .take(EXIT_TAIL_LINES_MAX)
+        .map(str::to_owned)
+        .collect();
+    lines.reverse();
+    Ok(lines)
+}

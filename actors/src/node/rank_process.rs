@@ -1,0 +1,213 @@
+//! The actor that stands for one life of one worker: waits out the back-off, starts the process, sees its end.
+
+use super::agent::NodeMessage;
+use super::process::Process;
+use super::{Exit, ExitCause, LaunchSpec, StartError};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tarazed_domain::{Incarnation, WorkerId};
+use tokio::task::AbortHandle;
+
+/// How long an orderly stop waits for a killed process to be gone; one in an uninterruptible system call takes longer.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+pub(super) struct RankProcess {
+    pub worker: WorkerId,
+    pub incarnation: Incarnation,
+    pub spec: Arc<LaunchSpec>,
+    pub agent: ActorRef<NodeMessage>,
+}
+
+pub(super) enum LifeMessage {
+    /// The back-off is over.
+    Start,
+    /// The pidfd says so.
+    Ended(io::Result<()>),
+    Kill(String),
+}
+impl ractor::Message for LifeMessage {}
+
+pub(super) enum Life {
+    Waiting {
+        timer: AbortHandle,
+    },
+    Running {
+        process: Process,
+        watcher: AbortHandle,
+        killed: Option<String>,
+    },
+    Over,
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        match self {
+            Self::Waiting { timer } => timer.abort(),
+            Self::Running { watcher, .. } => watcher.abort(),
+            Self::Over => {}
+        }
+    }
+}
+
+impl RankProcess {
+    /// Reports to the agent. If it is gone, this actor is being ended with it.
+    fn report(&self, message: NodeMessage) {
+        let _ = self.agent.cast(message);
+    }
+
+    fn start_failed(&self, myself: &ActorRef<LifeMessage>, life: &mut Life, error: StartError) {
+        *life = Life::Over;
+        self.report(NodeMessage::StartFailed {
+            worker: self.worker,
+            incarnation: self.incarnation,
+            error,
+        });
+        myself.stop(None);
+    }
+
+    async fn start(&self, myself: &ActorRef<LifeMessage>, life: &mut Life) -> Result<(), ActorProcessingErr> {
+        let (spec, worker, incarnation) = (Arc::clone(&self.spec), self.worker, self.incarnation);
+        // If this actor is killed while it waits here, the process is dropped where it comes to be, and so killed.
+        match tokio::task::spawn_blocking(move || Process::start(&spec, worker, incarnation)).await? {
+            Err(error) => self.start_failed(myself, life, error),
+            Ok(process) => {
+                let (watch, watcher_myself) = (process.watch()?, myself.clone());
+                let watcher = tokio::spawn(async move {
+                    let seen = watch.ended().await;
+                    // If the actor is gone, its process is being reaped elsewhere.
+                    let _ = watcher_myself.cast(LifeMessage::Ended(seen));
+                })
+                .abort_handle();
+                self.report(NodeMessage::Started {
+                    worker,
+                    incarnation,
+                    pid: process.pid.as_raw_nonzero().get().unsigned_abs(),
+                });
+                *life = Life::Running {
+                    process,
+                    watcher,
+                    killed: None,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish(&self, life: &mut Life) -> Result<(), ActorProcessingErr> {
+        let Life::Running { process, killed, .. } = life else {
+            return Ok(());
+        };
+        let at = Instant::now();
+        let cause = process.reap()?;
+        let (log, log_start) = (process.log.clone(), process.log_start());
+        let ran = at.duration_since(process.started);
+        let killed = killed.take();
+        *life = Life::Over;
+        let path = log.clone();
+        let tail = tokio::task::spawn_blocking(move || Process::tail(&path, log_start)).await?;
+        self.report(NodeMessage::Exited {
+            worker: self.worker,
+            incarnation: self.incarnation,
+            exit: Exit {
+                cause,
+                killed,
+                tail,
+                log,
+                at,
+                ran,
+            },
+        });
+        Ok(())
+    }
+}
+
+impl Actor for RankProcess {
+    type Msg = LifeMessage;
+    type State = Life;
+    type Arguments = Duration;
+
+    async fn pre_start(&self, myself: ActorRef<Self::Msg>, after: Duration) -> Result<Life, ActorProcessingErr> {
+        let timer = tokio::spawn(async move {
+            // Even a sleep of nothing costs a timer tick, a millisecond of recovery.
+            if !after.is_zero() {
+                tokio::time::sleep(after).await;
+            }
+            // The actor may have been told to end while this slept.
+            let _ = myself.cast(LifeMessage::Start);
+        });
+        Ok(Life::Waiting {
+            timer: timer.abort_handle(),
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: LifeMessage,
+        life: &mut Life,
+    ) -> Result<(), ActorProcessingErr> {
+        match (message, &mut *life) {
+            (LifeMessage::Start, Life::Waiting { .. }) => self.start(&myself, life).await?,
+            (LifeMessage::Kill(reason), Life::Waiting { .. }) => {
+                self.start_failed(&myself, life, StartError::Cancelled(reason));
+            }
+            (LifeMessage::Kill(reason), Life::Running { process, killed, .. }) => {
+                killed.get_or_insert(reason);
+                process.kill();
+            }
+            (LifeMessage::Ended(seen), Life::Running { .. }) => {
+                seen?;
+                self.finish(life).await?;
+                myself.stop(None);
+            }
+            (LifeMessage::Start | LifeMessage::Ended(_), _) | (LifeMessage::Kill(_), Life::Over) => {}
+        }
+        Ok(())
+    }
+
+    /// The agent stops: the process goes first.
+    async fn post_stop(&self, _: ActorRef<Self::Msg>, life: &mut Life) -> Result<(), ActorProcessingErr> {
+        if let Life::Running { process, .. } = life {
+            process.kill();
+            let watch = process.watch()?;
+            match tokio::time::timeout(STOP_LIMIT, watch.ended()).await {
+                Ok(seen) => {
+                    seen?;
+                    process.reap()?;
+                }
+                Err(_) => tracing::error!(
+                    worker = %self.worker,
+                    pid = process.pid.as_raw_nonzero(),
+                    "a killed rank has not ended; it hangs in the kernel and is reaped when it returns"
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<Self::Msg>,
+        _: SupervisionEvent,
+        _: &mut Life,
+    ) -> Result<(), ActorProcessingErr> {
+        // It has no children.
+        Ok(())
+    }
+}
+
+impl ExitCause {
+    /// The report for a life whose actor died.
+    pub(super) fn unsupervised(cause: String, log: std::path::PathBuf) -> Exit {
+        Exit {
+            cause: Self::Unsupervised(cause),
+            killed: None,
+            tail: Vec::new(),
+            log,
+            at: Instant::now(),
+            ran: Duration::ZERO,
+        }
+    }
+}

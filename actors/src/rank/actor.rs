@@ -1,0 +1,350 @@
+//! `Rank`: passes commands to the device thread and its reports to the controller. It translates; it does not decide.
+//!
+//! - **SUP-2** Messages of an older generation than the newest heard of are dropped.
+//! - **SUP-4** The device thread does the work; this actor can abort it at any time.
+
+use super::feeder::{self, Feed, FeederMessage};
+use super::root::RootMessage;
+use super::shard::{OptimizerShard, ShardMessage};
+use super::writer::WriterMessage;
+use super::{RankError, RankExit};
+use crate::link::Uplink;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+use tarazed_domain::config::Config;
+use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::cursor::Recipe;
+use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::message::{BeginPlan, FromRank, Member, StateReport, StepLine, ToRank};
+use tarazed_train::StepError;
+use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
+use tarazed_train::feeder::Feeder;
+use tarazed_train::generation::{Paused, ShardToSave};
+use tarazed_train::progress::Progress;
+
+pub enum RankMessage {
+    /// The device thread listens here.
+    DeviceChannel(Sender<Command>),
+    /// The writer of checkpoints.
+    Writer(ActorRef<WriterMessage>),
+    /// The session to the controller is up; say this first.
+    Linked(Box<Uplink>, FromRank),
+    /// The controller said this.
+    Told(Vec<u8>),
+    /// The controller is gone.
+    ControllerLost(String),
+    /// Tell the controller.
+    Tell(FromRank),
+    /// The device thread finished a step.
+    Line(Generation, Box<StepLine>),
+    /// The device thread wants these shards saved.
+    Save(StepsCompleted, Vec<ShardToSave<CpuDevice>>),
+    /// The rank itself is broken.
+    Broken(String),
+    /// Time for a heartbeat.
+    Beat,
+}
+impl ractor::Message for RankMessage {}
+
+/// What the device thread says, as messages to the actor.
+pub struct DeviceReports(pub ActorRef<RankMessage>);
+
+impl DeviceReports {
+    fn tell(&self, message: FromRank) {
+        self.cast(RankMessage::Tell(message));
+    }
+
+    fn cast(&self, message: RankMessage) {
+        // An error means that the process ends already.
+        let _ = self.0.cast(message);
+    }
+}
+
+impl DeviceEvents<CpuDevice> for DeviceReports {
+    fn running(&self, generation: Generation) {
+        self.tell(FromRank::Running { generation });
+    }
+
+    fn line(&self, generation: Generation, line: StepLine) {
+        self.cast(RankMessage::Line(generation, Box::new(line)));
+    }
+
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) {
+        self.cast(RankMessage::Save(step, shards));
+    }
+
+    fn paused(&self, generation: Generation, paused: Paused) {
+        self.tell(FromRank::Paused {
+            generation,
+            step: paused.step,
+            saving: paused.saving,
+        });
+    }
+
+    fn failed(&self, generation: Generation, error: &StepError) {
+        let (suspects, corruption) = (error.suspects(), error.is_corruption());
+        self.tell(FromRank::Failed {
+            generation,
+            cause: error.to_string(),
+            suspects,
+            corruption,
+        });
+    }
+
+    fn report(&self, generation: Generation, report: StateReport) {
+        self.tell(FromRank::State { generation, report });
+    }
+
+    fn broken(&self, error: &StepError) {
+        self.cast(RankMessage::Broken(error.to_string()));
+    }
+}
+
+pub struct RankArguments {
+    pub member: Member,
+    pub config: Arc<Config>,
+    pub recipe: Recipe,
+    pub feed: Arc<Feeder>,
+    pub feeder: ActorRef<FeederMessage>,
+    pub progress: Arc<Progress>,
+    pub root: ActorRef<RootMessage>,
+}
+
+pub struct RankActorState {
+    arguments: RankArguments,
+    device: Option<Sender<Command>>,
+    writer: Option<ActorRef<WriterMessage>>,
+    uplink: Option<Box<Uplink>>,
+    control: Option<GenerationControl>,
+    newest: Generation,
+    shards: BTreeMap<OptimizerShardIndex, ActorRef<ShardMessage>>,
+}
+
+pub struct RankActor;
+
+impl Actor for RankActor {
+    type Msg = RankMessage;
+    type State = RankActorState;
+    type Arguments = RankArguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        arguments: RankArguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        let heartbeat = Duration::from_millis(arguments.config.timeouts().heartbeat_ms.max(10));
+        myself.send_interval(heartbeat, || RankMessage::Beat);
+        Ok(RankActorState {
+            arguments,
+            device: None,
+            writer: None,
+            uplink: None,
+            control: None,
+            newest: Generation(0),
+            shards: BTreeMap::new(),
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RankMessage::DeviceChannel(sender) => state.device = Some(sender),
+            RankMessage::Writer(writer) => state.writer = Some(writer),
+            RankMessage::Linked(uplink, ready) => {
+                state.uplink = Some(uplink);
+                state.tell(&ready)?;
+            }
+            RankMessage::Told(bytes) => state.told(&myself, &bytes).await?,
+            RankMessage::ControllerLost(reason) => {
+                tracing::warn!(reason, "the controller is gone");
+                state.abort();
+                state
+                    .arguments
+                    .root
+                    .cast(RootMessage::Exit(Ok(RankExit::ControllerLost)))?;
+            }
+            RankMessage::Tell(message) => state.tell(&message)?,
+            RankMessage::Line(generation, line) => {
+                let spent_us = state.arguments.progress.spent_us().to_vec();
+                state.tell(&FromRank::Line {
+                    generation,
+                    line: *line,
+                    spent_us,
+                })?;
+            }
+            RankMessage::Save(step, shards) => state.save(step, shards)?,
+            RankMessage::Broken(cause) => state.arguments.root.cast(RootMessage::Exit(Err(RankError(cause))))?,
+            RankMessage::Beat => state.beat()?,
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<Self::Msg>,
+        event: SupervisionEvent,
+        _state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match crate::supervision::death(event) {
+            Some(death) if !death.orderly => Err(format!("an optimizer shard's actor {}", death.cause).into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl RankActorState {
+    fn tell(&self, message: &FromRank) -> Result<(), ActorProcessingErr> {
+        if let Some(uplink) = &self.uplink {
+            uplink.send(message.encode().map_err(|e| e.to_string())?)?;
+        }
+        Ok(())
+    }
+
+    fn device(&self, command: Command) -> Result<(), ActorProcessingErr> {
+        let device = self.device.as_ref().ok_or("the device thread is not started")?;
+        device.send(command).map_err(|_| "the device thread is gone".into())
+    }
+
+    fn abort(&self) {
+        if let Some(control) = &self.control {
+            control.abort();
+        }
+    }
+
+    async fn told(&mut self, myself: &ActorRef<RankMessage>, bytes: &[u8]) -> Result<(), ActorProcessingErr> {
+        match ToRank::decode(bytes).map_err(|e| e.to_string())? {
+            ToRank::Fence { generation } if generation > self.newest => {
+                self.newest = generation;
+                self.abort();
+                self.device(Command::Report { generation })?;
+            }
+            ToRank::Begin(plan) if plan.generation >= self.newest => self.begin(myself, plan).await?,
+            ToRank::Pause { generation, checkpoint } => {
+                if let Some(control) = self.control.as_ref().filter(|control| control.generation == generation) {
+                    control.switches.checkpoint.fetch_or(checkpoint, Ordering::Relaxed);
+                    control.switches.pause.store(true, Ordering::Relaxed);
+                }
+            }
+            ToRank::Acknowledge { through, decisions } => self.acknowledge(through, decisions)?,
+            ToRank::Shutdown => self.leave().await?,
+            ToRank::Fence { .. } | ToRank::Begin(_) => {} // of a generation that is over
+        }
+        Ok(())
+    }
+
+    async fn begin(&mut self, myself: &ActorRef<RankMessage>, plan: Box<BeginPlan>) -> Result<(), ActorProcessingErr> {
+        self.newest = plan.generation;
+        self.abort();
+        let control = GenerationControl::new(plan.generation)?;
+        control
+            .switches
+            .acknowledged
+            .store(plan.acknowledged.0, Ordering::Relaxed);
+        self.control = Some(control.clone());
+        let rank = plan
+            .roster
+            .iter()
+            .position(|entry| entry.member == self.arguments.member)
+            .ok_or("the plan's roster does not name this rank")?;
+        let feed = Feed {
+            generation: plan.generation,
+            lanes: plan.roster[rank].lanes,
+            base: plan.base,
+            last_step: plan.last_step,
+            decided: plan.decided,
+            decisions: &plan.decisions,
+        };
+        feeder::begin(
+            &self.arguments.feed,
+            &self.arguments.recipe,
+            &self.arguments.config.mixture,
+            &feed,
+        )?;
+        let held = |shard: usize| plan.shards[shard].iter().any(|holder| holder.rank.index() == rank);
+        let mine: Vec<OptimizerShardIndex> = (0..plan.shards.len())
+            .filter(|&shard| held(shard))
+            .map(|shard| OptimizerShardIndex(shard as u32))
+            .collect();
+        self.hold(myself, &mine).await?;
+        self.device(Command::Begin { plan, control })
+    }
+
+    /// One actor for each shard held, no more.
+    async fn hold(
+        &mut self,
+        myself: &ActorRef<RankMessage>,
+        mine: &[OptimizerShardIndex],
+    ) -> Result<(), ActorProcessingErr> {
+        self.shards.retain(|shard, actor| {
+            let stays = mine.contains(shard);
+            if !stays {
+                actor.stop(Some("the shard moved to another rank".to_owned()));
+            }
+            stays
+        });
+        let writer = self.writer.clone().ok_or("the checkpoint writer is not started")?;
+        for &shard in mine {
+            if !self.shards.contains_key(&shard) {
+                let arguments = (shard, writer.clone());
+                let (actor, _) = Actor::spawn_linked(None, OptimizerShard, arguments, myself.get_cell()).await?;
+                self.shards.insert(shard, actor);
+            }
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&self, through: StepsCompleted, decisions: Vec<Decision>) -> Result<(), ActorProcessingErr> {
+        if let Some(control) = &self.control {
+            control.switches.acknowledged.fetch_max(through.0, Ordering::Relaxed);
+        }
+        self.arguments
+            .feeder
+            .cast(FeederMessage::Record { through, decisions })?;
+        Ok(())
+    }
+
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) -> Result<(), ActorProcessingErr> {
+        for shard in shards {
+            // Without its actor the shard has moved on; dropping the ticket lets the device thread go on.
+            if let Some(actor) = self.shards.get(&shard.shard) {
+                actor.cast(ShardMessage::Snapshot {
+                    step,
+                    generation: self.newest,
+                    shard,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn beat(&self) -> Result<(), ActorProcessingErr> {
+        let progress = &self.arguments.progress;
+        self.tell(&FromRank::Heartbeat {
+            generation: self
+                .control
+                .as_ref()
+                .map_or(Generation(0), |control| control.generation),
+            step: progress.step(),
+            progress: progress.work(),
+            phase: progress.phase().name().to_owned(),
+        })
+    }
+
+    async fn leave(&mut self) -> Result<(), ActorProcessingErr> {
+        self.device(Command::Exit)?;
+        if let Some(uplink) = self.uplink.take() {
+            uplink.close().await;
+        }
+        self.arguments.root.cast(RootMessage::Exit(Ok(RankExit::Left)))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,237 @@
+//! A rank process: its actors around one device thread.
+//!
+//! `RankRoot` is the parent of all. A rank is replaced as a whole: whatever of it fails ends the process with the cause on
+//! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it.
+
+mod actor;
+mod feeder;
+mod restore;
+mod root;
+mod shard;
+mod writer;
+
+use crate::link::{PeerId, UplinkConfig, UplinkEvent, connect_uplink};
+use crate::run_folder::RunPaths;
+use actor::RankMessage;
+use restore::StoreSource;
+use root::{RankRoot, RootArguments};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tarazed_corpus::{Split, TokenStore};
+use tarazed_domain::config::Config;
+use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
+use tarazed_fabric::{Listener, Transport};
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::message::{FromRank, Member};
+use tarazed_train::device_thread::DeviceThread;
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+use tarazed_train::progress::Progress;
+use tarazed_train::state::RankState;
+
+/// Environment variable with the run's token in hex; an argument would be visible to every user of the machine.
+pub const TOKEN_VARIABLE: &str = "TARAZED_RUN_TOKEN";
+
+/// How a rank process is started; made by the controller, not by people.
+#[derive(Clone, Debug)]
+pub struct RankArgs {
+    /// Run folder.
+    pub run_dir: PathBuf,
+    /// Folder of the prepared data set.
+    pub data: PathBuf,
+    /// Address of the controller's hub.
+    pub controller: String,
+    /// Folder for the data plane's sockets.
+    pub sockets: PathBuf,
+    /// Which slot this process fills.
+    pub worker: u32,
+    /// Which life of it.
+    pub incarnation: u32,
+}
+
+/// A rank that could not start or could not go on.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct RankError(pub String);
+
+impl RankError {
+    fn because(what: &str) -> impl Fn(&dyn std::fmt::Display) -> Self + '_ {
+        move |error| Self(format!("{what}: {error}"))
+    }
+}
+
+/// Exit codes of a rank process; the controller reads only whether it was told to leave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RankExit {
+    /// Told to leave.
+    Left,
+    /// The controller is gone: nothing more can be committed in this life.
+    ControllerLost,
+}
+
+struct TokenSamples(TokenStore);
+
+impl SampleSource for TokenSamples {
+    fn held_out_sequences(&self, domain: DomainIndex) -> u64 {
+        self.0.sequences(domain, Split::HeldOut)
+    }
+
+    fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
+        self.0
+            .fill(domain, Split::Train, sequence, out)
+            .map_err(|e| e.to_string())
+    }
+
+    fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
+        self.0
+            .fill(domain, Split::HeldOut, sequence, out)
+            .map_err(|e| e.to_string())
+    }
+}
+
+/// The data recipe of a run: a function of config and data alone.
+#[must_use]
+pub fn recipe(config: &Config, tokens: &TokenStore) -> Recipe {
+    let domain = |(index, domain): (usize, &tarazed_domain::config::DomainConfig)| DomainRecipe {
+        name: domain.name.clone(),
+        train_sequences: tokens.sequences(DomainIndex(index as u16), Split::Train),
+        weight: domain.weight,
+    };
+    Recipe {
+        seed: config.run.seed,
+        domains: config.data.domains.iter().enumerate().map(domain).collect(),
+        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        data_version: *blake3::hash(tokens.manifest().version.as_bytes()).as_bytes(),
+    }
+}
+
+fn run_token() -> Result<[u8; 32], RankError> {
+    let text = std::env::var(TOKEN_VARIABLE).map_err(|_| {
+        RankError(format!(
+            "{TOKEN_VARIABLE} is not set: rank processes are started by `tarazed train`"
+        ))
+    })?;
+    let mut token = [0; 32];
+    let whole = text.len() == 64
+        && token.iter_mut().zip(text.as_bytes().chunks(2)).all(|(byte, hex)| {
+            let parsed = std::str::from_utf8(hex)
+                .ok()
+                .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+            parsed.is_some_and(|value| {
+                *byte = value;
+                true
+            })
+        });
+    if whole {
+        Ok(token)
+    } else {
+        Err(RankError(format!("{TOKEN_VARIABLE} is not 64 hex digits")))
+    }
+}
+
+/// Runs a rank process until it is told to leave.
+///
+/// # Errors
+/// A [`RankError`] with the cause; the caller prints it and ends with a code other than 0.
+pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
+    let token = run_token()?;
+    let paths = RunPaths::new(&args.run_dir);
+    let config = Config::load(&paths.config(), &[]).map_err(|e| RankError::because("config")(&e))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("actors")
+        .enable_all()
+        .build()
+        .map_err(|e| RankError::because("actor runtime")(&e))?;
+    let exit = runtime.block_on(serve(args, paths, Arc::new(config), token, runtime.handle().clone()));
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    exit
+}
+
+async fn serve(
+    args: &RankArgs,
+    paths: RunPaths,
+    config: Arc<Config>,
+    token: [u8; 32],
+    handle: tokio::runtime::Handle,
+) -> Result<RankExit, RankError> {
+    let member = Member {
+        worker: WorkerId(args.worker),
+        incarnation: Incarnation(args.incarnation),
+    };
+    let tokens = TokenStore::open(&args.data, config.model.context).map_err(|e| RankError::because("data")(&e))?;
+    let recipe = recipe(&config, &tokens);
+    let cursor = DataCursor::new(recipe.clone(), &config.mixture).map_err(|e| RankError::because("data")(&e))?;
+    let rules = FeedRules {
+        context: config.model.context,
+        lane_count: config.batch.lanes,
+        domain_count: config.data.domains.len(),
+        evaluation_interval_steps: config.evaluation.interval_steps,
+        held_out_sequences_max: config.evaluation.sequences_per_domain_max,
+    };
+    let feeder = Feeder::new(cursor, rules, Arc::new(TokenSamples(tokens)));
+    let transport = Transport::Unix {
+        dir: args.sockets.clone(),
+    };
+    let listener = Listener::bind(&transport).map_err(|e| RankError::because("data plane")(&e))?;
+    let address = listener.address();
+    let progress: Arc<Progress> = Arc::default();
+    let store = StoreSource::new(paths.store_location(&config), handle);
+
+    let (exit_sender, exit) = tokio::sync::oneshot::channel();
+    let arguments = RootArguments {
+        member,
+        config: Arc::clone(&config),
+        recipe,
+        feeder: Arc::clone(&feeder),
+        progress: Arc::clone(&progress),
+        store: store.clone(),
+        exit: exit_sender,
+    };
+    let root = RankRoot::start(arguments).await?;
+    let device = DeviceThread {
+        state: RankState::new(Arc::clone(&config), CpuDevice::new(), progress)
+            .map_err(|e| RankError::because("device")(&e))?,
+        member,
+        listener,
+        run_token: token,
+        feeder,
+        source: Box::new(store),
+        events: root.device_events(),
+    };
+    root.start_device(device)?;
+    let rank = root.rank.clone();
+    let uplink = connect_uplink(
+        UplinkConfig {
+            address: args.controller.clone(),
+            token,
+            peer: PeerId {
+                worker: member.worker,
+                incarnation: member.incarnation,
+            },
+            connect: Duration::from_millis(config.timeouts().connect_ms),
+            failure: Duration::from_millis(config.timeouts().failure_ms),
+            supervisor: Some(root.cell()),
+        },
+        move |event| {
+            let message = match event {
+                UplinkEvent::Message(body) => RankMessage::Told(body.into_vec()),
+                UplinkEvent::Lost(reason) => RankMessage::ControllerLost(reason),
+            };
+            // An error means that the rank ends already.
+            let _ = rank.cast(message);
+        },
+    )
+    .await
+    .map_err(|e| RankError::because("control plane")(&e))?;
+    let ready = FromRank::Ready {
+        address,
+        pid: std::process::id(),
+    };
+    let _ = root.rank.cast(RankMessage::Linked(Box::new(uplink), ready));
+    match exit.await {
+        Ok(result) => result,
+        Err(_) => Err(RankError("the rank's root ended without a word".to_owned())),
+    }
+}

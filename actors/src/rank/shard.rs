@@ -1,0 +1,84 @@
+//! `OptimizerShard`: one actor for each optimizer shard this rank holds, the sharder's hand.
+//!
+//! It knows its role and takes snapshots of its shard: a copy on the blocking pool under a read lock, while the device
+//! thread computes the next step (DESIGN.md section 7). The ticket is given back when the copy is made.
+
+use super::writer::{Snapshot, WriterMessage};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
+use tarazed_kernels::CpuDevice;
+use tarazed_train::generation::ShardToSave;
+
+pub enum ShardMessage {
+    /// Copy the state of this step and pass it on to be stored.
+    Snapshot {
+        step: StepsCompleted,
+        generation: Generation,
+        shard: ShardToSave<CpuDevice>,
+    },
+    /// A copy is made.
+    Copied(Box<Snapshot>),
+}
+impl ractor::Message for ShardMessage {}
+
+pub struct OptimizerShard;
+
+pub struct ShardActorState {
+    index: OptimizerShardIndex,
+    writer: ActorRef<WriterMessage>,
+}
+
+impl Actor for OptimizerShard {
+    type Msg = ShardMessage;
+    type State = ShardActorState;
+    type Arguments = (OptimizerShardIndex, ActorRef<WriterMessage>);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<Self::Msg>,
+        (index, writer): Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(ShardActorState { index, writer })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ShardMessage::Snapshot {
+                step,
+                generation,
+                shard,
+            } => {
+                assert_eq!(shard.shard, state.index, "a shard's snapshot comes to its own actor");
+                tokio::task::spawn_blocking(move || {
+                    let snapshot = copy(step, generation, shard);
+                    // An error means that this shard moved to another rank meanwhile.
+                    let _ = myself.cast(ShardMessage::Copied(Box::new(snapshot)));
+                });
+            }
+            ShardMessage::Copied(snapshot) => state.writer.cast(WriterMessage::Store(snapshot))?,
+        }
+        Ok(())
+    }
+}
+
+fn copy(step: StepsCompleted, generation: Generation, shard: ShardToSave<CpuDevice>) -> Snapshot {
+    let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
+    let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    assert_eq!(state.steps, step, "the next update waits for this copy");
+    let snapshot = Snapshot {
+        step,
+        generation,
+        shard: shard.shard,
+        master: state.master.to_vec(),
+        exp_avg: state.first_moment.to_vec(),
+        exp_avg_sq: state.second_moment.to_vec(),
+    };
+    drop(state);
+    drop(shard.ticket);
+    snapshot
+}

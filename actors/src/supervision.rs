@@ -1,0 +1,55 @@
+//! The supervision tree: who is whose parent, and what a death means (SUP-1).
+//!
+//! ```text
+//! controller process                              rank process
+//!   Root                                            RankRoot
+//!   ├─ Coordinator   roster, generations, ledger      ├─ Rank              commands and completions
+//!   ├─ OptimizerSharder  who holds which shard        ├─ OptimizerShard × k  snapshots of what is held
+//!   ├─ Loop: Tsm, Ate, Dmu  signals, decisions        ├─ DataFeeder        samples ahead of time
+//!   ├─ Checkpointer  commit, locate, collect          ├─ CheckpointWriter  uploads
+//!   ├─ Observatory   status, metrics, events          ├─ Uplink            (link::) the session to the controller
+//!   ├─ Hub           (link::) sessions of ranks       └─ + one device thread: the step as a straight line
+//!   └─ NodeAgent     (node::) rank processes
+//!        └─ RankProcess × n
+//! ```
+//!
+//! | who dies | who decides | what it means |
+//! |---|---|---|
+//! | a rank process | the membership machine (`protocol::coordinator`) | survivors go on in a new generation; it is started again within a budget (SUP-3) |
+//! | an actor of a rank process | RankRoot | the process ends with the cause: a whole rank is replaced, never half of one |
+//! | Tsm, Ate or Dmu | Root | all three are made again from the committed trace, within a budget; they hold nothing else (DATA-2, LOOP-1) |
+//! | any other actor of the controller | Root | the run halts with the chain of causes; the trace and the checkpoints are whole, and the next start resumes |
+//!
+//! - **SUP-1** Every actor has a parent that decides what its death means; an unhandled error climbs with its root cause.
+//! - **SUP-3** No restart loop spins: budgets are `protocol::restart`.
+
+use ractor::{ActorCell, SupervisionEvent};
+
+/// A child's end, as its parent sees it.
+#[derive(Debug)]
+pub struct Death {
+    /// Who.
+    pub child: ActorCell,
+    /// Why; an orderly stop without a reason says so.
+    pub cause: String,
+    /// It stopped by itself or was told to, and did not fail.
+    pub orderly: bool,
+}
+
+/// Reads a supervision event; none for those that are no death.
+#[must_use]
+pub fn death(event: SupervisionEvent) -> Option<Death> {
+    match event {
+        SupervisionEvent::ActorFailed(child, error) => Some(Death {
+            child,
+            cause: format!("failed: {error}"),
+            orderly: false,
+        }),
+        SupervisionEvent::ActorTerminated(child, _, reason) => Some(Death {
+            child,
+            cause: reason.unwrap_or_else(|| "stopped".to_owned()),
+            orderly: true,
+        }),
+        _ => None,
+    }
+}

@@ -1,0 +1,1 @@
+//! Simulator, fault injection and verifiers (floor 5).

@@ -1,0 +1,211 @@
+//! AdamW with its block hash in one pass, and the partials of the gradient norm.
+
+use super::lanes::{LANES, Lanes, multiversion};
+use super::pointwise::{for_lanes, get, set};
+use crate::device::AdamwStep;
+use crate::hash::{
+    BlockHash, KEY_FACTORS, KEY_MASK_FIRST, KEY_MASK_SECOND, MIX_FACTOR_1, MIX_FACTOR_2, POSITION_FACTOR, block_seeds,
+};
+use tarazed_domain::BlockIndex;
+
+/// The step's scalars, rounded once from f64.
+#[derive(Clone, Copy)]
+pub(super) struct AdamwScalars {
+    beta1: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    /// `1 - learning_rate · weight_decay`.
+    keep: f32,
+    /// `learning_rate / (1 - beta1^step)`.
+    step_size: f32,
+    /// `1 / sqrt(1 - beta2^step)`.
+    inverse_root_correction: f32,
+    eps: f32,
+    gradient_scale: f32,
+}
+
+impl AdamwScalars {
+    /// # Panics
+    /// If the step is 0: updates are numbered from 1.
+    pub fn new(step: &AdamwStep) -> Self {
+        assert!(step.step > 0, "AdamW updates are numbered from 1");
+        let power = |base: f64| libm::pow(base, step.step as f64);
+        Self {
+            beta1: step.beta1 as f32,
+            one_minus_beta1: (1.0 - step.beta1) as f32,
+            beta2: step.beta2 as f32,
+            one_minus_beta2: (1.0 - step.beta2) as f32,
+            keep: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            step_size: (step.learning_rate / (1.0 - power(step.beta1))) as f32,
+            inverse_root_correction: (1.0 / libm::sqrt(1.0 - power(step.beta2))) as f32,
+            eps: step.eps as f32,
+            gradient_scale: step.gradient_scale,
+        }
+    }
+}
+
+/// One block of optimizer state.
+pub(super) struct BlockState<'a> {
+    pub gradient: &'a [f32],
+    pub master: &'a mut [f32],
+    pub first_moment: &'a mut [f32],
+    pub second_moment: &'a mut [f32],
+    pub working: Option<&'a mut [f32]>,
+}
+
+/// Both sums of a block's hash, and the keys of the next sixteen elements.
+struct Hasher<V: Lanes> {
+    sums: [V::Sums; 2],
+    /// `position · POSITION_FACTOR + seed` of sixteen positions.
+    positions: V::Words,
+    seed: V::Words,
+}
+
+impl<V: Lanes> Hasher<V> {
+    #[inline(always)]
+    fn new(block: BlockIndex) -> Self {
+        let seeds = block_seeds(block);
+        let mut positions = [0_u32; LANES];
+        let mut lane = 0;
+        while lane < LANES {
+            positions[lane] = (lane as u32).wrapping_mul(POSITION_FACTOR).wrapping_add(seeds[0]);
+            lane += 1;
+        }
+        Self {
+            sums: [V::no_sums(); 2],
+            positions: V::load_words(&positions),
+            seed: V::splat_word(seeds[1]),
+        }
+    }
+
+    /// Adds one array's words, under the keys derived from `key`.
+    #[inline(always)]
+    fn add<const ARRAY: usize>(&mut self, key: V::Words, words: V::Words, present: Option<V::Words>) {
+        let first = V::word_and(
+            V::word_mul(key, V::splat_word(KEY_FACTORS[ARRAY][0])),
+            V::splat_word(KEY_MASK_FIRST),
+        );
+        let second = V::word_or(
+            V::word_mul(key, V::splat_word(KEY_FACTORS[ARRAY][1])),
+            V::splat_word(KEY_MASK_SECOND),
+        );
+        let (mut a, mut b) = (V::word_add(words, first), V::word_add(words, second));
+        if let Some(present) = present {
+            a = V::word_and(a, present);
+            b = V::word_and(b, present);
+        }
+        self.sums[0] = V::add_products(self.sums[0], a);
+        self.sums[1] = V::add_products(self.sums[1], b);
+    }
+
+    /// Adds sixteen elements of the three arrays; of a last, shorter run, `len` elements.
+    #[inline(always)]
+    fn update(&mut self, master: V, first_moment: V, second_moment: V, len: usize) {
+        let z = self.positions;
+        self.positions = V::word_add(z, V::splat_word(POSITION_FACTOR.wrapping_mul(LANES as u32)));
+        let z = V::word_xor(z, V::word_shift_right::<16>(z));
+        let z = V::word_xor(V::word_mul(z, V::splat_word(MIX_FACTOR_1)), self.seed);
+        let z = V::word_xor(z, V::word_shift_right::<15>(z));
+        let z = V::word_mul(z, V::splat_word(MIX_FACTOR_2));
+        let key = V::word_xor(z, V::word_shift_right::<16>(z));
+        // Words beyond the block count neither with a key nor with a value; a last odd word keeps its keyed partner.
+        let present = if len == LANES {
+            None
+        } else {
+            let mut mask = [0_u32; LANES];
+            mask[..len.next_multiple_of(2)].fill(u32::MAX);
+            Some(V::load_words(&mask))
+        };
+        self.add::<0>(key, master.words(), present);
+        self.add::<1>(key, first_moment.words(), present);
+        self.add::<2>(key, second_moment.words(), present);
+    }
+
+    #[inline(always)]
+    fn finish(self) -> BlockHash {
+        BlockHash::from_sums([V::total(self.sums[0]), V::total(self.sums[1])])
+    }
+}
+
+#[inline(always)]
+fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> BlockHash {
+    let BlockState {
+        gradient,
+        master,
+        first_moment,
+        second_moment,
+        mut working,
+    } = state;
+    let s = scalars;
+    let (beta1, rest1) = (V::splat(s.beta1), V::splat(s.one_minus_beta1));
+    let (beta2, rest2) = (V::splat(s.beta2), V::splat(s.one_minus_beta2));
+    let (keep, step_size) = (V::splat(s.keep), V::splat(s.step_size));
+    let (correction, eps) = (V::splat(s.inverse_root_correction), V::splat(s.eps));
+    let scale = V::splat(s.gradient_scale);
+    let mut hasher = Hasher::<V>::new(block);
+    for_lanes!(gradient.len(), |range, whole| {
+        let g = get::<V>(gradient, &range, whole).mul(scale);
+        let m = get::<V>(first_moment, &range, whole).mul(beta1);
+        let m = g.fma(rest1, m);
+        let v = get::<V>(second_moment, &range, whole).mul(beta2);
+        let v = g.mul(rest2).fma(g, v);
+        let decayed = get::<V>(master, &range, whole).mul(keep);
+        let denominator = v.sqrt().fma(correction, eps);
+        let p = step_size.fnma(m.div(denominator), decayed);
+        set(m, first_moment, &range, whole);
+        set(v, second_moment, &range, whole);
+        set(p, master, &range, whole);
+        if let Some(working) = &mut working {
+            set(p, working, &range, whole);
+        }
+        // Zero lanes beyond a short end stay zero: every lane's inputs there are zero.
+        hasher.update(p, m, v, range.len());
+    });
+    hasher.finish()
+}
+multiversion!(
+    /// One block's update and its new hash.
+    pub(super) fn adamw(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> BlockHash = adamw_on
+);
+
+#[inline(always)]
+fn block_hash_on<V: Lanes>(
+    block: BlockIndex,
+    master: &[f32],
+    first_moment: &[f32],
+    second_moment: &[f32],
+) -> BlockHash {
+    let mut hasher = Hasher::<V>::new(block);
+    for_lanes!(master.len(), |range, whole| {
+        hasher.update(
+            get(master, &range, whole),
+            get(first_moment, &range, whole),
+            get(second_moment, &range, whole),
+            range.len(),
+        );
+    });
+    hasher.finish()
+}
+multiversion!(
+    /// One block's hash; `crate::hash::block_hash` is its definition.
+    pub(super) fn block_hash(
+        block: BlockIndex,
+        master: &[f32],
+        first_moment: &[f32],
+        second_moment: &[f32],
+    ) -> BlockHash = block_hash_on
+);
+
+#[inline(always)]
+fn square_sum_on<V: Lanes>(x: &[f32]) -> f64 {
+    let mut sums = V::no_wide();
+    for_lanes!(x.len(), |range, whole| {
+        sums = V::add_squares(sums, get(x, &range, whole));
+    });
+    V::wide_total(sums)
+}
+multiversion!(
+    /// Sum of squares, in f64.
+    pub(super) fn square_sum(x: &[f32]) -> f64 = square_sum_on
+);

@@ -1,0 +1,189 @@
+//! What can go wrong with data, each case with its place and its remedy.
+//!
+//! Three groups, by what the caller does next: *reconfigure* (the input or the config must change: never retry),
+//! *rebuild* (the cache is corrupt: delete it, prepare again) and *retry* (storage failed: free space, run again).
+
+use std::path::{Path, PathBuf};
+
+/// Why text could not become tokens, or tokens could not be read back.
+#[derive(Debug, thiserror::Error)]
+pub enum CorpusError {
+    /// Reconfigure: the source does not exist.
+    #[error("{}: no such file or folder (domain '{domain}'); correct data.domains.path", path.display())]
+    MissingPath {
+        /// Domain that names it.
+        domain: String,
+        /// The path as resolved.
+        path: PathBuf,
+    },
+    /// Reconfigure: a source, or a tokenizer, cannot be read.
+    #[error("{}: cannot be read ({source}); check the file and its permissions", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// Reconfigure: a domain without any text.
+    #[error("{}: domain '{domain}' holds no document ({found}); {remedy}", path.display())]
+    EmptyDomain {
+        /// The domain.
+        domain: String,
+        /// Its path.
+        path: PathBuf,
+        /// What was found instead.
+        found: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Reconfigure: a split that does not fill one sequence.
+    #[error(
+        "domain '{domain}': its {split} split has {tokens} tokens in {documents} documents, and one sequence needs \
+         {needed} (model.context + 1); {remedy}"
+    )]
+    TooShort {
+        /// The domain.
+        domain: String,
+        /// `training` or `held-out`.
+        split: &'static str,
+        /// Tokens there are.
+        tokens: u64,
+        /// Documents there are.
+        documents: u64,
+        /// Tokens one sequence needs.
+        needed: u64,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Reconfigure: text that is not UTF-8.
+    #[error("{}: invalid UTF-8 at byte {offset}; convert the file to UTF-8 (e.g. with iconv) or leave it out", path.display())]
+    InvalidUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Offset in bytes from the file's start (in a parquet file: from the value's start, after its row).
+        offset: String,
+    },
+    /// Reconfigure: a line that is not a JSON object.
+    #[error("{}:{line}: not a JSON object ({reason}); correct or remove the line", path.display())]
+    BadRecord {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: u64,
+        /// What the parser says.
+        reason: String,
+    },
+    /// Reconfigure: a JSON object without the text.
+    #[error("{}:{line}: {reason}; set data.domains.text_field to the field that holds the text", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: u64,
+        /// Which field is missing, or is no string.
+        reason: String,
+    },
+    /// Reconfigure: a parquet file without the column.
+    #[error(
+        "{}: no string column '{column}' (its columns: {columns}); set data.domains.text_field to one of them",
+        path.display()
+    )]
+    MissingColumn {
+        /// The file.
+        path: PathBuf,
+        /// Column asked for.
+        column: String,
+        /// Columns there are.
+        columns: String,
+    },
+    /// Reconfigure: a parquet file that cannot be decoded.
+    #[error("{}: not a readable parquet file ({reason}); write it again, or leave it out", path.display())]
+    BadParquet {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder says.
+        reason: String,
+    },
+    /// Reconfigure: one document beyond the limit.
+    #[error("{}: {place} holds a document of more than {limit_bytes} bytes; split it", path.display())]
+    DocumentTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Line or row.
+        place: String,
+        /// The limit.
+        limit_bytes: u64,
+    },
+    /// Retry: a source was written to while it was read.
+    #[error("{}: changed while it was being read; run again when nobody writes to it", path.display())]
+    SourceChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Reconfigure: a tokenizer that cannot be loaded, trained or used.
+    #[error("{}: {reason}; {remedy}", path.display())]
+    Tokenizer {
+        /// The file, or the place it was to be written to.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Reconfigure: token ids that the model has no rows for.
+    #[error(
+        "{}: the tokenizer has {vocabulary} entries and the model {model_vocabulary} rows; raise model.vocabulary or lower \
+         data.tokenizer.vocabulary",
+        path.display()
+    )]
+    VocabularyTooLarge {
+        /// The tokenizer.
+        path: PathBuf,
+        /// Its entries.
+        vocabulary: usize,
+        /// `model.vocabulary`.
+        model_vocabulary: usize,
+    },
+    /// Rebuild: a prepared file is not what its manifest says.
+    #[error("{}: {reason}; delete the folder {} to rebuild it", path.display(), folder.display())]
+    CorruptCache {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+        /// The data set's folder.
+        folder: PathBuf,
+    },
+    /// Retry: the data set cannot be written. What was written so far has been removed.
+    #[error(
+        "{}: cannot be written ({source}); free space or choose another folder, then run again (nothing half written is used)",
+        path.display()
+    )]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+}
+
+impl CorpusError {
+    pub(crate) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Unreadable { path, source }
+    }
+
+    pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Write { path, source }
+    }
+
+    /// A prepared file at fault; the folder to delete is the one it lies in.
+    pub(crate) fn corrupt(path: &Path, reason: impl Into<String>) -> Self {
+        Self::CorruptCache {
+            path: path.to_owned(),
+            reason: reason.into(),
+            folder: path.parent().unwrap_or(path).to_owned(),
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! From the domains of a config to a data set in a folder named after its inputs.
+//!
+//! Straight line: list sources, hash them, and if the folder of that hash is there, done. Otherwise, under a lock on the
+//! parent folder: tokenizer, then each domain (split, encode, write), then the manifest, all in a `.partial` folder that
+//! is renamed when everything in it is synced. A failure at any point leaves no data set, and the partial folder of a
+//! process that died is removed by the next one.
+
+mod build;
+mod events;
+
+pub use events::PrepareEvent;
+
+use crate::error::CorpusError;
+use crate::files::{hash_file, sync_folder};
+use crate::manifest::{DataManifest, MANIFEST_FILE, SourceManifest};
+use crate::source::{self, SourceFile};
+use crate::tokenizer::TOKENIZER_FILE;
+use rayon::prelude::*;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use tarazed_domain::config::{DomainConfig, TokenizerConfig};
+
+/// Part of every recipe: raise it when the same inputs give other tokens.
+const PROGRAM: &str = "tarazed-corpus 1, tokenizers 0.23.2";
+const PARTIAL: &str = ".partial";
+
+/// What to prepare. There is no seed: runs of any seed see the same tokens and the same held-out text.
+#[derive(Clone, Copy, Debug)]
+pub struct PrepareRequest<'a> {
+    /// The domains, in the config's order.
+    pub domains: &'a [DomainConfig],
+    /// How text becomes tokens.
+    pub tokenizer: &'a TokenizerConfig,
+    /// Rows of the model's embedding.
+    pub model_vocabulary: usize,
+    /// Share of documents held out of training.
+    pub held_out_fraction: f64,
+    /// Context length: each split must hold one sequence. The tokens do not depend on it.
+    pub context: usize,
+}
+
+/// A data set that is ready.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Prepared {
+    /// Its folder, for [`crate::TokenStore::open`].
+    pub folder: PathBuf,
+    /// Its manifest.
+    pub manifest: DataManifest,
+    /// Its `tokenizer.json`.
+    pub tokenizer_path: PathBuf,
+}
+
+/// One domain with its files and their hashes.
+struct DomainInput<'a> {
+    config: &'a DomainConfig,
+    files: Vec<SourceFile>,
+    sources: Vec<SourceManifest>,
+}
+
+/// Makes the data set of `request` in a folder under `out_dir`, or finds it there. `progress` hears of each stage.
+///
+/// # Errors
+/// A [`CorpusError`] with place and remedy; then nothing was left behind.
+pub fn prepare(
+    request: &PrepareRequest<'_>,
+    out_dir: &Path,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<Prepared, CorpusError> {
+    assert!(!request.domains.is_empty() && request.context > 0, "a validated config");
+    let inputs = read_inputs(request, progress)?;
+    let recipe = recipe(request, &inputs)?;
+    let folder = out_dir.join(&recipe[..16]);
+    // Without the lock: a data set that is there is whole, and ranks that start together need not queue for it.
+    if folder.join(MANIFEST_FILE).exists() {
+        return reuse(request, &folder, &recipe, progress);
+    }
+    let was_there = out_dir.exists();
+    std::fs::create_dir_all(out_dir).map_err(CorpusError::write(out_dir))?;
+    let lock = lock(out_dir, progress)?;
+    if folder.join(MANIFEST_FILE).exists() {
+        return reuse(request, &folder, &recipe, progress);
+    }
+    remove_stale(out_dir)?;
+    let partial = out_dir.join(format!("{}{PARTIAL}", &recipe[..16]));
+    std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
+    let built = build::build(request, &inputs, &recipe, &partial, progress).and_then(|manifest| {
+        manifest.check_context(request.context)?;
+        sync_folder(&partial)?;
+        std::fs::rename(&partial, &folder).map_err(CorpusError::write(&folder))?;
+        sync_folder(out_dir)
+    });
+    if let Err(error) = built {
+        // Best effort: what stays is never taken for a data set, and the next run removes it.
+        let _ = std::fs::remove_dir_all(&partial);
+        if !was_there {
+            let _ = std::fs::remove_dir(out_dir);
+        }
+        return Err(error);
+    }
+    drop(lock);
+    let prepared = open(request, &folder, &recipe)?;
+    progress(PrepareEvent::Finished {
+        folder,
+        version: prepared.manifest.version.clone(),
+    });
+    Ok(prepared)
+}
+
+fn read_inputs<'a>(
+    request: &PrepareRequest<'a>,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<Vec<DomainInput<'a>>, CorpusError> {
+    let mut inputs = Vec::with_capacity(request.domains.len());
+    let (mut files_all, mut bytes_all) = (0, 0);
+    for config in request.domains {
+        let files = source::list(config)?;
+        let sources = files
+            .par_iter()
+            .map(|file| {
+                let (bytes, hash) = hash_file(&file.path)?;
+                if bytes != file.bytes {
+                    return Err(CorpusError::SourceChanged {
+                        path: file.path.clone(),
+                    });
+                }
+                Ok(SourceManifest {
+                    name: file.name.clone(),
+                    format: file.format,
+                    bytes,
+                    blake3: hash.to_hex().to_string(),
+                })
+            })
+            .collect::<Result<Vec<_>, CorpusError>>()?;
+        files_all += files.len() as u64;
+        bytes_all += files.iter().map(|f| f.bytes).sum::<u64>();
+        inputs.push(DomainInput { config, files, sources });
+    }
+    progress(PrepareEvent::Hashed {
+        files: files_all,
+        bytes: bytes_all,
+    });
+    Ok(inputs)
+}
+
+/// BLAKE3 (hex) over everything that decides the tokens, and nothing else: no path, no weight, no context.
+fn recipe(request: &PrepareRequest<'_>, inputs: &[DomainInput<'_>]) -> Result<String, CorpusError> {
+    let tokenizer = match &request.tokenizer.path {
+        Some(path) => {
+            let config = path.with_file_name("tokenizer_config.json");
+            let beside = if config.exists() {
+                hash_file(&config)?.1.to_hex().to_string()
+            } else {
+                String::new()
+            };
+            serde_json::json!({ "file": hash_file(path)?.1.to_hex().as_str(), "config": beside })
+        }
+        None => serde_json::json!({
+            "vocabulary": trained_vocabulary(request),
+            "train_bytes_max": request.tokenizer.train_bytes_max,
+        }),
+    };
+    let domains: Vec<_> = inputs
+        .iter()
+        .map(|input| {
+            let c = input.config;
+            serde_json::json!([c.name, c.language, c.text_field, input.sources])
+        })
+        .collect();
+    let all = serde_json::json!({
+        "program": PROGRAM,
+        "tokenizer": tokenizer,
+        "held_out_fraction_bits": request.held_out_fraction.to_bits(),
+        "domains": domains,
+    });
+    Ok(blake3::hash(all.to_string().as_bytes()).to_hex().to_string())
+}
+
+const fn trained_vocabulary(request: &PrepareRequest<'_>) -> usize {
+    if request.tokenizer.vocabulary == 0 {
+        request.model_vocabulary
+    } else {
+        request.tokenizer.vocabulary
+    }
+}
+
+/// Holds the folder for one preparing process; the system lets go when the process ends, however it ends.
+fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, CorpusError> {
+    let file = File::open(out_dir).map_err(CorpusError::write(out_dir))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(std::fs::TryLockError::WouldBlock) => {
+            progress(PrepareEvent::Waiting {
+                folder: out_dir.to_owned(),
+            });
+            file.lock().map_err(CorpusError::write(out_dir))?;
+        }
+        Err(std::fs::TryLockError::Error(e)) => return Err(CorpusError::write(out_dir)(e)),
+    }
+    Ok(file)
+}
+
+/// Removes what a process that died while preparing has left. Called with the lock held: nobody else is at it.
+fn remove_stale(out_dir: &Path) -> Result<(), CorpusError> {
+    for entry in std::fs::read_dir(out_dir).map_err(CorpusError::write(out_dir))? {
+        let path = entry.map_err(CorpusError::write(out_dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name
+            .strip_suffix(PARTIAL)
+            .is_some_and(|stem| stem.len() == 16 && stem.bytes().all(|b| b.is_ascii_hexdigit()))
+        {
+            std::fs::remove_dir_all(&path).map_err(CorpusError::write(&path))?;
+        }
+    }
+    Ok(())
+}
+
+fn reuse(
+    request: &PrepareRequest<'_>,
+    folder: &Path,
+    recipe: &str,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<Prepared, CorpusError> {
+    let prepared = open(request, folder, recipe)?;
+    progress(PrepareEvent::Reused {
+        folder: folder.to_owned(),
+        version: prepared.manifest.version.clone(),
+    });
+    Ok(prepared)
+}
+
+fn open(request: &PrepareRequest<'_>, folder: &Path, recipe: &str) -> Result<Prepared, CorpusError> {
+    let manifest = DataManifest::load(folder)?;
+    if manifest.recipe != recipe {
+        return Err(CorpusError::corrupt(
+            &folder.join(MANIFEST_FILE),
+            "was made from other inputs",
+        ));
+    }
+    let tokenizer_path = folder.join(TOKENIZER_FILE);
+    build::check_vocabulary(&tokenizer_path, manifest.tokenizer.vocabulary, request.model_vocabulary)?;
+    manifest.check_context(request.context)?;
+    Ok(Prepared {
+        folder: folder.to_owned(),
+        manifest,
+        tokenizer_path,
+    })
+}

@@ -1,0 +1,139 @@
+//! What a person is told while a data set is made.
+
+use std::fmt;
+use std::path::PathBuf;
+use tarazed_domain::config::Language;
+
+/// One stage of preparing; its `Display` is a line to print.
+#[derive(Clone, PartialEq, Debug)]
+pub enum PrepareEvent {
+    /// Another process prepares in the same folder.
+    Waiting {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// All sources are hashed.
+    Hashed {
+        /// Their number.
+        files: u64,
+        /// Their bytes.
+        bytes: u64,
+    },
+    /// The data set was there.
+    Reused {
+        /// Its folder.
+        folder: PathBuf,
+        /// Its version.
+        version: String,
+    },
+    /// Tokenizer training begins.
+    TokenizerTraining {
+        /// Documents trained on.
+        documents: u64,
+        /// Their UTF-8 bytes.
+        bytes: u64,
+        /// Entries asked for.
+        vocabulary: usize,
+    },
+    /// The tokenizer is there.
+    TokenizerReady {
+        /// Its entries.
+        vocabulary: usize,
+    },
+    /// Part of a domain is encoded.
+    DomainProgress {
+        /// The domain.
+        name: String,
+        /// Documents so far.
+        documents: u64,
+        /// Their UTF-8 bytes.
+        text_bytes: u64,
+    },
+    /// A domain is encoded.
+    DomainFinished {
+        /// The domain.
+        name: String,
+        /// Its language.
+        language: Language,
+        /// Documents kept.
+        documents: u64,
+        /// Documents left out.
+        dropped: u64,
+        /// Training tokens.
+        train_tokens: u64,
+        /// Held-out tokens.
+        held_out_tokens: u64,
+    },
+    /// The data set is whole and durable.
+    Finished {
+        /// Its folder.
+        folder: PathBuf,
+        /// Its version.
+        version: String,
+    },
+}
+
+impl fmt::Display for PrepareEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mega = |bytes: u64| bytes as f64 / 1e6;
+        match self {
+            Self::Waiting { folder } => {
+                write!(
+                    f,
+                    "data: another process is preparing {}; waiting for it",
+                    folder.display()
+                )
+            }
+            Self::Hashed { files, bytes } => write!(f, "data: {files} source files, {:.1} MB", mega(*bytes)),
+            Self::Reused { folder, version } => {
+                write!(
+                    f,
+                    "data: {} is up to date (version {})",
+                    folder.display(),
+                    short(version)
+                )
+            }
+            Self::TokenizerTraining {
+                documents,
+                bytes,
+                vocabulary,
+            } => write!(
+                f,
+                "tokenizer: training {vocabulary} entries on {documents} documents, {:.1} MB",
+                mega(*bytes)
+            ),
+            Self::TokenizerReady { vocabulary } => write!(f, "tokenizer: {vocabulary} entries"),
+            Self::DomainProgress {
+                name,
+                documents,
+                text_bytes,
+            } => {
+                write!(
+                    f,
+                    "domain {name}: {documents} documents, {:.1} MB so far",
+                    mega(*text_bytes)
+                )
+            }
+            Self::DomainFinished {
+                name,
+                language,
+                documents,
+                dropped,
+                train_tokens,
+                held_out_tokens,
+            } => write!(
+                f,
+                "domain {name} ({}): {documents} documents, {train_tokens} training and {held_out_tokens} held-out \
+                 tokens, {dropped} documents left out",
+                language.name()
+            ),
+            Self::Finished { folder, version } => {
+                write!(f, "data: {} written (version {})", folder.display(), short(version))
+            }
+        }
+    }
+}
+
+fn short(version: &str) -> &str {
+    version.get(..12).unwrap_or(version)
+}

@@ -1,0 +1,427 @@
+//! Token shards: a checked header, the tokens, and a table of chunk hashes.
+//!
+//! ```text
+//! 0    magic "TZTOKENS"            40   vocabulary u32 (every id is below it)
+//! 8    version u32                 44   zero
+//! 12   bytes per token u16 (2, 4)  64   BLAKE3 of the chunk table
+//! 14   zero u16                    96   BLAKE3 of bytes 0..96
+//! 16   tokens u64                  128  payload: tokens, little-endian
+//! 24   payload bytes u64           …    chunk table: BLAKE3 of each CHUNK_BYTES of the payload
+//! 32   chunk bytes u32
+//! 36   chunks u32
+//! ```
+//! The header's hash covers the table's, which covers the payload, so the header's hash stands for the file. A reader
+//! checks header and table when it opens the file and each chunk before its first use: no byte is used unchecked, and
+//! opening costs the same for a terabyte as for a megabyte, but for the table (0.01% of the payload).
+//!
+//! Read with positioned reads, not through a memory map: a disk that fails or a file that shrinks must be an error here,
+//! and not a SIGBUS in the middle of a step.
+
+use crate::error::CorpusError;
+use crate::files::file_name;
+use crate::manifest::FileManifest;
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const MAGIC: &[u8; 8] = b"TZTOKENS";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 128;
+/// Unit of checking.
+pub(crate) const CHUNK_BYTES: usize = 256 * 1024;
+/// A longer stream goes on in another file.
+pub(crate) const SHARD_TOKENS_MAX: u64 = 512 * 1024 * 1024;
+
+/// Bytes of one stored token.
+pub(crate) const fn token_bytes(vocabulary: usize) -> usize {
+    if vocabulary <= 1 << 16 { 2 } else { 4 }
+}
+
+/// Writes one token shard; nothing reads it before [`ShardWriter::finish`] has returned.
+pub(crate) struct ShardWriter {
+    file: BufWriter<File>,
+    path: PathBuf,
+    vocabulary: usize,
+    tokens: u64,
+    chunk: Vec<u8>,
+    table: Vec<u8>,
+}
+
+impl ShardWriter {
+    pub(crate) fn create(path: &Path, vocabulary: usize) -> Result<Self, CorpusError> {
+        let mut file = BufWriter::with_capacity(CHUNK_BYTES, File::create_new(path).map_err(CorpusError::write(path))?);
+        // A file that is never finished keeps this empty header, which no reader accepts.
+        file.write_all(&[0; HEADER_BYTES]).map_err(CorpusError::write(path))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            vocabulary,
+            tokens: 0,
+            chunk: Vec::with_capacity(CHUNK_BYTES),
+            table: Vec::new(),
+        })
+    }
+
+    pub(crate) const fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// Appends tokens.
+    ///
+    /// # Panics
+    /// If an id is not below the vocabulary: the tokenizer was asked for it just before.
+    pub(crate) fn push(&mut self, tokens: &[u32]) -> Result<(), CorpusError> {
+        let width = token_bytes(self.vocabulary);
+        for &token in tokens {
+            assert!(
+                (token as usize) < self.vocabulary,
+                "token {token} outside the vocabulary"
+            );
+            self.chunk.extend_from_slice(&token.to_le_bytes()[..width]);
+            if self.chunk.len() == CHUNK_BYTES {
+                self.flush_chunk()?;
+            }
+        }
+        self.tokens += tokens.len() as u64;
+        Ok(())
+    }
+
+    fn flush_chunk(&mut self) -> Result<(), CorpusError> {
+        self.table.extend_from_slice(blake3::hash(&self.chunk).as_bytes());
+        self.file
+            .write_all(&self.chunk)
+            .map_err(CorpusError::write(&self.path))?;
+        self.chunk.clear();
+        Ok(())
+    }
+
+    /// Writes table and header and syncs.
+    pub(crate) fn finish(mut self) -> Result<FileManifest, CorpusError> {
+        if !self.chunk.is_empty() {
+            self.flush_chunk()?;
+        }
+        let header = Header {
+            token_bytes: token_bytes(self.vocabulary),
+            tokens: self.tokens,
+            vocabulary: self.vocabulary as u32,
+        };
+        let bytes = header.encode(&self.table);
+        let hash = blake3::hash(&bytes[..96]).to_hex().to_string();
+        let mut finish = || -> std::io::Result<()> {
+            self.file.write_all(&self.table)?;
+            self.file.seek(SeekFrom::Start(0))?;
+            self.file.write_all(&bytes)?;
+            self.file.flush()?;
+            self.file.get_ref().sync_all()
+        };
+        finish().map_err(CorpusError::write(&self.path))?;
+        Ok(FileManifest {
+            name: file_name(&self.path),
+            bytes: header.file_bytes(),
+            blake3: hash,
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Header {
+    token_bytes: usize,
+    tokens: u64,
+    vocabulary: u32,
+}
+
+impl Header {
+    const fn payload_bytes(&self) -> u64 {
+        self.tokens * self.token_bytes as u64
+    }
+
+    const fn chunks(&self) -> u64 {
+        self.payload_bytes().div_ceil(CHUNK_BYTES as u64)
+    }
+
+    const fn file_bytes(&self) -> u64 {
+        HEADER_BYTES as u64 + self.payload_bytes() + self.chunks() * 32
+    }
+
+    fn encode(&self, table: &[u8]) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[12..14].copy_from_slice(&(self.token_bytes as u16).to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.tokens.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.payload_bytes().to_le_bytes());
+        bytes[32..36].copy_from_slice(&(CHUNK_BYTES as u32).to_le_bytes());
+        bytes[36..40].copy_from_slice(&(self.chunks() as u32).to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.vocabulary.to_le_bytes());
+        bytes[64..96].copy_from_slice(blake3::hash(table).as_bytes());
+        let hash = blake3::hash(&bytes[..96]);
+        bytes[96..].copy_from_slice(hash.as_bytes());
+        bytes
+    }
+
+    /// The header and its table's hash, or what is wrong. The hash has been checked, so the fields are ours.
+    fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, [u8; 32]), String> {
+        if &bytes[..8] != MAGIC {
+            return Err("is not a token shard (wrong magic)".to_owned());
+        }
+        if blake3::hash(&bytes[..96]).as_bytes()[..] != bytes[96..] {
+            return Err("its header does not match the header's hash".to_owned());
+        }
+        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        if u32_at(8) != VERSION {
+            return Err(format!("has version {}, and this program reads {VERSION}", u32_at(8)));
+        }
+        let header = Self {
+            token_bytes: usize::from(bytes[12]),
+            tokens: u64_at(16),
+            vocabulary: u32_at(40),
+        };
+        let known = matches!(header.token_bytes, 2 | 4)
+            && header.tokens <= SHARD_TOKENS_MAX
+            && u32_at(32) as usize == CHUNK_BYTES
+            && u64::from(u32_at(36)) == header.chunks()
+            && u64_at(24) == header.payload_bytes();
+        if !known {
+            return Err("its header holds impossible sizes".to_owned());
+        }
+        let mut table = [0; 32];
+        table.copy_from_slice(&bytes[64..96]);
+        Ok((header, table))
+    }
+}
+
+/// A token shard opened for reading.
+#[derive(Debug)]
+pub(crate) struct ShardReader {
+    file: File,
+    path: PathBuf,
+    header: Header,
+    table: Vec<u8>,
+    checked: Vec<AtomicBool>,
+}
+
+impl ShardReader {
+    /// Opens a shard and checks header, length, table and that it is the one its manifest means.
+    pub(crate) fn open(folder: &Path, described: &FileManifest) -> Result<Self, CorpusError> {
+        let path = folder.join(&described.name);
+        let corrupt = |reason: String| CorpusError::corrupt(&path, reason);
+        let file = File::open(&path).map_err(|e| corrupt(format!("cannot be opened ({e})")))?;
+        let length = file.metadata().map_err(CorpusError::unreadable(&path))?.len();
+        if length != described.bytes || length < HEADER_BYTES as u64 {
+            return Err(corrupt(format!("has {length} bytes instead of {}", described.bytes)));
+        }
+        let read = |bytes: &mut [u8], at: u64| {
+            file.read_exact_at(bytes, at)
+                .map_err(|e| corrupt(format!("cannot be read at byte {at} ({e})")))
+        };
+        let mut bytes = [0; HEADER_BYTES];
+        read(&mut bytes, 0)?;
+        let (header, table_hash) = Header::decode(&bytes).map_err(corrupt)?;
+        if blake3::hash(&bytes[..96]).to_hex().as_str() != described.blake3 {
+            return Err(corrupt("is another shard than data.json names".to_owned()));
+        }
+        if header.file_bytes() != length {
+            return Err(corrupt(format!(
+                "has {length} bytes instead of {}",
+                header.file_bytes()
+            )));
+        }
+        let chunks = header.chunks() as usize;
+        let mut table = vec![0; chunks * 32];
+        read(&mut table, HEADER_BYTES as u64 + header.payload_bytes())?;
+        if blake3::hash(&table).as_bytes() != &table_hash {
+            return Err(corrupt("its chunk table does not match its hash".to_owned()));
+        }
+        Ok(Self {
+            checked: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
+            file,
+            path,
+            header,
+            table,
+        })
+    }
+
+    pub(crate) const fn tokens(&self) -> u64 {
+        self.header.tokens
+    }
+
+    pub(crate) const fn vocabulary(&self) -> u32 {
+        self.header.vocabulary
+    }
+
+    pub(crate) const fn payload_bytes(&self) -> u64 {
+        self.header.payload_bytes()
+    }
+
+    /// Checks every chunk.
+    pub(crate) fn check_all(&self) -> Result<(), CorpusError> {
+        (0..self.checked.len()).try_for_each(|chunk| self.check(chunk))
+    }
+
+    fn check(&self, chunk: usize) -> Result<(), CorpusError> {
+        // Relaxed: the flag guards no memory, and a chunk checked twice does no harm.
+        if self.checked[chunk].load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let start = chunk * CHUNK_BYTES;
+        let length = CHUNK_BYTES.min(self.header.payload_bytes() as usize - start);
+        let mut bytes = vec![0; length];
+        self.read_at(&mut bytes, start)?;
+        if blake3::hash(&bytes).as_bytes()[..] != self.table[chunk * 32..chunk * 32 + 32] {
+            let reason = format!(
+                "the hash of its tokens does not match (payload bytes {start}..{})",
+                start + length
+            );
+            return Err(CorpusError::corrupt(&self.path, reason));
+        }
+        self.checked[chunk].store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn read_at(&self, bytes: &mut [u8], payload_offset: usize) -> Result<(), CorpusError> {
+        let at = (HEADER_BYTES + payload_offset) as u64;
+        self.file
+            .read_exact_at(bytes, at)
+            .map_err(|e| CorpusError::corrupt(&self.path, format!("cannot be read at byte {at} ({e})")))
+    }
+
+    /// Tokens `start..start + out.len()`, each of their chunks checked before.
+    ///
+    /// # Panics
+    /// If the range is not inside the shard.
+    pub(crate) fn read(&self, start: u64, out: &mut [u32]) -> Result<(), CorpusError> {
+        assert!(
+            start + out.len() as u64 <= self.header.tokens,
+            "range outside the shard"
+        );
+        if out.is_empty() {
+            return Ok(());
+        }
+        let width = self.header.token_bytes;
+        let (first, length) = (start as usize * width, out.len() * width);
+        for chunk in first / CHUNK_BYTES..=(first + length - 1) / CHUNK_BYTES {
+            self.check(chunk)?;
+        }
+        let mut bytes = vec![0; length];
+        self.read_at(&mut bytes, first)?;
+        for (token, raw) in out.iter_mut().zip(bytes.chunks_exact(width)) {
+            *token = match *raw {
+                [a, b] => u32::from(u16::from_le_bytes([a, b])),
+                [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+                _ => unreachable!("two or four bytes, by the header"),
+            };
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn write(folder: &Path, tokens: &[u32], vocabulary: usize) -> FileManifest {
+        let mut writer = ShardWriter::create(&folder.join("a.tokens"), vocabulary).unwrap();
+        for piece in tokens.chunks(1000) {
+            writer.push(piece).unwrap();
+        }
+        writer.finish().unwrap()
+    }
+
+    fn read_all(folder: &Path, described: &FileManifest) -> Result<Vec<u32>, CorpusError> {
+        let shard = ShardReader::open(folder, described)?;
+        let mut out = vec![0; shard.tokens() as usize];
+        shard.read(0, &mut out)?;
+        Ok(out)
+    }
+
+    #[test]
+    fn round_trip_in_both_widths_and_across_chunks() {
+        for (vocabulary, count) in [
+            (300_usize, 0_u32),
+            (300, 1),
+            (300, 140_000),
+            (70_000, 300_000),
+            (65_536, 131_072),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let tokens: Vec<u32> = (0..count)
+                .map(|i| i.wrapping_mul(2_654_435_761) % vocabulary as u32)
+                .collect();
+            let described = write(folder.path(), &tokens, vocabulary);
+            assert_eq!(read_all(folder.path(), &described).unwrap(), tokens);
+            let shard = ShardReader::open(folder.path(), &described).unwrap();
+            for start in (0..count).step_by(9_973) {
+                let mut out = vec![0; (count - start).min(257) as usize];
+                shard.read(u64::from(start), &mut out).unwrap();
+                assert_eq!(out, tokens[start as usize..start as usize + out.len()]);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+        /// No byte is used unchecked: one bit changed anywhere, and the shard is refused.
+        #[test]
+        fn any_flipped_bit_is_refused(place in 0.0..1.0_f64, bit in 0..8_u32, count in 1..5_000_u32) {
+            let folder = tempfile::tempdir().unwrap();
+            let tokens: Vec<u32> = (0..count).map(|i| i % 300).collect();
+            let described = write(folder.path(), &tokens, 300);
+            let path = folder.path().join("a.tokens");
+            let mut bytes = std::fs::read(&path).unwrap();
+            let at = (place * bytes.len() as f64) as usize;
+            bytes[at] ^= 1 << bit;
+            std::fs::write(&path, &bytes).unwrap();
+            let refused = matches!(read_all(folder.path(), &described), Err(CorpusError::CorruptCache { .. }));
+            prop_assert!(refused, "byte {} of {}", at, bytes.len());
+        }
+
+        #[test]
+        fn any_other_length_is_refused(cut in 1..500_usize, grow in any::<bool>()) {
+            let folder = tempfile::tempdir().unwrap();
+            let described = write(folder.path(), &[7; 400], 300);
+            let path = folder.path().join("a.tokens");
+            let mut bytes = std::fs::read(&path).unwrap();
+            if grow {
+                bytes.extend(vec![0; cut]);
+            } else {
+                bytes.truncate(bytes.len() - cut);
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            let refused = matches!(read_all(folder.path(), &described), Err(CorpusError::CorruptCache { .. }));
+            prop_assert!(refused);
+        }
+    }
+
+    #[test]
+    fn an_unfinished_shard_and_a_swapped_one_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let described = write(folder.path(), &[1, 2, 3], 300);
+        let other = tempfile::tempdir().unwrap();
+        write(other.path(), &[3, 2, 1], 300);
+        let error = read_all(other.path(), &described).unwrap_err().to_string();
+        assert!(
+            error.contains("another shard") && error.contains("delete the folder"),
+            "{error}"
+        );
+
+        let mut writer = ShardWriter::create(&folder.path().join("b.tokens"), 300).unwrap();
+        writer.push(&[1; 200_000]).unwrap();
+        drop(writer);
+        let bytes = std::fs::metadata(folder.path().join("b.tokens")).unwrap().len();
+        let claimed = FileManifest {
+            name: "b.tokens".to_owned(),
+            bytes,
+            blake3: String::new(),
+        };
+        assert!(
+            read_all(folder.path(), &claimed)
+                .unwrap_err()
+                .to_string()
+                .contains("magic")
+        );
+    }
+}

@@ -1,0 +1,157 @@
+//! The corpus that ships with the project, prepared as the quickstart does it.
+
+// A test fails by panicking.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tarazed_corpus::{PrepareRequest, Split, TokenStore, prepare};
+use tarazed_domain::DomainIndex;
+use tarazed_domain::config::{DomainConfig, Language, SourceFormat, TokenizerConfig};
+
+const VOCABULARY: usize = 4096;
+const CONTEXT: usize = 256;
+
+fn corpus() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/corpus")
+}
+
+fn domains() -> Vec<DomainConfig> {
+    let text = std::fs::read_to_string(corpus().join("PROVENANCE.json")).unwrap();
+    let list: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
+    list.iter()
+        .map(|entry| {
+            let file = entry["file"].as_str().unwrap();
+            DomainConfig {
+                name: file.trim_end_matches(".jsonl").to_owned(),
+                path: corpus().join(file),
+                format: SourceFormat::Auto,
+                language: serde_json::from_value::<Language>(entry["language"].clone()).unwrap(),
+                weight: 1.0,
+                text_field: "text".to_owned(),
+            }
+        })
+        .collect()
+}
+
+fn texts(path: &Path) -> Vec<String> {
+    let file = std::fs::read_to_string(path).unwrap();
+    let text = |line: &str| {
+        serde_json::from_str::<serde_json::Value>(line).unwrap()["text"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    file.lines().map(text).collect()
+}
+
+/// Every domain fills sequences in both splits, both languages are there, and two preparations agree bit for bit (DET-1:
+/// the tokenizer's training too, on real text and on all threads).
+#[test]
+fn it_fills_sequences_in_every_domain_and_is_reproducible() {
+    let domains = domains();
+    assert!(domains.len() >= 6);
+    let tokenizer = TokenizerConfig {
+        path: None,
+        vocabulary: VOCABULARY,
+        train_bytes_max: 64 << 20,
+    };
+    let request = PrepareRequest {
+        domains: &domains,
+        tokenizer: &tokenizer,
+        model_vocabulary: VOCABULARY,
+        held_out_fraction: 0.03,
+        context: CONTEXT,
+    };
+    let out = tempfile::tempdir().unwrap();
+    let started = Instant::now();
+    let prepared = prepare(&request, out.path(), &mut |event| {
+        println!("{:6.2} s  {event}", started.elapsed().as_secs_f64())
+    });
+    let prepared = prepared.unwrap();
+    let manifest = &prepared.manifest;
+    assert_eq!(manifest.tokenizer.vocabulary, VOCABULARY);
+    let started = Instant::now();
+    let again = prepare(&request, out.path(), &mut |event| println!("{event}")).unwrap();
+    println!("reused in {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
+    assert_eq!(again, prepared);
+    let started = Instant::now();
+    let store = TokenStore::open(&prepared.folder, CONTEXT).unwrap();
+    println!("opened and checked in {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
+
+    let mut languages = HashSet::new();
+    for (index, domain) in manifest.domains.iter().enumerate() {
+        let index = DomainIndex(index as u16);
+        languages.insert(domain.language);
+        println!(
+            "{:14} {:4} documents {:5}+{:3}, tokens {:7}+{:6}, bytes a token {:.2}, unigram entropy {:.3} (own {:.3})",
+            domain.name,
+            domain.language.name(),
+            domain.train.documents,
+            domain.held_out.documents,
+            domain.train.tokens,
+            domain.held_out.tokens,
+            domain.held_out.text_bytes as f64 / domain.held_out.tokens as f64,
+            domain.unigram_entropy_nats.unwrap(),
+            domain.unigram_entropy_own_nats.unwrap(),
+        );
+        assert!(store.sequences(index, Split::Train) >= 200, "{}", domain.name);
+        assert!(store.sequences(index, Split::HeldOut) >= 4, "{}", domain.name);
+        assert!(
+            domain.dropped.is_empty(),
+            "{}: the script leaves nothing to drop",
+            domain.name
+        );
+    }
+    for language in &manifest.languages {
+        println!("{:?}", language);
+    }
+    assert!(languages.contains(&Language::En) && languages.contains(&Language::Zh));
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    let second = prepare(&request, elsewhere.path(), &mut |_| ()).unwrap();
+    assert_eq!(second.manifest, prepared.manifest);
+    assert_eq!(
+        std::fs::read(&second.tokenizer_path).unwrap(),
+        std::fs::read(&prepared.tokenizer_path).unwrap()
+    );
+}
+
+/// Held-out text is not training text in other words: of the 24-character pieces of a document, only few stand in any other
+/// document of the corpus, whatever its domain.
+#[test]
+fn no_document_is_a_near_copy_of_another() {
+    let mut seen: HashSet<u64> = HashSet::new();
+    let mut all = 0_usize;
+    let mut repeated = 0_usize;
+    for domain in domains() {
+        for text in texts(&domain.path) {
+            let bare: Vec<char> = text.chars().filter(|c| !c.is_whitespace()).collect();
+            let pieces: HashSet<u64> = bare
+                .windows(24)
+                .map(|piece| {
+                    let text: String = piece.iter().collect();
+                    let hash = blake3::hash(text.as_bytes());
+                    u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap())
+                })
+                .filter(|hash| hash % 8 == 0)
+                .collect();
+            let again = pieces.iter().filter(|piece| seen.contains(piece)).count();
+            assert!(
+                pieces.len() < 20 || again * 10 < pieces.len() * 6,
+                "{}: {}",
+                domain.name,
+                &text[..text.len().min(200)]
+            );
+            all += pieces.len();
+            repeated += again;
+            seen.extend(pieces);
+        }
+    }
+    println!(
+        "{:.1}% of the corpus's 24-character pieces occur in an earlier document",
+        repeated as f64 / all as f64 * 100.0
+    );
+    assert!(repeated * 10 < all, "{repeated} of {all}");
+}

@@ -1,0 +1,450 @@
+//! The sections of a config. Units and qualifiers stand last in each name.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// `[run]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Name of the run; the default run folder is `runs/<name>`.
+    pub name: String,
+    /// Seed of initial weights and sample order.
+    pub seed: u64,
+    /// Optimizer updates in all.
+    pub steps: u64,
+    /// Run folder; empty for the default.
+    #[serde(default)]
+    pub dir: PathBuf,
+}
+
+/// `[model]`: an Aquila2-architecture decoder (arXiv 2408.07410, Table 1).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Hidden size.
+    pub hidden: usize,
+    /// Inner size of the SwiGLU MLP.
+    pub ffn: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads; equal to `heads` for plain multi-head attention.
+    pub kv_heads: usize,
+    /// Context length in tokens.
+    pub context: usize,
+    /// Rows of the embedding and of the head.
+    pub vocabulary: usize,
+    /// RoPE base.
+    #[serde(default = "rope_theta")]
+    pub rope_theta: f64,
+    /// RMSNorm epsilon.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Standard deviation of initial weights.
+    pub init_std: f64,
+    /// Initial value of norm weights.
+    #[serde(default = "one")]
+    pub norm_init: f64,
+}
+
+impl ModelConfig {
+    /// Elements of one head.
+    #[must_use]
+    pub const fn head_dim(&self) -> usize {
+        self.hidden / self.heads
+    }
+}
+
+const fn rope_theta() -> f64 {
+    10_000.0
+}
+const fn norm_eps() -> f64 {
+    1e-5
+}
+const fn one() -> f64 {
+    1.0
+}
+
+/// `[batch]`: the global batch is `lanes × sequences_per_lane` sequences of `model.context` tokens.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Fixed slices of the global batch; at least the largest world size.
+    pub lanes: u32,
+    /// Sequences of one lane.
+    pub sequences_per_lane: u32,
+    /// Sequences of one micro-batch; divides `sequences_per_lane`.
+    pub micro_batch_sequences: u32,
+}
+
+/// `[optimizer]`: AdamW with global-norm clipping.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    #[serde(default)]
+    pub schedule: LearningRateSchedule,
+    /// First-moment decay.
+    #[serde(default = "beta1")]
+    pub beta1: f64,
+    /// Second-moment decay.
+    #[serde(default = "beta2")]
+    pub beta2: f64,
+    /// Denominator epsilon.
+    #[serde(default = "adam_eps")]
+    pub eps: f64,
+    /// Decoupled weight decay; not on norm weights.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// Global gradient norm is clipped to this.
+    #[serde(default = "one")]
+    pub clip_norm: f64,
+    /// Elements of a fixed block: the unit of norm partials and hashes.
+    #[serde(default = "block_elements")]
+    pub block_elements: usize,
+    /// Optimizer shards at most; independent of the world size.
+    #[serde(default = "shards")]
+    pub shards: usize,
+    /// Copies of each optimizer shard, its primary included.
+    #[serde(default = "replicas")]
+    pub replicas: u32,
+}
+
+impl OptimizerConfig {
+    /// The part that decides numbers: everything but the number of shards and copies.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        format!(
+            "{:?}",
+            (
+                self.learning_rate,
+                &self.schedule,
+                self.beta1,
+                self.beta2,
+                self.eps,
+                self.weight_decay,
+                self.clip_norm,
+                self.block_elements
+            )
+        )
+    }
+}
+
+const fn beta1() -> f64 {
+    0.9
+}
+const fn beta2() -> f64 {
+    0.95
+}
+const fn adam_eps() -> f64 {
+    1e-8
+}
+const fn weight_decay() -> f64 {
+    0.1
+}
+const fn block_elements() -> usize {
+    65_536
+}
+const fn shards() -> usize {
+    16
+}
+const fn replicas() -> u32 {
+    2
+}
+
+/// Course of the learning rate, by step.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, tag = "kind", rename_all = "snake_case")]
+pub enum LearningRateSchedule {
+    /// Linear warm-up, then cosine to `final_fraction` of the peak at `decay_steps`, then level.
+    Cosine {
+        /// Steps of linear warm-up.
+        warmup_steps: u64,
+        /// Step at which the cosine ends; `run.steps` of the file where it is absent.
+        #[serde(default)]
+        decay_steps: u64,
+        /// Final over peak rate.
+        final_fraction: f64,
+    },
+    /// Linear warm-up, then level.
+    Constant {
+        /// Steps of linear warm-up.
+        warmup_steps: u64,
+    },
+}
+
+impl Default for LearningRateSchedule {
+    fn default() -> Self {
+        Self::Cosine {
+            warmup_steps: 100,
+            decay_steps: 0,
+            final_fraction: 0.1,
+        }
+    }
+}
+
+impl LearningRateSchedule {
+    pub(crate) fn fill_decay_steps(&mut self, steps: u64) {
+        if let Self::Cosine { decay_steps, .. } = self
+            && *decay_steps == 0
+        {
+            *decay_steps = steps;
+        }
+    }
+
+    /// Learning rate over its peak for the step with index `step` (from 0).
+    #[must_use]
+    pub fn fraction(&self, step: u64) -> f64 {
+        let (warmup_steps, decay) = match *self {
+            Self::Cosine {
+                warmup_steps,
+                decay_steps,
+                final_fraction,
+            } => (warmup_steps, Some((decay_steps, final_fraction))),
+            Self::Constant { warmup_steps } => (warmup_steps, None),
+        };
+        if step < warmup_steps {
+            return (step + 1) as f64 / warmup_steps as f64;
+        }
+        let Some((decay_steps, final_fraction)) = decay else {
+            return 1.0;
+        };
+        let span = decay_steps.saturating_sub(warmup_steps).max(1);
+        let done = ((step - warmup_steps) as f64 / span as f64).min(1.0);
+        final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+    }
+}
+
+/// `[data]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// How text becomes tokens.
+    #[serde(default)]
+    pub tokenizer: TokenizerConfig,
+    /// Share of each domain's documents that is held out of training.
+    #[serde(default = "held_out_fraction")]
+    pub held_out_fraction: f64,
+    /// The domains, in a fixed order.
+    pub domains: Vec<DomainConfig>,
+}
+
+const fn held_out_fraction() -> f64 {
+    0.03
+}
+
+/// `[data.tokenizer]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TokenizerConfig {
+    /// A ready `tokenizer.json`; trained on the domains' text where it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Entries of a trained tokenizer, specials included; 0 means `model.vocabulary`.
+    pub vocabulary: usize,
+    /// Training text is sampled down to this many bytes.
+    pub train_bytes_max: u64,
+}
+
+impl Default for TokenizerConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            vocabulary: 0,
+            train_bytes_max: 64 * 1024 * 1024,
+        }
+    }
+}
+
+/// `[[data.domains]]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DomainConfig {
+    /// Unique name, e.g. `wiki`.
+    pub name: String,
+    /// File or folder; relative to the config file.
+    pub path: PathBuf,
+    /// How to read it; by file ending where it is absent.
+    #[serde(default)]
+    pub format: SourceFormat,
+    /// Language, for reports per language.
+    pub language: Language,
+    /// Weight in the initial mixture; weights are normalised.
+    pub weight: f64,
+    /// JSON or parquet field that holds the text.
+    #[serde(default = "text_field")]
+    pub text_field: String,
+}
+
+fn text_field() -> String {
+    "text".to_owned()
+}
+
+/// Format of a domain's source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceFormat {
+    /// By file ending: `.jsonl`, `.parquet`; anything else in a folder is text.
+    #[default]
+    Auto,
+    /// One JSON object a line.
+    Jsonl,
+    /// Apache Parquet with a string column.
+    Parquet,
+    /// A folder of UTF-8 files, one document each.
+    Text,
+}
+
+/// Language of a domain, for reports.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Language {
+    /// English.
+    En,
+    /// Chinese.
+    Zh,
+    /// Program text.
+    Code,
+}
+
+impl Language {
+    /// The name in config files and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::En => "en",
+            Self::Zh => "zh",
+            Self::Code => "code",
+        }
+    }
+}
+
+/// Who sets the mixture.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControllerKind {
+    /// The configured weights, for the whole run.
+    #[default]
+    Static,
+    /// ADO-style: weight follows the predicted further progress of each domain (arXiv 2410.11820).
+    Ado,
+}
+
+/// `[mixture]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MixtureConfig {
+    /// The controller.
+    pub controller: ControllerKind,
+    /// No decision before this many steps.
+    pub start_steps: u64,
+    /// Steps between decisions.
+    pub interval_steps: u64,
+    /// Steps between a decision and its effect; ranks wait only where a decision due has not come.
+    pub lag_steps: u64,
+}
+
+impl Default for MixtureConfig {
+    fn default() -> Self {
+        Self {
+            controller: ControllerKind::Static,
+            start_steps: 100,
+            interval_steps: 50,
+            lag_steps: 8,
+        }
+    }
+}
+
+/// `[evaluation]`: held-out loss, as part of a step and so of the trace.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvaluationConfig {
+    /// Steps between evaluations; 0 for none. The last step is always evaluated where this is not 0.
+    pub interval_steps: u64,
+    /// Held-out sequences per domain at most.
+    pub sequences_per_domain_max: u32,
+}
+
+impl Default for EvaluationConfig {
+    fn default() -> Self {
+        Self {
+            interval_steps: 100,
+            sequences_per_domain_max: 16,
+        }
+    }
+}
+
+/// `[checkpoint]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// Object store URL (`file://…`, `s3://bucket/prefix`, …) or a folder; empty for `store/` in the run folder.
+    pub store: String,
+    /// Steps between checkpoints; 0 for none but the last.
+    pub interval_steps: u64,
+    /// Newest checkpoints to keep.
+    pub keep_last: u32,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self {
+            store: String::new(),
+            interval_steps: 100,
+            keep_last: 3,
+        }
+    }
+}
+
+/// `[cluster]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterConfig {
+    /// Rank processes.
+    pub ranks: u32,
+    /// Compute threads of each rank; results do not depend on it.
+    pub threads_per_rank: u32,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self {
+            ranks: 1,
+            threads_per_rank: 1,
+        }
+    }
+}
+
+/// `[fault]`
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FaultConfig {
+    /// The one timeout; all others derive from it.
+    pub timeout_ms: u64,
+    /// Starts of one worker without a committed step between them, before the run halts (SUP-3).
+    pub restarts_max: u32,
+    /// First wait before a restart; doubles with each further one.
+    pub restart_backoff_ms: u64,
+}
+
+impl Default for FaultConfig {
+    fn default() -> Self {
+        Self {
+            timeout_ms: 10_000,
+            restarts_max: 5,
+            restart_backoff_ms: 100,
+        }
+    }
+}
+
+/// `[telemetry]`
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// OTLP endpoint, e.g. `http://127.0.0.1:4317`; empty for none. `OTEL_EXPORTER_OTLP_ENDPOINT` counts too.
+    pub otlp_endpoint: String,
+}

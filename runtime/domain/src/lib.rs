@@ -1,0 +1,17 @@
+//! Floor 0: the words every other crate speaks.
+//!
+//! Ids, lanes and their aligned tree, the block and shard layout of the flat parameter space, limits with their units,
+//! and the config schema. This crate does no I/O, starts no thread and reads no clock.
+
+pub mod config;
+pub mod ids;
+pub mod lanes;
+pub mod layout;
+pub mod limits;
+
+pub use ids::{
+    BlockIndex, DomainIndex, Generation, Incarnation, LaneIndex, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
+    WorkerId,
+};
+pub use lanes::{LaneRange, LaneTree, Node};
+pub use layout::{ParameterLayout, ShardLayout, TensorSlot};

@@ -1,0 +1,104 @@
+//! Named limits, each with its unit in its name, and every timeout of the system derived from one.
+
+use serde::{Deserialize, Serialize};
+
+/// Lanes in one global batch.
+pub const LANES_MAX: u32 = 65_536;
+/// Ranks in one generation.
+pub const RANKS_MAX: u32 = 65_536;
+/// Data domains in one run.
+pub const DOMAINS_MAX: usize = 256;
+/// Bytes of one control-plane message; the cluster layer drops a whole session above 16 MiB.
+pub const CONTROL_MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Bytes of one data-plane frame's payload.
+pub const FRAME_PAYLOAD_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Trace lines a rank keeps while the controller does not acknowledge them; past this it waits (STEP-6, SUP-5).
+pub const UNACKNOWLEDGED_LINES_MAX: usize = 4096;
+/// Global batches the data feeder holds ready.
+pub const PREFETCH_STEPS_MAX: usize = 2;
+/// Checkpoints whose upload may be under way at once on one rank.
+pub const CHECKPOINTS_IN_FLIGHT_MAX: usize = 2;
+
+/// Control messages that one side may have sent and the other not yet handled; past this the peer is disconnected
+/// (SUP-5).
+pub const LINK_UNACKNOWLEDGED_MESSAGES_MAX: u64 = 16_384;
+/// Bytes of such messages.
+pub const LINK_UNACKNOWLEDGED_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Handled control messages after which their credit goes back to the sender.
+pub const LINK_CREDIT_MESSAGES: u64 = 64;
+/// Bytes of handled control messages after which their credit goes back.
+pub const LINK_CREDIT_BYTES: u64 = 1024 * 1024;
+/// A caller must have proved itself by then (milliseconds).
+pub const LINK_HANDSHAKE_MS_MAX: u64 = 5_000;
+/// Callers that may be proving themselves at once.
+pub const LINK_HANDSHAKES_MAX: usize = 1_024;
+/// Closing a link waits this long for the other side to handle what was sent (milliseconds).
+pub const LINK_CLOSE_MS_MAX: u64 = 2_000;
+/// Lines of a dead rank's output that are reported with its exit.
+pub const EXIT_TAIL_LINES_MAX: usize = 20;
+/// Bytes of a dead rank's output that are looked at for those lines.
+pub const EXIT_TAIL_BYTES_MAX: u64 = 16 * 1024;
+
+/// Every timeout, derived from the one that is configured (DESIGN.md section 6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Timeouts {
+    /// A peer that shows no progress for this long is suspected (milliseconds). The configured one.
+    pub failure_ms: u64,
+    /// Between heartbeats of a rank.
+    pub heartbeat_ms: u64,
+    /// Waiting for a peer inside one collective operation.
+    pub collective_ms: u64,
+    /// Connecting to a peer of a new generation.
+    pub connect_ms: u64,
+    /// A new process must have registered by then.
+    pub start_ms: u64,
+    /// A survivor must have answered a fence by then.
+    pub fence_ms: u64,
+    /// The last checkpoint after a stop signal must be committed by then.
+    pub stop_ms: u64,
+}
+
+/// Lowest accepted `fault.timeout_ms`: below it a loaded machine would raise false alarms.
+pub const FAILURE_TIMEOUT_MS_MIN: u64 = 200;
+
+impl Timeouts {
+    /// Derives all from the configured failure timeout.
+    #[must_use]
+    pub const fn derive(failure_ms: u64) -> Self {
+        Self {
+            failure_ms,
+            heartbeat_ms: failure_ms / 10,
+            collective_ms: failure_ms * 2,
+            connect_ms: failure_ms,
+            start_ms: failure_ms * 3,
+            fence_ms: failure_ms,
+            stop_ms: failure_ms * 6,
+        }
+    }
+}
+
+const _: () = {
+    assert!(
+        LINK_CREDIT_MESSAGES < LINK_UNACKNOWLEDGED_MESSAGES_MAX / 2
+            && LINK_CREDIT_BYTES < LINK_UNACKNOWLEDGED_BYTES_MAX / 2,
+        "credits must go back long before the sender runs out of them"
+    );
+    assert!(
+        CONTROL_MESSAGE_BYTES_MAX as u64 * 2 <= LINK_UNACKNOWLEDGED_BYTES_MAX,
+        "the largest message must fit behind another one"
+    );
+};
+
+// Relations that must hold between the derived values, for any configured one above the minimum.
+const _: () = {
+    let t = Timeouts::derive(FAILURE_TIMEOUT_MS_MIN);
+    assert!(
+        t.heartbeat_ms * 5 <= t.failure_ms,
+        "several heartbeats must fit into the failure timeout"
+    );
+    assert!(
+        t.collective_ms > t.failure_ms,
+        "the controller must notice a dead peer before the collective gives up"
+    );
+    assert!(t.start_ms > t.connect_ms, "a start includes a connect");
+};

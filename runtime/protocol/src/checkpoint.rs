@@ -1,0 +1,203 @@
+//! When a checkpoint is whole: every optimizer shard's object is stored and the trace is written through its step.
+//!
+//! - **CKPT-1** A checkpoint exists if and only if its commit record does: this machine asks for the commit once, after
+//!   everything it names is there.
+//!
+//! A checkpoint overtaken by a newer whole one, or one whose rank died while it wrote, is given up; its objects are
+//! garbage for the collector. It does no I/O.
+
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_domain::{OptimizerShardIndex, StepsCompleted};
+
+/// One stored checkpoint shard.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct StoredShard {
+    /// Object key.
+    pub key: String,
+    /// Length in bytes.
+    pub length: u64,
+    /// BLAKE3 of the object.
+    pub blake3: [u8; 32],
+}
+
+/// What to do next.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CheckpointEffect {
+    /// Everything is there: write manifest and commit record.
+    Commit {
+        /// The checkpoint's step.
+        step: StepsCompleted,
+        /// Its shards, in order.
+        shards: Vec<StoredShard>,
+    },
+    /// Not to be had any more, said aloud.
+    GivenUp {
+        /// The checkpoint's step.
+        step: StepsCompleted,
+        /// Why.
+        cause: String,
+    },
+}
+
+/// Checkpoints being written.
+#[derive(Debug)]
+pub struct CheckpointTracker {
+    shard_count: usize,
+    written: StepsCompleted,
+    newest: Option<StepsCompleted>,
+    open: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, StoredShard>>,
+    failed: BTreeSet<StepsCompleted>,
+}
+
+impl CheckpointTracker {
+    /// A tracker for checkpoints of `shard_count` shards; `written` is the newest trace line.
+    #[must_use]
+    pub const fn new(shard_count: usize, written: StepsCompleted) -> Self {
+        Self {
+            shard_count,
+            written,
+            newest: None,
+            open: BTreeMap::new(),
+            failed: BTreeSet::new(),
+        }
+    }
+
+    /// The run goes on from this checkpoint (or from the seed): later ones are made anew.
+    pub fn on_restored(&mut self, from: Option<StepsCompleted>) {
+        self.newest = from;
+        self.open.clear();
+        self.failed.clear();
+    }
+
+    /// A new generation begins: those at work on older checkpoints may be gone.
+    pub fn on_generation(&mut self, base: StepsCompleted) {
+        self.failed.clear();
+        // The base may be saved once more; its old objects are replaced as they come.
+        self.open.retain(|&step, _| step <= base);
+    }
+
+    /// A checkpoint shard lies in the store.
+    pub fn on_shard_saved(
+        &mut self,
+        step: StepsCompleted,
+        shard: OptimizerShardIndex,
+        stored: StoredShard,
+    ) -> Vec<CheckpointEffect> {
+        if shard.index() >= self.shard_count || self.newest.is_some_and(|newest| step <= newest) {
+            return Vec::new();
+        }
+        self.open.entry(step).or_default().insert(shard, stored);
+        self.settle()
+    }
+
+    /// A checkpoint shard could not be stored.
+    pub fn on_shard_lost(&mut self, step: StepsCompleted, cause: String) -> Vec<CheckpointEffect> {
+        if self.newest.is_some_and(|newest| step <= newest) || !self.failed.insert(step) {
+            return Vec::new();
+        }
+        self.open.remove(&step);
+        vec![CheckpointEffect::GivenUp { step, cause }]
+    }
+
+    /// The trace is written (and lies on disk) through this step.
+    pub fn on_line_written(&mut self, step: StepsCompleted) -> Vec<CheckpointEffect> {
+        self.written = self.written.max(step);
+        self.settle()
+    }
+
+    fn settle(&mut self) -> Vec<CheckpointEffect> {
+        let whole = self
+            .open
+            .iter()
+            .rev()
+            .find(|(step, shards)| **step <= self.written && shards.len() == self.shard_count)
+            .map(|(&step, _)| step);
+        let Some(step) = whole else { return Vec::new() };
+        let shards = self.open.remove(&step).unwrap_or_default().into_values().collect();
+        self.newest = Some(step);
+        let overtaken: Vec<StepsCompleted> = self.open.range(..step).map(|(&older, _)| older).collect();
+        let mut effects = vec![CheckpointEffect::Commit { step, shards }];
+        for older in overtaken {
+            self.open.remove(&older);
+            let cause = format!("the checkpoint of step {step} was whole first");
+            effects.push(CheckpointEffect::GivenUp { step: older, cause });
+        }
+        effects
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(name: &str) -> StoredShard {
+        StoredShard {
+            key: name.to_owned(),
+            length: 1,
+            blake3: [0; 32],
+        }
+    }
+
+    /// CKPT-1
+    #[test]
+    fn a_commit_is_asked_for_once_and_only_when_whole() {
+        let mut tracker = CheckpointTracker::new(2, StepsCompleted(9));
+        let step = StepsCompleted(10);
+        assert_eq!(tracker.on_shard_saved(step, OptimizerShardIndex(1), stored("b")), []);
+        assert_eq!(
+            tracker.on_shard_saved(step, OptimizerShardIndex(0), stored("a")),
+            [],
+            "the line is missing"
+        );
+        let effects = tracker.on_line_written(step);
+        assert_eq!(
+            effects,
+            [CheckpointEffect::Commit {
+                step,
+                shards: vec![stored("a"), stored("b")]
+            }]
+        );
+        assert_eq!(
+            tracker.on_shard_saved(step, OptimizerShardIndex(0), stored("a")),
+            [],
+            "committed already"
+        );
+    }
+
+    #[test]
+    fn a_newer_whole_checkpoint_overtakes_a_partial_one() {
+        let mut tracker = CheckpointTracker::new(1, StepsCompleted(30));
+        let mut partial = CheckpointTracker::new(2, StepsCompleted(30));
+        assert!(
+            partial
+                .on_shard_saved(StepsCompleted(10), OptimizerShardIndex(0), stored("a"))
+                .is_empty()
+        );
+        partial.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
+        let effects = partial.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(1), stored("b"));
+        assert!(matches!(
+            effects[0],
+            CheckpointEffect::Commit {
+                step: StepsCompleted(20),
+                ..
+            }
+        ));
+        assert!(matches!(
+            effects[1],
+            CheckpointEffect::GivenUp {
+                step: StepsCompleted(10),
+                ..
+            }
+        ));
+        assert_eq!(
+            partial.on_shard_saved(StepsCompleted(10), OptimizerShardIndex(1), stored("b")),
+            []
+        );
+        assert_eq!(tracker.on_shard_lost(StepsCompleted(10), "disk full".into()).len(), 1);
+        assert_eq!(
+            tracker.on_shard_lost(StepsCompleted(10), "disk full".into()).len(),
+            0,
+            "said once"
+        );
+    }
+}

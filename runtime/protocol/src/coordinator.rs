@@ -1,0 +1,306 @@
+//! Membership: who is in which generation, and what each member does next. A pure machine.
+//!
+//! ```text
+//!             all ready                 state of the run known
+//!   Forming ------------> Locating -----------------------------> Running <---------+
+//!      ^                     ^                                      |  ^            |
+//!      | nobody left         | a shard has no copy left   loss, or  |  | agreed     | begin
+//!      |                     |                            paused to |  | (STEP-2)   |
+//!      +------------------ Fencing <--------------------- admit ----+  +--- Fencing-+
+//!                                                                   |
+//!                                            paused at the end -> Finishing -> Leaving -> Done
+//! ```
+//!
+//! - **SUP-2** identity is (worker, incarnation); what comes from another life or generation is refused and counted.
+//! - **SUP-3** restarts, and generations that commit nothing, are bounded; then the run halts with the chain of causes.
+//! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6).
+//!
+//! The machine knows no clock: `now_ms` comes with each event. It sends nothing: effects say what should be sent.
+
+mod events;
+mod flow;
+#[cfg(test)]
+mod tests;
+
+pub use events::{Effect, Event, Incident, Options};
+
+use crate::commit::Resolution;
+use crate::message::{BarrierOutcome, Member, ShardHolder, StateReport};
+use crate::restart::RestartLimiter;
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_domain::{Generation, Incarnation, Rank, StepsCompleted, WorkerId};
+
+/// Where one worker stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum WorkerPhase {
+    /// Told to start, not heard of yet.
+    Starting {
+        /// Since when; the wait before the start included.
+        deadline_ms: u64,
+    },
+    /// Ready and holding nothing: waits to be admitted.
+    Ready,
+    /// In the roster of the present generation, or a survivor of it.
+    Member,
+    /// Left in order at the end.
+    Left,
+}
+
+/// One worker slot.
+#[derive(Debug)]
+pub struct Worker {
+    incarnation: Incarnation,
+    phase: WorkerPhase,
+    address: String,
+    pid: u32,
+    heard_ms: u64,
+    step: StepsCompleted,
+    activity: String,
+    limiter: RestartLimiter,
+}
+
+/// A worker as `status` shows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WorkerView {
+    /// Identity.
+    pub member: Member,
+    /// Process id; 0 before it is ready.
+    pub pid: u32,
+    /// Rank in the present generation.
+    pub rank: Option<Rank>,
+    /// Lanes it computes.
+    pub lanes: Option<tarazed_domain::LaneRange>,
+    /// Steps completed, as last heard.
+    pub step: StepsCompleted,
+    /// `starting`, `ready`, `training`, `recovering`, `paused` or `left`.
+    pub state: &'static str,
+    /// What its device thread does, as last heard.
+    pub activity: String,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Waits until every worker is ready.
+    Forming,
+    /// Waits to hear which checkpoint to start from.
+    Locating,
+    /// Waits for the survivors' reports.
+    Fencing {
+        deadline_ms: u64,
+        awaiting: BTreeSet<Member>,
+        reports: BTreeMap<Member, StateReport>,
+    },
+    /// A generation runs.
+    Running {
+        paused: BTreeMap<Member, StepsCompleted>,
+        pause_sent: bool,
+        failed: Option<(u64, String)>,
+    },
+    /// All stand at the last step; the last checkpoint is being committed.
+    Finishing { step: StepsCompleted },
+    /// Told to leave.
+    Leaving { deadline_ms: u64 },
+    /// Over.
+    Done,
+}
+
+/// The membership machine.
+#[derive(Debug)]
+pub struct Coordinator {
+    options: Options,
+    workers: BTreeMap<WorkerId, Worker>,
+    generation: Generation,
+    phase: Phase,
+    roster: Vec<(Member, tarazed_domain::LaneRange)>,
+    primaries: Vec<Member>,
+    placement: Vec<Vec<ShardHolder>>,
+    written: StepsCompleted,
+    checkpointed: Option<StepsCompleted>,
+    stop: Option<u64>,
+    /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
+    fruitless: RestartLimiter,
+    refused_count: u64,
+}
+
+impl Coordinator {
+    /// A machine for a run whose trace is written through `written`, and whose previous controller ended with
+    /// `generation`.
+    #[must_use]
+    pub fn new(options: Options, generation: Generation, written: StepsCompleted) -> Self {
+        let fruitless = RestartLimiter::new(options.restarts_max.saturating_mul(4).max(8), 0);
+        Self {
+            options,
+            workers: BTreeMap::new(),
+            generation,
+            phase: Phase::Forming,
+            roster: Vec::new(),
+            primaries: Vec::new(),
+            placement: Vec::new(),
+            written,
+            checkpointed: None,
+            stop: None,
+            fruitless,
+            refused_count: 0,
+        }
+    }
+
+    /// The first effects: start every worker.
+    pub fn start(&mut self, now_ms: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for slot in 0..self.options.workers {
+            let worker = WorkerId(slot);
+            let limiter = RestartLimiter::new(self.options.restarts_max, self.options.restart_backoff_ms);
+            let deadline_ms = now_ms + self.options.timeouts.start_ms;
+            let entry = Worker {
+                incarnation: Incarnation(0),
+                phase: WorkerPhase::Starting { deadline_ms },
+                address: String::new(),
+                pid: 0,
+                heard_ms: now_ms,
+                step: StepsCompleted(0),
+                activity: String::new(),
+                limiter,
+            };
+            effects.push(Effect::Start {
+                member: Member {
+                    worker,
+                    incarnation: Incarnation(0),
+                },
+                after_ms: 0,
+            });
+            self.workers.insert(worker, entry);
+        }
+        effects
+    }
+
+    /// The present generation.
+    #[must_use]
+    pub const fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Messages of other lives or generations refused so far (SUP-2).
+    #[must_use]
+    pub const fn refused_count(&self) -> u64 {
+        self.refused_count
+    }
+
+    /// Whether a generation runs.
+    #[must_use]
+    pub const fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. })
+    }
+
+    /// Whether the run is over and ranks are being told to leave.
+    #[must_use]
+    pub const fn is_leaving(&self) -> bool {
+        matches!(self.phase, Phase::Leaving { .. } | Phase::Done)
+    }
+
+    /// Holders of each optimizer shard in the present generation, primary first.
+    #[must_use]
+    pub fn placement(&self) -> &[Vec<ShardHolder>] {
+        &self.placement
+    }
+
+    /// The roster of the present generation, by rank.
+    #[must_use]
+    pub fn roster(&self) -> &[(Member, tarazed_domain::LaneRange)] {
+        &self.roster
+    }
+
+    /// Every worker, for `status`.
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerView> {
+        let paused: Vec<Member> = match &self.phase {
+            Phase::Running { paused, .. } => paused.keys().copied().collect(),
+            _ => Vec::new(),
+        };
+        self.workers
+            .iter()
+            .map(|(&worker, w)| {
+                let member = Member {
+                    worker,
+                    incarnation: w.incarnation,
+                };
+                let seat = self.roster.iter().position(|(m, _)| *m == member);
+                let state = match (&w.phase, &self.phase) {
+                    (WorkerPhase::Starting { .. }, _) => "starting",
+                    (WorkerPhase::Ready, _) => "ready",
+                    (WorkerPhase::Left, _) => "left",
+                    (WorkerPhase::Member, Phase::Running { .. }) if paused.contains(&member) => "paused",
+                    (WorkerPhase::Member, Phase::Running { .. }) => "training",
+                    (WorkerPhase::Member, Phase::Finishing { .. } | Phase::Leaving { .. } | Phase::Done) => "paused",
+                    (WorkerPhase::Member, _) => "recovering",
+                };
+                WorkerView {
+                    member,
+                    pid: w.pid,
+                    rank: seat.map(|rank| Rank(rank as u32)),
+                    lanes: seat.map(|rank| self.roster[rank].1),
+                    step: w.step,
+                    state,
+                    activity: w.activity.clone(),
+                }
+            })
+            .collect()
+    }
+
+    fn knows(&mut self, member: Member) -> bool {
+        let known = self
+            .workers
+            .get(&member.worker)
+            .is_some_and(|w| w.incarnation == member.incarnation);
+        if !known {
+            self.refused_count += 1;
+        }
+        known
+    }
+
+    fn is_current(&mut self, member: Member, generation: Generation) -> bool {
+        let current = generation == self.generation && self.knows(member);
+        if !current && generation != self.generation {
+            self.refused_count += 1;
+        }
+        current
+    }
+
+    fn in_roster(&self, member: Member) -> bool {
+        self.roster.iter().any(|(m, _)| *m == member)
+    }
+
+    fn with_phase(&self, wanted: &WorkerPhase) -> Vec<Member> {
+        self.workers
+            .iter()
+            .filter(|(_, w)| std::mem::discriminant(&w.phase) == std::mem::discriminant(wanted))
+            .map(|(&worker, w)| Member {
+                worker,
+                incarnation: w.incarnation,
+            })
+            .collect()
+    }
+}
+
+/// What a generation starts from, before it is spread over a roster.
+#[derive(Debug)]
+pub(crate) struct Ground {
+    pub(crate) base: StepsCompleted,
+    pub(crate) outcome: Option<BarrierOutcome>,
+    /// Per shard the members that hold it whole; empty lists where it is restored or initialised.
+    pub(crate) holders: Vec<Vec<Member>>,
+    pub(crate) restore: Option<String>,
+}
+
+impl Ground {
+    pub(crate) fn agreed(resolution: Resolution) -> Result<Self, Resolution> {
+        match resolution {
+            Resolution::Continue { base, outcome, holders } => Ok(Self {
+                base,
+                outcome,
+                holders,
+                restore: None,
+            }),
+            other @ Resolution::Restore { .. } => Err(other),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What the membership machine hears and what it asks for.
+
+use crate::message::{BeginPlan, Member, StateReport, ToRank};
+use tarazed_domain::limits::Timeouts;
+use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
+
+/// Fixed facts of a run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Worker slots.
+    pub workers: u32,
+    /// Lanes of the global batch.
+    pub lanes: LaneTree,
+    /// Optimizer shards.
+    pub shard_count: usize,
+    /// Copies of each, primary included.
+    pub replicas: usize,
+    /// All timeouts.
+    pub timeouts: Timeouts,
+    /// Starts of one worker without progress.
+    pub restarts_max: u32,
+    /// First wait between them.
+    pub restart_backoff_ms: u64,
+    /// The run ends with this count.
+    pub last_step: StepsCompleted,
+}
+
+/// A fact.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A process is ready and holds nothing.
+    Ready {
+        /// Who.
+        member: Member,
+        /// Its data plane address.
+        address: String,
+        /// Process id.
+        pid: u32,
+    },
+    /// A process ended, or could not be started.
+    Exited {
+        /// Who.
+        member: Member,
+        /// Why, as far as one can tell from outside.
+        cause: String,
+        /// Ended by itself with code 0.
+        orderly: bool,
+    },
+    /// Answer to a fence.
+    State {
+        /// Who.
+        member: Member,
+        /// Of which fence.
+        generation: Generation,
+        /// What it holds.
+        report: StateReport,
+    },
+    /// A device thread met an error.
+    Failed {
+        /// Who.
+        member: Member,
+        /// In which generation.
+        generation: Generation,
+        /// What.
+        cause: String,
+        /// Peers it names.
+        suspects: Vec<Rank>,
+        /// The state itself is in doubt.
+        corruption: bool,
+    },
+    /// A rank stands at a boundary.
+    Paused {
+        /// Who.
+        member: Member,
+        /// In which generation.
+        generation: Generation,
+        /// Where.
+        step: StepsCompleted,
+        /// A checkpoint of this step is being written.
+        saving: bool,
+    },
+    /// A rank lives.
+    Heartbeat {
+        /// Who.
+        member: Member,
+        /// In which generation.
+        generation: Generation,
+        /// Where.
+        step: StepsCompleted,
+        /// Doing what.
+        activity: String,
+    },
+    /// A trace line was written (or checked, on replay).
+    LineWritten {
+        /// Its step.
+        step: StepsCompleted,
+    },
+    /// The checkpoint to start from, answer to [`Effect::FindCheckpoint`].
+    Located {
+        /// Its step and manifest key; none: begin from the seed.
+        checkpoint: Option<(StepsCompleted, String)>,
+    },
+    /// A checkpoint exists.
+    CheckpointCommitted {
+        /// Its step.
+        step: StepsCompleted,
+    },
+    /// A checkpoint could not be made.
+    CheckpointFailed {
+        /// Its step.
+        step: StepsCompleted,
+        /// Why.
+        cause: String,
+    },
+    /// A signal asks for a last checkpoint and an end.
+    StopRequested,
+    /// Time passed.
+    Tick,
+}
+
+/// What should be done.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Effect {
+    /// Start a process.
+    Start {
+        /// As whom.
+        member: Member,
+        /// Wait first.
+        after_ms: u64,
+    },
+    /// End a process; its exit comes back as an event.
+    Kill {
+        /// Which.
+        member: Member,
+        /// Why.
+        reason: String,
+    },
+    /// Send a message.
+    Send {
+        /// To whom.
+        member: Member,
+        /// What.
+        message: ToRank,
+    },
+    /// Send the plan of a new generation. The shell fills in what the ledger knows: lines written and decisions.
+    Begin {
+        /// To whom.
+        member: Member,
+        /// The plan.
+        plan: Box<BeginPlan>,
+    },
+    /// Find the newest valid checkpoint; comes back as [`Event::Located`].
+    FindCheckpoint,
+    /// Something people will want to know.
+    Note(Incident),
+    /// End the run with this exit code and diagnosis; kill what is left.
+    Halt {
+        /// 3 for a person, 33 to retry.
+        code: u8,
+        /// The chain of causes.
+        diagnosis: String,
+    },
+    /// The run is over: 0 done, 34 stopped after a last checkpoint.
+    Done {
+        /// Exit code.
+        code: u8,
+    },
+}
+
+/// For the event log and the console.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Incident {
+    /// A rank is gone.
+    RankLost {
+        /// Who.
+        member: Member,
+        /// Its rank, if it had one.
+        rank: Option<Rank>,
+        /// Why.
+        cause: String,
+    },
+    /// A generation begins.
+    GenerationBegan {
+        /// Which.
+        generation: Generation,
+        /// With whom.
+        members: Vec<Member>,
+        /// From where.
+        base: StepsCompleted,
+        /// From a checkpoint or the seed, and not from live copies.
+        restored: bool,
+        /// Shard copies made to get there.
+        copies: usize,
+    },
+    /// The state must come from a checkpoint.
+    StateLost {
+        /// How many shards have no copy left.
+        shards_missing: usize,
+    },
+}

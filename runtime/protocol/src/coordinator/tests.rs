@@ -1,0 +1,515 @@
+//! The machine against a small cluster in which every order of events can happen: ranks advance one at a time through the
+//! phases of a step, messages to a rank keep their order, and ranks are killed anywhere.
+
+use super::*;
+use crate::message::{BeginPlan, ShardHolding, ShardOrigin, ToRank};
+use proptest::prelude::*;
+use std::collections::VecDeque;
+use tarazed_domain::limits::Timeouts;
+use tarazed_domain::{LaneTree, OptimizerShardIndex};
+
+const SHARDS: usize = 6;
+const WORKERS: u32 = 4;
+const LAST: u64 = 12;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reached {
+    Waiting,
+    Computing,
+    Entered,
+    Passed,
+    Updated,
+}
+
+#[derive(Debug)]
+struct Process {
+    incarnation: Incarnation,
+    inbox: VecDeque<ToRank>,
+    plan: Option<Box<BeginPlan>>,
+    shards: BTreeMap<u32, (u64, Option<u64>)>,
+    passed: u64,
+    step: u64,
+    reached: Reached,
+    /// Asked to pause, asked for a checkpoint.
+    asked: (bool, bool),
+    /// What it brought to the barrier of its present step, then what the barrier gave.
+    wish: (bool, bool),
+}
+
+struct Cluster {
+    coordinator: Coordinator,
+    now_ms: u64,
+    processes: BTreeMap<u32, Process>,
+    saved: Option<u64>,
+    lines: Vec<u64>,
+    /// Newest line finished since the state was last restored.
+    floor: u64,
+    end: Option<Effect>,
+    pending: VecDeque<Event>,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let options = Options {
+            workers: WORKERS,
+            lanes: LaneTree::new(8),
+            shard_count: SHARDS,
+            replicas: 2,
+            timeouts: Timeouts::derive(10_000),
+            restarts_max: 1000,
+            restart_backoff_ms: 1,
+            last_step: StepsCompleted(LAST),
+        };
+        let mut coordinator = Coordinator::new(options, Generation(0), StepsCompleted(0));
+        let first = coordinator.start(0);
+        let mut cluster = Self {
+            coordinator,
+            now_ms: 0,
+            processes: BTreeMap::new(),
+            saved: None,
+            lines: Vec::new(),
+            floor: 0,
+            end: None,
+            pending: VecDeque::new(),
+        };
+        cluster.act(first);
+        cluster
+    }
+
+    fn event(&mut self, event: Event) {
+        self.now_ms += 1;
+        let effects = self.coordinator.on_event(self.now_ms, event);
+        self.act(effects);
+    }
+
+    fn act(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Start { member, .. } => {
+                    let process = Process {
+                        incarnation: member.incarnation,
+                        inbox: VecDeque::new(),
+                        plan: None,
+                        shards: BTreeMap::new(),
+                        passed: 0,
+                        step: 0,
+                        reached: Reached::Waiting,
+                        asked: (false, false),
+                        wish: (false, false),
+                    };
+                    self.processes.insert(member.worker.0, process);
+                    self.pending.push_back(Event::Ready {
+                        member,
+                        address: String::new(),
+                        pid: 1,
+                    });
+                }
+                Effect::Kill { member, .. } => self.kill(member.worker.0),
+                Effect::Send { member, message } => self.deliver(member, message),
+                Effect::Begin { member, plan } => self.deliver(member, ToRank::Begin(plan)),
+                Effect::FindCheckpoint => {
+                    self.floor = 0;
+                    let checkpoint = self.saved.map(|step| (StepsCompleted(step), "manifest".to_owned()));
+                    self.pending.push_back(Event::Located { checkpoint });
+                }
+                Effect::Note(_) => {}
+                end @ (Effect::Halt { .. } | Effect::Done { .. }) => self.end = Some(end),
+            }
+        }
+    }
+
+    fn deliver(&mut self, member: Member, message: ToRank) {
+        if let Some(process) = self.processes.get_mut(&member.worker.0)
+            && process.incarnation == member.incarnation
+        {
+            process.inbox.push_back(message);
+        }
+    }
+
+    fn kill(&mut self, worker: u32) {
+        if let Some(process) = self.processes.remove(&worker) {
+            let member = Member {
+                worker: WorkerId(worker),
+                incarnation: process.incarnation,
+            };
+            self.pending
+                .retain(|event| !matches!(event, Event::Ready { member: m, .. } if *m == member));
+            self.event(Event::Exited {
+                member,
+                cause: "killed".to_owned(),
+                orderly: false,
+            });
+        }
+    }
+
+    /// One rank reads its next message.
+    fn read(&mut self, worker: u32) {
+        let Some(process) = self.processes.get_mut(&worker) else {
+            return;
+        };
+        let member = Member {
+            worker: WorkerId(worker),
+            incarnation: process.incarnation,
+        };
+        match process.inbox.pop_front() {
+            Some(ToRank::Fence { generation }) => {
+                process.reached = Reached::Waiting;
+                process.plan = None;
+                let shards = process
+                    .shards
+                    .iter()
+                    .map(|(&shard, &(state, reduced))| ShardHolding {
+                        shard: OptimizerShardIndex(shard),
+                        state: StepsCompleted(state),
+                        reduced: reduced.map(StepsCompleted),
+                    })
+                    .collect();
+                let passed = (process.passed > 0).then(|| outcome(process.passed));
+                let report = StateReport {
+                    shards,
+                    passed,
+                    lines: vec![],
+                };
+                self.event(Event::State {
+                    member,
+                    generation,
+                    report,
+                });
+            }
+            Some(ToRank::Begin(plan)) => self.begin(worker, plan),
+            Some(ToRank::Pause { checkpoint, .. }) => process.asked = (true, process.asked.1 || checkpoint),
+            Some(ToRank::Shutdown) => {
+                self.processes.remove(&worker);
+                self.event(Event::Exited {
+                    member,
+                    cause: "left".to_owned(),
+                    orderly: true,
+                });
+            }
+            Some(ToRank::Acknowledge { .. }) | None => {}
+        }
+    }
+
+    fn begin(&mut self, worker: u32, plan: Box<BeginPlan>) {
+        let fresh = plan
+            .shards
+            .iter()
+            .flatten()
+            .any(|h| !matches!(h.origin, ShardOrigin::Keep | ShardOrigin::CopyFrom(_)));
+        assert!(
+            fresh || plan.base.0 >= self.floor,
+            "STEP-2: a finished step is never lost to a live agreement"
+        );
+        let Some(process) = self.processes.get_mut(&worker) else {
+            return;
+        };
+        let base = plan.base.0;
+        let rank = plan
+            .roster
+            .iter()
+            .position(|e| e.member.worker.0 == worker)
+            .expect("a member gets the plan");
+        let held = std::mem::take(&mut process.shards);
+        for (shard, holders) in plan.shards.iter().enumerate() {
+            for holder in holders.iter().filter(|holder| holder.rank.index() == rank) {
+                if holder.origin == ShardOrigin::Keep {
+                    let (state, reduced) = held[&(shard as u32)];
+                    assert!(
+                        state == base || (state + 1 == base && reduced == Some(base)),
+                        "STEP-1 makes it finishable"
+                    );
+                    assert!(state == base || plan.outcome.as_ref().is_some_and(|o| o.step.0 == base));
+                }
+                process.shards.insert(shard as u32, (base, None));
+            }
+        }
+        process.passed = plan.outcome.as_ref().map_or(0, |outcome| outcome.step.0);
+        process.step = base;
+        process.asked = (false, false);
+        process.reached = Reached::Computing;
+        let member = plan.roster[rank].member;
+        let generation = plan.generation;
+        let (saving, ends) = (plan.checkpoint_at_base, plan.base >= plan.last_step);
+        process.plan = Some(plan);
+        if !fresh && base > 0 && !self.lines.contains(&base) {
+            // Whoever holds the base's outcome completes its line, newcomers too: the one that had it may be dead.
+            self.lines.push(base);
+            self.floor = base;
+            self.event(Event::LineWritten {
+                step: StepsCompleted(base),
+            });
+        }
+        let Some(process) = self.processes.get_mut(&worker) else {
+            return;
+        };
+        if ends {
+            process.reached = Reached::Waiting;
+            if saving {
+                self.saved = Some(base);
+                self.event(Event::LineWritten {
+                    step: StepsCompleted(base),
+                });
+            }
+            self.event(Event::Paused {
+                member,
+                generation,
+                step: StepsCompleted(base),
+                saving,
+            });
+            if saving {
+                self.event(Event::CheckpointCommitted {
+                    step: StepsCompleted(base),
+                });
+            }
+        }
+    }
+
+    /// One rank does its next piece of a step, if its peers allow it.
+    fn advance(&mut self, worker: u32) {
+        let Some(process) = self.processes.get(&worker) else {
+            return;
+        };
+        let Some(plan) = process.plan.clone() else { return };
+        let peers: Vec<(Reached, u64, (bool, bool))> = plan
+            .roster
+            .iter()
+            .filter_map(|e| {
+                self.processes
+                    .get(&e.member.worker.0)
+                    .filter(|p| p.incarnation == e.member.incarnation)
+            })
+            .filter(|p| p.plan.as_ref().is_some_and(|q| q.generation == plan.generation))
+            .map(|p| (p.reached, p.step, p.wish))
+            .collect();
+        let step = process.step;
+        let all = |needed: Reached| {
+            peers.len() == plan.roster.len() && peers.iter().all(|&(r, s, _)| s > step || (s == step && r >= needed))
+        };
+        let next = match process.reached {
+            Reached::Computing if all(Reached::Computing) => Reached::Entered,
+            Reached::Entered if all(Reached::Entered) => Reached::Passed,
+            Reached::Passed => Reached::Updated,
+            Reached::Updated if all(Reached::Updated) => Reached::Computing,
+            _ => return,
+        };
+        let member = Member {
+            worker: WorkerId(worker),
+            incarnation: process.incarnation,
+        };
+        let process = self.processes.get_mut(&worker).expect("looked up above");
+        process.reached = next;
+        match next {
+            Reached::Entered => {
+                process.wish = process.asked;
+                process.shards.values_mut().for_each(|shard| shard.1 = Some(step + 1));
+            }
+            Reached::Passed => {
+                // The barrier gathers everybody's wishes, so all that pass it agree on them.
+                let given = peers
+                    .iter()
+                    .fold((false, false), |all, &(_, _, wish)| (all.0 || wish.0, all.1 || wish.1));
+                process.wish = given;
+                process.passed = step + 1;
+            }
+            Reached::Updated => process.shards.values_mut().for_each(|shard| shard.0 = step + 1),
+            _ => {
+                process.step = step + 1;
+                let first = plan.roster[0].member == member;
+                let (pause, checkpoint) = process.wish;
+                let saving = checkpoint || (step + 1).is_multiple_of(5) || step + 1 == LAST;
+                if first {
+                    self.lines.push(step + 1);
+                    self.floor = step + 1;
+                    self.event(Event::LineWritten {
+                        step: StepsCompleted(step + 1),
+                    });
+                    if saving {
+                        self.saved = Some(step + 1);
+                        self.event(Event::CheckpointCommitted {
+                            step: StepsCompleted(step + 1),
+                        });
+                    }
+                }
+                if pause || step + 1 == LAST {
+                    let process = self.processes.get_mut(&worker).expect("looked up above");
+                    process.reached = Reached::Waiting;
+                    let event = Event::Paused {
+                        member,
+                        generation: plan.generation,
+                        step: StepsCompleted(step + 1),
+                        saving,
+                    };
+                    self.event(event);
+                }
+            }
+        }
+    }
+}
+
+fn outcome(step: u64) -> BarrierOutcome {
+    BarrierOutcome {
+        step: StepsCompleted(step),
+        grad_norm: 1.0,
+        loss: 1.0,
+        stats: vec![],
+        pause: false,
+        checkpoint: false,
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Advance(u32),
+    Read(u32),
+    Fact,
+    Kill(u32),
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let act = prop_oneof![
+        12 => (0..WORKERS).prop_map(Act::Advance),
+        6 => (0..WORKERS).prop_map(Act::Read),
+        3 => Just(Act::Fact),
+        1 => (0..WORKERS).prop_map(Act::Kill),
+    ];
+    prop::collection::vec(act, 100..600)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// STEP-1..3 and SUP-2 under random kills: the run always ends, every line is finished, and no live agreement goes
+    /// back behind a finished step.
+    #[test]
+    fn any_kills_in_any_order_end_in_the_same_lines(acts in acts()) {
+        let mut cluster = Cluster::new();
+        for act in acts {
+            match act {
+                Act::Advance(worker) => cluster.advance(worker),
+                Act::Read(worker) => cluster.read(worker),
+                Act::Kill(worker) => cluster.kill(worker),
+                Act::Fact => if let Some(event) = cluster.pending.pop_front() { cluster.event(event) },
+            }
+        }
+        // Liveness: left alone, it ends.
+        for _ in 0..20_000 {
+            if cluster.end.is_some() { break; }
+            while let Some(event) = cluster.pending.pop_front() { cluster.event(event); }
+            for worker in 0..WORKERS {
+                cluster.read(worker);
+                cluster.advance(worker);
+            }
+            cluster.event(Event::Tick);
+        }
+        prop_assert_eq!(&cluster.end, &Some(Effect::Done { code: 0 }), "phase {:?}", cluster.coordinator.phase);
+        let lines: BTreeSet<u64> = cluster.lines.iter().copied().collect();
+        prop_assert_eq!(lines, (1..=LAST).collect::<BTreeSet<u64>>());
+    }
+}
+
+/// SUP-3
+#[test]
+fn a_rank_that_dies_at_every_start_halts_the_run_with_the_chain_of_causes() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.restarts_max = 3;
+    for worker in cluster.coordinator.workers.values_mut() {
+        worker.limiter = RestartLimiter::new(3, 1);
+    }
+    for _ in 0..3 {
+        cluster.kill(2);
+    }
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    assert!(diagnosis.contains("worker 2 died 3 times"), "{diagnosis}");
+}
+
+/// SUP-2
+#[test]
+fn messages_of_other_lives_and_generations_are_refused_and_counted() {
+    let mut cluster = Cluster::new();
+    let stranger = Member {
+        worker: WorkerId(1),
+        incarnation: Incarnation(7),
+    };
+    let ready = Event::Ready {
+        member: stranger,
+        address: String::new(),
+        pid: 9,
+    };
+    let effects = cluster.coordinator.on_event(1, ready);
+    assert!(matches!(effects[..], [Effect::Kill { member, .. }] if member == stranger));
+    let member = Member {
+        worker: WorkerId(1),
+        incarnation: Incarnation(0),
+    };
+    let report = StateReport::default();
+    let stale = Event::State {
+        member,
+        generation: Generation(99),
+        report,
+    };
+    assert!(cluster.coordinator.on_event(2, stale).is_empty());
+    assert_eq!(cluster.coordinator.refused_count(), 2);
+}
+
+/// A stop signal ends in a checkpoint and code 34, also when it comes while a generation is being agreed on.
+#[test]
+fn a_stop_signal_saves_and_leaves() {
+    for kill_first in [false, true] {
+        let mut cluster = Cluster::new();
+        for _ in 0..40 {
+            while let Some(event) = cluster.pending.pop_front() {
+                cluster.event(event);
+            }
+            for worker in 0..WORKERS {
+                cluster.read(worker);
+                cluster.advance(worker);
+            }
+        }
+        assert!(cluster.end.is_none() && cluster.coordinator.is_running());
+        if kill_first {
+            cluster.kill(1);
+        }
+        cluster.event(Event::StopRequested);
+        for _ in 0..2000 {
+            while let Some(event) = cluster.pending.pop_front() {
+                cluster.event(event);
+            }
+            for worker in 0..WORKERS {
+                cluster.read(worker);
+                cluster.advance(worker);
+            }
+        }
+        assert_eq!(
+            cluster.end,
+            Some(Effect::Done { code: 34 }),
+            "{:?}",
+            cluster.coordinator.phase
+        );
+    }
+}
+
+/// A run that is whole already is neither computed nor saved again (STEP-5).
+#[test]
+fn a_finished_run_started_again_ends_at_once() {
+    let mut cluster = Cluster::new();
+    cluster.saved = Some(LAST);
+    cluster.coordinator.written = StepsCompleted(LAST);
+    for _ in 0..20 {
+        while let Some(event) = cluster.pending.pop_front() {
+            cluster.event(event);
+        }
+        for worker in 0..WORKERS {
+            cluster.read(worker);
+            cluster.advance(worker);
+        }
+    }
+    assert_eq!(
+        cluster.end,
+        Some(Effect::Done { code: 0 }),
+        "{:?}",
+        cluster.coordinator.phase
+    );
+    assert!(cluster.lines.is_empty(), "computed again: {:?}", cluster.lines);
+}

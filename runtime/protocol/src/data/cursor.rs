@@ -1,0 +1,392 @@
+//! Which samples a step trains on: a pure function of (recipe, step, decisions so far).
+//!
+//! - **DATA-1** Every sample of a domain's epoch is in exactly one committed step: domains are drawn in the order of a
+//!   keyed permutation per epoch, and a new epoch begins when one is used up. Lanes are slices of the batch, so world
+//!   size and failures have no part in it.
+//! - **DATA-2** The cursor is the committed step and the decisions so far. What it holds besides (draws and carries) is a
+//!   cache of a replay from step 0, which costs well under a microsecond per step.
+//! - **STEP-6** [`DataCursor::needs`] says which outcome a step waits for, if any.
+//!
+//! It reads no token: where a sequence lies is the corpus' affair.
+
+use super::composition::{Carry, Composer, Quanta, SEQUENCES_PER_STEP_MAX, interleave};
+use super::decision::{Decision, DecisionKind, DecisionLedger, DecisionSchedule, LedgerError, check_weights};
+use super::permutation::{KeyedPermutation, SEQUENCES_MAX, rotation};
+use std::collections::BTreeSet;
+use tarazed_domain::config::MixtureConfig;
+use tarazed_domain::limits::DOMAINS_MAX;
+use tarazed_domain::{DomainIndex, LaneIndex, StepIndex, StepsCompleted};
+
+const DIGEST_CONTEXT: &str = "tarazed step data v1";
+
+/// One domain of a recipe.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DomainRecipe {
+    /// Unique name; it keys the order of samples, so the order of domains in the config does not.
+    pub name: String,
+    /// Training sequences of one epoch.
+    pub train_sequences: u64,
+    /// Weight in the initial mixture, before normalising.
+    pub weight: f64,
+}
+
+/// What decides the samples of a run, besides decisions.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Recipe {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Domains, in config order.
+    pub domains: Vec<DomainRecipe>,
+    /// Sequences of one global batch.
+    pub sequences_per_step: u32,
+    /// Hash of the prepared data.
+    pub data_version: [u8; 32],
+}
+
+/// A recipe that cannot be followed. The caller reconfigures.
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
+#[error("the data recipe is refused: {0}")]
+pub struct RecipeError(pub String);
+
+/// One training sequence.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SampleRef {
+    /// Domain, in config order.
+    pub domain: DomainIndex,
+    /// Pass over the domain, from 0.
+    pub epoch: u32,
+    /// Sequence within the domain's training part.
+    pub sequence: u64,
+}
+
+/// The samples of one step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StepPlan {
+    /// The step.
+    pub step: StepIndex,
+    /// The global batch, in order; lane `l` of `n` owns the `l`-th of `n` equal slices.
+    pub samples: Vec<SampleRef>,
+    /// Hash over the data version and the samples: the `data` of the trace line.
+    pub digest: [u8; 32],
+    /// Mixture in force, normalised, in domain order.
+    pub mixture: Vec<f64>,
+    /// Sequences of each domain.
+    pub counts: Vec<u32>,
+}
+
+impl StepPlan {
+    /// The samples of one of `lane_count` lanes.
+    ///
+    /// # Panics
+    /// If the lanes do not divide the batch or there is no such lane.
+    #[must_use]
+    pub fn lane(&self, lane: LaneIndex, lane_count: u32) -> &[SampleRef] {
+        let lanes = lane_count as usize;
+        assert!(
+            lanes > 0 && self.samples.len().is_multiple_of(lanes),
+            "lanes divide the batch"
+        );
+        assert!(lane.index() < lanes, "lane {lane} of {lanes}");
+        let sequences = self.samples.len() / lanes;
+        &self.samples[lane.index() * sequences..(lane.index() + 1) * sequences]
+    }
+}
+
+/// A step that cannot be planned.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Wait: the outcome of this decision point decides the step's mixture.
+    #[error("the outcome of decision point {line} is not known yet; record line {line} first")]
+    DecisionMissing {
+        /// The decision point.
+        line: StepsCompleted,
+    },
+    /// Halt: a domain so small that its passes cannot be counted.
+    #[error("domain '{domain}' was passed over more than 2^32 times; give it more data or a lower weight")]
+    TooManyEpochs {
+        /// The domain.
+        domain: String,
+    },
+}
+
+/// A cache of the replay from step 0.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Position {
+    next: StepIndex,
+    drawn: Vec<u64>,
+    carry: Carry,
+}
+
+/// A mixture and the first step it holds for.
+#[derive(Clone, PartialEq, Debug)]
+struct Segment {
+    from: StepIndex,
+    weights: Vec<f64>,
+    quanta: Quanta,
+}
+
+/// Plans steps. Cloning it is cheap; clones never disagree.
+#[derive(Clone, Debug)]
+pub struct DataCursor {
+    recipe: Recipe,
+    ledger: DecisionLedger,
+    segments: Vec<Segment>,
+    position: Position,
+    counts: Vec<u32>,
+    composer: Composer,
+}
+
+impl DataCursor {
+    /// The cursor at step 0, with no decision.
+    ///
+    /// # Errors
+    /// A [`RecipeError`] naming what is wrong.
+    pub fn new(recipe: Recipe, mixture: &MixtureConfig) -> Result<Self, RecipeError> {
+        check_recipe(&recipe)?;
+        let weights: Vec<f64> = recipe.domains.iter().map(|domain| domain.weight).collect();
+        let domain_count = weights.len();
+        Ok(Self {
+            ledger: DecisionLedger::new(DecisionSchedule::new(mixture), domain_count),
+            segments: vec![Segment::new(StepIndex(0), &weights)],
+            position: Position::start(domain_count),
+            counts: vec![0; domain_count],
+            composer: Composer::default(),
+            recipe,
+        })
+    }
+
+    /// The cursor as of line `recorded`, from all decisions up to it, in order: what a restore and a new rank do.
+    ///
+    /// # Errors
+    /// A [`RecipeError`]; refused decisions are named in it.
+    pub fn restore(
+        recipe: Recipe,
+        mixture: &MixtureConfig,
+        recorded: StepsCompleted,
+        decisions: &[Decision],
+    ) -> Result<Self, RecipeError> {
+        let mut cursor = Self::new(recipe, mixture)?;
+        cursor.ledger = DecisionLedger::rebuild(
+            *cursor.ledger.schedule(),
+            cursor.recipe.domains.len(),
+            recorded,
+            decisions,
+        )
+        .map_err(|e| RecipeError(e.to_string()))?;
+        cursor.adopt(decisions);
+        Ok(cursor)
+    }
+
+    /// Takes over the decisions of a committed line, possibly none. Every decision point must come, in order; other
+    /// lines may be left out, and the same outcome may come again.
+    ///
+    /// # Errors
+    /// A [`LedgerError`]; the cursor is then unchanged.
+    pub fn record(&mut self, line: StepsCompleted, decisions: &[Decision]) -> Result<(), LedgerError> {
+        if self.ledger.record(line, decisions)? {
+            self.adopt(decisions);
+        }
+        Ok(())
+    }
+
+    fn adopt(&mut self, decisions: &[Decision]) {
+        for decision in decisions {
+            if let DecisionKind::Mixture { weights } = &decision.kind {
+                // The ledger refuses late decisions, so no step planned so far lies in the new segment.
+                assert!(
+                    decision.effective >= self.position.next,
+                    "decision {} would change a planned step",
+                    decision.id
+                );
+                let at = self
+                    .segments
+                    .partition_point(|segment| segment.from <= decision.effective);
+                self.segments.insert(at, Segment::new(decision.effective, weights));
+            }
+        }
+    }
+
+    /// The newest decision point whose outcome must be recorded before `step` can be planned; 0 if there is none.
+    #[must_use]
+    pub fn needs(&self, step: StepIndex) -> StepsCompleted {
+        self.ledger.schedule().needs(step)
+    }
+
+    /// Plans any step whose decisions are known. Planning forward from the last planned step is cheap; a step further
+    /// back is found by replay from 0 and gives the same plan (DATA-2).
+    ///
+    /// # Errors
+    /// [`PlanError::DecisionMissing`] to wait, [`PlanError::TooManyEpochs`] to halt.
+    pub fn plan(&mut self, step: StepIndex) -> Result<StepPlan, PlanError> {
+        self.seek(step)?;
+        let drawn_before = self.position.drawn.clone();
+        self.advance();
+        let places = interleave(
+            &self.counts,
+            rotation(self.recipe.seed, step, self.recipe.sequences_per_step),
+        );
+        let samples = match self.samples(drawn_before, &places) {
+            Ok(samples) => samples,
+            Err(e) => {
+                self.position = Position::start(self.counts.len());
+                return Err(e);
+            }
+        };
+        Ok(StepPlan {
+            step,
+            digest: digest(&self.recipe.data_version, &samples),
+            samples,
+            mixture: self.segment(step).weights.clone(),
+            counts: self.counts.clone(),
+        })
+    }
+
+    /// Sequences drawn from each domain by the steps before `step`, in domain order.
+    ///
+    /// # Errors
+    /// [`PlanError::DecisionMissing`] to wait.
+    pub fn drawn(&mut self, step: StepIndex) -> Result<Vec<u64>, PlanError> {
+        self.seek(step)?;
+        Ok(self.position.drawn.clone())
+    }
+
+    /// Moves to `step`.
+    ///
+    /// # Errors
+    /// [`PlanError::DecisionMissing`] to wait.
+    pub fn seek(&mut self, step: StepIndex) -> Result<(), PlanError> {
+        let line = self.needs(step);
+        if line > self.ledger.recorded() {
+            return Err(PlanError::DecisionMissing { line });
+        }
+        if step < self.position.next {
+            self.position = Position::start(self.counts.len());
+        }
+        while self.position.next < step {
+            self.advance();
+        }
+        Ok(())
+    }
+
+    /// All decisions so far: with the committed step, the whole state (DATA-2).
+    #[must_use]
+    pub const fn ledger(&self) -> &DecisionLedger {
+        &self.ledger
+    }
+
+    /// The recipe.
+    #[must_use]
+    pub const fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    fn segment(&self, step: StepIndex) -> &Segment {
+        let after = self.segments.partition_point(|segment| segment.from <= step);
+        &self.segments[after - 1] // the first segment begins at step 0
+    }
+
+    /// Counts of the next step, and past it.
+    fn advance(&mut self) {
+        let after = self
+            .segments
+            .partition_point(|segment| segment.from <= self.position.next);
+        let quanta = &self.segments[after - 1].quanta;
+        let sequences = self.recipe.sequences_per_step;
+        self.composer
+            .compose(quanta, sequences, &mut self.position.carry, &mut self.counts);
+        for (drawn, count) in self.position.drawn.iter_mut().zip(&self.counts) {
+            *drawn += u64::from(*count);
+        }
+        self.position.next.0 += 1;
+    }
+
+    fn samples(&self, mut drawn: Vec<u64>, places: &[DomainIndex]) -> Result<Vec<SampleRef>, PlanError> {
+        let mut epochs: Vec<Option<(u32, KeyedPermutation)>> = vec![None; drawn.len()];
+        let mut samples = Vec::with_capacity(places.len());
+        for &domain in places {
+            let recipe = &self.recipe.domains[domain.index()];
+            let place = drawn[domain.index()];
+            drawn[domain.index()] += 1;
+            let epoch = u32::try_from(place / recipe.train_sequences).map_err(|_| PlanError::TooManyEpochs {
+                domain: recipe.name.clone(),
+            })?;
+            let slot = &mut epochs[domain.index()];
+            let (_, permutation) = match slot {
+                Some(current) if current.0 == epoch => current,
+                _ => slot.insert((
+                    epoch,
+                    KeyedPermutation::new(self.recipe.seed, &recipe.name, epoch, recipe.train_sequences),
+                )),
+            };
+            samples.push(SampleRef {
+                domain,
+                epoch,
+                sequence: permutation.apply(place % recipe.train_sequences),
+            });
+        }
+        Ok(samples)
+    }
+}
+
+impl Position {
+    fn start(domain_count: usize) -> Self {
+        Self {
+            next: StepIndex(0),
+            drawn: vec![0; domain_count],
+            carry: Carry::new(domain_count),
+        }
+    }
+}
+
+impl Segment {
+    fn new(from: StepIndex, weights: &[f64]) -> Self {
+        let sum: f64 = weights.iter().sum();
+        Self {
+            from,
+            weights: weights.iter().map(|weight| weight / sum).collect(),
+            quanta: Quanta::new(weights),
+        }
+    }
+}
+
+fn check_recipe(recipe: &Recipe) -> Result<(), RecipeError> {
+    let refuse = |reason: String| Err(RecipeError(reason));
+    let domains = &recipe.domains;
+    if !(1..=DOMAINS_MAX).contains(&domains.len()) {
+        return refuse(format!("{} domains are not in 1..={DOMAINS_MAX}", domains.len()));
+    }
+    if !(1..=SEQUENCES_PER_STEP_MAX).contains(&recipe.sequences_per_step) {
+        return refuse(format!(
+            "a batch of {} sequences is not in 1..={SEQUENCES_PER_STEP_MAX}",
+            recipe.sequences_per_step
+        ));
+    }
+    let weights: Vec<f64> = domains.iter().map(|domain| domain.weight).collect();
+    check_weights(&weights, domains.len()).or_else(&refuse)?;
+    let mut names = BTreeSet::new();
+    for domain in domains {
+        if !names.insert(&domain.name) {
+            return refuse(format!("domain '{}' stands twice", domain.name));
+        }
+        if !(1..=SEQUENCES_MAX).contains(&domain.train_sequences) {
+            return refuse(format!(
+                "domain '{}' has {} training sequences, not 1..=2^40; add data, lower the context or leave it out",
+                domain.name, domain.train_sequences
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn digest(data_version: &[u8; 32], samples: &[SampleRef]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key(DIGEST_CONTEXT);
+    hasher.update(data_version);
+    let mut bytes = Vec::with_capacity(samples.len() * 14);
+    for sample in samples {
+        bytes.extend_from_slice(&sample.domain.0.to_le_bytes());
+        bytes.extend_from_slice(&sample.epoch.to_le_bytes());
+        bytes.extend_from_slice(&sample.sequence.to_le_bytes());
+    }
+    hasher.update(&bytes);
+    *hasher.finalize().as_bytes()
+}

@@ -1,0 +1,361 @@
+//! Decisions, and the ledger that orders them.
+//!
+//! A decision is made on one committed line, written in that line, and takes effect at a stated later step. Decisions are
+//! only written in **decision points**: lines whose step is a multiple of `mixture.interval_steps`, from
+//! `mixture.start_steps` on. So a rank knows without asking which outcomes it must have before it plans a step, waits
+//! only for those (STEP-6), and an empty outcome counts as one.
+//!
+//! - **LOOP-2** A person's decision is a recorded one: it goes through the same points and the same ledger.
+//! - **DATA-2** Together with the committed step, the ledger is all the state of the data order.
+//!
+//! The ledger refuses what is late, contradictory, out of order or malformed, and says why; it decides nothing itself.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use tarazed_domain::config::{ControllerKind, MixtureConfig};
+use tarazed_domain::{StepIndex, StepsCompleted};
+
+/// Number of a decision, rising through the run from 1.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Debug,
+    Default,
+    Serialize,
+    Deserialize,
+    rkyv::Archive,
+    rkyv::Serialize,
+    rkyv::Deserialize,
+)]
+#[serde(transparent)]
+pub struct DecisionId(pub u64);
+
+impl fmt::Display for DecisionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+pub use kind::DecisionKind;
+
+mod kind {
+    #![allow(
+        missing_docs,
+        reason = "rkyv generates public twins of the fields without documentation"
+    )]
+
+    use serde::{Deserialize, Serialize};
+
+    /// What is decided.
+    #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+    #[serde(rename_all = "snake_case", deny_unknown_fields)]
+    pub enum DecisionKind {
+        /// The mixture from the effective step on, in domain order; non-negative, normalised where it is used.
+        Mixture {
+            /// One weight per domain.
+            weights: Vec<f64>,
+        },
+        /// The controller decides nothing from this line on; the mixture stays until a person changes or releases it.
+        Pin,
+        /// The controller decides again.
+        Release,
+    }
+}
+
+/// Who decided.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecisionAuthor {
+    /// A controller of the run, by name.
+    Controller(String),
+    /// A person, by name: an input of the run like its config (LOOP-2).
+    Person(String),
+}
+
+impl DecisionAuthor {
+    /// Whether a person decided.
+    #[must_use]
+    pub const fn is_person(&self) -> bool {
+        matches!(self, Self::Person(_))
+    }
+}
+
+/// One decision, as written in the trace.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Decision {
+    /// Its number.
+    pub id: DecisionId,
+    /// The trace line it was made on and is written in.
+    pub line: StepsCompleted,
+    /// The first step it acts on.
+    pub effective: StepIndex,
+    /// What is decided.
+    pub kind: DecisionKind,
+    /// Who decided.
+    pub by: DecisionAuthor,
+    /// Why, with the numbers it used.
+    pub reason: String,
+}
+
+/// Where decision points lie and how long a decision takes: a function of the config alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DecisionSchedule {
+    first_point: Option<u64>,
+    interval_steps: u64,
+    lag_steps: u64,
+}
+
+impl DecisionSchedule {
+    /// The schedule of a config. A static mixture has no decision points: its ranks never wait for the controller.
+    ///
+    /// # Panics
+    /// If the interval or the lag is 0: the config refuses that before.
+    #[must_use]
+    pub fn new(config: &MixtureConfig) -> Self {
+        assert!(config.interval_steps > 0, "mixture.interval_steps is at least 1");
+        assert!(config.lag_steps > 0, "mixture.lag_steps is at least 1");
+        let first_point = match config.controller {
+            ControllerKind::Static => None,
+            ControllerKind::Ado => config
+                .start_steps
+                .max(1)
+                .checked_next_multiple_of(config.interval_steps),
+        };
+        Self {
+            first_point,
+            interval_steps: config.interval_steps,
+            lag_steps: config.lag_steps,
+        }
+    }
+
+    /// Whether decisions may be written in this line.
+    #[must_use]
+    pub fn is_point(&self, line: StepsCompleted) -> bool {
+        self.first_point
+            .is_some_and(|first| line.0 >= first && line.0.is_multiple_of(self.interval_steps))
+    }
+
+    /// The first step a decision written in this line may act on.
+    #[must_use]
+    pub const fn effective(&self, line: StepsCompleted) -> StepIndex {
+        StepIndex(line.0.saturating_add(self.lag_steps))
+    }
+
+    /// The newest decision point whose outcome must be known before `step` can be planned; 0 if there is none.
+    #[must_use]
+    pub fn needs(&self, step: StepIndex) -> StepsCompleted {
+        let newest = step
+            .0
+            .checked_sub(self.lag_steps)
+            .map(|line| line - line % self.interval_steps);
+        match (self.first_point, newest) {
+            (Some(first), Some(newest)) if newest >= first => StepsCompleted(newest),
+            _ => StepsCompleted(0),
+        }
+    }
+
+    /// The first decision point after this line.
+    #[must_use]
+    pub fn next_point(&self, line: StepsCompleted) -> Option<StepsCompleted> {
+        let first = self.first_point?;
+        let next = (line.0 / self.interval_steps)
+            .checked_add(1)?
+            .checked_mul(self.interval_steps)?;
+        Some(StepsCompleted(next.max(first)))
+    }
+}
+
+/// A refused record. Nothing of it was taken over.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// Retry: an earlier outcome is still missing.
+    #[error("line {line} came before the outcome of decision point {missing}; record line {missing} first")]
+    Skipped {
+        /// The line offered.
+        line: StepsCompleted,
+        /// The decision point not recorded yet.
+        missing: StepsCompleted,
+    },
+    /// Halt: two outcomes for one line (LOOP-1 is broken, or the record is another run's).
+    #[error("line {line} was recorded with other decisions; compare both traces with `tarazed trace diff`")]
+    Conflict {
+        /// The line.
+        line: StepsCompleted,
+    },
+    /// Halt or drop: the decision breaks the rules of the ledger.
+    #[error("decision {id} in line {line} is refused: {reason}")]
+    Refused {
+        /// Its number.
+        id: DecisionId,
+        /// The line offered.
+        line: StepsCompleted,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// All decisions so far, in order, and how far the trace is known.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DecisionLedger {
+    schedule: DecisionSchedule,
+    domain_count: usize,
+    recorded: StepsCompleted,
+    decisions: Vec<Decision>,
+}
+
+impl DecisionLedger {
+    /// An empty ledger for `domain_count` domains.
+    #[must_use]
+    pub const fn new(schedule: DecisionSchedule, domain_count: usize) -> Self {
+        Self {
+            schedule,
+            domain_count,
+            recorded: StepsCompleted(0),
+            decisions: Vec::new(),
+        }
+    }
+
+    /// The ledger as of line `recorded`, from all decisions up to it (e.g. out of a manifest), in order.
+    ///
+    /// # Errors
+    /// As [`DecisionLedger::record`].
+    pub fn rebuild(
+        schedule: DecisionSchedule,
+        domain_count: usize,
+        recorded: StepsCompleted,
+        decisions: &[Decision],
+    ) -> Result<Self, LedgerError> {
+        let mut ledger = Self::new(schedule, domain_count);
+        for group in decisions.chunk_by(|a, b| a.line == b.line) {
+            let line = group[0].line;
+            if line > recorded {
+                return Err(refused(
+                    &group[0],
+                    line,
+                    format!("it is later than the last recorded line {recorded}"),
+                ));
+            }
+            // Points without decisions leave no trace in the list: all before this one are known to be empty.
+            ledger.recorded = ledger.recorded.max(StepsCompleted(line.0.saturating_sub(1)));
+            ledger.record(line, group)?;
+        }
+        ledger.recorded = recorded;
+        Ok(ledger)
+    }
+
+    /// Takes over the outcome of one committed line: its decisions, possibly none. Every decision point must come, in
+    /// order; other lines may be left out. The same outcome may come again; the answer is then `false`.
+    ///
+    /// # Errors
+    /// A [`LedgerError`]; the ledger is then unchanged.
+    pub fn record(&mut self, line: StepsCompleted, decisions: &[Decision]) -> Result<bool, LedgerError> {
+        if line <= self.recorded {
+            let known = self.in_line(line);
+            return if known == decisions {
+                Ok(false)
+            } else {
+                Err(LedgerError::Conflict { line })
+            };
+        }
+        if let Some(missing) = self.schedule.next_point(self.recorded).filter(|point| *point < line) {
+            return Err(LedgerError::Skipped { line, missing });
+        }
+        for (position, decision) in decisions.iter().enumerate() {
+            self.check(line, decision, &decisions[..position])?;
+        }
+        self.decisions.extend_from_slice(decisions);
+        self.recorded = line;
+        Ok(true)
+    }
+
+    fn check(&self, line: StepsCompleted, decision: &Decision, before: &[Decision]) -> Result<(), LedgerError> {
+        let refuse = |reason: String| Err(refused(decision, line, reason));
+        if !self.schedule.is_point(line) {
+            return refuse("the line is not a decision point of this config".into());
+        }
+        if decision.line != line {
+            return refuse(format!("it says it belongs to line {}", decision.line));
+        }
+        let earliest = self.schedule.effective(line);
+        if decision.effective < earliest {
+            return refuse(format!(
+                "it is late: it names step {}, and ranks may have planned up to step {} without it",
+                decision.effective, earliest
+            ));
+        }
+        if let Some(last) = before.last().or(self.decisions.last())
+            && decision.id <= last.id
+        {
+            return refuse(format!("decision {} came before it", last.id));
+        }
+        let DecisionKind::Mixture { weights } = &decision.kind else {
+            return Ok(());
+        };
+        if let Err(reason) = check_weights(weights, self.domain_count) {
+            return refuse(reason);
+        }
+        let twin =
+            self.decisions.iter().rev().chain(before).find(|other| {
+                other.effective == decision.effective && matches!(other.kind, DecisionKind::Mixture { .. })
+            });
+        match twin {
+            Some(other) => refuse(format!(
+                "it contradicts decision {}, which sets the mixture of the same step {}",
+                other.id, other.effective
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn in_line(&self, line: StepsCompleted) -> &[Decision] {
+        let start = self.decisions.partition_point(|decision| decision.line < line);
+        let end = self.decisions.partition_point(|decision| decision.line <= line);
+        &self.decisions[start..end]
+    }
+
+    /// The rules of the ledger.
+    #[must_use]
+    pub const fn schedule(&self) -> &DecisionSchedule {
+        &self.schedule
+    }
+
+    /// The newest line whose outcome is known.
+    #[must_use]
+    pub const fn recorded(&self) -> StepsCompleted {
+        self.recorded
+    }
+
+    /// All decisions, in order of line and number.
+    #[must_use]
+    pub fn decisions(&self) -> &[Decision] {
+        &self.decisions
+    }
+}
+
+fn refused(decision: &Decision, line: StepsCompleted, reason: String) -> LedgerError {
+    LedgerError::Refused {
+        id: decision.id,
+        line,
+        reason,
+    }
+}
+
+/// Whether `weights` is a mixture of `domain_count` domains: as many, finite, not negative, not all zero.
+pub(crate) fn check_weights(weights: &[f64], domain_count: usize) -> Result<(), String> {
+    if weights.len() != domain_count {
+        return Err(format!("it has {} weights for {domain_count} domains", weights.len()));
+    }
+    if let Some(weight) = weights.iter().find(|weight| !weight.is_finite() || **weight < 0.0) {
+        return Err(format!("the weight {weight} is not a finite number from 0 up"));
+    }
+    let sum: f64 = weights.iter().sum();
+    if !sum.is_finite() || sum <= 0.0 {
+        return Err(format!("the weights sum to {sum}"));
+    }
+    Ok(())
+}

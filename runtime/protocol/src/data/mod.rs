@@ -1,0 +1,45 @@
+//! Data cursor, mixture, signals and decisions: pure functions of the committed trace and the config.
+//!
+//! ```text
+//! trace lines ──► signals (TSM) ──► controller (ATE) ──► decision ledger ──► cursor ──► samples of a step
+//!      ▲                                                                                     │
+//!      └────────────── stats: losses per domain, folded over lanes ◄────────── the step ◄────┘
+//! ```
+//!
+//! - **DATA-1** Every sample of a domain's epoch is in exactly one committed step: [`permutation`] and [`cursor`].
+//! - **DATA-2** The cursor is the committed step and the decisions so far; there is no other state: [`cursor`].
+//! - **LOOP-1** Same trace, same decisions: [`signals`] and [`controller`] see nothing but trace lines and the config.
+//! - **LOOP-2** What a person decides is a recorded decision like any other: [`decision`].
+//! - **DET-1**, **DET-2** Loss sums follow the lane tree: [`stats`].
+//!
+//! Nothing here reads a token, a file or a clock, and no hash map is walked. Logarithms and exponentials come from the
+//! `libm` crate, compiled in, so a decision does not depend on the host's C library.
+
+pub mod composition;
+pub mod controller;
+pub mod cursor;
+pub mod decision;
+mod fit;
+pub mod permutation;
+mod projection;
+pub mod signals;
+pub mod stats;
+
+use serde::{Deserialize, Serialize};
+use tarazed_domain::config::Language;
+
+/// What the signals and the controller know of a domain before the run: config and data version, nothing measured.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct DomainFacts {
+    /// Unique name, as in the trace.
+    pub name: String,
+    /// Language, for reports per language.
+    pub language: Language,
+    /// Weight in the initial mixture, before normalising.
+    pub weight: f64,
+    /// Training tokens of one epoch.
+    pub train_tokens: u64,
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,403 @@
+//! TSM: the committed trace, turned into signals.
+//!
+//! Feed every line once, in order; the state is a function of the lines alone, so a new process rebuilds it by feeding
+//! the trace again (LOOP-1). Formulas, with `t` the line, `d` a domain, `n_d` its tokens in the line:
+//!
+//! | signal | formula | source |
+//! |---|---|---|
+//! | smoothed training loss | `m_d ← 0.97 m_d + 0.03 l_d`, over `1 - 0.97^k` after `k` values | bias correction as in Adam, arXiv 1412.6980 |
+//! | residual loss | `e_t = Σ_d (n_d / Σ n) (l_d(t) - smoothed_d(t-1))` | loss minus what the mixture explains: reweighting is no spike |
+//! | loss spike | `e_t > mean + 6 σ` over the last 128 residuals, once there are 64; or not finite | skip rule of OLMo 2, arXiv 2501.00656 |
+//! | gradient-norm spike | the same on the gradient norm | the same |
+//! | held-out loss | newest evaluation; by language: mean over its domains' tokens; macro: plain mean over domains | |
+//! | plateau | Welch's `t < 2` between the mixture-free losses of the last 128 lines and of the 128 before | Welch 1947 |
+//! | tokens requested | `Σ_t p_d(t) · tokens(t)`, `p` the mixture in force | |
+//! | epochs | realised training tokens over the domain's training tokens | |
+//!
+//! The mixture-free loss is `e_t + Σ_d w_d smoothed_d(t-1)` with the configured weights `w`: the loss as it would read
+//! under an unchanged mixture. A plateau is a statement about these lines; under a warm-up or a level learning rate it is
+//! not convergence. Sums run in domain order and from the oldest line on.
+
+use super::DomainFacts;
+use crate::trace::TraceLine;
+use std::collections::{BTreeMap, VecDeque};
+use tarazed_domain::StepsCompleted;
+use tarazed_domain::config::Language;
+
+/// Decay of the smoothed training loss, per line.
+pub const SMOOTHING: f64 = 0.97;
+/// Lines a spike is judged against at most.
+pub const SPIKE_WINDOW_LINES: usize = 128;
+/// Lines before any spike is called.
+pub const SPIKE_WINDOW_LINES_MIN: usize = 64;
+/// Standard deviations above the mean that make a spike.
+pub const SPIKE_SIGMAS: f64 = 6.0;
+/// Least standard deviation of the residual loss, in nats: a loss that hardly moves is not full of spikes.
+pub const LOSS_SIGMA_NATS_MIN: f64 = 1e-3;
+/// Least standard deviation of the gradient norm, relative to its mean.
+pub const GRAD_NORM_SIGMA_FRACTION_MIN: f64 = 1e-2;
+/// Lines in each half of the plateau test.
+pub const PLATEAU_WINDOW_LINES: usize = 128;
+/// A plateau is a fall of less than this many standard errors.
+pub const PLATEAU_STANDARD_ERRORS: f64 = 2.0;
+
+/// Mean and spread of a window of lines.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct WindowStats {
+    /// Values in the window.
+    pub count: usize,
+    /// Their mean.
+    pub mean: f64,
+    /// Their standard deviation (over `count - 1`).
+    pub sigma: f64,
+}
+
+/// A quantity against its own recent past.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Judged {
+    /// The value of this line.
+    pub value: f64,
+    /// The lines before it.
+    pub window: WindowStats,
+    /// Above mean + 6 σ, or not finite.
+    pub spike: bool,
+}
+
+/// Signals of one domain.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DomainSignals {
+    /// Name, as in the trace.
+    pub name: String,
+    /// Smoothed training loss in nats; none before the domain's first tokens.
+    pub train_loss: Option<f64>,
+    /// Held-out loss of the newest evaluation, in nats; none before the first, or where the domain holds nothing out.
+    pub heldout_loss: Option<f64>,
+    /// Training tokens so far.
+    pub tokens: u64,
+    /// Training tokens the mixtures in force asked for so far.
+    pub tokens_requested: f64,
+    /// Passes over the domain's training part so far.
+    pub epochs: f64,
+}
+
+/// Held-out loss of one language.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct LanguageSignals {
+    /// The language.
+    pub language: Language,
+    /// Mean over the held-out tokens of its domains, in nats.
+    pub heldout_loss: f64,
+    /// Those tokens.
+    pub tokens: u64,
+}
+
+/// What the trace says after one line.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Signals {
+    /// The line.
+    pub step: StepsCompleted,
+    /// Training tokens so far.
+    pub tokens: u64,
+    /// By domain, in config order.
+    pub domains: Vec<DomainSignals>,
+    /// By language, in the order of [`Language`]; those with held-out text in the newest evaluation.
+    pub languages: Vec<LanguageSignals>,
+    /// Plain mean of the domains' held-out losses.
+    pub heldout_macro: Option<f64>,
+    /// The newest evaluation at or before this line.
+    pub evaluated: Option<StepsCompleted>,
+    /// Loss minus what the mixture explains, in nats.
+    pub residual_loss: Judged,
+    /// Global gradient norm before clipping.
+    pub grad_norm: Judged,
+    /// The newest line with a spike of either, this one included.
+    pub last_spike: Option<StepsCompleted>,
+    /// No fall of the mixture-free loss over the last 256 lines; none before there are so many.
+    pub plateau: Option<bool>,
+}
+
+impl Signals {
+    /// Whether this line is a spike, of loss or gradient norm.
+    #[must_use]
+    pub const fn spike(&self) -> bool {
+        self.residual_loss.spike || self.grad_norm.spike
+    }
+}
+
+/// A line that does not follow the lines before it. The caller halts: the trace is another run's, or damaged.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SignalError {
+    /// Lines must come once each and in order.
+    #[error("line {found} came where line {expected} must come; feed the whole trace in order")]
+    OutOfOrder {
+        /// The line due.
+        expected: StepsCompleted,
+        /// The line that came.
+        found: StepsCompleted,
+    },
+    /// The line names a domain the config does not.
+    #[error("line {line} names the domain '{domain}', which this config does not have; the trace is another run's")]
+    UnknownDomain {
+        /// The line.
+        line: StepsCompleted,
+        /// The domain.
+        domain: String,
+    },
+}
+
+#[derive(Clone, Debug, Default)]
+struct DomainState {
+    smoothed: Smoothed,
+    heldout: Option<(f64, u64)>,
+    tokens: u64,
+    tokens_requested: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Smoothed {
+    sum: f64,
+    weight: f64,
+}
+
+impl Smoothed {
+    fn add(&mut self, value: f64) {
+        self.sum = SMOOTHING * self.sum + (1.0 - SMOOTHING) * value;
+        self.weight = SMOOTHING * self.weight + (1.0 - SMOOTHING);
+    }
+
+    fn value(self) -> Option<f64> {
+        (self.weight > 0.0).then(|| self.sum / self.weight)
+    }
+}
+
+/// The Training State Monitor as a pure machine.
+#[derive(Clone, Debug)]
+pub struct Tsm {
+    facts: Vec<DomainFacts>,
+    domains: Vec<DomainState>,
+    last: Option<StepsCompleted>,
+    residuals: Window,
+    grad_norms: Window,
+    mixture_free: VecDeque<f64>,
+    evaluated: Option<StepsCompleted>,
+    last_spike: Option<StepsCompleted>,
+}
+
+impl Tsm {
+    /// A monitor that has seen nothing.
+    #[must_use]
+    pub fn new(facts: Vec<DomainFacts>) -> Self {
+        Self {
+            domains: vec![DomainState::default(); facts.len()],
+            facts,
+            last: None,
+            residuals: Window::default(),
+            grad_norms: Window::default(),
+            mixture_free: VecDeque::new(),
+            evaluated: None,
+            last_spike: None,
+        }
+    }
+
+    /// Takes in the next line. The first may be any (a trace may begin at a restore point); then each must follow.
+    ///
+    /// # Errors
+    /// A [`SignalError`]; the monitor is then unchanged.
+    pub fn on_line(&mut self, line: &TraceLine) -> Result<Signals, SignalError> {
+        self.check(line)?;
+        self.last = Some(line.step);
+        let (residual, level) = self.explain(line);
+        let residual_loss = self.residuals.judge(residual, LOSS_SIGMA_NATS_MIN);
+        let sigma_min = GRAD_NORM_SIGMA_FRACTION_MIN * self.grad_norms.stats().mean.abs();
+        let grad_norm = self.grad_norms.judge(line.grad_norm, sigma_min);
+        let spike = residual_loss.spike || grad_norm.spike;
+        if spike {
+            self.last_spike = Some(line.step);
+        }
+        self.take_losses(line, residual_loss.spike);
+        if let Some(level) = level
+            && residual.is_finite()
+        {
+            self.mixture_free.push_back(level + residual);
+            if self.mixture_free.len() > 2 * PLATEAU_WINDOW_LINES {
+                self.mixture_free.pop_front();
+            }
+        }
+        Ok(self.signals(line, residual_loss, grad_norm))
+    }
+
+    fn check(&self, line: &TraceLine) -> Result<(), SignalError> {
+        if let Some(last) = self.last {
+            let expected = StepsCompleted(last.0.saturating_add(1));
+            if line.step != expected {
+                return Err(SignalError::OutOfOrder {
+                    expected,
+                    found: line.step,
+                });
+            }
+        }
+        let named = line.domains.iter().map(|(name, _)| name);
+        let heldout = line.heldout.iter().flat_map(|map| map.iter().map(|(name, _)| name));
+        let mixture = line.mixture.iter().map(|(name, _)| name);
+        for name in named.chain(heldout).chain(mixture) {
+            if !self.facts.iter().any(|fact| fact.name == name) {
+                return Err(SignalError::UnknownDomain {
+                    line: line.step,
+                    domain: name.to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The residual loss of a line, and the level of the loss under the configured mixture, from the lines before.
+    /// A domain seen for the first time explains itself: its residual is 0.
+    fn explain(&self, line: &TraceLine) -> (f64, Option<f64>) {
+        let mut residual = 0.0;
+        let mut tokens = 0.0;
+        let (mut level, mut weights) = (0.0, 0.0);
+        for (fact, state) in self.facts.iter().zip(&self.domains) {
+            let smoothed = state.smoothed.value();
+            if let Some(smoothed) = smoothed {
+                level += fact.weight * smoothed;
+                weights += fact.weight;
+            }
+            if let Some(seen) = line.domains.get(&fact.name) {
+                tokens += seen.tokens as f64;
+                let expected = smoothed.unwrap_or(if seen.loss.is_finite() { seen.loss } else { 0.0 });
+                residual += seen.tokens as f64 * (seen.loss - expected);
+            }
+        }
+        let residual = match tokens > 0.0 {
+            true if line.loss.is_finite() => residual / tokens,
+            // The total is the ground truth for what is not finite.
+            true => line.loss,
+            false => 0.0,
+        };
+        (residual, (weights > 0.0).then(|| level / weights))
+    }
+
+    fn take_losses(&mut self, line: &TraceLine, loss_spike: bool) {
+        let step_tokens: u64 = line.domains.iter().map(|(_, seen)| seen.tokens).sum();
+        let mixture_sum: f64 = line.mixture.iter().map(|(_, weight)| *weight).sum();
+        if line.heldout.is_some() {
+            self.evaluated = Some(line.step);
+        }
+        for (fact, state) in self.facts.iter().zip(&mut self.domains) {
+            if let Some(seen) = line.domains.get(&fact.name) {
+                state.tokens = state.tokens.saturating_add(seen.tokens);
+                // A spike says nothing of the level. It cannot last: what enters the window widens it.
+                if seen.loss.is_finite() && !loss_spike {
+                    state.smoothed.add(seen.loss);
+                }
+            }
+            if let Some(weight) = line.mixture.get(&fact.name)
+                && mixture_sum > 0.0
+            {
+                state.tokens_requested += weight / mixture_sum * step_tokens as f64;
+            }
+            if let Some(heldout) = &line.heldout {
+                state.heldout = heldout.get(&fact.name).map(|seen| (seen.loss, seen.tokens));
+            }
+        }
+    }
+
+    fn signals(&self, line: &TraceLine, residual_loss: Judged, grad_norm: Judged) -> Signals {
+        let mut by_language: BTreeMap<Language, (f64, u64)> = BTreeMap::new();
+        let (mut macro_sum, mut macro_count) = (0.0, 0);
+        for (fact, state) in self.facts.iter().zip(&self.domains) {
+            if let Some((loss, tokens)) = state.heldout {
+                let entry = by_language.entry(fact.language).or_default();
+                entry.0 += loss * tokens as f64;
+                entry.1 += tokens;
+                macro_sum += loss;
+                macro_count += 1;
+            }
+        }
+        Signals {
+            step: line.step,
+            tokens: line.tokens,
+            domains: self
+                .facts
+                .iter()
+                .zip(&self.domains)
+                .map(|(fact, state)| DomainSignals {
+                    name: fact.name.clone(),
+                    train_loss: state.smoothed.value(),
+                    heldout_loss: state.heldout.map(|(loss, _)| loss),
+                    tokens: state.tokens,
+                    tokens_requested: state.tokens_requested,
+                    epochs: state.tokens as f64 / fact.train_tokens.max(1) as f64,
+                })
+                .collect(),
+            languages: by_language
+                .into_iter()
+                .filter(|(_, (_, tokens))| *tokens > 0)
+                .map(|(language, (sum, tokens))| LanguageSignals {
+                    language,
+                    heldout_loss: sum / tokens as f64,
+                    tokens,
+                })
+                .collect(),
+            heldout_macro: (macro_count > 0).then(|| macro_sum / f64::from(macro_count)),
+            evaluated: self.evaluated,
+            residual_loss,
+            grad_norm,
+            last_spike: self.last_spike,
+            plateau: self.plateau(),
+        }
+    }
+
+    fn plateau(&self) -> Option<bool> {
+        if self.mixture_free.len() < 2 * PLATEAU_WINDOW_LINES {
+            return None;
+        }
+        let before = stats(self.mixture_free.iter().take(PLATEAU_WINDOW_LINES));
+        let after = stats(self.mixture_free.iter().skip(PLATEAU_WINDOW_LINES));
+        let variance = |window: WindowStats| window.sigma * window.sigma / window.count as f64;
+        let standard_error = (variance(before) + variance(after)).sqrt();
+        Some(before.mean - after.mean < PLATEAU_STANDARD_ERRORS * standard_error.max(f64::EPSILON))
+    }
+}
+
+/// The last values of a quantity.
+#[derive(Clone, Debug, Default)]
+struct Window {
+    values: VecDeque<f64>,
+}
+
+impl Window {
+    fn stats(&self) -> WindowStats {
+        stats(self.values.iter())
+    }
+
+    /// Judges a value against the window, then takes it in: cut off at the threshold, so one spike does not hide the
+    /// next and a new level is accepted after some lines. What is not finite is never taken in.
+    fn judge(&mut self, value: f64, sigma_min: f64) -> Judged {
+        let window = self.stats();
+        let threshold = window.mean + SPIKE_SIGMAS * window.sigma.max(sigma_min);
+        let judged = window.count >= SPIKE_WINDOW_LINES_MIN;
+        let spike = !value.is_finite() || judged && value > threshold;
+        if value.is_finite() {
+            self.values.push_back(if judged { value.min(threshold) } else { value });
+            if self.values.len() > SPIKE_WINDOW_LINES {
+                self.values.pop_front();
+            }
+        }
+        Judged { value, window, spike }
+    }
+}
+
+fn stats<'a>(values: impl ExactSizeIterator<Item = &'a f64> + Clone) -> WindowStats {
+    let count = values.len();
+    if count == 0 {
+        return WindowStats::default();
+    }
+    let mean = values.clone().sum::<f64>() / count as f64;
+    let squares: f64 = values.map(|value| (value - mean) * (value - mean)).sum();
+    WindowStats {
+        count,
+        mean,
+        sigma: (squares / count.saturating_sub(1).max(1) as f64).sqrt(),
+    }
+}

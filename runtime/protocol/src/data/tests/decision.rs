@@ -1,0 +1,125 @@
+use super::*;
+use crate::data::decision::{DecisionLedger, DecisionSchedule, LedgerError};
+use proptest::prelude::*;
+
+fn ledger() -> DecisionLedger {
+    DecisionLedger::new(DecisionSchedule::new(&ado()), 2)
+}
+
+fn reason(outcome: Result<bool, LedgerError>) -> String {
+    outcome.unwrap_err().to_string()
+}
+
+#[test]
+fn what_breaks_the_rules_is_refused_and_nothing_of_it_stays() {
+    let at = |line: u64| StepsCompleted(line);
+    let good = mixture_decision(1, 100, 108, &[0.5, 0.5]);
+    let refused = |line: u64, decisions: &[Decision]| {
+        let mut ledger = ledger();
+        let before = ledger.clone();
+        let text = reason(ledger.record(at(line), decisions));
+        assert_eq!(ledger, before);
+        text
+    };
+    assert!(refused(60, &[mixture_decision(1, 60, 108, &[0.5, 0.5])]).contains("not a decision point"));
+    assert!(refused(50, &[mixture_decision(1, 50, 108, &[0.5, 0.5])]).contains("not a decision point"));
+    assert!(refused(100, &[mixture_decision(1, 150, 158, &[0.5, 0.5])]).contains("belongs to line 150"));
+    assert!(refused(100, &[mixture_decision(1, 100, 107, &[0.5, 0.5])]).contains("late"));
+    assert!(refused(100, &[mixture_decision(1, 100, 108, &[0.5])]).contains("1 weights for 2 domains"));
+    assert!(refused(100, &[mixture_decision(1, 100, 108, &[-0.5, 1.5])]).contains("-0.5"));
+    assert!(refused(100, &[mixture_decision(1, 100, 108, &[f64::NAN, 1.0])]).contains("NaN"));
+    assert!(refused(100, &[mixture_decision(1, 100, 108, &[0.0, 0.0])]).contains("sum to 0"));
+    assert!(refused(100, &[good.clone(), mixture_decision(1, 100, 120, &[0.5, 0.5])]).contains("came before"));
+    assert!(
+        refused(100, &[good.clone(), mixture_decision(2, 100, 108, &[0.4, 0.6])]).contains("contradicts decision 1")
+    );
+    assert!(refused(150, &[]).contains("record line 100 first"));
+
+    let mut ledger = ledger();
+    assert_eq!(
+        ledger.record(at(100), &[mixture_decision(1, 100, 158, &[0.5, 0.5])]),
+        Ok(true)
+    );
+    let late_twin = mixture_decision(2, 150, 158, &[0.4, 0.6]);
+    assert!(reason(ledger.record(at(150), &[late_twin])).contains("contradicts decision 1"));
+    assert_eq!(
+        ledger.record(at(150), &[mixture_decision(2, 150, 160, &[0.4, 0.6])]),
+        Ok(true)
+    );
+    assert_eq!(ledger.decisions().len(), 2);
+}
+
+/// The same outcome may come again; another one for the same line may not.
+#[test]
+fn redelivery_is_harmless_and_contradiction_is_not() {
+    let mut ledger = ledger();
+    let outcome = [mixture_decision(1, 100, 108, &[0.5, 0.5])];
+    assert_eq!(ledger.record(StepsCompleted(100), &outcome), Ok(true));
+    assert_eq!(ledger.record(StepsCompleted(120), &[]), Ok(true));
+    assert_eq!(ledger.record(StepsCompleted(100), &outcome), Ok(false));
+    assert_eq!(ledger.record(StepsCompleted(110), &[]), Ok(false));
+    let conflict = Err(LedgerError::Conflict {
+        line: StepsCompleted(100),
+    });
+    assert_eq!(ledger.record(StepsCompleted(100), &[]), conflict);
+    assert_eq!(
+        ledger.record(StepsCompleted(100), &[mixture_decision(1, 100, 108, &[0.4, 0.6])]),
+        conflict
+    );
+}
+
+proptest! {
+    /// STEP-6: `needs` names exactly the newest point whose decisions may act on the step.
+    #[test]
+    fn needs_is_the_newest_point_that_can_act(start in 0_u64..40, interval in 1_u64..20, lag in 1_u64..40, step in 0_u64..200) {
+        let schedule = DecisionSchedule::new(&MixtureConfig {
+            controller: ControllerKind::Ado, start_steps: start, interval_steps: interval, lag_steps: lag,
+        });
+        let newest = (1..=step)
+            .filter(|line| line % interval == 0 && *line >= start && line + lag <= step)
+            .max()
+            .unwrap_or(0);
+        prop_assert_eq!(schedule.needs(StepIndex(step)), StepsCompleted(newest));
+        let next = (step + 1..).find(|line| schedule.is_point(StepsCompleted(*line))).unwrap();
+        prop_assert_eq!(schedule.next_point(StepsCompleted(step)), Some(StepsCompleted(next)));
+    }
+
+    /// DATA-2: a ledger rebuilt from the list of its decisions is the ledger.
+    #[test]
+    fn rebuilt_ledgers_are_equal(points in prop::collection::vec(any::<bool>(), 1..20), beyond in 0_u64..49) {
+        let mut ledger = ledger();
+        let mut id = 0;
+        let mut line = 50;
+        for decides in points {
+            line += 50;
+            let outcome: Vec<Decision> = decides.then(|| {
+                id += 1;
+                mixture_decision(id, line, line + 8, &[0.5, 0.5])
+            }).into_iter().collect();
+            ledger.record(StepsCompleted(line), &outcome).unwrap();
+        }
+        if beyond > 0 {
+            ledger.record(StepsCompleted(line + beyond), &[]).unwrap();
+        }
+        let rebuilt =
+            DecisionLedger::rebuild(*ledger.schedule(), 2, ledger.recorded(), ledger.decisions()).unwrap();
+        prop_assert_eq!(rebuilt, ledger);
+    }
+}
+
+/// A decision travels as text and as rkyv without a change.
+#[test]
+fn decisions_travel_unchanged() {
+    let mut decision = mixture_decision(3, 100, 108, &[0.1, 0.2 + 0.1]);
+    for kind in [decision.kind.clone(), DecisionKind::Pin, DecisionKind::Release] {
+        decision.kind = kind;
+        let text = serde_json::to_string(&decision).unwrap();
+        assert_eq!(serde_json::from_str::<Decision>(&text).unwrap(), decision);
+        let bytes = rkyv::to_bytes::<rkyv::rancor::Error>(&decision).unwrap();
+        assert_eq!(
+            rkyv::from_bytes::<Decision, rkyv::rancor::Error>(&bytes).unwrap(),
+            decision
+        );
+    }
+    assert!(serde_json::from_str::<Decision>(r#"{"id":1,"line":2,"effective":3,"kind":"stop"}"#).is_err());
+}

@@ -1,0 +1,281 @@
+//! Which lines of the committed trace are written, and which are only checked.
+//!
+//! - **STEP-3** Nothing outside the ranks sees a step before it is committed: a line comes here only from a rank that
+//!   finished the step, which it can only past the barrier.
+//! - **STEP-5** After a restore behind the trace's end, replayed steps are checked against their lines, not written again.
+//! - **DET-3** A replayed step must reproduce its recorded line; if not, the run halts with a diagnosis.
+//! - Lines are written once each, in order, each with the decisions made on it: a decision stands in the trace before it
+//!   takes effect.
+//!
+//! ```text
+//! line from a rank --> next in order? --> Decide (TSM, ATE, DMU) --> Write --> written: acknowledge to ranks
+//!                  \-> known already? --> compare
+//!                  \-> ahead of order? -> kept
+//! ```
+
+use crate::data::decision::Decision;
+use crate::data::stats::LaneStats;
+use crate::message::StepLine;
+use crate::trace::{DomainMap, TraceLine};
+use std::collections::BTreeMap;
+use tarazed_domain::StepsCompleted;
+
+/// What to do next.
+#[derive(Clone, Debug)]
+pub enum LedgerEffect {
+    /// Let the loop look at this line; answer with [`Ledger::on_decided`].
+    Decide(Box<TraceLine>),
+    /// Append this line to the trace; answer with [`Ledger::on_written`].
+    Write(Box<TraceLine>),
+    /// A replayed or repeated step gave its recorded line.
+    Checked(StepsCompleted),
+    /// It did not (DET-3).
+    Mismatch(String),
+    /// Tell the ranks.
+    Acknowledge {
+        /// Lines through this one are written.
+        through: StepsCompleted,
+        /// Decisions in the newest.
+        decisions: Vec<Decision>,
+    },
+}
+
+/// The committed trace's head.
+#[derive(Debug)]
+pub struct Ledger {
+    domain_names: Vec<String>,
+    tokens_per_step: u64,
+    written: StepsCompleted,
+    /// Lines that a replay may come back to.
+    known: BTreeMap<StepsCompleted, TraceLine>,
+    waiting: BTreeMap<StepsCompleted, TraceLine>,
+    deciding: Option<StepsCompleted>,
+    decisions: Vec<Decision>,
+}
+
+impl Ledger {
+    /// A ledger at the end of `lines`, the trace so far.
+    #[must_use]
+    pub fn new(domain_names: Vec<String>, tokens_per_step: u64, lines: Vec<TraceLine>) -> Self {
+        let written = lines.last().map_or(StepsCompleted(0), |line| line.step);
+        let decisions = lines.iter().flat_map(|line| line.decisions.iter().cloned()).collect();
+        let known = lines.into_iter().map(|line| (line.step, line)).collect();
+        Self {
+            domain_names,
+            tokens_per_step,
+            written,
+            known,
+            waiting: BTreeMap::new(),
+            deciding: None,
+            decisions,
+        }
+    }
+
+    /// The newest line written.
+    #[must_use]
+    pub const fn written(&self) -> StepsCompleted {
+        self.written
+    }
+
+    /// Every decision written so far.
+    #[must_use]
+    pub fn decisions(&self) -> &[Decision] {
+        &self.decisions
+    }
+
+    /// Lines at or before this step are not replayed any more.
+    pub fn forget(&mut self, through: StepsCompleted) {
+        self.known = self.known.split_off(&StepsCompleted(through.0 + 1));
+    }
+
+    /// Lines to check a replay against, read back from the trace after a restore behind what is still known.
+    pub fn recall(&mut self, lines: Vec<TraceLine>) {
+        self.known.extend(
+            lines
+                .into_iter()
+                .filter(|line| line.step <= self.written)
+                .map(|line| (line.step, line)),
+        );
+    }
+
+    /// A rank finished a step.
+    pub fn on_line(&mut self, line: &StepLine) -> Vec<LedgerEffect> {
+        let line = match self.assemble(line) {
+            Ok(line) => line,
+            Err(diagnosis) => return vec![LedgerEffect::Mismatch(diagnosis)],
+        };
+        let step = line.step;
+        let recorded = self.known.get(&step).or_else(|| self.waiting.get(&step));
+        if let Some(recorded) = recorded {
+            return vec![compare(recorded, line)];
+        }
+        if step <= self.written {
+            return vec![LedgerEffect::Checked(step)]; // long acknowledged and forgotten
+        }
+        self.waiting.insert(step, line);
+        self.next()
+    }
+
+    fn next(&mut self) -> Vec<LedgerEffect> {
+        let step = self.written.next().completed();
+        if self.deciding.is_some() {
+            return Vec::new();
+        }
+        let Some(line) = self.waiting.get(&step) else {
+            return Vec::new();
+        };
+        self.deciding = Some(step);
+        vec![LedgerEffect::Decide(Box::new(line.clone()))]
+    }
+
+    /// The loop has looked at a line and made these decisions.
+    pub fn on_decided(&mut self, step: StepsCompleted, decisions: Vec<Decision>) -> Vec<LedgerEffect> {
+        if self.deciding != Some(step) {
+            return Vec::new();
+        }
+        let Some(line) = self.waiting.get_mut(&step) else {
+            return Vec::new();
+        };
+        line.decisions = decisions;
+        vec![LedgerEffect::Write(Box::new(line.clone()))]
+    }
+
+    /// A line lies in the trace.
+    pub fn on_written(&mut self, step: StepsCompleted) -> Vec<LedgerEffect> {
+        if self.deciding != Some(step) {
+            return Vec::new();
+        }
+        self.deciding = None;
+        let Some(line) = self.waiting.remove(&step) else {
+            return Vec::new();
+        };
+        self.written = step;
+        self.decisions.extend(line.decisions.iter().cloned());
+        let acknowledge = LedgerEffect::Acknowledge {
+            through: step,
+            decisions: line.decisions.clone(),
+        };
+        self.known.insert(step, line);
+        let mut effects = vec![acknowledge];
+        effects.extend(self.next());
+        effects
+    }
+
+    fn assemble(&self, line: &StepLine) -> Result<TraceLine, String> {
+        let names = &self.domain_names;
+        let stats = LaneStats::decode(&line.stats, names.len()).map_err(|e| format!("step {}: {e}", line.step))?;
+        if line.mixture.len() != names.len() {
+            return Err(format!(
+                "step {}: a mixture of {} domains, not {}",
+                line.step,
+                line.mixture.len(),
+                names.len()
+            ));
+        }
+        Ok(TraceLine {
+            step: line.step,
+            tokens: line.step.0 * self.tokens_per_step,
+            data: line.data,
+            loss: line.loss,
+            grad_norm: line.grad_norm,
+            state: line.state,
+            lr: line.learning_rate,
+            mixture: DomainMap(names.iter().cloned().zip(line.mixture.iter().copied()).collect()),
+            domains: stats.train_map(names),
+            heldout: stats.heldout_map(names),
+            decisions: Vec::new(),
+        })
+    }
+}
+
+fn compare(recorded: &TraceLine, mut line: TraceLine) -> LedgerEffect {
+    line.decisions.clone_from(&recorded.decisions); // decisions are the controller's, not the ranks'
+    match recorded.first_difference(&line) {
+        None => LedgerEffect::Checked(line.step),
+        Some(difference) => LedgerEffect::Mismatch(format!(
+            "step {} was computed twice with different results: {} was {}, now {} (DET-3)",
+            line.step, difference.field, difference.a, difference.b
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(step: u64, loss: f64) -> StepLine {
+        StepLine {
+            step: StepsCompleted(step),
+            data: [1; 32],
+            loss,
+            grad_norm: 1.0,
+            state: [2; 32],
+            learning_rate: 1e-3,
+            mixture: vec![1.0],
+            stats: LaneStats::new(1).encode(),
+        }
+    }
+
+    fn ledger() -> Ledger {
+        Ledger::new(vec!["wiki".to_owned()], 10, Vec::new())
+    }
+
+    fn run_through(ledger: &mut Ledger, effects: Vec<LedgerEffect>) -> Vec<u64> {
+        let mut written = Vec::new();
+        let mut queue = effects;
+        while let Some(effect) = queue.pop() {
+            match effect {
+                LedgerEffect::Decide(line) => queue.extend(ledger.on_decided(line.step, vec![])),
+                LedgerEffect::Write(line) => {
+                    written.push(line.step.0);
+                    queue.extend(ledger.on_written(line.step));
+                }
+                LedgerEffect::Mismatch(diagnosis) => panic!("{diagnosis}"),
+                LedgerEffect::Checked(_) | LedgerEffect::Acknowledge { .. } => {}
+            }
+        }
+        written
+    }
+
+    /// STEP-3: each line once and in order, however they come.
+    #[test]
+    fn lines_are_written_once_and_in_order() {
+        let mut ledger = ledger();
+        let mut written = Vec::new();
+        for step in [2, 1, 1, 4, 2, 3, 3, 4] {
+            let effects = ledger.on_line(&line(step, 1.0));
+            written.extend(run_through(&mut ledger, effects));
+        }
+        assert_eq!(written, [1, 2, 3, 4]);
+    }
+
+    /// STEP-5 and DET-3: a replay is checked, and a different result is not accepted.
+    #[test]
+    fn a_replayed_step_is_checked_and_a_wrong_one_halts() {
+        let mut ledger = ledger();
+        for step in 1..=3 {
+            let effects = ledger.on_line(&line(step, 1.0));
+            run_through(&mut ledger, effects);
+        }
+        assert!(matches!(
+            ledger.on_line(&line(2, 1.0))[..],
+            [LedgerEffect::Checked(StepsCompleted(2))]
+        ));
+        let wrong = ledger.on_line(&line(2, 1.0 + f64::EPSILON));
+        let [LedgerEffect::Mismatch(diagnosis)] = &wrong[..] else {
+            panic!("one bit is enough")
+        };
+        assert!(
+            diagnosis.contains("step 2") && diagnosis.contains("loss"),
+            "{diagnosis}"
+        );
+    }
+
+    #[test]
+    fn statistics_of_another_config_are_refused() {
+        let mut ledger = ledger();
+        let mut alien = line(1, 1.0);
+        alien.stats = LaneStats::new(2).encode();
+        assert!(matches!(ledger.on_line(&alien)[..], [LedgerEffect::Mismatch(_)]));
+    }
+}

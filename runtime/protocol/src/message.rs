@@ -1,0 +1,308 @@
+//! What travels between the controller and the ranks: small, owned, fenced by generation (SUP-2).
+//!
+//! Bodies are rkyv; the link puts them behind a checked header, because rkyv's validation is about memory safety and
+//! says nothing of integrity. Tensors never travel here.
+
+use crate::data::decision::Decision;
+use rkyv::{Archive, Deserialize, Serialize};
+use tarazed_domain::{Generation, Incarnation, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId};
+
+/// A stable slot and which life of it: the only identity there is (SUP-2).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Archive, Serialize, Deserialize)]
+pub struct Member {
+    /// The slot.
+    pub worker: WorkerId,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+}
+
+impl std::fmt::Display for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "worker {} (incarnation {})", self.worker, self.incarnation)
+    }
+}
+
+/// What passing a step's barrier gives: enough for any holder of the reduced gradients to finish the step (STEP-2).
+#[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+pub struct BarrierOutcome {
+    /// The count this step completes.
+    pub step: StepsCompleted,
+    /// Gradient norm before clipping, over all lanes and blocks.
+    pub grad_norm: f64,
+    /// Mean training loss per token.
+    pub loss: f64,
+    /// Folded statistics of all lanes (`data::stats`), encoded.
+    pub stats: Vec<u8>,
+    /// Some rank was asked to pause at this boundary.
+    pub pause: bool,
+    /// Some rank was asked for a checkpoint at this boundary.
+    pub checkpoint: bool,
+}
+
+/// What a rank measured in one committed step; the controller makes the trace line of it.
+#[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+pub struct StepLine {
+    /// The count this step completed.
+    pub step: StepsCompleted,
+    /// Digest of the step's samples.
+    pub data: [u8; 32],
+    /// Mean training loss per token.
+    pub loss: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Hash of the whole training state after the update (STEP-4).
+    pub state: [u8; 32],
+    /// Learning rate of the update.
+    pub learning_rate: f64,
+    /// Mixture in force, in domain order.
+    pub mixture: Vec<f64>,
+    /// Folded statistics of all lanes (`data::stats`), encoded.
+    pub stats: Vec<u8>,
+}
+
+/// What a survivor holds of one optimizer shard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct ShardHolding {
+    /// The shard.
+    pub shard: OptimizerShardIndex,
+    /// Its whole state is that after this many steps.
+    pub state: StepsCompleted,
+    /// Reduced gradients held whole, leading to this count.
+    pub reduced: Option<StepsCompleted>,
+}
+
+/// A survivor's answer to a fence.
+#[derive(Clone, PartialEq, Debug, Default, Archive, Serialize, Deserialize)]
+pub struct StateReport {
+    /// Shards held whole; one whose copy was cut short is not listed: it is never a donor.
+    pub shards: Vec<ShardHolding>,
+    /// The newest barrier passed in this life.
+    pub passed: Option<BarrierOutcome>,
+    /// Complete lines the controller has not acknowledged.
+    pub lines: Vec<StepLine>,
+}
+
+/// Where a holder takes its shard from at the start of a generation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub enum ShardOrigin {
+    /// It is there, at the base step or one reduced gradient before it.
+    Keep,
+    /// From this rank, once that rank stands at the base step.
+    CopyFrom(Rank),
+    /// From the seed: the run begins.
+    Initialise,
+    /// From the checkpoint named in the plan.
+    Restore,
+}
+
+/// One holder of one optimizer shard; the first holder of a shard is its primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct ShardHolder {
+    /// Who.
+    pub rank: Rank,
+    /// From where.
+    pub origin: ShardOrigin,
+}
+
+/// One member of a generation's roster.
+#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct RosterEntry {
+    /// Identity.
+    pub member: Member,
+    /// Address of its data plane listener.
+    pub address: String,
+    /// Lanes it computes.
+    pub lanes: LaneRange,
+}
+
+/// Everything a rank needs to start a generation.
+#[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+pub struct BeginPlan {
+    /// The new generation.
+    pub generation: Generation,
+    /// Its members by rank.
+    pub roster: Vec<RosterEntry>,
+    /// Every holder first brings its shards to this count.
+    pub base: StepsCompleted,
+    /// The outcome of the base step's barrier, for holders one step behind; and for a line not yet complete.
+    pub outcome: Option<BarrierOutcome>,
+    /// Per optimizer shard its holders, primary first.
+    pub shards: Vec<Vec<ShardHolder>>,
+    /// Key of the manifest to restore from, where some origin says so.
+    pub restore: Option<String>,
+    /// Lines written so far; a rank keeps only later ones.
+    pub acknowledged: StepsCompleted,
+    /// Every decision so far.
+    pub decisions: Vec<Decision>,
+    /// Decisions are known through this line.
+    pub decided: StepsCompleted,
+    /// Run to this count, checkpoint, and pause.
+    pub last_step: StepsCompleted,
+    /// Save the base itself first: the run ends there.
+    pub checkpoint_at_base: bool,
+}
+
+pub use envelopes::{FromRank, ToRank};
+
+mod envelopes {
+    #![allow(
+        missing_docs,
+        reason = "rkyv generates public twins of the fields without documentation"
+    )]
+
+    use super::{BeginPlan, Decision, StateReport, StepLine};
+    use rkyv::{Archive, Deserialize, Serialize};
+    use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
+
+    /// Controller to rank.
+    #[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+    pub enum ToRank {
+        /// Abort every generation before this one and report what you hold.
+        Fence {
+            /// The coming generation.
+            generation: Generation,
+        },
+        /// Start a generation.
+        Begin(Box<BeginPlan>),
+        /// Pause after the step being run, all together; with a checkpoint where asked.
+        Pause {
+            /// Of this generation.
+            generation: Generation,
+            /// Also write a checkpoint there.
+            checkpoint: bool,
+        },
+        /// Lines through this one are written; these decisions stand in them.
+        Acknowledge {
+            /// Newest written line.
+            through: StepsCompleted,
+            /// Decisions of lines newly written.
+            decisions: Vec<Decision>,
+        },
+        /// Leave in order: nothing more is to be done.
+        Shutdown,
+    }
+
+    /// Rank to controller.
+    #[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
+    pub enum FromRank {
+        /// A new process is ready and holds nothing yet.
+        Ready {
+            /// Address of its data plane listener.
+            address: String,
+            /// Process id, for people.
+            pid: u32,
+        },
+        /// Answer to a fence.
+        State {
+            /// The generation of the fence.
+            generation: Generation,
+            /// What it holds.
+            report: StateReport,
+        },
+        /// The generation is whole and runs.
+        Running {
+            /// Which.
+            generation: Generation,
+        },
+        /// A committed step's measurements; sent by rank 0, kept by all.
+        Line {
+            /// Of this generation.
+            generation: Generation,
+            /// The measurements.
+            line: StepLine,
+            /// Microseconds this rank has spent in each phase so far, for metrics alone.
+            spent_us: Vec<u64>,
+        },
+        /// The device thread met an error that is not its own: a peer is gone, slow or wrong.
+        Failed {
+            /// Of this generation.
+            generation: Generation,
+            /// What happened, for the chain of causes.
+            cause: String,
+            /// Peers it names.
+            suspects: Vec<Rank>,
+            /// Whether the state itself is in doubt, not only a peer: then the run halts (DET-3).
+            corruption: bool,
+        },
+        /// Stands at a step boundary and waits.
+        Paused {
+            /// Of this generation.
+            generation: Generation,
+            /// Steps completed.
+            step: StepsCompleted,
+            /// Whether a checkpoint of this step is being written.
+            saving: bool,
+        },
+        /// Liveness with the device thread's own progress.
+        Heartbeat {
+            /// Of this generation.
+            generation: Generation,
+            /// Steps completed.
+            step: StepsCompleted,
+            /// Grows with every bit of work the device thread does.
+            progress: u64,
+            /// What it does now.
+            phase: String,
+        },
+        /// One checkpoint shard lies in the store.
+        ShardSaved {
+            /// The checkpoint's step.
+            step: StepsCompleted,
+            /// The shard.
+            shard: OptimizerShardIndex,
+            /// Its object.
+            key: String,
+            /// Length in bytes.
+            length: u64,
+            /// BLAKE3 of the object.
+            blake3: [u8; 32],
+        },
+        /// One checkpoint shard could not be stored.
+        ShardLost {
+            /// The checkpoint's step.
+            step: StepsCompleted,
+            /// The shard.
+            shard: OptimizerShardIndex,
+            /// Why.
+            cause: String,
+        },
+    }
+}
+
+/// A message body that does not decode.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Malformed(pub String);
+
+impl std::fmt::Display for Malformed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "malformed control message: {}", self.0)
+    }
+}
+
+macro_rules! codec {
+    ($type:ty) => {
+        impl $type {
+            /// The message as bytes.
+            ///
+            /// # Errors
+            /// If rkyv cannot serialise it (out of memory).
+            pub fn encode(&self) -> Result<Vec<u8>, Malformed> {
+                rkyv::to_bytes::<rkyv::rancor::Error>(self)
+                    .map(|bytes| bytes.to_vec())
+                    .map_err(|e| Malformed(e.to_string()))
+            }
+
+            /// The message in `bytes`, whatever their alignment.
+            ///
+            /// # Errors
+            /// If they hold no such message.
+            pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+                let mut aligned = rkyv::util::AlignedVec::<16>::with_capacity(bytes.len());
+                aligned.extend_from_slice(bytes);
+                rkyv::from_bytes::<Self, rkyv::rancor::Error>(&aligned).map_err(|e| Malformed(e.to_string()))
+            }
+        }
+    };
+}
+codec!(ToRank);
+codec!(FromRank);

@@ -1,0 +1,200 @@
+//! Which worker holds which optimizer shard (DESIGN.md section 4).
+//!
+//! Every shard has `copies` holders on different workers, its primary first. The assignment moves as little as it can:
+//! a worker that holds a shard whole keeps it while that leaves the load even. Pure and deterministic: the same
+//! holdings and roster give the same map. Placement never shows in a number; it decides only who works.
+
+use tarazed_domain::{OptimizerShardIndex, Rank};
+
+/// Holders per shard, primary first.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardMap {
+    holders: Vec<Vec<Rank>>,
+}
+
+impl ShardMap {
+    /// Holders of one shard, primary first.
+    #[must_use]
+    pub fn holders(&self, shard: OptimizerShardIndex) -> &[Rank] {
+        &self.holders[shard.index()]
+    }
+
+    /// All shards' holders.
+    #[must_use]
+    pub fn all(&self) -> &[Vec<Rank>] {
+        &self.holders
+    }
+}
+
+/// Assigns `shard_count` shards with `copies` holders each (at most the world size) to ranks.
+///
+/// `whole[shard]` lists the ranks that hold the shard whole now, the present primary first where there is one.
+///
+/// # Panics
+/// If the world is empty or `whole` has another length: programmer's errors.
+#[must_use]
+pub fn assign(shard_count: usize, world_size: usize, copies: usize, whole: &[Vec<Rank>]) -> ShardMap {
+    assert!(world_size > 0, "a world has ranks");
+    assert_eq!(whole.len(), shard_count, "one list of whole holders per shard");
+    let copies = copies.clamp(1, world_size);
+    let mut primaries = Quota::new(shard_count, world_size);
+    let mut holders: Vec<Vec<Rank>> = vec![Vec::with_capacity(copies); shard_count];
+
+    // Keep the primaries that stand, then promote whole holders, then take whoever has room. A shard with a single
+    // whole holder goes before one with a choice, so that promotion does not force a copy.
+    let mut order: Vec<usize> = (0..shard_count).collect();
+    order.sort_by_key(|&shard| (whole[shard].len().max(1), shard));
+    for pass in 0..3 {
+        for &shard in &order {
+            if !holders[shard].is_empty() {
+                continue;
+            }
+            let candidate = match pass {
+                0 => whole[shard].first().copied().filter(|&rank| primaries.has_room(rank)),
+                1 => whole[shard]
+                    .iter()
+                    .copied()
+                    .filter(|&rank| primaries.has_room(rank))
+                    .min_by_key(|&r| primaries.load(r)),
+                _ => Some(primaries.least_loaded(&[])),
+            };
+            if let Some(rank) = candidate {
+                primaries.take(rank);
+                holders[shard].push(rank);
+            }
+        }
+    }
+
+    for copy in 1..copies {
+        let mut replicas = Quota::new(shard_count, world_size);
+        for pass in 0..2 {
+            for &shard in &order {
+                if holders[shard].len() > copy {
+                    continue;
+                }
+                let taken = holders[shard].clone();
+                let candidate = if pass == 0 {
+                    whole[shard]
+                        .iter()
+                        .copied()
+                        .filter(|rank| !taken.contains(rank) && replicas.has_room(*rank))
+                        .min_by_key(|&rank| replicas.load(rank))
+                } else {
+                    Some(replicas.least_loaded(&taken))
+                };
+                if let Some(rank) = candidate {
+                    replicas.take(rank);
+                    holders[shard].push(rank);
+                }
+            }
+        }
+    }
+    ShardMap { holders }
+}
+
+/// How many shards each rank has taken, against an even share.
+struct Quota {
+    loads: Vec<usize>,
+    share: usize,
+    /// How many ranks may still take one more than the even share.
+    extra: usize,
+}
+
+impl Quota {
+    fn new(shard_count: usize, world_size: usize) -> Self {
+        Self {
+            loads: vec![0; world_size],
+            share: shard_count / world_size,
+            extra: shard_count % world_size,
+        }
+    }
+
+    fn load(&self, rank: Rank) -> (usize, Rank) {
+        (self.loads[rank.index()], rank)
+    }
+
+    fn has_room(&self, rank: Rank) -> bool {
+        let load = self.loads[rank.index()];
+        load < self.share || (load == self.share && self.extra > 0)
+    }
+
+    fn take(&mut self, rank: Rank) {
+        if self.loads[rank.index()] == self.share {
+            self.extra = self.extra.saturating_sub(1);
+        }
+        self.loads[rank.index()] += 1;
+    }
+
+    fn least_loaded(&self, not: &[Rank]) -> Rank {
+        (0..self.loads.len() as u32)
+            .map(Rank)
+            .filter(|rank| !not.contains(rank))
+            .min_by_key(|&rank| self.load(rank))
+            .unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn check(map: &ShardMap, world_size: usize, copies: usize) -> (Vec<usize>, Vec<usize>) {
+        let mut primaries = vec![0; world_size];
+        let mut all = vec![0; world_size];
+        for holders in map.all() {
+            assert_eq!(holders.len(), copies.min(world_size));
+            let mut distinct = holders.clone();
+            distinct.sort();
+            distinct.dedup();
+            assert_eq!(
+                distinct.len(),
+                holders.len(),
+                "holders of one shard are different ranks"
+            );
+            primaries[holders[0].index()] += 1;
+            for rank in holders {
+                all[rank.index()] += 1;
+            }
+        }
+        (primaries, all)
+    }
+
+    proptest! {
+        #[test]
+        fn every_shard_has_its_copies_and_primaries_are_even(
+            shards in 1usize..40, world in 1usize..9, copies in 1usize..4
+        ) {
+            let map = assign(shards, world, copies, &vec![vec![]; shards]);
+            let (primaries, _) = check(&map, world, copies);
+            let most = primaries.iter().max().copied().unwrap_or(0);
+            let least = primaries.iter().min().copied().unwrap_or(0);
+            prop_assert!(most - least <= 1);
+        }
+
+        #[test]
+        fn losing_one_rank_copies_little_and_keeps_the_load_even(shards in 1usize..40, world in 2usize..9, lost in 0usize..8) {
+            let lost = lost % world;
+            let before = assign(shards, world, 2, &vec![vec![]; shards]);
+            // The survivors are renumbered densely, as in a new generation.
+            let renumber = |rank: Rank| (rank.index() != lost).then(|| Rank(rank.0 - u32::from(rank.index() > lost)));
+            let whole: Vec<Vec<Rank>> =
+                before.all().iter().map(|holders| holders.iter().copied().filter_map(renumber).collect()).collect();
+            prop_assert!(whole.iter().all(|holders: &Vec<Rank>| !holders.is_empty()), "two copies survive one loss");
+            let after = assign(shards, world - 1, 2, &whole);
+            let (primaries, _) = check(&after, world - 1, 2);
+            prop_assert!(primaries.iter().max().unwrap() - primaries.iter().min().unwrap() <= 1);
+            let copies: usize = after.all().iter().zip(&whole)
+                .map(|(now, held)| now.iter().filter(|rank| !held.contains(rank)).count()).sum();
+            let lost_copies = before.all().iter().flatten().filter(|rank| rank.index() == lost).count();
+            // What was lost, plus at most an even share moved to keep the load even.
+            prop_assert!(copies <= lost_copies + 2 * shards.div_ceil(world), "{copies} copies for {lost_copies} lost");
+        }
+
+        #[test]
+        fn the_same_holdings_give_the_same_map(shards in 1usize..20, world in 1usize..6) {
+            let first = assign(shards, world, 2, &vec![vec![]; shards]);
+            prop_assert_eq!(&assign(shards, world, 2, first.all()), &first, "a map is stable under itself");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Reading checkpoint shards. Bytes go straight to where they belong while they are hashed; nothing is returned unless
+//! the hash is right, and the file's header is parsed only then (CKPT-4).
+
+use crate::error::StoreError;
+use crate::limits::{READ_RANGE_BYTES, READS_IN_FLIGHT_MAX};
+use crate::manifest::{Manifest, ObjectRecord};
+use crate::shard_file;
+use crate::store::CheckpointStore;
+use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
+use std::ops::Range;
+use tarazed_domain::OptimizerShardIndex;
+
+/// The state of one optimizer shard: three tensors of the same length.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct ShardState {
+    /// fp32 master weights.
+    pub master: Vec<f32>,
+    /// First AdamW moment.
+    pub exp_avg: Vec<f32>,
+    /// Second AdamW moment.
+    pub exp_avg_sq: Vec<f32>,
+}
+
+/// Where to put the state of one optimizer shard.
+#[derive(Debug)]
+pub struct ShardStateMut<'a> {
+    /// fp32 master weights.
+    pub master: &'a mut [f32],
+    /// First AdamW moment.
+    pub exp_avg: &'a mut [f32],
+    /// Second AdamW moment.
+    pub exp_avg_sq: &'a mut [f32],
+}
+
+/// Master weights of one optimizer shard.
+#[derive(Clone, PartialEq, Debug)]
+pub struct WeightsPart {
+    /// Position of the first value in the flat parameter space.
+    pub first_element: u64,
+    /// The values, padding included.
+    pub values: Vec<f32>,
+}
+
+/// Cuts `range` into reads; each but the last is a whole number of elements long.
+fn reads(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let end = range.end;
+    range
+        .step_by(READ_RANGE_BYTES as usize)
+        .map(move |start| start..end.min(start + READ_RANGE_BYTES))
+}
+
+impl CheckpointStore {
+    /// Reads one checkpoint shard; any process may read any (CKPT-6).
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] or [`StoreError::NotFound`] if the object is not what the manifest says: restore an older
+    /// checkpoint, `newest_valid(Some(manifest.step))`. Else by cause.
+    pub async fn get_shard(&self, manifest: &Manifest, shard: OptimizerShardIndex) -> Result<ShardState, StoreError> {
+        let elements = manifest.geometry(shard)?.elements() as usize;
+        let mut state = ShardState {
+            master: vec![0.0; elements],
+            exp_avg: vec![0.0; elements],
+            exp_avg_sq: vec![0.0; elements],
+        };
+        let places = ShardStateMut {
+            master: &mut state.master,
+            exp_avg: &mut state.exp_avg,
+            exp_avg_sq: &mut state.exp_avg_sq,
+        };
+        self.get_shard_into(manifest, shard, places).await?;
+        Ok(state)
+    }
+
+    /// Reads one checkpoint shard into given slices. After an error their contents mean nothing.
+    ///
+    /// # Errors
+    /// As [`Self::get_shard`]; [`StoreError::Refused`] if a slice has the wrong length.
+    pub async fn get_shard_into(
+        &self,
+        manifest: &Manifest,
+        shard: OptimizerShardIndex,
+        places: ShardStateMut<'_>,
+    ) -> Result<(), StoreError> {
+        let places = [Some(places.master), Some(places.exp_avg), Some(places.exp_avg_sq)];
+        self.read_shard(manifest, shard, places).await
+    }
+
+    /// The flat master weights, optimizer shard by optimizer shard in order, for generation and export: at no time more
+    /// than one shard is in memory. Each part has passed its hash.
+    pub fn read_weights<'a>(
+        &'a self,
+        manifest: &'a Manifest,
+    ) -> impl Stream<Item = Result<WeightsPart, StoreError>> + Send + 'a {
+        futures::stream::iter(&manifest.shards).then(move |record| async move {
+            let geometry = manifest.geometry(record.shard)?;
+            let mut values = vec![0.0; geometry.elements() as usize];
+            self.read_shard(manifest, record.shard, [Some(&mut values), None, None])
+                .await?;
+            Ok(WeightsPart {
+                first_element: geometry.first_element(),
+                values,
+            })
+        })
+    }
+
+    /// All master weights in one flat vector of `block_count * block_elements` values.
+    ///
+    /// # Errors
+    /// As [`Self::get_shard`].
+    pub async fn read_flat_weights(&self, manifest: &Manifest) -> Result<Vec<f32>, StoreError> {
+        let mut flat = Vec::with_capacity(manifest.block_count as usize * manifest.block_elements as usize);
+        let mut parts = std::pin::pin!(self.read_weights(manifest));
+        while let Some(part) = parts.try_next().await? {
+            flat.extend_from_slice(&part.values);
+        }
+        Ok(flat)
+    }
+
+    async fn read_shard(
+        &self,
+        manifest: &Manifest,
+        shard: OptimizerShardIndex,
+        mut places: [Option<&mut [f32]>; 3],
+    ) -> Result<(), StoreError> {
+        let geometry = manifest.geometry(shard)?;
+        let object = &manifest.shard(shard)?.object;
+        for place in places.iter().flatten() {
+            if place.len() as u64 != geometry.elements() {
+                let (given, needed) = (place.len(), geometry.elements());
+                return Err(StoreError::refused(format!(
+                    "shard {shard} has {needed} elements, a slice {given}"
+                )));
+            }
+        }
+        let corrupt = |why: String| StoreError::corrupt(&object.key, why);
+        let header_bytes = shard_file::header_bytes(object.length, &geometry).map_err(corrupt)?;
+        let tensor_bytes = geometry.elements() * 4;
+        let mut plan = vec![(0..header_bytes, None)];
+        for tensor in 0..3 {
+            let start = header_bytes + tensor as u64 * tensor_bytes;
+            let pieces = reads(start..start + tensor_bytes);
+            plan.extend(pieces.map(|range| {
+                let at = ((range.start - start) / 4) as usize;
+                (range, Some((tensor, at)))
+            }));
+        }
+        let mut header = Vec::new();
+        self.read_object(object, plan, |target, bytes| match target {
+            None => header.extend_from_slice(bytes),
+            Some((tensor, at)) => {
+                if let Some(place) = &mut places[tensor] {
+                    for (value, bytes) in place[at..].iter_mut().zip(bytes.chunks_exact(4)) {
+                        *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                    }
+                }
+            }
+        })
+        .await?;
+        shard_file::check_header(&header, manifest.step, &geometry).map_err(corrupt)
+    }
+
+    /// Checks an object's length and hash without keeping a byte.
+    pub(crate) async fn hash_object(&self, object: &ObjectRecord) -> Result<(), StoreError> {
+        let plan = reads(0..object.length).map(|range| (range, ()));
+        self.read_object(object, plan.collect(), |(), _| ()).await
+    }
+
+    /// Reads a whole object by the ranges of `plan`, which tile it in order; `sink` gets each range's bytes. What the
+    /// sink got counts only if this returns `Ok`: length and hash are then as recorded (CKPT-4).
+    async fn read_object<T: Send>(
+        &self,
+        object: &ObjectRecord,
+        plan: Vec<(Range<u64>, T)>,
+        mut sink: impl FnMut(T, &[u8]) + Send,
+    ) -> Result<(), StoreError> {
+        let key = object.key.as_str();
+        let corrupt = |why: String| StoreError::corrupt(key, why);
+        match self.length_of(key).await? {
+            Some(length) if length == object.length => {}
+            Some(length) => return Err(corrupt(format!("{length} bytes instead of {}", object.length))),
+            None => {
+                return Err(StoreError::NotFound {
+                    what: format!("{key} in {}", self.location()),
+                    remedy: "use another checkpoint".to_string(),
+                });
+            }
+        }
+        let path = &self.path(key);
+        let mut chunks = futures::stream::iter(plan)
+            .map(|(range, target)| async move {
+                let wanted = range.end - range.start;
+                let read = self.bounded(self.objects().get_range(path, range)).await;
+                let bytes = read.map_err(|failure| self.sort("read", key, failure))?;
+                if bytes.len() as u64 != wanted {
+                    return Err(StoreError::corrupt(key, "it changed its length while it was read"));
+                }
+                Ok((target, bytes))
+            })
+            .buffered(READS_IN_FLIGHT_MAX);
+        let mut hasher = blake3::Hasher::new();
+        while let Some((target, bytes)) = chunks.try_next().await? {
+            hasher.update(&bytes);
+            sink(target, &bytes);
+        }
+        if object.blake3 != hasher.finalize().into() {
+            return Err(corrupt("its contents do not have the recorded hash".to_string()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,71 @@
+//! The command line: which commands there are. Each command's options and work stand in its own file.
+
+use crate::commands::{checkpoint, generate, plan, rank, status, trace, train};
+use clap::{Parser, Subcommand};
+
+/// Fault-tolerant pretraining of Aquila2-family language models.
+///
+/// Exit codes: 0 done; 2 refused, never retry; 3 halted with a diagnosis; 33 transient, retry; 34 stopped by a signal
+/// after a last checkpoint.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tarazed",
+    version,
+    about,
+    max_term_width = 110,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands that work.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train; a run folder that holds the run is resumed.
+    Train(train::Args),
+    /// One rank process; started by `train`.
+    #[command(hide = true)]
+    Rank(rank::Args),
+    /// Show where a run stands.
+    Status(status::Args),
+    /// Say what a config needs: memory per rank by term, predicted step time, what fits. Trains nothing.
+    Plan(plan::Args),
+    /// Look after a store of checkpoints.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
+    /// Show a committed trace, or compare two.
+    #[command(subcommand)]
+    Trace(trace::Command),
+    /// Continue a text with a checkpoint of a run.
+    Generate(generate::Args),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage_errors_are_refusals() {
+        for line in [
+            &["tarazed", "no-such-command"][..],
+            &["tarazed", "plan"],
+            &["tarazed", "status", "--no-such"],
+        ] {
+            let error = Cli::try_parse_from(line).expect_err("refused");
+            assert_eq!(
+                error.exit_code(),
+                i32::from(crate::exit::Exit::Refused.code()),
+                "{line:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! One file per command.
+
+pub mod checkpoint;
+pub mod generate;
+pub mod plan;
+pub mod rank;
+pub mod status;
+pub mod trace;
+pub mod train;
+
+use crate::cli::Command;
+use crate::exit::{Exit, Failure};
+
+/// Runs a command to its end.
+///
+/// # Errors
+/// The [`Failure`] to print; it carries the exit code.
+pub fn dispatch(command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Train(args) => train::run(&args),
+        Command::Rank(args) => rank::run(args),
+        Command::Status(args) => status::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Checkpoint(command) => checkpoint::run(&command),
+        Command::Trace(command) => trace::run(&command),
+        Command::Generate(args) => generate::run(&args),
+    }
+}
+
+/// Threads for the store's requests.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| {
+            Failure::transient(
+                "threads",
+                format!("cannot be started ({e})"),
+                "free resources and try again",
+            )
+        })
+}

@@ -1,0 +1,63 @@
+//! `tarazed rank`: one rank process. Started by the node agent, not by people, so it is hidden.
+
+use crate::exit::{Exit, Failure};
+use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
+use std::path::PathBuf;
+use tarazed_actors::rank::{self, RankArgs, RankExit};
+use tarazed_actors::run_folder::RunPaths;
+use tarazed_domain::config::Config;
+use tarazed_domain::{Incarnation, WorkerId};
+
+/// Options of `tarazed rank`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run folder.
+    #[arg(long)]
+    run_dir: PathBuf,
+    /// Folder of the prepared data set.
+    #[arg(long)]
+    data: PathBuf,
+    /// Address of the controller's hub.
+    #[arg(long)]
+    controller: String,
+    /// Folder for the data plane's sockets.
+    #[arg(long)]
+    sockets: PathBuf,
+    /// Which slot this process fills.
+    #[arg(long)]
+    worker: u32,
+    /// Which life of it.
+    #[arg(long)]
+    incarnation: u32,
+}
+
+/// Runs a rank process to its end.
+///
+/// # Errors
+/// Transient: the node agent counts it as a lost rank and starts another.
+pub fn run(args: Args) -> Result<Exit, Failure> {
+    let paths = RunPaths::new(&args.run_dir);
+    let config = Config::load(&paths.config(), &[])?;
+    let role = Role::Rank(WorkerId(args.worker), Incarnation(args.incarnation));
+    let telemetry = telemetry::init(&Settings {
+        role,
+        run: config.run.name,
+        endpoint: telemetry::endpoint(&config.telemetry, std::env::var(ENDPOINT_VARIABLE).ok()),
+        log_file: Some(paths.logs().join(format!("{}.log", role.process_name()))),
+    })?;
+    let who = format!("worker {} (incarnation {})", args.worker, args.incarnation);
+    let ended = rank::run(&RankArgs {
+        run_dir: args.run_dir,
+        data: args.data,
+        controller: args.controller,
+        sockets: args.sockets,
+        worker: args.worker,
+        incarnation: args.incarnation,
+    });
+    telemetry.shutdown();
+    match ended {
+        Ok(RankExit::Left) => Ok(Exit::Done),
+        Ok(RankExit::ControllerLost) => Ok(Exit::Transient),
+        Err(error) => Err(Failure::transient(who, error, "its node agent starts another")),
+    }
+}

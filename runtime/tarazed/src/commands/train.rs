@@ -1,0 +1,229 @@
+//! `tarazed train`: from a config file to the exit code of a run.
+//!
+//! This file resolves options, opens the run folder and turns notices into lines; the run itself is
+//! [`tarazed_actors::controller`]'s.
+
+use crate::exit::{Exit, Failure};
+use crate::screen::Screen;
+use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tarazed_actors::controller::{self, Outcome, RunError, RunOptions};
+use tarazed_actors::run_folder::{Existing, FolderError, RunFolder};
+use tarazed_domain::StepsCompleted;
+use tarazed_domain::config::Config;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// Options of `tarazed train`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Config file.
+    config: PathBuf,
+    /// Override a key, e.g. --set batch.lanes=16.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Run folder; runs/<run.name> where neither this nor run.dir names one.
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Rank processes; the numbers do not depend on it.
+    #[arg(long, value_name = "N")]
+    ranks: Option<u32>,
+    /// Stop after this step with a checkpoint; the schedule still aims at run.steps.
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// The run folder must hold the run to go on with.
+    #[arg(long, conflicts_with = "fresh")]
+    resume: bool,
+    /// The run folder must hold no run.
+    #[arg(long)]
+    fresh: bool,
+}
+
+impl Args {
+    /// The config with the options in it.
+    fn resolve(&self) -> Result<Config, Failure> {
+        let mut config = Config::load(&self.config, &self.set)?;
+        if let Some(dir) = &self.run_dir {
+            config.run.dir.clone_from(dir);
+        }
+        if let Some(ranks) = self.ranks {
+            config.cluster.ranks = ranks;
+            config.optimizer.replicas = config.optimizer.replicas.min(ranks.max(1));
+        }
+        config.validate()?;
+        if self.steps == Some(0) {
+            return Err(Failure::refused("--steps", "is 0", "stop after at least 1 step"));
+        }
+        Ok(config)
+    }
+
+    const fn existing(&self) -> Existing {
+        match (self.resume, self.fresh) {
+            (true, _) => Existing::Resume,
+            (_, true) => Existing::Fresh,
+            _ => Existing::ResumeOrBegin,
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// By what the run says: refused before it began, halted, transient or stopped.
+pub fn run(args: &Args) -> Result<Exit, Failure> {
+    let config = args.resolve()?;
+    let last_step = StepsCompleted(args.steps.unwrap_or(config.run.steps).min(config.run.steps));
+    let program = std::env::current_exe().map_err(|e| {
+        Failure::refused(
+            "this program",
+            format!("cannot find itself ({e})"),
+            "start it by its path",
+        )
+    })?;
+    let folder = RunFolder::open(&config, args.existing()).map_err(folder_failure)?;
+    let telemetry = telemetry::init(&Settings {
+        role: Role::Controller,
+        run: config.run.name.clone(),
+        endpoint: telemetry::endpoint(&config.telemetry, std::env::var(ENDPOINT_VARIABLE).ok()),
+        log_file: Some(folder.paths.logs().join("controller.log")),
+    })?;
+    let stop = stop_on_signals()?;
+    let dir = config.run.dir.clone();
+    let screen = Screen::start(&config, last_step, telemetry.metrics().clone())?;
+    let ended = controller::run(RunOptions {
+        config,
+        program,
+        last_step,
+        folder,
+        notify: Arc::new(screen.listener()),
+        stop,
+    });
+    screen.finish();
+    telemetry.shutdown();
+    let exit = conclude(ended)?;
+    if exit == Exit::Done
+        && let Err(failure) = crate::finale::tell(&dir, &args.config)
+    {
+        eprintln!(
+            "tarazed: the run is done, but its end cannot be shown: {}",
+            failure.message
+        );
+    }
+    Ok(exit)
+}
+
+/// A value that turns true at the first SIGTERM, SIGINT or SIGUSR1. A second one ends the process at once: the run
+/// resumes from its last checkpoint.
+fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
+    let failed = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(failed)?;
+    let entered = runtime.enter();
+    let mut signals = Vec::new();
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::user_defined1(),
+    ] {
+        signals.push(signal(kind).map_err(failed)?);
+    }
+    drop(entered);
+    let (sender, receiver) = watch::channel(false);
+    let listen = move || {
+        runtime.block_on(async move {
+            next_signal(&mut signals).await;
+            // Nobody listens any more where the run has just ended.
+            let _ = sender.send(true);
+            next_signal(&mut signals).await;
+            eprintln!("tarazed: stopped at once by a second signal; the run resumes from its last checkpoint");
+            std::process::exit(i32::from(Exit::Transient.code()));
+        });
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(listen)
+        .map_err(failed)?;
+    Ok(receiver)
+}
+
+async fn next_signal(signals: &mut [tokio::signal::unix::Signal]) {
+    let [terminate, interrupt, user] = signals else { return };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = user.recv() => {}
+    }
+}
+
+fn folder_failure(error: FolderError) -> Failure {
+    Failure::refused(error.path, error.cause, error.remedy)
+}
+
+fn conclude(ended: Result<Outcome, RunError>) -> Result<Exit, Failure> {
+    let outcome = match ended {
+        Ok(outcome) => outcome,
+        Err(RunError::Folder(error)) => return Err(folder_failure(error)),
+        Err(RunError::Store(error)) => return Err(super::checkpoint::failure(error)),
+        Err(RunError::Data(error)) => return Err(error.into()),
+        Err(RunError::Refused(message)) => {
+            return Err(Failure {
+                exit: Exit::Refused,
+                message,
+            });
+        }
+        Err(RunError::System { what, cause, remedy }) => return Err(Failure::transient(what, cause, remedy)),
+    };
+    let exit = Exit::from_code(outcome.code);
+    if exit == Exit::Done {
+        return Ok(exit);
+    }
+    let message = format!("step {}: {}", outcome.step, outcome.diagnosis);
+    Err(Failure { exit, message })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn resolve(more: &[&str]) -> Result<Config, Failure> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/quickstart.toml");
+        let line = ["tarazed", "train", path].into_iter().chain(more.iter().copied());
+        match Cli::try_parse_from(line).expect("a good command line").command {
+            Command::Train(args) => args.resolve(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// DET-1: options that say where and how long must not touch what decides numbers.
+    #[test]
+    fn placement_and_stop_point_leave_the_identity_alone() {
+        let plain = resolve(&[]).expect("a good config").identity();
+        for more in [
+            &["--ranks", "1"][..],
+            &["--ranks", "8"],
+            &["--steps", "10"],
+            &["--run-dir", "elsewhere"],
+        ] {
+            assert_eq!(resolve(more).expect("a good config").identity(), plain, "{more:?}");
+        }
+        assert_ne!(
+            resolve(&["--set", "run.seed=7"]).expect("a good config").identity(),
+            plain
+        );
+    }
+
+    #[test]
+    fn options_are_checked_like_keys() {
+        let refused = |more: &[&str]| resolve(more).expect_err("refused").message;
+        assert!(refused(&["--ranks", "9"]).starts_with("cluster.ranks: 9 ranks are more than batch.lanes = 8"));
+        assert!(refused(&["--ranks", "0"]).starts_with("cluster.ranks: "));
+        assert!(refused(&["--steps", "0"]).starts_with("--steps: "));
+        assert!(refused(&["--set", "model.layer=2"]).contains("unknown field `layer`"));
+        assert!(refused(&["--set", "nothing"]).starts_with("--set nothing: "));
+    }
+}

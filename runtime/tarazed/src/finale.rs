@@ -1,0 +1,194 @@
+//! What a finished run shows at its end: held-out loss beside a baseline, a sample in each language, what to try next.
+
+use crate::exit::Failure;
+use crate::inference::{Inference, Sampling};
+use crate::output::print;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+use tarazed_actors::run_folder::{self, RunPaths};
+use tarazed_corpus::{DataManifest, Split};
+use tarazed_domain::config::Config;
+use tarazed_domain::{DomainIndex, StepsCompleted};
+use tarazed_protocol::trace::{DomainLoss, DomainMap};
+
+/// Tokens of held-out text that a sample goes on from.
+const PROMPT_TOKENS: usize = 24;
+/// Tokens of a sample.
+const SAMPLE_TOKENS: usize = 48;
+
+/// Prints the end of the run in `dir`. A run that is done stays done whatever goes wrong here, so callers print the
+/// failure and go on.
+///
+/// # Errors
+/// If the checkpoint, the data or the trace cannot be read back.
+pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
+    let runtime = crate::commands::runtime()?;
+    let mut inference = runtime.block_on(Inference::open(dir, None))?;
+    let trace = RunPaths::new(dir).trace();
+    let lines =
+        run_folder::lines_after(&trace, StepsCompleted(0)).map_err(|e| Failure::refused(e.path, e.cause, e.remedy))?;
+    let evaluated = lines
+        .iter()
+        .rev()
+        .find_map(|line| line.heldout.as_ref().map(|losses| (line.step, losses)));
+    if let Some((step, losses)) = evaluated {
+        print(&held_out(
+            step,
+            &by_language(losses, &inference.config, inference.data.manifest()),
+        ))?;
+    }
+    for (language, domain) in languages(&inference.config) {
+        if let Some(sample) = sample(&mut inference, domain)? {
+            print(&format!(
+                "sample, {language} ({domain_name}): {sample}\n",
+                domain_name = inference.config.data.domains[domain.index()].name
+            ))?;
+        }
+    }
+    print(&next(dir, config_file, &inference.config))
+}
+
+/// A language's figures, in nats per token over the same domains with the same weights.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct LanguageLoss {
+    model: f64,
+    unigram: f64,
+}
+
+/// Losses weighted by tokens; beside them the loss of each domain's held-out text under the unigram distribution of its
+/// language's training text.
+fn by_language(
+    losses: &DomainMap<DomainLoss>,
+    config: &Config,
+    data: &DataManifest,
+) -> BTreeMap<&'static str, LanguageLoss> {
+    let mut sums: BTreeMap<&'static str, [f64; 3]> = BTreeMap::new();
+    for (domain, made) in config.data.domains.iter().zip(&data.domains) {
+        let (Some(loss), Some(unigram)) = (losses.get(&domain.name), made.unigram_entropy_nats) else {
+            continue;
+        };
+        let tokens = loss.tokens as f64;
+        let sum = sums.entry(domain.language.name()).or_default();
+        *sum = [sum[0] + loss.loss * tokens, sum[1] + unigram * tokens, sum[2] + tokens];
+    }
+    sums.into_iter()
+        .map(|(language, [model, unigram, tokens])| {
+            let loss = LanguageLoss {
+                model: model / tokens,
+                unigram: unigram / tokens,
+            };
+            (language, loss)
+        })
+        .collect()
+}
+
+fn held_out(step: StepsCompleted, losses: &BTreeMap<&'static str, LanguageLoss>) -> String {
+    let mut text =
+        format!("\nheld-out loss at step {step}, in nats per token; in brackets what token frequencies alone give\n");
+    for (language, loss) in losses {
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "  {language:<5} {:.3}  (unigram {:.3}: {:+.0}%)",
+            loss.model,
+            loss.unigram,
+            100.0 * (loss.model / loss.unigram - 1.0)
+        );
+    }
+    text.push('\n');
+    text
+}
+
+/// The first domain of each language.
+fn languages(config: &Config) -> Vec<(&'static str, DomainIndex)> {
+    let mut found: Vec<(&'static str, DomainIndex)> = Vec::new();
+    for (index, domain) in config.data.domains.iter().enumerate() {
+        let language = domain.language.name();
+        if found.iter().all(|(known, _)| *known != language) {
+            found.push((language, DomainIndex(index as u16)));
+        }
+    }
+    found
+}
+
+/// The model's continuation of the domain's first held-out text, which it never trained on.
+fn sample(inference: &mut Inference, domain: DomainIndex) -> Result<Option<String>, Failure> {
+    let context = inference.config.model.context;
+    if inference.data.sequences(domain, Split::HeldOut) == 0 {
+        return Ok(None);
+    }
+    let mut tokens = vec![0; context + 1];
+    inference.data.fill(domain, Split::HeldOut, 0, &mut tokens)?;
+    tokens.truncate(PROMPT_TOKENS);
+    let mut prompt = inference.decode(&tokens)?;
+    while prompt.ends_with(char::REPLACEMENT_CHARACTER) && tokens.len() > 1 {
+        tokens.pop(); // a character cut in two
+        prompt = inference.decode(&tokens)?;
+    }
+    let sampling = Sampling {
+        temperature: 0.7,
+        top_k: 40,
+        seed: inference.config.run.seed,
+        tokens_max: SAMPLE_TOKENS,
+    };
+    let made = inference.continue_from(&tokens, sampling)?;
+    let made = inference.decode(&made)?;
+    let made = made.trim_end_matches(char::REPLACEMENT_CHARACTER);
+    Ok(Some(one_line(&format!("{prompt} ⟶ {made}"))))
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn next(dir: &Path, config_file: &Path, config: &Config) -> String {
+    let (dir, config_file, name) = (dir.display(), config_file.display(), &config.run.name);
+    let other = if config.cluster.ranks == 3 {
+        2
+    } else {
+        3.min(config.batch.lanes)
+    };
+    let text = format!(
+        "\nnext, with `tarazed` for target/release/tarazed:
+  tarazed generate {dir} --prompt \"…\"                      go on from a text of yours
+  tarazed train {config_file} --ranks {other} --run-dir runs/{name}-{other}     the same run on {other} ranks; while it runs:
+    kill -9 $(pgrep -f 'tarazed rank' | head -1)             a rank dies and comes back
+    kill -TERM $(pgrep -of 'tarazed train')                  stop after a checkpoint; the same command goes on
+  tarazed trace diff {dir} runs/{name}-{other}               exit code 0: bit for bit the same training
+  your own text: copy {config_file}, name jsonl, parquet or text folders in [[data.domains]]\n"
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_compares_with_the_baseline() {
+        let losses = BTreeMap::from([(
+            "en",
+            LanguageLoss {
+                model: 4.5,
+                unigram: 6.0,
+            },
+        )]);
+        let text = held_out(StepsCompleted(600), &losses);
+        assert!(
+            text.contains("step 600") && text.contains("en    4.500  (unigram 6.000: -25%)"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn each_language_shows_its_first_domain() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/quickstart.toml");
+        let config = Config::load(Path::new(path), &[]).expect("a good config");
+        let shown: Vec<_> = languages(&config)
+            .into_iter()
+            .map(|(language, domain)| (language, config.data.domains[domain.index()].name.as_str()))
+            .collect();
+        assert_eq!(shown, [("zh", "classic-zh"), ("en", "book-en"), ("code", "code")]);
+    }
+}

@@ -1,0 +1,17 @@
+//! The `tarazed` binary's parts: commands, planning, progress lines, telemetry (floor 5).
+//!
+//! Commands parse, call the floors below and turn what comes back into text and an exit code; they decide nothing about
+//! training. [`plan`] and [`progress`] are pure: no clock, no I/O.
+
+pub mod cli;
+pub mod commands;
+pub mod exit;
+pub mod finale;
+pub mod inference;
+pub mod output;
+pub mod panics;
+pub mod plan;
+pub mod progress;
+pub mod run_folder;
+pub mod screen;
+pub mod telemetry;

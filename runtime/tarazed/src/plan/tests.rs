@@ -1,0 +1,192 @@
+//! Plans of the shipped configs against published facts.
+
+use super::hardware::GB;
+use super::model::{ParameterCount, flops_per_token};
+use super::*;
+use std::path::PathBuf;
+use tarazed_domain::layout::ShardLayout;
+
+fn shipped(name: &str) -> Config {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../../configs")
+        .join(name);
+    Config::load(&path, &[]).unwrap_or_else(|e| panic!("{name} loads: {e}"))
+}
+
+fn gpus(text: &str) -> Hardware {
+    text.parse().expect("good hardware")
+}
+
+/// arXiv 2408.07410, Table 1, counted exactly.
+#[test]
+fn parameter_counts_are_the_published_ones() {
+    for (name, exact, published) in [
+        ("aquila2-7b.toml", 7_295_537_152, "7.30B"),
+        ("aquila2-34b.toml", 33_693_554_688, "33.69B"),
+        ("aquila2-70b.toml", 70_090_891_264, "70.09B"),
+    ] {
+        let count = ParameterCount::of(&shipped(name).model).total();
+        assert_eq!(count, exact, "{name}");
+        assert_eq!(render::parameters(count), published, "{name}");
+    }
+}
+
+/// Two independent counts: by formula here, tensor by tensor in the model crate.
+#[test]
+fn the_model_crate_lays_out_as_many_parameters_and_blocks() {
+    for name in [
+        "quickstart.toml",
+        "aquila2-7b.toml",
+        "aquila2-34b.toml",
+        "aquila2-70b.toml",
+    ] {
+        let config = shipped(name);
+        let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
+        assert_eq!(
+            layout.parameter_count() as u64,
+            ParameterCount::of(&config.model).total(),
+            "{name}"
+        );
+        let shards = ShardLayout::new(&layout, config.optimizer.shards);
+        let largest = shards.shards().map(|shard| shards.elements(shard).len() as u64).max();
+        assert_eq!(
+            largest,
+            Some(Shares::of(&config, config.cluster.ranks).shard_elements),
+            "{name}"
+        );
+    }
+}
+
+/// The report's own throughput: 34B at 666 tokens/s a GPU on A100 was given as about 43% of 312 TFLOP/s.
+#[test]
+fn flops_agree_with_the_reported_utilisation() {
+    let flops = flops_per_token(&shipped("aquila2-34b.toml").model);
+    let utilisation = flops * 666.0 / 312e12;
+    assert!((0.42..0.46).contains(&utilisation), "{utilisation}");
+}
+
+#[test]
+fn the_7b_fits_64_h200_and_the_larger_ones_say_what_is_missing() {
+    let small = plan(&shipped("aquila2-7b.toml"), &gpus("64xH200-141GB")).expect("a plan");
+    assert!(small.fits, "{}", render::text(&small));
+    assert_eq!(small.ranks, 64);
+    for name in ["aquila2-34b.toml", "aquila2-70b.toml"] {
+        let large = plan(&shipped(name), &gpus("64xH200-141GB")).expect("a plan");
+        assert!(!large.fits, "{name}");
+        assert!(large.advice[0].contains("parameter sharding"), "{:?}", large.advice);
+    }
+}
+
+/// Golden numbers of one small case, worked out by hand, so that no term can change unseen.
+#[test]
+fn every_term_of_a_small_case() {
+    let mut config = shipped("aquila2-7b.toml");
+    config.model.layers = 2;
+    config.model.hidden = 256;
+    config.model.heads = 8;
+    config.model.kv_heads = 4;
+    config.model.ffn = 512;
+    config.model.context = 128;
+    config.model.vocabulary = 1024;
+    config.data.tokenizer.vocabulary = 0;
+    config.batch.lanes = 4;
+    config.batch.sequences_per_lane = 2;
+    config.batch.micro_batch_sequences = 1;
+    config.optimizer.block_elements = 64;
+    config.optimizer.shards = 2;
+    config.optimizer.replicas = 2;
+    config.cluster.ranks = 2;
+    config.validate().expect("a good config");
+    let hardware = Hardware::Cpu {
+        cores: 2,
+        memory_bytes: 8 * GB,
+    };
+    let plan = plan(&config, &hardware).expect("a plan");
+    // 2 layers x (2 x 256^2 + 2 x 256 x 128 + 3 x 256 x 512 + 512) + 2 x 1024 x 256 + 256
+    let n = 1_705_216;
+    assert_eq!(plan.parameters, n);
+    let bytes = |name: &str| plan.terms.iter().find(|term| term.name == name).map(|term| term.bytes);
+    assert_eq!(bytes("working weights"), Some(n * 4));
+    assert_eq!(
+        bytes("lane gradients"),
+        Some(n * 4 * 2),
+        "two lanes a rank: one waits, one is summed"
+    );
+    let shard = n / 2; // 26,644 blocks of 64, cut in two
+    assert_eq!(bytes("master weights"), Some(shard * 4));
+    assert_eq!(bytes("moments"), Some(shard * 8));
+    assert_eq!(bytes("replicas"), Some(shard * 12));
+    assert_eq!(bytes("reduced gradients"), Some(2 * shard * 4));
+    assert_eq!(bytes("others' partials"), Some(shard * 4), "one node of the other rank");
+    assert_eq!(bytes("checkpoint snapshot"), Some(shard * 12));
+    // 128 tokens x (2 x ((6 x 256 + 2 x 128 + 2 x 512) x 4 + 10 x 4) + 256 x 4)
+    assert_eq!(bytes("activations"), Some(128 * (2 * (2_816 * 4 + 40) + 1_024)));
+    // 128 tokens x (5 x 256 + 2 x 128 + 512) and 128 rows of logits
+    assert_eq!(bytes("workspace"), Some((128 * 2_048 + 128 * 1_024) * 4 + 64_000_000));
+    assert_eq!(plan.device_bytes, plan.terms.iter().map(|term| term.bytes).sum::<u64>());
+    assert_eq!(plan.largest_term, "workspace");
+    assert!(plan.fits);
+}
+
+#[test]
+fn more_gpus_than_lanes_are_refused_by_key() {
+    let error = plan(&shipped("aquila2-7b.toml"), &gpus("128xH200-141GB")).expect_err("64 lanes");
+    assert_eq!(error.key, "cluster.ranks");
+    assert!(error.reason.contains("batch.lanes = 64"), "{error}");
+}
+
+#[test]
+fn advice_is_planned_before_it_is_given() {
+    let mut config = shipped("aquila2-7b.toml");
+    config.optimizer.shards = 1;
+    config.batch.micro_batch_sequences = 1;
+    let tight = plan(&config, &gpus("64xH200-141GB")).expect("a plan");
+    assert!(!tight.fits, "one rank would hold the whole optimizer state");
+    assert!(
+        tight
+            .advice
+            .iter()
+            .any(|line| line.starts_with("fits with optimizer.shards = 64")),
+        "{:?}",
+        tight.advice
+    );
+}
+
+#[test]
+fn uneven_lanes_are_called_waste() {
+    let uneven = plan(&shipped("aquila2-7b.toml"), &gpus("48xH200-141GB")).expect("a plan");
+    assert_eq!(uneven.lanes_per_rank, (2, 1));
+    assert!(
+        uneven
+            .advice
+            .iter()
+            .any(|line| line.contains("32 ranks divide them evenly")),
+        "{:?}",
+        uneven.advice
+    );
+}
+
+#[test]
+fn the_quickstart_fits_a_small_machine() {
+    let hardware = Hardware::Cpu {
+        cores: 2,
+        memory_bytes: 4 * GB,
+    };
+    let plan = plan(&shipped("quickstart.toml"), &hardware).expect("a plan");
+    assert!(plan.fits, "{}", render::text(&plan));
+    assert!(
+        (2_000_000..=4_500_000).contains(&plan.parameters),
+        "{}",
+        plan.parameters
+    );
+}
+
+#[test]
+fn numbers_are_said_as_people_say_them() {
+    assert_eq!(render::bytes(999), "999 B");
+    assert_eq!(render::bytes(1_500), "1.5 kB");
+    assert_eq!(render::bytes(141 * GB), "141 GB");
+    assert_eq!(render::bytes(999_900_000), "1.0 GB");
+    assert_eq!(render::seconds(0.0123), "12.3 ms");
+    assert_eq!(render::seconds(86_400.0 * 30.0), "30.0 days");
+}

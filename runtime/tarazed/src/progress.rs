@@ -1,0 +1,439 @@
+//! What a run says on the terminal: one terse line per report, one per incident. Pure: text in, text out.
+//!
+//! These lines are not log lines: they have no level and no time, and they go to standard output. Colour is the caller's
+//! choice ([`Style`]), so that a file or a pipe gets plain text.
+
+use std::fmt::Write as _;
+
+/// How lines are drawn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Style {
+    /// Whether to colour.
+    pub colour: bool,
+    /// Columns; domains that do not fit are counted instead of shown. `None` for no limit.
+    pub columns: Option<usize>,
+}
+
+impl Style {
+    /// For standard output: coloured on a terminal, unless `NO_COLOR` is set.
+    #[must_use]
+    pub fn for_stdout() -> Self {
+        let terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let columns = rustix::termios::tcgetwinsize(std::io::stdout()).map_or(0, |size| usize::from(size.ws_col));
+        Self {
+            colour: terminal && !refused,
+            columns: Some(columns).filter(|columns| *columns > 0),
+        }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.colour {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+}
+
+const DIM: &str = "2";
+const BOLD: &str = "1";
+const RED: &str = "31";
+const GREEN: &str = "32";
+const YELLOW: &str = "33";
+
+/// One domain in a progress line.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DomainProgress {
+    /// Name.
+    pub name: String,
+    /// Share of the mixture, 0 to 1.
+    pub weight: f64,
+    /// Training loss in nats per token; `None` where the domain had no sample lately.
+    pub loss: Option<f64>,
+}
+
+/// One progress line.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Progress {
+    /// Steps completed.
+    pub step: u64,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Training loss in nats per token.
+    pub loss: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens per second of all ranks; `None` before it is known.
+    pub tokens_per_s: Option<f64>,
+    /// Domains, in the config's order.
+    pub domains: Vec<DomainProgress>,
+    /// Ranks that train.
+    pub ranks_alive: u32,
+    /// Ranks wanted.
+    pub ranks: u32,
+    /// Time left, in seconds; `None` before it is known.
+    pub eta_s: Option<f64>,
+}
+
+impl Progress {
+    /// The line, without a line end. Columns stay aligned from line to line of one run.
+    #[must_use]
+    pub fn render(&self, style: Style) -> String {
+        let width = digits(self.steps);
+        let ranks = format!("{}/{} ranks", self.ranks_alive, self.ranks);
+        let (rank_code, speed) = (
+            if self.ranks_alive < self.ranks { YELLOW } else { DIM },
+            self.tokens_per_s
+                .map_or_else(|| "     -".to_owned(), |rate| format!("{:>6}", short(rate))),
+        );
+        let head = [
+            (BOLD, format!("step {:>width$}/{}", self.step, self.steps)),
+            ("", format!("loss {:>7.4}", self.loss)),
+            ("", format!("norm {:>6.2}", self.grad_norm)),
+            (DIM, format!("lr {:>7.1e}", self.lr)),
+            ("", format!("{speed} tok/s")),
+            (rank_code, ranks),
+            (
+                DIM,
+                format!("{:>6} left", self.eta_s.map_or_else(|| "-".to_owned(), duration)),
+            ),
+        ];
+        let mut used = head.iter().map(|(_, text)| text.chars().count() + 2).sum::<usize>();
+        let mut line = String::new();
+        for (code, text) in head {
+            let painted = if code.is_empty() {
+                text
+            } else {
+                style.paint(code, &text)
+            };
+            let _ = write!(line, "{painted}  ");
+        }
+        for (index, domain) in self.domains.iter().enumerate() {
+            let loss = domain
+                .loss
+                .map_or_else(|| "    -".to_owned(), |loss| format!("{loss:>5.2}"));
+            let text = format!("{} {:>2.0}% {loss}", domain.name, domain.weight * 100.0);
+            let left = self.domains.len() - index;
+            let more = if left > 1 { format!("  +{}", left - 1).len() } else { 0 };
+            used += text.chars().count() + 2;
+            if style.columns.is_some_and(|columns| used - 2 + more > columns) {
+                let _ = write!(line, "+{left}");
+                break;
+            }
+            let _ = write!(line, "{text}  ");
+        }
+        line.truncate(line.trim_end().len());
+        line
+    }
+}
+
+/// Something that happened between progress lines.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Incident {
+    /// A stage of the start or the end, in words.
+    Stage(String),
+    /// A rank was lost.
+    RankLost {
+        /// Its worker.
+        worker: u32,
+        /// Which life of it.
+        incarnation: u32,
+        /// What is known of the cause, e.g. `killed by signal 9`.
+        cause: String,
+    },
+    /// The survivors train again.
+    Recovered {
+        /// From knowing of the failure to training again.
+        recovery_ms: f64,
+        /// Number of the new world.
+        generation: u64,
+        /// Ranks in it.
+        ranks: u32,
+        /// Committed steps that had to be computed again; 0 where replicas covered the loss.
+        steps_lost: u64,
+    },
+    /// A checkpoint exists.
+    CheckpointCommitted {
+        /// Steps completed in it.
+        step: u64,
+        /// From its first shard to its commit record.
+        checkpoint_ms: f64,
+    },
+    /// A decision stands in the trace.
+    Decision {
+        /// First step it takes effect in.
+        effective_step: u64,
+        /// The decision in words.
+        what: String,
+    },
+    /// Held-out losses, in nats per token.
+    Evaluated {
+        /// Steps completed.
+        step: u64,
+        /// By domain or language.
+        losses: Vec<(String, f64)>,
+    },
+    /// Something a person should know that stops nothing.
+    Warning(String),
+}
+
+impl Incident {
+    /// The line, without a line end.
+    #[must_use]
+    pub fn render(&self, style: Style) -> String {
+        let (code, text) = match self {
+            Self::Stage(text) => (DIM, text.clone()),
+            Self::RankLost {
+                worker,
+                incarnation,
+                cause,
+            } => (
+                RED,
+                format!("! lost worker {worker} (incarnation {incarnation}): {cause}"),
+            ),
+            Self::Recovered {
+                recovery_ms,
+                generation,
+                ranks,
+                steps_lost,
+            } => (
+                GREEN,
+                format!(
+                    "! recovered in {}: generation {generation}, {ranks} ranks, {}",
+                    milliseconds(*recovery_ms),
+                    match steps_lost {
+                        0 => "no step lost".to_owned(),
+                        1 => "1 step to redo".to_owned(),
+                        lost => format!("{lost} steps to redo"),
+                    }
+                ),
+            ),
+            Self::CheckpointCommitted { step, checkpoint_ms } => (
+                DIM,
+                format!(
+                    "* checkpoint of step {step} committed in {}",
+                    milliseconds(*checkpoint_ms)
+                ),
+            ),
+            Self::Decision { effective_step, what } => {
+                (YELLOW, format!("* decided for step {effective_step} on: {what}"))
+            }
+            Self::Evaluated { step, losses } => {
+                let losses: Vec<String> = losses.iter().map(|(name, loss)| format!("{name} {loss:.3}")).collect();
+                ("", format!("* held out at step {step}: {}", losses.join("  ")))
+            }
+            Self::Warning(text) => (YELLOW, format!("! {text}")),
+        };
+        if code.is_empty() {
+            text
+        } else {
+            style.paint(code, &text)
+        }
+    }
+}
+
+fn digits(number: u64) -> usize {
+    number.checked_ilog10().unwrap_or(0) as usize + 1
+}
+
+/// A rate with three digits: `9.1k`, `1.23M`.
+fn short(value: f64) -> String {
+    match value {
+        v if !v.is_finite() => "-".to_owned(),
+        v if v < 1e3 => format!("{v:.0}"),
+        v if v < 1e6 => format!("{:.1}k", v / 1e3),
+        v => format!("{:.2}M", v / 1e6),
+    }
+}
+
+/// Time left, short: `48s`, `2m05s`, `3h07m`, `12d04h`.
+fn duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds < 0.0 {
+        return "-".to_owned();
+    }
+    let s = seconds.round() as u64;
+    match s {
+        0..60 => format!("{s}s"),
+        60..3_600 => format!("{}m{:02}s", s / 60, s % 60),
+        3_600..86_400 => format!("{}h{:02}m", s / 3_600, s / 60 % 60),
+        _ => format!("{}d{:02}h", s / 86_400, s / 3_600 % 24),
+    }
+}
+
+fn milliseconds(ms: f64) -> String {
+    if ms < 10_000.0 {
+        format!("{ms:.0} ms")
+    } else {
+        format!("{:.1} s", ms / 1_000.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn progress(step: u64) -> Progress {
+        let domain = |name: &str, weight, loss| DomainProgress {
+            name: name.to_owned(),
+            weight,
+            loss,
+        };
+        Progress {
+            step,
+            steps: 600,
+            loss: 5.43214,
+            grad_norm: 1.234,
+            lr: 1.93e-3,
+            tokens_per_s: Some(9_120.0),
+            domains: vec![
+                domain("wiki-zh", 0.207, Some(5.614)),
+                domain("code", 0.4, None),
+                domain("book", 0.393, Some(4.0)),
+            ],
+            ranks_alive: 4,
+            ranks: 4,
+            eta_s: Some(72.4),
+        }
+    }
+
+    const PLAIN: Style = Style {
+        colour: false,
+        columns: None,
+    };
+
+    #[test]
+    fn a_line_says_it_all() {
+        assert_eq!(
+            progress(12).render(PLAIN),
+            "step  12/600  loss  5.4321  norm   1.23  lr  1.9e-3    9.1k tok/s  4/4 ranks   1m12s left  \
+             wiki-zh 21%  5.61  code 40%     -  book 39%  4.00"
+        );
+    }
+
+    #[test]
+    fn unknown_numbers_are_dashes() {
+        let mut first = progress(1);
+        (first.tokens_per_s, first.eta_s) = (None, None);
+        first.domains.clear();
+        assert_eq!(
+            first.render(PLAIN),
+            "step   1/600  loss  5.4321  norm   1.23  lr  1.9e-3       - tok/s  4/4 ranks       - left"
+        );
+    }
+
+    #[test]
+    fn domains_that_do_not_fit_are_counted() {
+        let style = |columns| Style {
+            colour: false,
+            columns: Some(columns),
+        };
+        let whole = progress(12).render(PLAIN);
+        assert_eq!(progress(12).render(style(whole.len())), whole);
+        assert!(
+            progress(12)
+                .render(style(whole.len() - 1))
+                .ends_with("code 40%     -  +1")
+        );
+        assert!(progress(12).render(style(80)).ends_with("left  +3"));
+    }
+
+    #[test]
+    fn colour_changes_no_letter() {
+        let style = Style {
+            colour: true,
+            columns: None,
+        };
+        let mut lame = progress(12);
+        lame.ranks_alive = 3;
+        let painted = lame.render(style);
+        assert!(painted.contains("\x1b[33m3/4 ranks\x1b[0m"), "{painted}");
+        let mut plain = painted;
+        for code in ["\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[33m"] {
+            plain = plain.replace(code, "");
+        }
+        assert_eq!(plain, lame.render(PLAIN));
+    }
+
+    #[test]
+    fn incidents_read_as_sentences() {
+        let lost = Incident::RankLost {
+            worker: 2,
+            incarnation: 0,
+            cause: "killed by signal 9".to_owned(),
+        };
+        let recovered = Incident::Recovered {
+            recovery_ms: 83.6,
+            generation: 2,
+            ranks: 3,
+            steps_lost: 0,
+        };
+        let checkpoint = Incident::CheckpointCommitted {
+            step: 200,
+            checkpoint_ms: 12_345.0,
+        };
+        let decision = Incident::Decision {
+            effective_step: 208,
+            what: "mixture wiki-zh 0.20 -> 0.24".to_owned(),
+        };
+        let evaluated = Incident::Evaluated {
+            step: 150,
+            losses: vec![("en".to_owned(), 5.1234), ("zh".to_owned(), 6.0)],
+        };
+        let lines: Vec<String> = [lost, recovered, checkpoint, decision, evaluated]
+            .iter()
+            .map(|incident| incident.render(PLAIN))
+            .collect();
+        assert_eq!(
+            lines,
+            [
+                "! lost worker 2 (incarnation 0): killed by signal 9",
+                "! recovered in 84 ms: generation 2, 3 ranks, no step lost",
+                "* checkpoint of step 200 committed in 12.3 s",
+                "* decided for step 208 on: mixture wiki-zh 0.20 -> 0.24",
+                "* held out at step 150: en 5.123  zh 6.000",
+            ]
+        );
+    }
+
+    #[test]
+    fn time_left_keeps_its_width() {
+        for (seconds, text) in [
+            (0.4, "0s"),
+            (59.9, "1m00s"),
+            (3_599.0, "59m59s"),
+            (11_220.0, "3h07m"),
+            (1e6, "11d13h"),
+        ] {
+            assert_eq!(duration(seconds), text);
+        }
+        assert_eq!(duration(f64::NAN), "-");
+        assert_eq!(duration(-1.0), "-");
+    }
+
+    proptest! {
+        /// Columns line up from the first step of a run to its last.
+        #[test]
+        fn lines_of_one_run_are_aligned(step in 1_u64..=600, loss in 0.0_f64..99.0, norm in 0.0_f64..999.0, rate in 1.0_f64..9e5) {
+            let mut line = progress(step);
+            (line.loss, line.grad_norm, line.tokens_per_s) = (loss, norm, Some(rate));
+            prop_assert_eq!(line.render(PLAIN).len(), progress(600).render(PLAIN).len());
+        }
+
+        /// Nothing makes it panic, and a limit on columns is kept wherever the head fits.
+        #[test]
+        fn any_numbers_give_one_line(loss in any::<f64>(), norm in any::<f64>(), eta in any::<f64>(), columns in 100_usize..200) {
+            let mut line = progress(3);
+            (line.loss, line.grad_norm, line.eta_s) = (loss % 1e6, norm % 1e6, Some(eta));
+            let style = Style { colour: false, columns: Some(columns) };
+            let text = line.render(style);
+            prop_assert!(!text.contains('\n'));
+            if text.split("left").next().is_some_and(|head| head.len() < 90) {
+                prop_assert!(text.chars().count() <= columns, "{} > {}", text.chars().count(), columns);
+            }
+        }
+    }
+}

@@ -1,0 +1,399 @@
+//! From a run's notices to lines on the terminal and to metrics. The lines themselves are drawn by [`crate::progress`].
+//!
+//! Notices come from the run's threads and must never wait for a slow terminal, so a thread of its own writes. What is
+//! said when is decided by [`Lines`], which has no clock and no output of its own.
+
+use crate::exit::Failure;
+use crate::output;
+use crate::progress::{DomainProgress, Incident, Progress, Style};
+use crate::telemetry::{Metrics, StepSample};
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tarazed_actors::controller::Notice;
+use tarazed_domain::StepsCompleted;
+use tarazed_domain::config::Config;
+use tarazed_protocol::data::decision::{Decision, DecisionKind};
+use tarazed_protocol::trace::{DomainLoss, DomainMap, TraceLine};
+
+/// Least time between two progress lines.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The thread that writes.
+pub struct Screen {
+    sender: Sender<Option<Notice>>,
+    writer: JoinHandle<()>,
+    metrics: Metrics,
+}
+
+impl Screen {
+    /// Starts it for a run of `config` that stops at `last_step`.
+    ///
+    /// # Errors
+    /// Transient where no thread can be started.
+    pub fn start(config: &Config, last_step: StepsCompleted, metrics: Metrics) -> Result<Self, Failure> {
+        let (sender, notices) = channel::<Option<Notice>>();
+        let mut lines = Lines::new(config, last_step, Style::for_stdout());
+        let began = Instant::now();
+        let write = move || {
+            while let Ok(Some(notice)) = notices.recv() {
+                for line in lines.on(began.elapsed(), &notice) {
+                    // A terminal that is gone stops no run; the files hold everything.
+                    let _ = output::print(&(line + "\n"));
+                }
+            }
+        };
+        let writer = std::thread::Builder::new()
+            .name("screen".to_owned())
+            .spawn(write)
+            .map_err(|e| {
+                Failure::transient(
+                    "threads",
+                    format!("cannot be started ({e})"),
+                    "free resources and try again",
+                )
+            })?;
+        Ok(Self {
+            sender,
+            writer,
+            metrics,
+        })
+    }
+
+    /// What hears notices; it never blocks.
+    pub fn listener(&self) -> impl Fn(Notice) + Send + Sync + use<> {
+        let (sender, metrics) = (self.sender.clone(), self.metrics.clone());
+        move |notice| {
+            measure(&metrics, &notice);
+            // After the end nobody reads, and nothing is left to say.
+            let _ = sender.send(Some(notice));
+        }
+    }
+
+    /// Writes what waits, and ends.
+    pub fn finish(self) {
+        let _ = self.sender.send(None);
+        // A panic in the writer was said by the panic hook.
+        let _ = self.writer.join();
+    }
+}
+
+fn measure(metrics: &Metrics, notice: &Notice) {
+    match notice {
+        Notice::Line {
+            line,
+            tokens_per_s,
+            step_ms,
+            ..
+        } => metrics.step(&StepSample {
+            step: line.step.0,
+            step_ms: *step_ms,
+            tokens_per_s: tokens_per_s.unwrap_or(f64::NAN),
+            loss: line.loss,
+            grad_norm: line.grad_norm,
+        }),
+        Notice::Recovered { recovery_ms, .. } => metrics.recovery(*recovery_ms as f64),
+        Notice::Checkpoint { took_ms, .. } => metrics.checkpoint(*took_ms as f64),
+        _ => {}
+    }
+}
+
+/// Which lines a notice makes.
+pub struct Lines {
+    style: Style,
+    steps: u64,
+    ranks: u32,
+    languages: BTreeMap<String, &'static str>,
+    /// Last training loss of each domain.
+    losses: BTreeMap<String, f64>,
+    generation: u64,
+    generation_ranks: u32,
+    shown_at: Option<Duration>,
+}
+
+impl Lines {
+    /// For a run of `config` that stops at `last_step`.
+    #[must_use]
+    pub fn new(config: &Config, last_step: StepsCompleted, style: Style) -> Self {
+        let domains = config.data.domains.iter();
+        Self {
+            style,
+            steps: last_step.0,
+            ranks: config.cluster.ranks,
+            languages: domains
+                .map(|domain| (domain.name.clone(), domain.language.name()))
+                .collect(),
+            losses: BTreeMap::new(),
+            generation: 0,
+            generation_ranks: 0,
+            shown_at: None,
+        }
+    }
+
+    /// The lines for `notice`, heard `now` after the start.
+    pub fn on(&mut self, now: Duration, notice: &Notice) -> Vec<String> {
+        if let Notice::Line {
+            line,
+            tokens_per_s,
+            ranks_alive,
+            eta_s,
+            ..
+        } = notice
+        {
+            return self.progress(now, line, *tokens_per_s, *ranks_alive as u32, *eta_s);
+        }
+        let incidents = match notice {
+            Notice::Decided(decisions) => decisions.iter().map(|decision| self.decision(decision)).collect(),
+            other => self.incident(other).into_iter().collect::<Vec<_>>(),
+        };
+        incidents.iter().map(|incident| incident.render(self.style)).collect()
+    }
+
+    fn incident(&mut self, notice: &Notice) -> Option<Incident> {
+        let stage = |text: String| Some(Incident::Stage(text));
+        match notice {
+            Notice::Preparing(event) => stage(event.to_string()),
+            Notice::DataReady {
+                folder,
+                domains,
+                vocabulary,
+            } => {
+                let (train, held_out) = domains.iter().fold((0, 0), |sum, d| (sum.0 + d.2, sum.1 + d.3));
+                stage(format!(
+                    "data: {} domains, {train} training and {held_out} held-out tokens, vocabulary {vocabulary}, in {}",
+                    domains.len(),
+                    folder.display()
+                ))
+            }
+            Notice::Opened {
+                dir,
+                resumed_at,
+                store,
+                parameters,
+            } => {
+                let how = resumed_at.map_or_else(|| "begins".to_owned(), |step| format!("goes on from step {step}"));
+                let size = crate::plan::render::parameters(*parameters as u64);
+                stage(format!(
+                    "run: {} {how}; {size} parameters; checkpoints in {store}",
+                    dir.display()
+                ))
+            }
+            Notice::RankStarted { member, pid } => stage(format!("{member}: started as process {pid}")),
+            Notice::RankReady { member, after_ms } => stage(format!("{member}: ready after {after_ms} ms")),
+            Notice::RankLost { member, cause } => Some(Incident::RankLost {
+                worker: member.worker.0,
+                incarnation: member.incarnation.0,
+                cause: cause.clone(),
+            }),
+            Notice::Generation {
+                generation,
+                ranks,
+                base,
+                restored,
+            } => {
+                (self.generation, self.generation_ranks) = (generation.0, *ranks as u32);
+                let from = match (restored, base.0) {
+                    (true, 0) => "from the seed",
+                    (true, _) => "from a checkpoint",
+                    (false, _) => "from the ranks' own state",
+                };
+                stage(format!("generation {generation}: {ranks} ranks at step {base}, {from}"))
+            }
+            Notice::Recovered {
+                recovery_ms,
+                steps_lost,
+            } => Some(Incident::Recovered {
+                recovery_ms: *recovery_ms as f64,
+                generation: self.generation,
+                ranks: self.generation_ranks,
+                steps_lost: *steps_lost,
+            }),
+            Notice::Checkpoint { step, took_ms } => Some(Incident::CheckpointCommitted {
+                step: step.0,
+                checkpoint_ms: *took_ms as f64,
+            }),
+            Notice::Warning(text) => Some(Incident::Warning(text.clone())),
+            Notice::Stopping => stage("stopping: a last checkpoint, then the end".to_owned()),
+            Notice::Line { .. } | Notice::Decided(_) => None,
+        }
+    }
+
+    fn decision(&self, decision: &Decision) -> Incident {
+        let what = match &decision.kind {
+            DecisionKind::Mixture { weights } => {
+                let total: f64 = weights.iter().sum();
+                let shares: Vec<String> = weights.iter().map(|w| format!("{:.0}%", 100.0 * w / total)).collect();
+                format!("mixture {} ({})", shares.join(" "), decision.reason)
+            }
+            DecisionKind::Pin => format!("mixture pinned ({})", decision.reason),
+            DecisionKind::Release => format!("mixture released ({})", decision.reason),
+        };
+        Incident::Decision {
+            effective_step: decision.effective.completed().0,
+            what,
+        }
+    }
+
+    fn progress(
+        &mut self,
+        now: Duration,
+        line: &TraceLine,
+        tokens_per_s: Option<f64>,
+        ranks_alive: u32,
+        eta_s: Option<f64>,
+    ) -> Vec<String> {
+        for (name, domain) in line.domains.iter() {
+            self.losses.insert(name.to_owned(), domain.loss);
+        }
+        let due = self
+            .shown_at
+            .is_none_or(|shown| now.saturating_sub(shown) >= LINE_INTERVAL);
+        let mut lines = Vec::new();
+        if due || line.step.0 == self.steps || line.heldout.is_some() {
+            self.shown_at = Some(now);
+            let domain = |(name, weight): (&str, &f64)| DomainProgress {
+                name: name.to_owned(),
+                weight: *weight,
+                loss: self.losses.get(name).copied(),
+            };
+            let progress = Progress {
+                step: line.step.0,
+                steps: self.steps,
+                loss: line.loss,
+                grad_norm: line.grad_norm,
+                lr: line.lr,
+                tokens_per_s,
+                domains: line.mixture.iter().map(domain).collect(),
+                ranks_alive,
+                ranks: self.ranks,
+                eta_s,
+            };
+            lines.push(progress.render(self.style));
+        }
+        if let Some(held_out) = &line.heldout {
+            let losses = by_language(held_out, &self.languages);
+            lines.push(
+                Incident::Evaluated {
+                    step: line.step.0,
+                    losses,
+                }
+                .render(self.style),
+            );
+        }
+        lines
+    }
+}
+
+/// Held-out loss of each domain, then of each language, weighted by tokens.
+fn by_language(held_out: &DomainMap<DomainLoss>, languages: &BTreeMap<String, &'static str>) -> Vec<(String, f64)> {
+    let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+    let mut losses: Vec<(String, f64)> = Vec::new();
+    for (name, domain) in held_out.iter() {
+        losses.push((name.to_owned(), domain.loss));
+        let sum = sums.entry(languages.get(name).copied().unwrap_or("other")).or_default();
+        sum.0 += domain.loss * domain.tokens as f64;
+        sum.1 += domain.tokens as f64;
+    }
+    losses.extend(
+        sums.into_iter()
+            .map(|(language, (sum, tokens))| (format!("all {language}"), sum / tokens)),
+    );
+    losses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+    use tarazed_domain::{Generation, Incarnation, WorkerId};
+    use tarazed_protocol::message::Member;
+
+    fn lines() -> Lines {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart.toml");
+        Lines::new(
+            &Config::load(&path, &[]).expect("a good config"),
+            StepsCompleted(600),
+            Style::default(),
+        )
+    }
+
+    fn line(step: u64, heldout: Option<DomainMap<DomainLoss>>) -> Notice {
+        let line = TraceLine {
+            step: StepsCompleted(step),
+            tokens: 0,
+            data: [0; 32],
+            loss: 5.0,
+            grad_norm: 1.0,
+            state: [0; 32],
+            lr: 1e-3,
+            mixture: DomainMap(vec![("book-en".to_owned(), 0.5), ("book-zh".to_owned(), 0.5)]),
+            domains: DomainMap(vec![("book-en".to_owned(), DomainLoss { loss: 4.0, tokens: 8 })]),
+            heldout,
+            decisions: Vec::new(),
+        };
+        Notice::Line {
+            line: Box::new(line),
+            tokens_per_s: None,
+            step_ms: 1.0,
+            ranks_alive: 4,
+            eta_s: None,
+        }
+    }
+
+    #[test]
+    fn progress_is_shown_once_a_second_and_at_the_end() {
+        let mut lines = lines();
+        let steps = lines.steps;
+        let mut shown = |ms, step| lines.on(Duration::from_millis(ms), &line(step, None)).len();
+        assert_eq!(
+            (shown(0, 1), shown(400, 2), shown(999, 3), shown(1_000, 4)),
+            (1, 0, 0, 1)
+        );
+        assert_eq!(shown(1_001, steps), 1);
+    }
+
+    #[test]
+    fn held_out_losses_are_told_by_domain_and_language() {
+        let loss = |loss, tokens| DomainLoss { loss, tokens };
+        let held_out = DomainMap(vec![
+            ("book-en".to_owned(), loss(4.0, 10)),
+            ("help-en".to_owned(), loss(5.0, 30)),
+            ("book-zh".to_owned(), loss(6.0, 10)),
+        ]);
+        let shown = lines().on(Duration::ZERO, &line(3, Some(held_out)));
+        assert_eq!(
+            shown[1],
+            "* held out at step 3: book-en 4.000  help-en 5.000  book-zh 6.000  all en 4.750  all zh 6.000"
+        );
+    }
+
+    #[test]
+    fn a_loss_and_its_recovery_are_told() {
+        let mut lines = lines();
+        let member = Member {
+            worker: WorkerId(2),
+            incarnation: Incarnation(0),
+        };
+        let cause = "killed by signal 9".to_owned();
+        let mut say = |notice| lines.on(Duration::ZERO, &notice).join("|");
+        assert_eq!(
+            say(Notice::RankLost { member, cause }),
+            "! lost worker 2 (incarnation 0): killed by signal 9"
+        );
+        say(Notice::Generation {
+            generation: Generation(2),
+            ranks: 3,
+            base: StepsCompleted(7),
+            restored: false,
+        });
+        let recovered = Notice::Recovered {
+            recovery_ms: 84,
+            steps_lost: 0,
+        };
+        assert_eq!(
+            say(recovered),
+            "! recovered in 84 ms: generation 2, 3 ranks, no step lost"
+        );
+    }
+}

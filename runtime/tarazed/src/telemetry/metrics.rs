@@ -1,0 +1,111 @@
+//! The few numbers of a run that a dashboard follows, as OpenTelemetry instruments; each is free without a collector.
+
+/// What one committed step reports.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct StepSample {
+    /// Steps completed.
+    pub step: u64,
+    /// Time of the step, in milliseconds.
+    pub step_ms: f64,
+    /// Tokens per second of all ranks.
+    pub tokens_per_s: f64,
+    /// Training loss, in nats per token.
+    pub loss: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
+#[cfg(feature = "otlp")]
+mod instruments {
+    use super::StepSample;
+    use opentelemetry::metrics::{Gauge, Histogram, Meter};
+    use std::sync::Arc;
+
+    /// Upper bounds of the histograms' buckets, in milliseconds: from a quickstart's step to a restore of hours.
+    const BOUNDS_MS: [f64; 15] = [
+        5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 3e4, 1e5, 6e5, 3.6e6,
+    ];
+
+    #[derive(Debug)]
+    struct Instruments {
+        step: Gauge<u64>,
+        step_ms: Histogram<f64>,
+        tokens_per_s: Gauge<f64>,
+        loss: Gauge<f64>,
+        grad_norm: Gauge<f64>,
+        recovery_ms: Histogram<f64>,
+        checkpoint_ms: Histogram<f64>,
+    }
+
+    /// The instruments of one process.
+    #[derive(Clone, Debug, Default)]
+    pub struct Metrics(Option<Arc<Instruments>>);
+
+    impl Metrics {
+        pub(crate) fn over(meter: &Meter) -> Self {
+            let histogram = |name: &'static str, text: &'static str| {
+                let builder = meter.f64_histogram(name).with_unit("ms").with_description(text);
+                builder.with_boundaries(BOUNDS_MS.to_vec()).build()
+            };
+            let gauge = |name: &'static str, unit: &'static str, text: &'static str| {
+                meter.f64_gauge(name).with_unit(unit).with_description(text).build()
+            };
+            Self(Some(Arc::new(Instruments {
+                step: meter
+                    .u64_gauge("tarazed.step")
+                    .with_description("Steps completed")
+                    .build(),
+                step_ms: histogram("tarazed.step.duration", "Time of a step"),
+                tokens_per_s: gauge("tarazed.throughput", "{token}/s", "Tokens per second of all ranks"),
+                loss: gauge("tarazed.loss", "nat", "Training loss per token"),
+                grad_norm: gauge("tarazed.grad_norm", "1", "Gradient norm before clipping"),
+                recovery_ms: histogram("tarazed.recovery.duration", "From a failure to training again"),
+                checkpoint_ms: histogram("tarazed.checkpoint.duration", "From snapshot to commit record"),
+            })))
+        }
+
+        /// A committed step.
+        pub fn step(&self, sample: &StepSample) {
+            let Some(instruments) = &self.0 else { return };
+            instruments.step.record(sample.step, &[]);
+            instruments.step_ms.record(sample.step_ms, &[]);
+            instruments.tokens_per_s.record(sample.tokens_per_s, &[]);
+            instruments.loss.record(sample.loss, &[]);
+            instruments.grad_norm.record(sample.grad_norm, &[]);
+        }
+
+        /// A recovery, in milliseconds.
+        pub fn recovery(&self, recovery_ms: f64) {
+            if let Some(instruments) = &self.0 {
+                instruments.recovery_ms.record(recovery_ms, &[]);
+            }
+        }
+
+        /// A committed checkpoint, in milliseconds.
+        pub fn checkpoint(&self, checkpoint_ms: f64) {
+            if let Some(instruments) = &self.0 {
+                instruments.checkpoint_ms.record(checkpoint_ms, &[]);
+            }
+        }
+    }
+}
+
+#[cfg(not(feature = "otlp"))]
+mod instruments {
+    use super::StepSample;
+
+    /// No instruments: built without the feature `otlp`.
+    #[derive(Clone, Debug, Default)]
+    pub struct Metrics;
+
+    impl Metrics {
+        /// A committed step.
+        pub const fn step(&self, _: &StepSample) {}
+        /// A recovery, in milliseconds.
+        pub const fn recovery(&self, _: f64) {}
+        /// A committed checkpoint, in milliseconds.
+        pub const fn checkpoint(&self, _: f64) {}
+    }
+}
+
+pub use instruments::Metrics;

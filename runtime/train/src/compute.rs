@@ -1,0 +1,266 @@
+//! Forward and backward of this rank's lanes, each lane on one thread, folded along the lane tree.
+//!
+//! - **DET-1** A lane is computed by one thread from (weights, its samples) alone; how many threads there are and which one
+//!   takes it cannot show.
+//! - **DET-2** Lanes are added only as siblings of the aligned tree, `left + right`.
+
+use crate::StepError;
+use crate::feeder::StepBatch;
+use crate::progress::Progress;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use tarazed_domain::lanes::TreeFold;
+use tarazed_domain::{LaneIndex, LaneRange, LaneTree, Node};
+use tarazed_kernels::{Device, Precision, View, ViewMut};
+use tarazed_model::{Model, Workspace};
+use tarazed_protocol::data::stats::LaneStats;
+
+/// What one compute thread owns.
+struct Worker<D: Device> {
+    stream: D::Stream,
+    workspace: Workspace<D>,
+}
+
+/// The compute threads' memory, kept between steps.
+pub struct LaneEngine<D: Device> {
+    workers: Vec<Worker<D>>,
+    /// Gradient buffers not in use, each of the flat space's length.
+    pool: Mutex<Vec<D::Buffer>>,
+    flat_elements: usize,
+    micro_batch_sequences: usize,
+    domain_count: usize,
+}
+
+/// Gradients of this rank's maximal nodes, left to right, and statistics of each of its lanes.
+pub struct LaneResults<D: Device> {
+    /// Node and flat gradient.
+    pub nodes: Vec<(Node, D::Buffer)>,
+    /// One for each lane, in order.
+    pub stats: Vec<LaneStats>,
+}
+
+/// Everything a lane is computed from.
+pub struct LaneInputs<'a, D: Device> {
+    /// The device.
+    pub device: &'a D,
+    /// The model.
+    pub model: &'a Model<D>,
+    /// Flat working weights.
+    pub weights: &'a D::Buffer,
+    /// Samples of this rank's lanes.
+    pub batch: &'a StepBatch,
+    /// Factor of each token's loss: one over the tokens of the global batch.
+    pub loss_scale: f32,
+    /// Set to give up.
+    pub abort: &'a AtomicBool,
+    /// Shown to the outside.
+    pub progress: &'a Progress,
+}
+
+impl<D: Device> Clone for LaneInputs<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for LaneInputs<'_, D> {}
+
+impl<D: Device> LaneEngine<D> {
+    /// Memory for `threads` compute threads.
+    ///
+    /// # Errors
+    /// If the device has no memory for it.
+    pub fn new(
+        device: &D,
+        model: &Model<D>,
+        flat_elements: usize,
+        threads: usize,
+        micro_batch_sequences: usize,
+        domain_count: usize,
+    ) -> Result<Self, StepError> {
+        let workers = (0..threads.max(1))
+            .map(|_| {
+                Ok(Worker {
+                    stream: device.stream()?,
+                    workspace: model.workspace(micro_batch_sequences)?,
+                })
+            })
+            .collect::<Result<_, StepError>>()?;
+        Ok(Self {
+            workers,
+            pool: Mutex::new(Vec::new()),
+            flat_elements,
+            micro_batch_sequences,
+            domain_count,
+        })
+    }
+
+    /// Gives gradient buffers back for the next step.
+    pub fn recycle(&mut self, buffers: impl IntoIterator<Item = D::Buffer>) {
+        self.pool
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(buffers);
+    }
+
+    /// Computes the lanes of `range`.
+    ///
+    /// # Errors
+    /// `Aborted`, or the device's error.
+    pub fn run(
+        &mut self,
+        inputs: LaneInputs<'_, D>,
+        tree: LaneTree,
+        range: LaneRange,
+    ) -> Result<LaneResults<D>, StepError> {
+        let shared = Shared {
+            fold: Mutex::new(TreeFold::new(tree, range)),
+            next: Mutex::new(range.start),
+            stats: Mutex::new(vec![None; range.len()]),
+            failed: Mutex::new(None),
+            pool: &self.pool,
+            flat_elements: self.flat_elements,
+            range,
+            micro_batch_sequences: self.micro_batch_sequences,
+            domain_count: self.domain_count,
+        };
+        let (first, rest) = self.workers.split_at_mut(1);
+        std::thread::scope(|scope| {
+            for worker in rest.iter_mut().take(range.len().saturating_sub(1)) {
+                let shared = &shared;
+                scope.spawn(move || shared.work(worker, inputs));
+            }
+            shared.work(&mut first[0], inputs);
+        });
+        if let Some(error) = shared.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let nodes = shared
+            .fold
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .into_nodes();
+        let stats = shared.stats.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(LaneResults {
+            nodes,
+            stats: stats.into_iter().flatten().collect(),
+        })
+    }
+}
+
+/// What the threads of one step share. No number depends on who takes which lane.
+struct Shared<'a, D: Device> {
+    fold: Mutex<TreeFold<D::Buffer>>,
+    next: Mutex<u32>,
+    stats: Mutex<Vec<Option<LaneStats>>>,
+    failed: Mutex<Option<StepError>>,
+    pool: &'a Mutex<Vec<D::Buffer>>,
+    range: LaneRange,
+    flat_elements: usize,
+    micro_batch_sequences: usize,
+    domain_count: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<D: Device> Shared<'_, D> {
+    fn work(&self, worker: &mut Worker<D>, inputs: LaneInputs<'_, D>) {
+        while let Some(lane) = self.take_lane() {
+            if let Err(error) = self.one_lane(worker, inputs, lane) {
+                lock(&self.failed).get_or_insert(error);
+                return;
+            }
+        }
+    }
+
+    fn take_lane(&self) -> Option<LaneIndex> {
+        if lock(&self.failed).is_some() {
+            return None;
+        }
+        let mut next = lock(&self.next);
+        let lane = *next;
+        (lane < self.range.end).then(|| {
+            *next += 1;
+            LaneIndex(lane)
+        })
+    }
+
+    fn one_lane(&self, worker: &mut Worker<D>, inputs: LaneInputs<'_, D>, lane: LaneIndex) -> Result<(), StepError> {
+        let mut gradient = self.take_buffer(worker, inputs)?;
+        let stats = self.compute_lane(worker, inputs, lane, &mut gradient)?;
+        lock(&self.stats)[(lane.0 - self.range.start) as usize] = Some(stats);
+        let (mut node, mut value) = (Node::leaf(lane), gradient);
+        loop {
+            // The lock is held for the look-up only; the addition runs outside it.
+            let offered = lock(&self.fold).offer(node, value);
+            let Some((mut left, right, parent)) = offered else {
+                return Ok(());
+            };
+            let len = inputs.device.len(&left);
+            inputs
+                .device
+                .fold(&mut worker.stream, ViewMut::from(&mut left), View::from(&right), len)?;
+            inputs.device.synchronize(&mut worker.stream)?;
+            lock(self.pool).push(right);
+            (node, value) = (parent, left);
+        }
+    }
+
+    fn take_buffer(&self, worker: &mut Worker<D>, inputs: LaneInputs<'_, D>) -> Result<D::Buffer, StepError> {
+        let elements = self.flat_elements;
+        let pooled = lock(self.pool).pop();
+        let Some(mut buffer) = pooled else {
+            return Ok(inputs.device.alloc(elements, Precision::Full)?);
+        };
+        inputs
+            .device
+            .zero(&mut worker.stream, ViewMut::from(&mut buffer), elements)?;
+        Ok(buffer)
+    }
+
+    /// Micro-batches left to right into one gradient; held-out sequences forward only.
+    fn compute_lane(
+        &self,
+        worker: &mut Worker<D>,
+        inputs: LaneInputs<'_, D>,
+        lane: LaneIndex,
+        gradient: &mut D::Buffer,
+    ) -> Result<LaneStats, StepError> {
+        let mut stats = LaneStats::new(self.domain_count);
+        let samples = inputs.batch.lane(lane);
+        for chunk in samples
+            .training
+            .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens())
+        {
+            let losses = inputs.model.forward_backward(
+                inputs.weights,
+                gradient,
+                &mut worker.workspace,
+                chunk.tokens,
+                inputs.loss_scale,
+                inputs.abort,
+            )?;
+            for (&domain, loss) in chunk.domains.iter().zip(losses) {
+                stats.add_train(domain, loss, inputs.batch.context as u64);
+            }
+            inputs.progress.worked();
+        }
+        for chunk in samples
+            .held_out
+            .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens())
+        {
+            let losses = inputs
+                .model
+                .losses(inputs.weights, &mut worker.workspace, chunk.tokens, inputs.abort)?;
+            for (&domain, loss) in chunk.domains.iter().zip(losses) {
+                stats.add_heldout(domain, loss, inputs.batch.context as u64);
+            }
+            inputs.progress.worked();
+        }
+        if inputs.abort.load(Ordering::Relaxed) {
+            return Err(StepError::Aborted);
+        }
+        Ok(stats)
+    }
+}

@@ -1,0 +1,201 @@
+//! The command loop of a rank's one device thread (SUP-4): it alone touches the device and the data plane.
+//!
+//! Commands come through a channel, answers go through [`DeviceEvents`], which must not block. A generation can be
+//! aborted from any thread through its [`GenerationControl`].
+
+use crate::StepError;
+use crate::feeder::Feeder;
+use crate::generation::{self, Means, Paused, Reporter, ShardSource, ShardToSave, Switches};
+use crate::host::HostVisible;
+use crate::progress::Phase;
+use crate::state::RankState;
+use crate::world::World;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+use tarazed_domain::limits::Timeouts;
+use tarazed_domain::{Generation, LaneTree, StepsCompleted};
+use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, SocketMesh, connect_mesh};
+use tarazed_kernels::Device;
+use tarazed_protocol::message::{BeginPlan, Member, StateReport, StepLine};
+
+/// Ends one generation from outside, for good.
+#[derive(Clone, Debug)]
+pub struct GenerationControl {
+    /// Which.
+    pub generation: Generation,
+    /// The data plane's switch.
+    pub fabric: AbortHandle,
+    /// The compute threads' switch.
+    pub compute: Arc<AtomicBool>,
+    /// Pause, checkpoint, acknowledgements.
+    pub switches: Arc<Switches>,
+}
+
+impl GenerationControl {
+    /// Switches for a generation about to begin.
+    ///
+    /// # Errors
+    /// If the process has no file descriptor left.
+    pub fn new(generation: Generation) -> Result<Self, FabricError> {
+        Ok(Self {
+            generation,
+            fabric: AbortHandle::new(generation)?,
+            compute: Arc::new(AtomicBool::new(false)),
+            switches: Arc::default(),
+        })
+    }
+
+    /// Makes the device thread leave this generation.
+    pub fn abort(&self) {
+        self.compute.store(true, Ordering::SeqCst);
+        self.fabric.abort();
+    }
+}
+
+/// What the device thread is told.
+pub enum Command {
+    /// Start this generation and run it.
+    Begin {
+        /// The plan.
+        plan: Box<BeginPlan>,
+        /// Its switches.
+        control: GenerationControl,
+    },
+    /// Say what is held, for the fence of this generation.
+    Report {
+        /// The coming generation.
+        generation: Generation,
+    },
+    /// Leave.
+    Exit,
+}
+
+/// What the device thread says. Implementations hand over and return at once.
+pub trait DeviceEvents<D: Device>: Send + Sync {
+    /// A generation is whole and runs.
+    fn running(&self, generation: Generation);
+    /// A committed step's line.
+    fn line(&self, generation: Generation, line: StepLine);
+    /// Shards to save.
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>);
+    /// Stands at a boundary.
+    fn paused(&self, generation: Generation, paused: Paused);
+    /// Left a generation with an error that is not the rank's own.
+    fn failed(&self, generation: Generation, error: &StepError);
+    /// What is held.
+    fn report(&self, generation: Generation, report: StateReport);
+    /// The rank itself is broken; the process must end.
+    fn broken(&self, error: &StepError);
+}
+
+/// What a device thread is made of.
+pub struct DeviceThread<D: Device> {
+    /// The rank's state.
+    pub state: RankState<D>,
+    /// Who this is.
+    pub member: Member,
+    /// The data plane's ear.
+    pub listener: Listener,
+    /// Secret of the run, for the data plane's handshake.
+    pub run_token: [u8; 32],
+    /// Samples.
+    pub feeder: Arc<Feeder>,
+    /// Checkpoint shards.
+    pub source: Box<dyn ShardSource + Send>,
+    /// Who hears.
+    pub events: Arc<dyn DeviceEvents<D>>,
+}
+
+struct GenerationReporter<'a, D: Device> {
+    generation: Generation,
+    events: &'a dyn DeviceEvents<D>,
+}
+
+impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
+    fn running(&self) {
+        self.events.running(self.generation);
+    }
+
+    fn line(&self, line: StepLine) {
+        self.events.line(self.generation, line);
+    }
+
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>) {
+        self.events.save(step, shards);
+    }
+}
+
+impl<D: HostVisible + Clone> DeviceThread<D> {
+    /// Serves commands until told to leave or until the other side is gone.
+    pub fn run(mut self, commands: &Receiver<Command>) {
+        // A failed or paused mesh stays open until the next generation: closing it would look like a lost rank.
+        let mut mesh: Option<SocketMesh> = None;
+        while let Ok(command) = commands.recv() {
+            match command {
+                Command::Begin { plan, control } => {
+                    if let Err(error) = self.generation(&plan, &control, &mut mesh) {
+                        self.state.progress.enter(Phase::Parked);
+                        match &error {
+                            StepError::Aborted => {}
+                            error if error.is_own_fault() => self.events.broken(error),
+                            error => self.events.failed(plan.generation, error),
+                        }
+                    }
+                }
+                Command::Report { generation } => self.events.report(generation, self.state.report()),
+                Command::Exit => {
+                    if let Some(mesh) = &mut mesh {
+                        mesh.leave();
+                    }
+                    break;
+                }
+            }
+        }
+        self.feeder.stop();
+    }
+
+    fn generation(
+        &mut self,
+        plan: &BeginPlan,
+        control: &GenerationControl,
+        mesh: &mut Option<SocketMesh>,
+    ) -> Result<(), StepError> {
+        let tree = LaneTree::new(self.state.config.batch.lanes);
+        let Some(world) = World::new(plan, self.member, tree, self.state.shard_layout) else {
+            return Err(StepError::Data(format!(
+                "{} is not in the roster it was sent",
+                self.member
+            )));
+        };
+        self.state.abort = Arc::clone(&control.compute);
+        self.state.progress.enter(Phase::Connecting);
+        let roster: Vec<String> = plan.roster.iter().map(|entry| entry.address.clone()).collect();
+        let timeouts: Timeouts = self.state.config.timeouts();
+        *mesh = None; // ours of the generation before; everybody is past it
+        let connected = connect_mesh(
+            &self.listener,
+            plan.generation,
+            world.rank,
+            &roster,
+            self.run_token,
+            &timeouts,
+            &control.fabric,
+        )?;
+        let fabric = mesh.insert(connected);
+        let reporter = GenerationReporter {
+            generation: plan.generation,
+            events: &*self.events,
+        };
+        let mut means = Means {
+            fabric: fabric as &mut dyn Collective,
+            feeder: &self.feeder,
+            source: &*self.source,
+            switches: &control.switches,
+            reporter: &reporter,
+        };
+        let paused = generation::run(&mut self.state, &world, plan, &mut means)?;
+        self.events.paused(plan.generation, paused);
+        Ok(())
+    }
+}

@@ -1,0 +1,360 @@
+//! The samples of this rank's lanes, a few steps ahead, made by a thread of its own.
+//!
+//! - **DATA-2** A batch is a function of (recipe, step, decisions so far); the feeder holds no other state.
+//! - **STEP-6** It waits only where the outcome of a decision point due is missing.
+//! - **SUP-5** It holds at most [`PREFETCH_STEPS_MAX`] batches.
+
+use crate::StepError;
+use crate::state::StepFacts;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tarazed_domain::limits::PREFETCH_STEPS_MAX;
+use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, StepIndex, StepsCompleted};
+use tarazed_protocol::data::cursor::{DataCursor, PlanError};
+use tarazed_protocol::data::decision::Decision;
+
+/// Where tokens are read.
+pub trait SampleSource: Send + Sync + 'static {
+    /// Held-out sequences of a domain.
+    fn held_out_sequences(&self, domain: DomainIndex) -> u64;
+    /// Reads a training sequence of `context + 1` tokens.
+    ///
+    /// # Errors
+    /// A message naming the file.
+    fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String>;
+    /// Reads a held-out sequence of `context + 1` tokens.
+    ///
+    /// # Errors
+    /// A message naming the file.
+    fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String>;
+}
+
+/// Sequences one after another, each with its domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sequences {
+    tokens: Vec<u32>,
+    domains: Vec<DomainIndex>,
+}
+
+/// A few consecutive sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct SequencesRef<'a> {
+    /// `context + 1` tokens of each.
+    pub tokens: &'a [u32],
+    /// The domain of each.
+    pub domains: &'a [DomainIndex],
+}
+
+impl Sequences {
+    /// Cuts into micro-batches of at most `count` sequences of `sequence_tokens` each, left to right.
+    pub fn chunks(&self, count: usize, sequence_tokens: usize) -> impl Iterator<Item = SequencesRef<'_>> {
+        self.tokens
+            .chunks(count * sequence_tokens)
+            .zip(self.domains.chunks(count))
+            .map(|(tokens, domains)| SequencesRef { tokens, domains })
+    }
+}
+
+/// One lane's samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LaneSamples {
+    /// To train on.
+    pub training: Sequences,
+    /// To evaluate with the weights before this step; empty in most steps.
+    pub held_out: Sequences,
+}
+
+/// What one rank needs for one step.
+#[derive(Clone, Debug)]
+pub struct StepBatch {
+    /// The step.
+    pub step: StepIndex,
+    /// Digest of the whole global batch's samples.
+    pub digest: [u8; 32],
+    /// Mixture in force.
+    pub mixture: Vec<f64>,
+    /// Context length; a sequence has one token more.
+    pub context: usize,
+    range: LaneRange,
+    lanes: Vec<LaneSamples>,
+}
+
+impl StepBatch {
+    /// One lane's samples.
+    ///
+    /// # Panics
+    /// If the lane is not in the range that was asked for.
+    #[must_use]
+    pub fn lane(&self, lane: LaneIndex) -> &LaneSamples {
+        assert!(self.range.contains(lane), "lane {lane} was fed");
+        &self.lanes[(lane.0 - self.range.start) as usize]
+    }
+
+    /// Tokens of one sequence, its last target included.
+    #[must_use]
+    pub const fn sequence_tokens(&self) -> usize {
+        self.context + 1
+    }
+}
+
+/// Fixed facts of feeding.
+#[derive(Clone, Debug)]
+pub struct FeedRules {
+    /// Context length.
+    pub context: usize,
+    /// Lanes of the global batch.
+    pub lane_count: u32,
+    /// Number of domains.
+    pub domain_count: usize,
+    /// Steps between evaluations; 0 for none.
+    pub evaluation_interval_steps: u64,
+    /// Held-out sequences of a domain at most.
+    pub held_out_sequences_max: u32,
+}
+
+struct Want {
+    generation: Generation,
+    lanes: LaneRange,
+    next: StepIndex,
+    until: StepsCompleted,
+}
+
+struct Inner {
+    cursor: DataCursor,
+    want: Option<Want>,
+    ready: VecDeque<StepBatch>,
+    failed: Option<String>,
+    stopped: bool,
+}
+
+/// The feeder, shared by its thread, the device thread and the actor that owns it.
+pub struct Feeder {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    rules: FeedRules,
+    source: Arc<dyn SampleSource>,
+}
+
+impl Feeder {
+    /// A feeder that has nothing to do yet.
+    #[must_use]
+    pub fn new(cursor: DataCursor, rules: FeedRules, source: Arc<dyn SampleSource>) -> Arc<Self> {
+        let inner = Inner {
+            cursor,
+            want: None,
+            ready: VecDeque::new(),
+            failed: None,
+            stopped: false,
+        };
+        Arc::new(Self {
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+            rules,
+            source,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on feeds `lanes` of the steps from `from` to `until`; what was made for another generation is dropped.
+    pub fn begin(
+        &self,
+        cursor: DataCursor,
+        generation: Generation,
+        lanes: LaneRange,
+        from: StepIndex,
+        until: StepsCompleted,
+    ) {
+        let mut inner = self.lock();
+        inner.cursor = cursor;
+        inner.ready.clear();
+        inner.want = Some(Want {
+            generation,
+            lanes,
+            next: from,
+            until,
+        });
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Lines through `through` are written; these are the decisions in them.
+    ///
+    /// # Errors
+    /// If a decision contradicts what is known.
+    pub fn record(&self, through: StepsCompleted, decisions: &[Decision]) -> Result<(), String> {
+        let mut inner = self.lock();
+        let mut line = inner.cursor.ledger().recorded();
+        while line < through {
+            line = line.next().completed();
+            let in_line: Vec<Decision> = decisions
+                .iter()
+                .filter(|decision| decision.line == line)
+                .cloned()
+                .collect();
+            inner.cursor.record(line, &in_line).map_err(|e| e.to_string())?;
+        }
+        drop(inner);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// What the line of a past step says besides measurements.
+    ///
+    /// # Errors
+    /// `Data` if the step cannot be planned.
+    pub fn facts(&self, step: StepIndex) -> Result<StepFacts, StepError> {
+        let plan = self
+            .lock()
+            .cursor
+            .plan(step)
+            .map_err(|e| StepError::Data(e.to_string()))?;
+        Ok(StepFacts {
+            step,
+            data: plan.digest,
+            mixture: plan.mixture,
+        })
+    }
+
+    /// Ends the thread.
+    pub fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// The batch of a step; waits for it.
+    ///
+    /// # Errors
+    /// `Aborted` once `abort` is set; `Data` if samples cannot be read.
+    pub fn next(&self, step: StepIndex, abort: &AtomicBool) -> Result<StepBatch, StepError> {
+        let mut inner = self.lock();
+        loop {
+            if abort.load(Ordering::Relaxed) || inner.stopped {
+                return Err(StepError::Aborted);
+            }
+            if let Some(cause) = &inner.failed {
+                return Err(StepError::Data(cause.clone()));
+            }
+            if inner.ready.front().is_some_and(|batch| batch.step == step)
+                && let Some(batch) = inner.ready.pop_front()
+            {
+                drop(inner);
+                self.changed.notify_all();
+                return Ok(batch);
+            }
+            // The abort flag has no condition of its own; looking again now and then is soon enough.
+            let waited = self.changed.wait_timeout(inner, Duration::from_millis(20));
+            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The thread's body: makes batches until it is stopped.
+    pub fn run(&self) {
+        let mut inner = self.lock();
+        while !inner.stopped {
+            let Some((generation, lanes, step)) = self.due(&inner) else {
+                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let plan = match inner.cursor.plan(step) {
+                Ok(plan) => plan,
+                Err(PlanError::DecisionMissing { .. }) => {
+                    inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+                Err(error) => {
+                    inner.failed = Some(error.to_string());
+                    self.changed.notify_all();
+                    continue;
+                }
+            };
+            drop(inner); // reading must not hold up who asks or records
+            let made = self.read(step, lanes, plan);
+            inner = self.lock();
+            match (&mut inner.want, made) {
+                (Some(want), Ok(batch)) if want.generation == generation && want.next == step => {
+                    want.next = StepIndex(step.0 + 1);
+                    inner.ready.push_back(batch);
+                }
+                (_, Ok(_)) => {} // made for a generation that is over
+                (_, Err(cause)) => inner.failed = Some(cause),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    fn due(&self, inner: &Inner) -> Option<(Generation, LaneRange, StepIndex)> {
+        let want = inner.want.as_ref()?;
+        let room = inner.ready.len() < PREFETCH_STEPS_MAX && inner.failed.is_none();
+        (room && want.next.completed() <= want.until).then_some((want.generation, want.lanes, want.next))
+    }
+
+    fn read(
+        &self,
+        step: StepIndex,
+        range: LaneRange,
+        plan: tarazed_protocol::data::cursor::StepPlan,
+    ) -> Result<StepBatch, String> {
+        let sequence_tokens = self.rules.context + 1;
+        let mut lanes: Vec<LaneSamples> = Vec::with_capacity(range.len());
+        for lane in range.lanes() {
+            let samples = plan.lane(lane, self.rules.lane_count);
+            let mut lane = LaneSamples::default();
+            lane.training.tokens.resize(samples.len() * sequence_tokens, 0);
+            for (sample, out) in samples
+                .iter()
+                .zip(lane.training.tokens.chunks_exact_mut(sequence_tokens))
+            {
+                self.source.training(sample.domain, sample.sequence, out)?;
+                lane.training.domains.push(sample.domain);
+            }
+            lanes.push(lane);
+        }
+        if self.is_evaluation(step) {
+            self.read_held_out(range, &mut lanes)?;
+        }
+        Ok(StepBatch {
+            step,
+            digest: plan.digest,
+            mixture: plan.mixture,
+            context: self.rules.context,
+            range,
+            lanes,
+        })
+    }
+
+    /// A line is an evaluation every so many steps, of the weights before its step.
+    fn is_evaluation(&self, step: StepIndex) -> bool {
+        let interval = self.rules.evaluation_interval_steps;
+        interval > 0 && step.completed().0.is_multiple_of(interval)
+    }
+
+    /// Held-out sequences are dealt to lanes in turn, so that who computes what is a function of the lane alone (DET-1).
+    fn read_held_out(&self, range: LaneRange, lanes: &mut [LaneSamples]) -> Result<(), String> {
+        let sequence_tokens = self.rules.context + 1;
+        let mut turn = 0_u64;
+        for domain in (0..self.rules.domain_count as u16).map(DomainIndex) {
+            let count = self
+                .source
+                .held_out_sequences(domain)
+                .min(u64::from(self.rules.held_out_sequences_max));
+            for sequence in 0..count {
+                let lane = LaneIndex((turn % u64::from(self.rules.lane_count)) as u32);
+                turn += 1;
+                if !range.contains(lane) {
+                    continue;
+                }
+                let held_out = &mut lanes[(lane.0 - range.start) as usize].held_out;
+                let start = held_out.tokens.len();
+                held_out.tokens.resize(start + sequence_tokens, 0);
+                self.source.held_out(domain, sequence, &mut held_out.tokens[start..])?;
+                held_out.domains.push(domain);
+            }
+        }
+        Ok(())
+    }
+}

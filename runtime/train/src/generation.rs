@@ -1,0 +1,379 @@
+//! The start of a generation, and its life: step after step until it pauses, ends or is aborted.
+//!
+//! ```text
+//! finish the agreed step → copy, restore or initialise shards → drop what is no longer mine → gather weights → steps
+//! ```
+//!
+//! - **STEP-2** A survivor one reduced gradient behind the base applies it with the outcome that the plan hands over.
+//! - A rank that joins is no donor before it is whole: a shard enters `state.shards` only once all of it has come.
+//! - **STEP-6** Between steps nothing waits for the controller, but where a decision due is missing or too many lines are
+//!   not acknowledged.
+
+use crate::StepError;
+use crate::feeder::Feeder;
+use crate::host::HostVisible;
+use crate::optimizer::Shard;
+use crate::progress::Phase;
+use crate::snapshot::SnapshotTicket;
+use crate::state::RankState;
+use crate::step::{self, Wishes};
+use crate::world::World;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
+use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
+use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
+use tarazed_kernels::{Device, ViewMut};
+use tarazed_protocol::message::{BeginPlan, ShardOrigin, StepLine};
+
+/// Reads checkpoint shards; blocks.
+pub trait ShardSource: Sync {
+    /// Master weights and both moments of a shard of the newest good checkpoint of that step.
+    ///
+    /// # Errors
+    /// A message naming object, cause and remedy.
+    fn read(&self, step: StepsCompleted, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], String>;
+}
+
+/// Switches that other threads set on a running generation.
+#[derive(Debug, Default)]
+pub struct Switches {
+    /// Pause at the next boundary, all together.
+    pub pause: AtomicBool,
+    /// Write a checkpoint there.
+    pub checkpoint: AtomicBool,
+    /// Lines acknowledged so far.
+    pub acknowledged: AtomicU64,
+}
+
+/// What the device thread tells the rank's actor; must not block.
+pub trait Reporter<D: Device> {
+    /// The generation is whole and runs.
+    fn running(&self);
+    /// A step is finished. `first` of a generation's lines also comes from ranks other than 0.
+    fn line(&self, line: StepLine);
+    /// These shards, of which this rank is primary, are to be saved as they stand; each comes with its ticket.
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>);
+}
+
+/// A shard to copy and upload.
+pub struct ShardToSave<D: Device> {
+    /// Which.
+    pub shard: OptimizerShardIndex,
+    /// Its state; immutable until the ticket is dropped.
+    pub state: Arc<std::sync::RwLock<crate::optimizer::ShardState<D>>>,
+    /// Drop when the copy is made.
+    pub ticket: SnapshotTicket,
+}
+
+/// How a generation ended in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Paused {
+    /// Stands at this count.
+    pub step: StepsCompleted,
+    /// Its checkpoint is being written.
+    pub saving: bool,
+}
+
+/// What a generation works with.
+pub struct Means<'a, D: Device> {
+    /// The data plane.
+    pub fabric: &'a mut dyn Collective,
+    /// Samples.
+    pub feeder: &'a Feeder,
+    /// Checkpoint shards.
+    pub source: &'a dyn ShardSource,
+    /// Set from outside.
+    pub switches: &'a Switches,
+    /// The actor.
+    pub reporter: &'a dyn Reporter<D>,
+}
+
+/// Starts a generation and runs it until it pauses.
+///
+/// # Errors
+/// A [`StepError`]; the state then holds what a fence reports.
+pub fn run<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    plan: &BeginPlan,
+    means: &mut Means<'_, D>,
+) -> Result<Paused, StepError> {
+    start(state, world, plan, means)?;
+    means.reporter.running();
+    let mut at = Paused {
+        step: plan.base,
+        saving: false,
+    };
+    if plan.checkpoint_at_base {
+        save(state, world, means, plan.base);
+        at.saving = true;
+    }
+    while at.step < plan.last_step {
+        wait_for_acknowledgement(state, means.switches)?;
+        state.progress.enter(Phase::Feeding);
+        let batch = means.feeder.next(at.step.next(), &state.abort)?;
+        let wishes = Wishes {
+            pause: means.switches.pause.load(Ordering::Relaxed),
+            checkpoint: means.switches.checkpoint.load(Ordering::Relaxed),
+        };
+        let span = tracing::info_span!("step", step = batch.step.completed().0, generation = plan.generation.0);
+        let line = span.in_scope(|| step::run_step(state, world, means.fabric, &batch, wishes))?;
+        at = Paused {
+            step: line.step,
+            saving: false,
+        };
+        let (pause, asked) = state
+            .passed
+            .as_ref()
+            .map_or((false, false), |o| (o.pause, o.checkpoint));
+        if world.rank == Rank(0) {
+            means.reporter.line(line);
+        }
+        if asked || is_due(state, at.step, plan.last_step) {
+            save(state, world, means, at.step);
+            at.saving = true;
+        }
+        if pause {
+            break;
+        }
+    }
+    state.progress.enter(Phase::Parked);
+    Ok(at)
+}
+
+fn is_due<D: Device>(state: &RankState<D>, step: StepsCompleted, last: StepsCompleted) -> bool {
+    let interval = state.config.checkpoint.interval_steps;
+    step == last || (interval > 0 && step.0.is_multiple_of(interval))
+}
+
+fn save<D: Device>(state: &RankState<D>, world: &World, means: &Means<'_, D>, step: StepsCompleted) {
+    let shards = world
+        .primaries_of(world.rank)
+        .map(|shard| ShardToSave {
+            shard,
+            state: state.shards[&shard].shared(),
+            ticket: state.gate.ticket(),
+        })
+        .collect();
+    means.reporter.save(step, shards);
+}
+
+fn wait_for_acknowledgement<D: Device>(state: &mut RankState<D>, switches: &Switches) -> Result<(), StepError> {
+    loop {
+        state.acknowledge(StepsCompleted(switches.acknowledged.load(Ordering::Relaxed)));
+        if state.lines.len() < UNACKNOWLEDGED_LINES_MAX {
+            return Ok(());
+        }
+        if state.abort.load(Ordering::Relaxed) {
+            return Err(StepError::Aborted);
+        }
+        std::thread::park_timeout(std::time::Duration::from_millis(10));
+    }
+}
+
+fn start<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    plan: &BeginPlan,
+    means: &mut Means<'_, D>,
+) -> Result<(), StepError> {
+    let _span = tracing::info_span!("begin", generation = plan.generation.0, base = plan.base.0).entered();
+    state.progress.enter(Phase::Recovering);
+    state.gate.wait();
+    let fresh = plan
+        .shards
+        .iter()
+        .flatten()
+        .any(|h| matches!(h.origin, ShardOrigin::Initialise | ShardOrigin::Restore));
+    if fresh {
+        // Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up.
+        state.shards.clear();
+        state.passed = None;
+        state.facts = None;
+        state.lines.clear();
+    }
+    if let Some(outcome) = &plan.outcome {
+        state.apply(outcome)?;
+        state.passed = Some(outcome.clone());
+    }
+    state.shards.retain(|_, shard| shard.read_steps() == plan.base);
+    let arrived = copy_shards(state, world, plan, means.fabric)?;
+    let made = make_shards(state, world, plan, means.source)?;
+    state
+        .shards
+        .extend(arrived.into_iter().chain(made).map(|shard| (shard.index(), shard)));
+    state.shards.retain(|&shard, _| world.holds(world.rank, shard));
+    publish_own_weights(state)?;
+    state.progress.reached(plan.base);
+    let hash = step::gather_weights(state, world, means.fabric, plan.base)?;
+    complete_base_line(state, plan, hash, means)
+}
+
+/// The base step's line, where the end of the last generation cut it short of its hash. Newcomers complete it too: those
+/// that ran the step may die before they send it, and nobody would run it again.
+fn complete_base_line<D: Device>(
+    state: &mut RankState<D>,
+    plan: &BeginPlan,
+    hash: [u8; 32],
+    means: &Means<'_, D>,
+) -> Result<(), StepError> {
+    state.acknowledge(plan.acknowledged);
+    let Some(outcome) = plan.outcome.as_ref().filter(|_| plan.base > plan.acknowledged) else {
+        return Ok(());
+    };
+    if let Some(line) = state.lines.get(&plan.base) {
+        means.reporter.line(line.clone());
+        return Ok(());
+    }
+    state.facts = Some(means.feeder.facts(StepIndex(plan.base.0 - 1))?);
+    let line = step::complete_line(state, outcome, hash);
+    means.reporter.line(line);
+    Ok(())
+}
+
+/// Moves shards from their donors to new holders; all copies of the generation progress together.
+fn copy_shards<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    plan: &BeginPlan,
+    fabric: &mut dyn Collective,
+) -> Result<Vec<Shard<D>>, StepError> {
+    let mut copies: Vec<(OptimizerShardIndex, Rank, Rank)> = Vec::new();
+    for (shard, holders) in world.shards.shards().zip(&plan.shards) {
+        for holder in holders {
+            if let ShardOrigin::CopyFrom(donor) = holder.origin {
+                copies.push((shard, donor, holder.rank));
+            }
+        }
+    }
+    let mut arrived = Vec::new();
+    for &(shard, _, to) in &copies {
+        if to == world.rank {
+            arrived.push(Shard::new(&state.device, world.shards, shard)?);
+        }
+    }
+    {
+        let donated: Vec<_> = copies
+            .iter()
+            .filter(|(_, donor, _)| *donor == world.rank)
+            .map(|&(shard, _, to)| (shard, to, state.shards[&shard].read()))
+            .collect();
+        let mut sends = Vec::new();
+        for (shard, to, guard) in &donated {
+            let whole = 0..world.elements(*shard).len();
+            for (part, buffer) in [&guard.master, &guard.first_moment, &guard.second_moment]
+                .into_iter()
+                .enumerate()
+            {
+                sends.push(Send {
+                    to: *to,
+                    tag: copy_tag(plan.base, *shard, part),
+                    bytes: D::bytes(buffer, whole.clone()),
+                });
+            }
+        }
+        let mut filling: Vec<_> = arrived
+            .iter_mut()
+            .map(|shard: &mut Shard<D>| (shard.index(), shard.write()))
+            .collect();
+        let mut receives = Vec::new();
+        let mine = copies.iter().filter(|(_, _, to)| *to == world.rank);
+        for ((shard, guard), &(_, donor, _)) in filling.iter_mut().zip(mine) {
+            let state = &mut **guard;
+            let parts = [&mut state.master, &mut state.first_moment, &mut state.second_moment];
+            for (part, buffer) in parts.into_iter().enumerate() {
+                let bytes = bytemuck::cast_slice_mut(D::elements_mut(buffer));
+                receives.push(Receive {
+                    from: donor,
+                    tag: copy_tag(plan.base, *shard, part),
+                    bytes,
+                });
+            }
+        }
+        fabric.exchange(&sends, &mut receives)?;
+    }
+    settle(state, plan.base, arrived)
+}
+
+fn copy_tag(base: StepsCompleted, shard: OptimizerShardIndex, part: usize) -> Tag {
+    Tag::new(TagKind::StateCopy, base.0, u64::from(shard.0) << 2 | part as u64)
+}
+
+/// Shards from the seed or from the checkpoint.
+fn make_shards<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    plan: &BeginPlan,
+    source: &dyn ShardSource,
+) -> Result<Vec<Shard<D>>, StepError> {
+    let mut made = Vec::new();
+    for (index, holders) in world.shards.shards().zip(&plan.shards) {
+        let Some(mine) = holders.iter().find(|holder| holder.rank == world.rank) else {
+            continue;
+        };
+        let elements = world.elements(index);
+        let [master, first, second] = match mine.origin {
+            ShardOrigin::Initialise => {
+                let mut master = vec![0.0; elements.len()];
+                let config = &state.config;
+                tarazed_model::initialise(
+                    &state.layout,
+                    &config.model,
+                    config.run.seed,
+                    elements.clone(),
+                    &mut master,
+                );
+                [master, vec![0.0; elements.len()], vec![0.0; elements.len()]]
+            }
+            ShardOrigin::Restore => source.read(plan.base, index).map_err(StepError::Restore)?,
+            ShardOrigin::Keep | ShardOrigin::CopyFrom(_) => continue,
+        };
+        let mut shard = Shard::new(&state.device, world.shards, index)?;
+        {
+            let mut inner = shard.write();
+            let inner = &mut *inner;
+            for (values, buffer) in [
+                (master, &mut inner.master),
+                (first, &mut inner.first_moment),
+                (second, &mut inner.second_moment),
+            ] {
+                if values.len() != elements.len() {
+                    let cause = format!("shard {index} has {} elements, not {}", values.len(), elements.len());
+                    return Err(StepError::Restore(cause));
+                }
+                state.device.upload(&mut state.stream, &values, ViewMut::from(buffer))?;
+            }
+        }
+        made.push(shard);
+        state.progress.worked();
+    }
+    settle(state, plan.base, made)
+}
+
+/// Marks shards that have come whole.
+fn settle<D: Device>(
+    state: &mut RankState<D>,
+    base: StepsCompleted,
+    mut shards: Vec<Shard<D>>,
+) -> Result<Vec<Shard<D>>, StepError> {
+    for shard in &mut shards {
+        shard.write().steps = base;
+        shard.rehash(&state.device, &mut state.stream, &state.layout)?;
+    }
+    Ok(shards)
+}
+
+/// Working weights of the own shards, where they came from elsewhere than an update.
+fn publish_own_weights<D: Device>(state: &mut RankState<D>) -> Result<(), StepError> {
+    for shard in state.shards.values() {
+        let elements = shard.elements();
+        let guard = shard.read();
+        let into = ViewMut::at(&mut state.weights, elements.start);
+        state
+            .device
+            .copy(&mut state.stream, (&guard.master).into(), into, elements.len())?;
+    }
+    state.device.synchronize(&mut state.stream)?;
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! Everything a rank's device thread owns between steps.
+
+use crate::StepError;
+use crate::compute::LaneEngine;
+use crate::optimizer::Shard;
+use crate::progress::Progress;
+use crate::snapshot::SnapshotGate;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tarazed_domain::config::Config;
+use tarazed_domain::{OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
+use tarazed_kernels::{Device, Precision};
+use tarazed_model::Model;
+use tarazed_protocol::message::{BarrierOutcome, StateReport, StepLine};
+
+/// What a rank keeps between steps and, while it lives, between generations.
+pub struct RankState<D: Device> {
+    /// The resolved config.
+    pub config: Arc<Config>,
+    /// The device.
+    pub device: D,
+    /// The device thread's own stream.
+    pub stream: D::Stream,
+    /// The model.
+    pub model: Model<D>,
+    /// The flat space.
+    pub layout: ParameterLayout,
+    /// Its cut into optimizer shards.
+    pub shard_layout: ShardLayout,
+    /// Flat working weights.
+    pub weights: D::Buffer,
+    /// Optimizer shards held whole, primary or replica.
+    pub shards: BTreeMap<OptimizerShardIndex, Shard<D>>,
+    /// Compute threads' memory.
+    pub engine: LaneEngine<D>,
+    /// Staging for other ranks' partial gradients, kept between steps.
+    pub staging: Vec<D::Buffer>,
+    /// Newest barrier passed.
+    pub passed: Option<BarrierOutcome>,
+    /// Facts of the step last fed, for its line.
+    pub facts: Option<StepFacts>,
+    /// Complete lines that the controller has not acknowledged.
+    pub lines: BTreeMap<StepsCompleted, StepLine>,
+    /// Shown to the outside.
+    pub progress: Arc<Progress>,
+    /// Snapshots that the next update must wait for.
+    pub gate: Arc<SnapshotGate>,
+    /// Set to make compute threads give up; one for each generation.
+    pub abort: Arc<AtomicBool>,
+}
+
+/// What the line of a step says besides measurements.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StepFacts {
+    /// The step.
+    pub step: StepIndex,
+    /// Digest of its samples.
+    pub data: [u8; 32],
+    /// Mixture in force.
+    pub mixture: Vec<f64>,
+}
+
+impl<D: Device + Clone> RankState<D> {
+    /// A rank that holds nothing yet.
+    ///
+    /// # Errors
+    /// If the device has no memory for working weights and compute threads.
+    pub fn new(config: Arc<Config>, device: D, progress: Arc<Progress>) -> Result<Self, StepError> {
+        let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
+        let shard_layout = ShardLayout::new(&layout, config.optimizer.shards);
+        let model = Model::new(&config.model, &layout, device.clone())?;
+        let threads = config.cluster.threads_per_rank as usize;
+        let micro_batch = config.batch.micro_batch_sequences as usize;
+        let engine = LaneEngine::new(
+            &device,
+            &model,
+            layout.flat_elements(),
+            threads,
+            micro_batch,
+            config.data.domains.len(),
+        )?;
+        let weights = device.alloc(layout.flat_elements(), Precision::Working)?;
+        let stream = device.stream()?;
+        Ok(Self {
+            config,
+            device,
+            stream,
+            model,
+            layout,
+            shard_layout,
+            weights,
+            shards: BTreeMap::new(),
+            engine,
+            staging: Vec::new(),
+            passed: None,
+            facts: None,
+            lines: BTreeMap::new(),
+            progress,
+            gate: Arc::default(),
+            abort: Arc::new(AtomicBool::new(false)),
+        })
+    }
+}
+
+impl<D: Device> RankState<D> {
+    /// The answer to a fence.
+    #[must_use]
+    pub fn report(&self) -> StateReport {
+        StateReport {
+            shards: self.shards.values().map(Shard::holding).collect(),
+            passed: self.passed.clone(),
+            lines: self.lines.values().cloned().collect(),
+        }
+    }
+
+    /// Lines through this one are written and need not be kept.
+    pub fn acknowledge(&mut self, through: StepsCompleted) {
+        self.lines = self.lines.split_off(&through.next().completed());
+    }
+
+    /// Finishes a passed step on this rank: every shard held applies its reduced gradient. A purely local act that is
+    /// never cut short, so all shards of a rank stand at one count.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn apply(&mut self, outcome: &BarrierOutcome) -> Result<(), StepError> {
+        for shard in self
+            .shards
+            .values_mut()
+            .filter(|shard| shard.read_steps() < outcome.step)
+        {
+            shard.apply(
+                &self.device,
+                &mut self.stream,
+                &self.layout,
+                &self.config.optimizer,
+                outcome,
+                &mut self.weights,
+            )?;
+        }
+        Ok(())
+    }
+}

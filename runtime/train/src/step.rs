@@ -1,0 +1,542 @@
+//! One training step as a straight line (DESIGN.md section 5).
+//!
+//! ```text
+//! compute lanes → reduce to primaries → forward to replicas → barrier → update → gather weights
+//!                                        └ STEP-1: all held ┘    └ STEP-2: committed once a survivor is past it
+//! ```
+//!
+//! - **STEP-1** Entering the barrier means: my shards, primary and replica, hold their reduced gradients.
+//! - **STEP-2** A step is committed if any surviving rank passed its barrier; `state.passed` remembers it.
+//! - **STEP-3** Its line leaves this function only when the step is finished here.
+//! - **STEP-4** The state hash is BLAKE3 over block hashes made in the update pass.
+//! - **DET-2** Sums across lanes follow the aligned tree; norms are summed over fixed blocks.
+
+use crate::StepError;
+use crate::compute::{LaneInputs, LaneResults};
+use crate::feeder::StepBatch;
+use crate::host::HostVisible;
+use crate::progress::Phase;
+use crate::state::{RankState, StepFacts};
+use crate::world::World;
+use tarazed_domain::lanes::TreeFold;
+use tarazed_domain::{LaneRange, Node, OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
+use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
+use tarazed_protocol::data::stats::LaneStats;
+use tarazed_protocol::message::{BarrierOutcome, StepLine};
+
+const HASH_BYTES: usize = size_of::<BlockHash>();
+
+/// What this rank brings to a barrier besides its numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Wishes {
+    /// Pause at the boundary after this step.
+    pub pause: bool,
+    /// Write a checkpoint there.
+    pub checkpoint: bool,
+}
+
+/// Runs one step to its end and returns its line.
+///
+/// # Errors
+/// A [`StepError`]; `state` then holds what a fence reports: a step that passed its barrier is finished in the next
+/// generation, one that did not is redone.
+pub fn run_step<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    batch: &StepBatch,
+    wishes: Wishes,
+) -> Result<StepLine, StepError> {
+    let step = batch.step.completed();
+    state.facts = Some(StepFacts {
+        step: batch.step,
+        data: batch.digest,
+        mixture: batch.mixture.clone(),
+    });
+
+    let lanes = compute_lanes(state, world, batch)?;
+    let stats = reduce_to_primaries(state, world, fabric, step, lanes)?;
+    forward_to_replicas(state, world, fabric, step)?;
+    let outcome = barrier(state, world, fabric, step, &stats, wishes)?;
+    state.passed = Some(outcome.clone());
+    update(state, &outcome)?;
+    let hash = gather_weights(state, world, fabric, step)?;
+
+    Ok(complete_line(state, &outcome, hash))
+}
+
+/// Forward and backward of the own lanes, folded into the own maximal nodes.
+fn compute_lanes<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    batch: &StepBatch,
+) -> Result<LaneResults<D>, StepError> {
+    let _span = tracing::info_span!("compute").entered();
+    state.progress.enter(Phase::Computing);
+    let inputs = LaneInputs {
+        device: &state.device,
+        model: &state.model,
+        weights: &state.weights,
+        batch,
+        loss_scale: 1.0 / state.config.tokens_per_step() as f32,
+        abort: &state.abort,
+        progress: &state.progress,
+    };
+    state.engine.run(inputs, world.tree, world.my_lanes())
+}
+
+/// Ships every node's part of every shard to the shard's primary, which folds them along the tree. Returns the own lanes'
+/// statistics, which travel in the barrier.
+fn reduce_to_primaries<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+    lanes: LaneResults<D>,
+) -> Result<Vec<LaneStats>, StepError> {
+    let _span = tracing::info_span!("reduce").entered();
+    state.progress.enter(Phase::Reducing);
+    let sources: Vec<(Rank, Node)> = world
+        .others()
+        .flat_map(|rank| world.nodes_of(rank).into_iter().map(move |node| (rank, node)))
+        .collect();
+    let mut staged = take_staging(state, world, sources.len())?;
+    exchange_partials(world, fabric, step, &lanes, &sources, &mut staged)?;
+
+    // Own nodes lie in the flat space, staged ones hold the own primary shards one after another.
+    let own_count = lanes.nodes.len();
+    let nodes: Vec<Node> = lanes
+        .nodes
+        .iter()
+        .map(|(node, _)| *node)
+        .chain(sources.iter().map(|(_, n)| *n))
+        .collect();
+    let mut parts: Vec<Option<D::Buffer>> = lanes
+        .nodes
+        .into_iter()
+        .map(|(_, buffer)| Some(buffer))
+        .chain(staged.into_iter().map(Some))
+        .collect();
+    let mut staged_offset = 0;
+    for shard in world.primaries_of(world.rank) {
+        let elements = world.elements(shard);
+        let offset_of = |part: usize| {
+            if part < own_count {
+                elements.start
+            } else {
+                staged_offset
+            }
+        };
+        let root = fold_parts(state, world, &nodes, &mut parts, elements.len(), offset_of)?;
+        let Some(sum) = &parts[root] else {
+            unreachable!("the fold puts every part back")
+        };
+        let held = state
+            .shards
+            .get_mut(&shard)
+            .unwrap_or_else(|| unreachable!("a primary holds its shard"));
+        let from = View::at(sum, offset_of(root));
+        state.device.copy(
+            &mut state.stream,
+            from,
+            ViewMut::from(held.reduced_mut()),
+            elements.len(),
+        )?;
+        held.mark_reduced(step);
+        staged_offset += elements.len();
+    }
+    state.device.synchronize(&mut state.stream)?;
+    let mut buffers = parts.into_iter().flatten();
+    state
+        .engine
+        .recycle(buffers.by_ref().take(own_count).collect::<Vec<_>>());
+    state.staging = buffers.collect();
+    Ok(lanes.stats)
+}
+
+/// Staging buffers, each as long as the own primary shards together.
+fn take_staging<D: Device>(state: &mut RankState<D>, world: &World, count: usize) -> Result<Vec<D::Buffer>, StepError> {
+    let length: usize = world
+        .primaries_of(world.rank)
+        .map(|shard| world.elements(shard).len())
+        .sum();
+    let mut staged = std::mem::take(&mut state.staging);
+    staged.retain(|buffer| state.device.len(buffer) == length);
+    staged.truncate(count);
+    while staged.len() < count {
+        staged.push(state.device.alloc(length, Precision::Full)?);
+    }
+    Ok(staged)
+}
+
+fn exchange_partials<D: HostVisible>(
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+    lanes: &LaneResults<D>,
+    sources: &[(Rank, Node)],
+    staged: &mut [D::Buffer],
+) -> Result<(), StepError> {
+    let mut sends = Vec::new();
+    for rank in world.others() {
+        for shard in world.primaries_of(rank) {
+            for (ordinal, (_, buffer)) in lanes.nodes.iter().enumerate() {
+                let bytes = D::bytes(buffer, world.elements(shard));
+                sends.push(Send {
+                    to: rank,
+                    tag: partial_tag(step, shard, ordinal),
+                    bytes,
+                });
+            }
+        }
+    }
+    // From one rank all nodes of a shard come before the next shard, as that rank sends them.
+    let lengths: Vec<usize> = world
+        .primaries_of(world.rank)
+        .map(|shard| world.elements(shard).len())
+        .collect();
+    let mut cut: Vec<Vec<Option<&mut [u8]>>> = staged
+        .iter_mut()
+        .map(|buffer| {
+            cut_bytes(D::elements_mut(buffer), &lengths)
+                .into_iter()
+                .map(Some)
+                .collect()
+        })
+        .collect();
+    let mut receives = Vec::new();
+    for (position, shard) in world.primaries_of(world.rank).enumerate() {
+        let mut ordinal = 0;
+        for (index, &(rank, _)) in sources.iter().enumerate() {
+            ordinal = if index > 0 && sources[index - 1].0 == rank {
+                ordinal + 1
+            } else {
+                0
+            };
+            if let Some(bytes) = cut[index][position].take() {
+                receives.push(Receive {
+                    from: rank,
+                    tag: partial_tag(step, shard, ordinal),
+                    bytes,
+                });
+            }
+        }
+    }
+    fabric.exchange(&sends, &mut receives)?;
+    Ok(())
+}
+
+fn partial_tag(step: StepsCompleted, shard: OptimizerShardIndex, ordinal: usize) -> Tag {
+    Tag::new(
+        TagKind::GradientPartial,
+        step.0,
+        u64::from(shard.0) << 16 | ordinal as u64,
+    )
+}
+
+/// Consecutive mutable byte slices of these lengths (elements).
+pub(crate) fn cut_bytes<'a>(elements: &'a mut [f32], lengths: &[usize]) -> Vec<&'a mut [u8]> {
+    let mut rest = elements;
+    let mut parts = Vec::with_capacity(lengths.len());
+    for &length in lengths {
+        let (part, tail) = std::mem::take(&mut rest).split_at_mut(length);
+        parts.push(bytemuck::cast_slice_mut(part));
+        rest = tail;
+    }
+    parts
+}
+
+/// Folds all nodes' parts of one shard to the root, in place; returns which part holds it.
+fn fold_parts<D: Device>(
+    state: &mut RankState<D>,
+    world: &World,
+    nodes: &[Node],
+    parts: &mut [Option<D::Buffer>],
+    len: usize,
+    offset_of: impl Fn(usize) -> usize,
+) -> Result<usize, StepError> {
+    let all = LaneRange {
+        start: 0,
+        end: world.tree.lane_count(),
+    };
+    let mut fold = TreeFold::new(world.tree, all);
+    for (part, &node) in nodes.iter().enumerate() {
+        fold.insert(node, part, |left: usize, right: usize| -> Result<usize, StepError> {
+            if let (Some(mut sum), Some(other)) = (parts[left].take(), &parts[right]) {
+                let into = ViewMut::at(&mut sum, offset_of(left));
+                state
+                    .device
+                    .fold(&mut state.stream, into, View::at(other, offset_of(right)), len)?;
+                parts[left] = Some(sum);
+            }
+            Ok(left)
+        })?;
+    }
+    let roots = fold.into_nodes();
+    assert_eq!(roots.len(), 1, "the lanes of all ranks are all lanes");
+    Ok(roots[0].1)
+}
+
+/// Sends reduced gradients to replicas. On return this rank's shards, primary and replica, hold theirs (STEP-1).
+fn forward_to_replicas<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+) -> Result<(), StepError> {
+    let _span = tracing::info_span!("forward").entered();
+    state.progress.enter(Phase::Forwarding);
+    let mut sends = Vec::new();
+    let mut receives = Vec::new();
+    for (&shard, held) in &mut state.shards {
+        let tag = Tag::new(TagKind::ReducedGradient, step.0, u64::from(shard.0));
+        if world.primary(shard) == world.rank {
+            let bytes = D::bytes(held.reduced(), 0..world.elements(shard).len());
+            sends.extend(world.replicas(shard).iter().map(|&to| Send { to, tag, bytes }));
+        } else {
+            let bytes = bytemuck::cast_slice_mut(D::elements_mut(held.reduced_mut()));
+            receives.push(Receive {
+                from: world.primary(shard),
+                tag,
+                bytes,
+            });
+        }
+    }
+    fabric.exchange(&sends, &mut receives)?;
+    for held in state.shards.values_mut() {
+        held.mark_reduced(step);
+    }
+    Ok(())
+}
+
+/// The all-gather of wishes, lane statistics and gradient-norm partials. Whoever returns from it has passed the barrier.
+fn barrier<D: Device>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+    stats: &[LaneStats],
+    wishes: Wishes,
+) -> Result<BarrierOutcome, StepError> {
+    let _span = tracing::info_span!("barrier").entered();
+    let domain_count = state.config.data.domains.len();
+    let stats_bytes = LaneStats::encoded_bytes(domain_count);
+    let mut mine = vec![
+        u8::from(wishes.pause) | u8::from(wishes.checkpoint) << 1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ];
+    for lane in stats {
+        mine.extend_from_slice(&lane.encode());
+    }
+    for shard in world.primaries_of(world.rank) {
+        let mut partials = vec![0.0_f64; world.shards.blocks(shard).len()];
+        let reduced = View::from(state.shards[&shard].reduced());
+        state
+            .device
+            .square_sums(&mut state.stream, reduced, state.layout.block_elements(), &mut partials)?;
+        mine.extend(partials.iter().flat_map(|partial| partial.to_le_bytes()));
+    }
+    let lengths: Vec<usize> = (0..world.size() as u32)
+        .map(Rank)
+        .map(|rank| 8 + world.lanes[rank.index()].len() * stats_bytes + world.primary_block_count(rank) * 8)
+        .collect();
+    state.progress.enter(Phase::Barrier);
+    let all = fabric.all_gather(Tag::new(TagKind::Barrier, step.0, 0), &mine, &lengths)?;
+
+    let mut lanes = Vec::new();
+    let mut partials = vec![0.0_f64; state.layout.block_count()];
+    let mut flags = 0;
+    for (rank, bytes) in all.iter().enumerate() {
+        let rank = Rank(rank as u32);
+        flags |= bytes[0];
+        let (lane_bytes, partial_bytes) = bytes[8..].split_at(world.lanes[rank.index()].len() * stats_bytes);
+        for (lane, bytes) in world.lanes[rank.index()]
+            .lanes()
+            .zip(lane_bytes.chunks_exact(stats_bytes))
+        {
+            let stats = LaneStats::decode(bytes, domain_count).map_err(|e| StepError::Malformed {
+                from: rank,
+                what: "lane statistics",
+                cause: e.to_string(),
+            })?;
+            lanes.push((Node::leaf(lane), stats));
+        }
+        let mut words = partial_bytes
+            .chunks_exact(8)
+            .map(|word| f64::from_le_bytes(std::array::from_fn(|i| word[i])));
+        for shard in world.primaries_of(rank) {
+            for block in world.shards.blocks(shard) {
+                partials[block] = words.next().unwrap_or(f64::NAN);
+            }
+        }
+    }
+    let total = LaneStats::fold(world.tree, lanes).map_err(|e| StepError::Malformed {
+        from: world.rank,
+        what: "lane statistics",
+        cause: e.to_string(),
+    })?;
+    let grad_norm = sum_over_blocks(partials).sqrt();
+    let loss = total.train_total().mean().unwrap_or(f64::NAN);
+    if !grad_norm.is_finite() || !loss.is_finite() {
+        return Err(StepError::NotFinite { step, loss, grad_norm });
+    }
+    let (pause, checkpoint) = (flags & 1 != 0, flags & 2 != 0);
+    Ok(BarrierOutcome {
+        step,
+        grad_norm,
+        loss,
+        stats: total.encode(),
+        pause,
+        checkpoint,
+    })
+}
+
+/// Sums along the aligned tree over block indices: neighbours first, an odd last one passes through (DET-2).
+fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
+    while partials.len() > 1 {
+        partials = partials
+            .chunks(2)
+            .map(|pair| pair.iter().copied().reduce(|l, r| l + r).unwrap_or(0.0))
+            .collect();
+    }
+    partials.first().copied().unwrap_or(0.0)
+}
+
+/// Past the barrier: every shard held takes the step, its hashes made in the same pass.
+fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) -> Result<(), StepError> {
+    let _span = tracing::info_span!("update").entered();
+    state.gate.wait(); // a snapshot of the state that this changes
+    state.progress.enter(Phase::Updating);
+    state.apply(outcome)?;
+    state.progress.reached(outcome.step);
+    Ok(())
+}
+
+/// All-gathers working weights and block hashes; compares the own replicas with their primaries, and returns the hash of
+/// the whole state (STEP-4). A replica has updated its own copy of the weights, so only non-holders are sent them.
+pub(crate) fn gather_weights<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+) -> Result<[u8; 32], StepError> {
+    let _span = tracing::info_span!("gather").entered();
+    state.progress.enter(Phase::Gathering);
+    let hashes = gather_hashes(state, world, fabric, step)?;
+    exchange_weights(state, world, fabric, step)?;
+    Ok(state_hash(step, &hashes))
+}
+
+fn gather_hashes<D: Device>(
+    state: &RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+) -> Result<Vec<BlockHash>, StepError> {
+    let mut mine = Vec::new();
+    for shard in world.primaries_of(world.rank) {
+        mine.extend(state.shards[&shard].read().hashes.iter().flat_map(|hash| hash.0));
+    }
+    let lengths: Vec<usize> = (0..world.size() as u32)
+        .map(|rank| world.primary_block_count(Rank(rank)) * HASH_BYTES)
+        .collect();
+    let all = fabric.all_gather(Tag::new(TagKind::ShardHash, step.0, 0), &mine, &lengths)?;
+
+    let mut hashes = vec![BlockHash::default(); state.layout.block_count()];
+    for (rank, bytes) in all.iter().enumerate() {
+        let rank = Rank(rank as u32);
+        let mut words = bytes
+            .chunks_exact(HASH_BYTES)
+            .map(|word| BlockHash(std::array::from_fn(|i| word[i])));
+        for shard in world.primaries_of(rank) {
+            let blocks = world.shards.blocks(shard);
+            for block in blocks.clone() {
+                hashes[block] = words.next().unwrap_or_default();
+            }
+            if let Some(held) = state.shards.get(&shard)
+                && held.read().hashes != hashes[blocks]
+            {
+                return Err(StepError::Diverged {
+                    shard,
+                    primary: rank,
+                    replica: world.rank,
+                    step,
+                });
+            }
+        }
+    }
+    Ok(hashes)
+}
+
+fn exchange_weights<D: HostVisible>(
+    state: &mut RankState<D>,
+    world: &World,
+    fabric: &mut dyn Collective,
+    step: StepsCompleted,
+) -> Result<(), StepError> {
+    let mut sends = Vec::new();
+    let mut receives = Vec::new();
+    // What is sent lies in the master weights, what is received goes straight into the flat working weights.
+    let guards: Vec<_> = world
+        .primaries_of(world.rank)
+        .map(|shard| (shard, state.shards[&shard].read()))
+        .collect();
+    for (shard, guard) in &guards {
+        let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
+        let bytes = D::bytes(&guard.master, 0..world.elements(*shard).len());
+        for to in world.others().filter(|&rank| !world.holds(rank, *shard)) {
+            sends.push(Send { to, tag, bytes });
+        }
+    }
+    let lengths: Vec<usize> = world.shards.shards().map(|shard| world.elements(shard).len()).collect();
+    let parts = cut_bytes(D::elements_mut(&mut state.weights), &lengths);
+    for (shard, bytes) in world.shards.shards().zip(parts) {
+        if !world.holds(world.rank, shard) {
+            let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
+            receives.push(Receive {
+                from: world.primary(shard),
+                tag,
+                bytes,
+            });
+        }
+    }
+    fabric.exchange(&sends, &mut receives)?;
+    Ok(())
+}
+
+/// BLAKE3 over the step and all block hashes in block order (STEP-4).
+fn state_hash(step: StepsCompleted, hashes: &[BlockHash]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("tarazed 2026 training state hash");
+    hasher.update(&step.0.to_le_bytes());
+    for hash in hashes {
+        hasher.update(&hash.0);
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The line of a finished step; also kept until it is acknowledged (STEP-6).
+pub(crate) fn complete_line<D: Device>(state: &mut RankState<D>, outcome: &BarrierOutcome, hash: [u8; 32]) -> StepLine {
+    let facts = state
+        .facts
+        .as_ref()
+        .unwrap_or_else(|| unreachable!("a step's facts are noted when it begins"));
+    let line = StepLine {
+        step: outcome.step,
+        data: facts.data,
+        loss: outcome.loss,
+        grad_norm: outcome.grad_norm,
+        state: hash,
+        learning_rate: crate::optimizer::learning_rate(&state.config.optimizer, facts.step),
+        mixture: facts.mixture.clone(),
+        stats: outcome.stats.clone(),
+    };
+    state.lines.insert(line.step, line.clone());
+    line
+}

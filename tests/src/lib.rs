@@ -1,0 +1,1 @@
+//! Conformance, parity, end to end and tidy tests (floor 6).
