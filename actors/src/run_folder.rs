@@ -1,11 +1,16 @@
 //! Names inside a run folder, its lock, and its committed trace.
 //!
 //! A run folder belongs to one controller at a time: an advisory lock on `lock` is held as long as it lives and ends with
-//! its process, however that ends. A run folder of another config is refused before anything in it changes.
+//! its process, however that ends. A run folder of another config is refused before anything in it changes, and a new run
+//! that is refused leaves nothing behind ([`Attempt::undo`]).
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
 use tarazed_protocol::trace::{TraceLine, parse_whole_lines};
@@ -20,24 +25,44 @@ pub struct FolderError {
     pub cause: String,
     /// What to do.
     pub remedy: String,
+    /// Whether the same command may do better later: the disk is full or failing, and nothing is wrong with the input.
+    pub transient: bool,
 }
 
 impl FolderError {
-    fn new(path: &Path, cause: impl Into<String>, remedy: impl Into<String>) -> Self {
+    /// Refused as it is.
+    pub fn new(path: &Path, cause: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self {
             path: path.display().to_string(),
             cause: cause.into(),
             remedy: remedy.into(),
+            transient: false,
         }
     }
 
     fn io(path: &Path, error: &std::io::Error) -> Self {
-        let remedy = if error.kind() == std::io::ErrorKind::StorageFull {
+        let kind = error.kind();
+        let full = matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let remedy = if full {
             "free space on that disk; nothing written so far is lost"
         } else {
             "check the folder's permissions and its disk"
         };
-        Self::new(path, error.to_string(), remedy)
+        let named = matches!(
+            kind,
+            ErrorKind::NotFound
+                | ErrorKind::PermissionDenied
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::AlreadyExists
+                | ErrorKind::NotADirectory
+                | ErrorKind::IsADirectory
+                | ErrorKind::InvalidFilename
+                | ErrorKind::InvalidInput
+        );
+        Self {
+            transient: !named,
+            ..Self::new(path, error.to_string(), remedy)
+        }
     }
 }
 
@@ -145,7 +170,7 @@ pub struct RunFolder {
     pub lines: Vec<TraceLine>,
     /// Whether a run was there before.
     pub resumed: bool,
-    _lock: File,
+    attempt: Attempt,
 }
 
 impl RunFolder {
@@ -158,18 +183,29 @@ impl RunFolder {
         let paths = RunPaths::new(&config.run.dir);
         let before = paths.config().exists();
         check_existing(&paths, before, existing)?;
-        std::fs::create_dir_all(paths.dir()).map_err(|e| FolderError::io(paths.dir(), &e))?;
-        let lock = take_lock(&paths)?;
-        if before {
-            check_same_run(&paths, config)?;
-        }
-        let lines = read_trace(&paths.trace())?;
+        let attempt = Attempt::begin(&paths, config, before)?;
+        let lines = before
+            .then(|| check_same_run(&paths, config))
+            .transpose()
+            .and_then(|_| read_trace(&paths.trace()))
+            .inspect_err(|_| attempt.undo())?;
         Ok(Self {
             paths,
             lines,
             resumed: before,
-            _lock: lock,
+            attempt,
         })
+    }
+
+    /// What is to be undone if the run is refused. It shares the folder's lock.
+    #[must_use]
+    pub fn attempt(&self) -> Attempt {
+        self.attempt.clone()
+    }
+
+    /// For a refusal before the run began: see [`Attempt::undo`].
+    pub fn give_up(self) {
+        self.attempt.undo();
     }
 
     /// Writes the resolved config, for rank processes and for people. A run's first config stays as it was but for what
@@ -182,9 +218,109 @@ impl RunFolder {
         let text = config
             .to_toml()
             .map_err(|e| FolderError::new(&path, e.to_string(), "report this as a bug"))?;
+        // On the disk before it gets its name, and the name too: a power loss must not leave an empty config, which would
+        // refuse the run.
         let fresh = path.with_extension("toml.new");
-        std::fs::write(&fresh, text).map_err(|e| FolderError::io(&fresh, &e))?;
-        std::fs::rename(&fresh, &path).map_err(|e| FolderError::io(&path, &e))
+        File::create(&fresh)
+            .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+            .map_err(|e| FolderError::io(&fresh, &e))?;
+        std::fs::rename(&fresh, &path)
+            .and_then(|()| File::open(self.paths.dir())?.sync_all())
+            .map_err(|e| FolderError::io(&path, &e))
+    }
+}
+
+/// Everything that a run puts into its folder but the lock, by name.
+const ENTRIES: [&str; 10] = [
+    "config.toml",
+    "config.toml.new",
+    "trace.jsonl",
+    "metrics.jsonl",
+    "events.jsonl",
+    "data",
+    "store",
+    "log",
+    "control.sock",
+    "control.token",
+];
+
+/// What a start has changed around the run folder, so that a refusal can undo it.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    paths: RunPaths,
+    /// A run was there before: it keeps everything.
+    resumed: bool,
+    /// What lay in the folder before.
+    before: BTreeSet<OsString>,
+    /// Folders that were not there before, the outermost first: the run folder, and a store outside it.
+    made: Vec<PathBuf>,
+    _lock: Arc<File>,
+}
+
+impl Attempt {
+    fn begin(paths: &RunPaths, config: &Config, resumed: bool) -> Result<Self, FolderError> {
+        let mut made = absent(paths.dir());
+        made.extend(absent(Path::new(&paths.store_location(config))));
+        let entries = std::fs::read_dir(paths.dir()).into_iter().flatten().flatten();
+        let before = entries.map(|entry| entry.file_name()).collect();
+        let lock = std::fs::create_dir_all(paths.dir())
+            .map_err(|e| FolderError::io(paths.dir(), &e))
+            .and_then(|()| take_lock(paths))
+            // Whoever holds the lock may just be filling the folders within.
+            .inspect_err(|_| made.iter().rev().for_each(|folder| drop(std::fs::remove_dir(folder))))?;
+        Ok(Self {
+            paths: paths.clone(),
+            resumed,
+            before,
+            made,
+            _lock: Arc::new(lock),
+        })
+    }
+
+    /// Removes what a new run has put into its folder, and the folders that were made for it, unless somebody else put
+    /// something into them. A run that was there before keeps everything, and so does one that has committed a step.
+    pub fn undo(&self) {
+        let began = std::fs::metadata(self.paths.trace()).is_ok_and(|trace| trace.len() > 0);
+        if self.resumed || began {
+            return;
+        }
+        // Best effort: what stays is no run, and the next start takes it over.
+        for name in ENTRIES
+            .iter()
+            .filter(|name| !self.before.contains(OsString::from(name).as_os_str()))
+        {
+            let path = self.paths.dir().join(name);
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
+        }
+        // Last, so that nobody comes in before; one who waits for this very file sees that it has lost its name.
+        if !self.before.contains(OsString::from("lock").as_os_str()) {
+            let _ = std::fs::remove_file(lock_path(&self.paths));
+        }
+        remove_empty(&self.made);
+    }
+}
+
+/// A folder and those above it that are not there, the outermost first; none for a URL.
+fn absent(folder: &Path) -> Vec<PathBuf> {
+    let missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    if folder.to_string_lossy().contains("://") {
+        return Vec::new();
+    }
+    let mut found: Vec<PathBuf> = folder.ancestors().take_while(missing).map(Path::to_owned).collect();
+    found.reverse();
+    found
+}
+
+/// Removes these folders and folders in them where no file is in them.
+fn remove_empty(folders: &[PathBuf]) {
+    for folder in folders.iter().rev() {
+        let inner = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let inner: Vec<PathBuf> = inner
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| entry.path())
+            .collect();
+        remove_empty(&inner);
+        let _ = std::fs::remove_dir(folder);
     }
 }
 
@@ -204,22 +340,36 @@ fn check_existing(paths: &RunPaths, before: bool, existing: Existing) -> Result<
     }
 }
 
+fn lock_path(paths: &RunPaths) -> PathBuf {
+    paths.dir().join("lock")
+}
+
 fn take_lock(paths: &RunPaths) -> Result<File, FolderError> {
-    let path = paths.dir().join("lock");
-    let lock = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| FolderError::io(&path, &e))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(FolderError::new(
-            paths.dir(),
-            "is in use by another run",
-            "wait for it, stop it, or name another --run-dir",
-        )),
-        Err(TryLockError::Error(e)) => Err(FolderError::io(&path, &e)),
+    let path = lock_path(paths);
+    let failed = |e: std::io::Error| FolderError::io(&path, &e);
+    loop {
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(FolderError::new(
+                    paths.dir(),
+                    "is in use by another run",
+                    "wait for it, stop it, or name another --run-dir",
+                ));
+            }
+            Err(TryLockError::Error(e)) => return Err(failed(e)),
+        }
+        // Its holder before may have given the folder up: a file without a name keeps nobody out.
+        let held = lock.metadata().map_err(failed)?;
+        if std::fs::metadata(&path).is_ok_and(|named| (named.dev(), named.ino()) == (held.dev(), held.ino())) {
+            return Ok(lock);
+        }
     }
 }
 
@@ -232,7 +382,18 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
             "restore the file or name another --run-dir",
         )
     })?;
+    let shards = (config.optimizer.shards, theirs.optimizer.shards);
     let (ours, theirs) = (config.identity(), theirs.identity());
+    if ours == theirs && shards.0 != shards.1 {
+        return Err(FolderError::new(
+            paths.dir(),
+            format!(
+                "holds a run with optimizer.shards = {}, not {}: its checkpoints are cut so",
+                shards.1, shards.0
+            ),
+            "put the number back, or name another --run-dir for a new run",
+        ));
+    }
     if ours == theirs {
         return Ok(());
     }
@@ -278,4 +439,132 @@ pub fn lines_after(path: &Path, step: StepsCompleted) -> Result<Vec<TraceLine>, 
     let (lines, _) = parse_whole_lines(&bytes)
         .map_err(|e| FolderError::new(path, e.to_string(), "restore the file, or begin in another --run-dir"))?;
     Ok(lines.into_iter().filter(|line| line.step > step).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(dir: &Path, overrides: &[&str]) -> Config {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
+        let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+        let mut config = Config::load(Path::new(path), &overrides).expect("a good config");
+        config.set_dir(dir).expect("a good folder");
+        config
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).expect("a folder");
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// As a run up to its first step leaves them.
+    fn write_some(folder: &RunFolder, config: &Config) {
+        folder.write_config(config).expect("written");
+        for name in ["data/0123456789abcdef", "log", "store/commits"] {
+            std::fs::create_dir_all(folder.paths.dir().join(name)).expect("a folder");
+            std::fs::write(folder.paths.dir().join(name).join("file"), "x").expect("written");
+        }
+    }
+
+    /// Exit code 2 says that nothing was written.
+    #[test]
+    fn a_new_run_that_is_refused_leaves_nothing() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let (dir, store) = (base.path().join("runs/new"), base.path().join("stores/new"));
+        let config = config(&dir, &[&format!("checkpoint.store={}", store.display())]);
+        let folder = RunFolder::open(&config, Existing::Fresh).expect("opened");
+        write_some(&folder, &config);
+        std::fs::create_dir_all(store.join("self-test")).expect("a folder");
+        let attempt = folder.attempt();
+        drop(folder);
+        let refused = RunFolder::open(&config, Existing::ResumeOrBegin).expect_err("still locked");
+        assert!(refused.cause.contains("in use"), "{refused}");
+        attempt.undo();
+        assert_eq!(names(base.path()), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_not_of_the_attempt_stays() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let config = config(base.path(), &[]);
+        std::fs::create_dir(base.path().join("data")).expect("a folder");
+        std::fs::write(base.path().join("notes.txt"), "mine").expect("written");
+        let folder = RunFolder::open(&config, Existing::ResumeOrBegin).expect("opened");
+        write_some(&folder, &config);
+        std::fs::write(base.path().join("more.txt"), "mine").expect("written");
+        folder.give_up();
+        assert_eq!(names(base.path()), ["data", "more.txt", "notes.txt"]);
+        let folder = RunFolder::open(&config, Existing::ResumeOrBegin).expect("opened again");
+        write_some(&folder, &config);
+        std::fs::write(folder.paths.trace(), "a line").expect("written");
+        folder.give_up();
+        assert!(
+            config.run.dir.join("store/commits").exists(),
+            "a run that has begun stays"
+        );
+    }
+
+    #[test]
+    fn a_run_that_was_there_stays_when_a_resume_is_refused() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let config = config(&base.path().join("run"), &[]);
+        let folder = RunFolder::open(&config, Existing::Fresh).expect("opened");
+        write_some(&folder, &config);
+        let before = names(&config.run.dir);
+        drop(folder);
+        RunFolder::open(&config, Existing::Resume)
+            .expect("opened again")
+            .give_up();
+        let mut other = config.clone();
+        other.run.seed += 1;
+        let refused = RunFolder::open(&other, Existing::Resume).expect_err("refused");
+        assert!(refused.cause.contains("differs in: seed"), "{refused}");
+        assert_eq!(names(&config.run.dir), before);
+    }
+
+    /// Paths, placement and cadence may change over a resume; checkpoints are cut by the number of shards.
+    #[test]
+    fn a_run_goes_on_elsewhere_but_not_with_other_shards() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let dir = base.path().join("run");
+        let first = config(&dir, &[]);
+        let folder = RunFolder::open(&first, Existing::Fresh).expect("opened");
+        folder.write_config(&first).expect("written");
+        let text = std::fs::read(folder.paths.config()).expect("a config");
+        drop(folder);
+        let mut moved = config(&dir, &["cluster.ranks=2", "checkpoint.interval_steps=7"]);
+        moved.data.domains[0].path = "/elsewhere/text.jsonl".into();
+        RunFolder::open(&moved, Existing::Resume).expect("the same run");
+        let back = Config::load(&dir.join("config.toml"), &[]).expect("a good config");
+        assert_eq!(back, first, "the run folder's config is the resolved one");
+        RunFolder::open(&back, Existing::Resume).expect("the same run");
+        let more = config(&dir, &["optimizer.shards=9"]);
+        let refused = RunFolder::open(&more, Existing::Resume).expect_err("refused");
+        assert!(
+            refused.cause.contains("optimizer.shards = 8, not 9") && !refused.transient,
+            "{refused}"
+        );
+        assert_eq!(std::fs::read(dir.join("config.toml")).expect("a config"), text);
+    }
+
+    #[test]
+    fn a_full_disk_is_worth_a_retry_and_a_file_in_the_way_is_not() {
+        let full = FolderError::io(Path::new("x"), &std::io::Error::from(ErrorKind::StorageFull));
+        assert!(full.transient && full.remedy.contains("free space"));
+        assert!(
+            FolderError::io(Path::new("x"), &std::io::Error::from_raw_os_error(5)).transient,
+            "EIO"
+        );
+        let base = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(base.path().join("file"), "").expect("written");
+        let config = config(&base.path().join("file/run"), &[]);
+        let refused = RunFolder::open(&config, Existing::Fresh).expect_err("refused");
+        assert!(!refused.transient, "{refused}");
+        assert_eq!(names(base.path()), ["file"]);
+    }
 }

@@ -4,7 +4,7 @@
 //! controller process                              rank process
 //!   Root                                            RankRoot
 //!   ├─ Coordinator   roster, generations, ledger      ├─ Rank              commands and completions
-//!   ├─ OptimizerSharder  who holds which shard        ├─ OptimizerShard × k  snapshots of what is held
+//!   ├─ OptimizerSharder  who holds which shard        │  └─ OptimizerShard × k  snapshots of what is held
 //!   ├─ Loop: Tsm, Ate, Dmu  signals, decisions        ├─ DataFeeder        samples ahead of time
 //!   ├─ Checkpointer  commit, locate, collect          ├─ CheckpointWriter  uploads
 //!   ├─ Observatory   status, metrics, events          ├─ Uplink            (link::) the session to the controller
@@ -16,7 +16,7 @@
 //! | who dies | who decides | what it means |
 //! |---|---|---|
 //! | a rank process | the membership machine (`protocol::coordinator`) | survivors go on in a new generation; it is started again within a budget (SUP-3) |
-//! | an actor of a rank process | RankRoot | the process ends with the cause: a whole rank is replaced, never half of one |
+//! | an actor of a rank process | RankRoot; for an optimizer shard's, Rank first, which fails too | the process ends with the cause: a whole rank is replaced, never half of one |
 //! | Tsm, Ate or Dmu | Root | all three are made again from the committed trace, within a budget; they hold nothing else (DATA-2, LOOP-1) |
 //! | any other actor of the controller | Root | the run halts with the chain of causes; the trace and the checkpoints are whole, and the next start resumes |
 //!

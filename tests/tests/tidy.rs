@@ -1,4 +1,5 @@
-//! The house rules that a machine can check: floors, folders, sizes, invariants cited by tests, no stubs.
+//! The house rules that a machine can check: floors, folders, sizes, invariants cited by tests, no stubs, no arithmetic of
+//! the host's.
 //!
 //! Each rule is a function from plain data to a list of complaints. It runs on the project, where it must find nothing, and
 //! on a made-up violation, where it must find something: a check that cannot fail is no check.
@@ -50,12 +51,30 @@ const ROOT_ALLOWED: [&str; 5] = [".git", ".gitattributes", "deploy", "runs", "ta
 /// Lines of one source file.
 const FILE_LINES_MAX: usize = 800;
 
-/// Where `unsafe` may stand: kernels and devices, memory-mapped files, process handling, and measuring tools.
+/// Where `unsafe` may stand: kernels and devices, process handling, limits of a test's process, and measuring tools.
 const UNSAFE_ALLOWED: [&str; 4] = [
     "actors/src/node/process.rs",
     "kernels/src/",
     "runtime/corpus/tests/full_disk.rs",
     "runtime/model/examples/step_speed.rs",
+];
+
+/// Code whose results reach the trace, a checkpoint or a data set: no number in it may come from the host's C library.
+const NUMBERS: [&str; 6] = [
+    "kernels/src/",
+    "runtime/corpus/src/",
+    "runtime/domain/src/",
+    "runtime/model/src/",
+    "runtime/protocol/src/",
+    "runtime/train/src/",
+];
+/// The oracle of the kernels is compared within bounds and reaches no run; it is the better for other functions than theirs.
+const NUMBERS_EXEMPT: &str = "kernels/src/conformance/";
+/// Methods of floats that call the host's C library, or whose precision Rust leaves open. `sqrt` and `mul_add` are exact.
+const HOST_FUNCTIONS: [&str; 28] = [
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "exp", "exp2", "exp_m1",
+    "gamma", "hypot", "ln", "ln_1p", "ln_gamma", "log", "log10", "log2", "powf", "powi", "sin", "sin_cos", "sinh",
+    "tan", "tanh",
 ];
 
 /// Every invariant of DESIGN.md: family and how many it has.
@@ -314,20 +333,50 @@ fn cited_ids(text: &str) -> BTreeSet<String> {
     ids
 }
 
-/// The part of a file that is test code: all of it in a test folder or file, what follows `#[cfg(test)]` elsewhere.
-fn test_code(file: &SourceFile) -> &str {
+/// A file's text in two, line by line: what is no test, and what is. All of a test folder or file is; elsewhere each item
+/// behind `#[cfg(test)]`, to its closing brace or semicolon. Lines of the other part are empty, so numbers stay.
+fn split_tests(file: &SourceFile) -> [String; 2] {
     let in_tests = file.path.starts_with("tests/") || file.path.contains("/tests/") || file.path.ends_with("/tests.rs");
-    if file.path == "tests/tests/tidy.rs" {
-        return ""; // naming an invariant here tests nothing
-    }
     if in_tests {
-        return &file.text;
+        return [String::new(), file.text.clone()];
     }
-    file.text.find("#[cfg(test)]").map_or("", |at| &file.text[at..])
+    let mut parts = [String::new(), String::new()];
+    // Indentation of the item under way, and whether its body has begun.
+    let mut item: Option<(usize, bool)> = None;
+    for line in file.text.lines() {
+        let text = line.trim_start();
+        let indent = line.len() - text.len();
+        let rest = text.strip_prefix("#[cfg(test)]");
+        let part = usize::from(item.is_some() || rest.is_some());
+        if item.is_none() && rest.is_some() {
+            item = Some((indent, false));
+        }
+        if let Some((first, body)) = &mut item {
+            let code = rest.unwrap_or(text);
+            let attribute = code.trim().is_empty() || code.starts_with("#[");
+            *body |= !attribute && code.contains('{');
+            let closes = if *body {
+                text.ends_with(['}', ';'])
+            } else {
+                code.ends_with(';')
+            };
+            if !attribute && indent == *first && closes {
+                item = None;
+            }
+        }
+        parts[part].push_str(line);
+        parts.iter_mut().for_each(|part| part.push('\n'));
+    }
+    parts
 }
 
 fn invariant_complaints(files: &[SourceFile], architecture: &str, implemented: &[&str]) -> Vec<String> {
-    let tested: BTreeSet<String> = files.iter().flat_map(|file| cited_ids(test_code(file))).collect();
+    let tests = |file: &&SourceFile| file.path != "tests/tests/tidy.rs"; // naming an invariant here tests nothing
+    let tested: BTreeSet<String> = files
+        .iter()
+        .filter(tests)
+        .flat_map(|file| cited_ids(&split_tests(file)[1]))
+        .collect();
     let stated = cited_ids(architecture);
     let known = |id: &str| {
         let (family, number) = id.split_once('-').unwrap_or((id, ""));
@@ -375,6 +424,21 @@ fn uncited_unstated_and_unknown_invariants_are_found() {
     assert!(complaints.contains("b.rs cites STEP-99"), "{complaints}");
     let cited = SourceFile::made_up("runtime/x/src/a.rs", "#[cfg(test)]\nmod tests { /* STEP-2 */ }\n");
     assert_tidy(&invariant_complaints(&[cited], "STEP-2", &["STEP-2"]));
+}
+
+#[test]
+fn test_code_is_told_from_code_around_it() {
+    let text = "a\n#[cfg(test)]\nmod tests;\nb {\n    #[cfg(test)]\n    #[allow(x)]\n    fn c(\n        d: u8,\n    ) {\n        e;\n    }\n    f\n}\n\
+                #[cfg(test)]\npub(crate) mod g {}\nh\n#[cfg(test)] use i;\nj\n#[cfg(test)]\nmod tests {\n    k!{}\n}\nl\n";
+    let [code, tests] = split_tests(&SourceFile::made_up("runtime/x/src/a.rs", text));
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(words(&code), "a b { f } h j l");
+    assert_eq!(code.lines().count(), text.lines().count());
+    for word in ["mod tests;", "e;", "mod g {}", "use i;", "k!{}"] {
+        assert!(tests.contains(word), "{word}: {tests}");
+    }
+    let [code, tests] = split_tests(&SourceFile::made_up("runtime/x/src/a/tests.rs", "fn m() {}"));
+    assert_eq!((code.as_str(), tests.as_str()), ("", "fn m() {}"));
 }
 
 // --- what must not stand in the code --------------------------------------------------------------------------------
@@ -500,6 +564,70 @@ fn stubs_and_stray_unsafe_are_found_in_code_and_not_in_text() {
     assert_tidy(&complaints("kernels/src/a.rs", "let x = unsafe { f() };"));
     let text = "// unsafe todo!()\n/* todo!() /* unsafe */ */ #[deny(unsafe_code)]\nlet s = \"unsafe \\\" todo!()\"; let r = r#\"todo!() \" unsafe\"#; let l: &'static str;\n";
     assert_tidy(&complaints("runtime/store/src/a.rs", text));
+}
+
+/// The host's function that a line of code calls, if any: `x.cos()`, or `f64::cos` handed on.
+fn host_function(line: &str) -> Option<&'static str> {
+    HOST_FUNCTIONS.into_iter().find(|name| {
+        let method = line.contains(&format!(".{name}("));
+        method
+            || ["f32", "f64"]
+                .iter()
+                .any(|float| has_word(line, &format!("{float}::{name}")))
+    })
+}
+
+fn number_complaints(files: &[SourceFile]) -> Vec<String> {
+    let decides = |file: &&SourceFile| {
+        NUMBERS.iter().any(|place| file.path.starts_with(place)) && !file.path.starts_with(NUMBERS_EXEMPT)
+    };
+    let mut complaints = Vec::new();
+    for file in files.iter().filter(decides) {
+        for (index, line) in code_lines(&split_tests(file)[0]).iter().enumerate() {
+            if let Some(name) = host_function(line) {
+                complaints.push(format!(
+                    "{}:{}: `{name}` is the host's, and its last bits differ between machines (DET-1): use the crate libm",
+                    file.path,
+                    index + 1
+                ));
+            }
+        }
+    }
+    complaints
+}
+
+#[test]
+fn no_number_of_a_run_comes_from_the_host() {
+    assert_tidy(&number_complaints(&files(&[".rs"])));
+}
+
+#[test]
+fn the_hosts_functions_are_found_in_code_that_makes_numbers() {
+    let complaints = |path: &str, text: &str| number_complaints(&[SourceFile::made_up(path, text)]);
+    for bad in [
+        "x.cos()",
+        "(a / b)\n    .ln()",
+        "x.powi(2)",
+        "xs.map(f64::exp)",
+        "f32::tan(x)",
+    ] {
+        let found = complaints("runtime/domain/src/a.rs", &format!("fn f() {{ {bad}; }}\n"));
+        assert_eq!(found.len(), 1, "{bad}: {found:?}");
+    }
+    let line = "fn f() {}\n#[cfg(test)]\nmod tests;\n\nfn g() { x.exp() }\n";
+    assert!(complaints("kernels/src/cpu/a.rs", line)[0].starts_with("kernels/src/cpu/a.rs:5: `exp`"));
+    for good in [
+        "libm::cos(x) + x.sqrt() + x.mul_add(y, z) + a.expand() + self.logs()",
+        "let s = \".cos()\"; // x.cos()",
+        "}\n#[cfg(test)]\nmod tests {\n    fn h() { x.cos(); }\n}\nfn i() {",
+    ] {
+        assert_tidy(&complaints(
+            "runtime/domain/src/a.rs",
+            &format!("fn f() {{\n{good}\n}}\n"),
+        ));
+    }
+    assert_tidy(&complaints("runtime/tarazed/src/a.rs", "fn f() { x.cos() }"));
+    assert_tidy(&complaints("runtime/domain/tests/a.rs", "fn f() { x.cos() }"));
 }
 
 /// Host names of package registries: builds take whatever source the user's tools are set to.

@@ -1,10 +1,12 @@
 //! Appending to files from a thread of its own, so that no handler waits for a disk (SUP-4).
 
+use super::TraceHeads;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use tarazed_domain::StepsCompleted;
+use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{Digest, TraceHead};
 
 /// What became of a trace line.
@@ -12,12 +14,19 @@ use tarazed_store::{Digest, TraceHead};
 pub enum Appended {
     /// It lies in the file; the head names the file's prefix through it.
     Written(TraceHead),
+    /// Everything written before the request of this step lies on the disk.
+    Synced(StepsCompleted),
     /// It could not be written: file, cause and remedy.
     Failed(String),
 }
 
-/// The writer of `trace.jsonl`. The file is synced before any checkpoint that names it is committed.
-pub struct TraceAppender(Sender<(StepsCompleted, String, bool)>);
+enum Request {
+    Append(StepsCompleted, String),
+    Sync(StepsCompleted),
+}
+
+/// The writer of `trace.jsonl`. A checkpoint that names the file's prefix is committed only after a sync.
+pub struct TraceAppender(Sender<Request>);
 
 impl TraceAppender {
     /// Opens the trace at its end. `report` is called from the writer's thread for each line.
@@ -26,6 +35,10 @@ impl TraceAppender {
     /// If the file cannot be opened or read.
     pub fn open(path: PathBuf, report: impl Fn(Appended) + Send + 'static) -> std::io::Result<Self> {
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
+        // The name of a file just made is on the disk only when its folder is.
+        if let Some(folder) = path.parent() {
+            File::open(folder)?.sync_all()?;
+        }
         let mut before = Vec::new();
         file.read_to_end(&mut before)?;
         let mut hasher = blake3::Hasher::new();
@@ -44,11 +57,49 @@ impl TraceAppender {
         Ok(Self(sender))
     }
 
-    /// Queues a line. `durable` lines are synced to the disk.
-    pub fn append(&self, step: StepsCompleted, text: String, durable: bool) {
-        // An error means that the thread ended after it reported a failure.
-        let _ = self.0.send((step, text, durable));
+    /// Queues a line.
+    pub fn append(&self, step: StepsCompleted, text: String) {
+        self.request(Request::Append(step, text));
     }
+
+    /// Queues a sync, answered with [`Appended::Synced`] of this step.
+    pub fn sync(&self, step: StepsCompleted) {
+        self.request(Request::Sync(step));
+    }
+
+    fn request(&self, request: Request) {
+        // An error means that the thread ended after it reported a failure.
+        let _ = self.0.send(request);
+    }
+}
+
+/// Heads of the trace in `path` for each whole line after `base`: what a manifest of one of these steps names.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn heads_after(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> std::io::Result<TraceHeads> {
+    let bytes = match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        read => read?,
+    };
+    let mut hasher = blake3::Hasher::new();
+    let mut length_bytes = 0;
+    let mut heads = TraceHeads::new();
+    for (line, text) in lines.iter().zip(bytes.split_inclusive(|byte| *byte == b'\n')) {
+        hasher.update(text);
+        length_bytes += text.len() as u64;
+        if line.step > base {
+            let last_line = String::from_utf8_lossy(text).trim_end().to_owned();
+            let head = TraceHead {
+                step: line.step,
+                length_bytes,
+                blake3: Digest(*hasher.finalize().as_bytes()),
+                last_line,
+            };
+            heads.insert(line.step, head);
+        }
+    }
+    Ok(heads)
 }
 
 struct TraceThread {
@@ -59,30 +110,35 @@ struct TraceThread {
 }
 
 impl TraceThread {
-    fn run(mut self, lines: &Receiver<(StepsCompleted, String, bool)>, report: &dyn Fn(Appended)) {
-        while let Ok((step, mut text, durable)) = lines.recv() {
-            text.push('\n');
-            let written = self.file.write_all(text.as_bytes());
-            let synced = if durable {
-                written.and_then(|()| self.file.sync_data())
-            } else {
-                written
+    fn run(mut self, requests: &Receiver<Request>, report: &dyn Fn(Appended)) {
+        while let Ok(request) = requests.recv() {
+            let done = match request {
+                Request::Append(step, text) => self.append(step, text),
+                Request::Sync(step) => self.file.sync_data().map(|()| Appended::Synced(step)),
             };
-            if let Err(error) = synced {
-                // A part of a line is cut off again, so that what was acknowledged stays whole.
-                let _ = self.file.set_len(self.length);
-                report(Appended::Failed(describe(&self.path, &error)));
-                return;
+            match done {
+                Ok(done) => report(done),
+                Err(error) => {
+                    // A part of a line is cut off again, so that what was acknowledged stays whole.
+                    let _ = self.file.set_len(self.length);
+                    report(Appended::Failed(describe(&self.path, &error)));
+                    return;
+                }
             }
-            self.hasher.update(text.as_bytes());
-            self.length += text.len() as u64;
-            report(Appended::Written(TraceHead {
-                step,
-                length_bytes: self.length,
-                blake3: Digest(*self.hasher.finalize().as_bytes()),
-                last_line: text.trim_end().to_owned(),
-            }));
         }
+    }
+
+    fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
+        text.push('\n');
+        self.file.write_all(text.as_bytes())?;
+        self.hasher.update(text.as_bytes());
+        self.length += text.len() as u64;
+        Ok(Appended::Written(TraceHead {
+            step,
+            length_bytes: self.length,
+            blake3: Digest(*self.hasher.finalize().as_bytes()),
+            last_line: text.trim_end().to_owned(),
+        }))
     }
 }
 
@@ -93,6 +149,21 @@ fn describe(path: &Path, error: &std::io::Error) -> String {
         "check the disk and start again: the run resumes"
     };
     format!("{}: {error}; {remedy}", path.display())
+}
+
+/// Opens for appending; a last line that a crash cut short is ended, so that the next one stands alone.
+fn open_lines(path: &Path) -> std::io::Result<File> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+    if file.seek(SeekFrom::End(0))? > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        let mut last = [0];
+        file.read_exact(&mut last)?;
+        if last != *b"\n" {
+            file.write_all(b"\n")?;
+        }
+    }
+    Ok(file)
 }
 
 /// A file of JSON lines that a run does not depend on: errors are said once and then ignored.
@@ -107,7 +178,7 @@ impl JsonLines {
         let spawned = std::thread::Builder::new()
             .name("json-lines".to_owned())
             .spawn(move || {
-                let mut file = OpenOptions::new().create(true).append(true).open(&path);
+                let mut file = open_lines(&path);
                 while let Ok(line) = receiver.recv() {
                     let result = match &mut file {
                         Ok(file) => file.write_all(format!("{line}\n").as_bytes()),
@@ -129,5 +200,22 @@ impl JsonLines {
     pub fn append(&self, value: &serde_json::Value) {
         // An error means that the log could not be opened, which was said.
         let _ = self.0.send(value.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A line cut short by a crash does not spoil the next one.
+    #[test]
+    fn lines_after_a_torn_one_stand_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("events.jsonl");
+        std::fs::write(&path, "{\"kind\":\"a\"}\n{\"ki").expect("written");
+        drop(open_lines(&path).expect("opened"));
+        drop(open_lines(&path).expect("opened again"));
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert_eq!(text, "{\"kind\":\"a\"}\n{\"ki\n");
     }
 }

@@ -1,17 +1,38 @@
 //! `Checkpointer`: locates, commits and collects checkpoints; the only one that writes commit records (CKPT-1, CKPT-3).
 
+use super::appender::heads_after;
 use super::coordinator::CoordinatorMessage;
-use super::{RunError, unix_ms};
+use super::{RunError, TraceHeads, unix_ms};
+use crate::run_folder;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
 use tarazed_kernels::{CpuDevice, Device};
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::message::RestoreFrom;
+use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, ShardGeometry, ShardRecord,
     StoreError, TraceHead, WriterId,
 };
+
+/// Tries of an operation that the store may grant later; the store's own retries come on top.
+const STORE_TRIES_MAX: u32 = 5;
+/// The wait before the second try; it doubles with each further one.
+const STORE_RETRY_WAIT_MS: u64 = 500;
+
+/// What to go on from.
+pub struct Located {
+    /// The newest good checkpoint; none to begin from the seed.
+    pub from: Option<RestoreFrom>,
+    /// Lines of the trace from its step on, for the replay to be checked against.
+    pub lines: Vec<TraceLine>,
+    /// Heads of the trace after its step, for checkpoints made in the replay.
+    pub heads: TraceHeads,
+}
 
 pub enum CheckpointerMessage {
     /// Find the newest checkpoint whose every byte is good.
@@ -123,6 +144,8 @@ pub struct Checkpointer;
 
 pub struct CheckpointerArguments {
     pub claimed: Claimed,
+    /// `trace.jsonl`.
+    pub trace: PathBuf,
     pub facts: ManifestFacts,
     pub keep_last: u32,
     pub coordinator: ActorRef<CoordinatorMessage>,
@@ -156,7 +179,7 @@ impl Actor for Checkpointer {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         let answer = match message {
-            CheckpointerMessage::Locate => state.locate().await,
+            CheckpointerMessage::Locate => CoordinatorMessage::Located(Box::new(state.locate().await)),
             CheckpointerMessage::Commit {
                 step,
                 generation,
@@ -175,27 +198,41 @@ impl Actor for Checkpointer {
 
 impl CheckpointerState {
     #[tracing::instrument(name = "locate", skip_all)]
-    async fn locate(&mut self) -> CoordinatorMessage {
-        match self.arguments.claimed.store.newest_verified(None).await {
-            Ok(None) => CoordinatorMessage::Located(Ok(None)),
-            Ok(Some(found)) => {
-                for warning in found.warnings {
-                    // An error means that the run ends already.
-                    let _ = self.arguments.coordinator.cast(CoordinatorMessage::Warn(warning));
-                }
-                if let Some(reason) = self.arguments.facts.refuses(&found.manifest) {
-                    return CoordinatorMessage::Located(Err(reason));
-                }
-                let declared = self.arguments.facts.lineage_change(&found.manifest);
-                if !declared.is_empty() {
-                    let text = format!("new lineage from step {}: {declared}", found.manifest.step);
-                    let _ = self.arguments.coordinator.cast(CoordinatorMessage::Warn(text));
-                }
-                self.restored_from(&found.reference, declared);
-                CoordinatorMessage::Located(Ok(Some(found.manifest.step)))
+    async fn locate(&mut self) -> Result<Located, (u8, String)> {
+        let store = &self.arguments.claimed.store;
+        let found = patiently(|| store.newest_verified(None)).await.map_err(judge)?;
+        let mut from = None;
+        if let Some(found) = found {
+            for warning in found.warnings {
+                self.warn(warning);
             }
-            Err(error) => CoordinatorMessage::Located(Err(error.to_string())),
+            if let Some(reason) = self.arguments.facts.refuses(&found.manifest) {
+                return Err((2, reason));
+            }
+            let declared = self.arguments.facts.lineage_change(&found.manifest);
+            if !declared.is_empty() {
+                self.warn(format!("new lineage from step {}: {declared}", found.manifest.step));
+            }
+            from = Some(RestoreFrom {
+                step: found.manifest.step,
+                manifest_key: found.object.key,
+                length: found.object.length,
+                blake3: found.object.blake3.0,
+            });
+            self.restored_from(&found.reference, declared);
         }
+        let base = from.as_ref().map_or(StepsCompleted(0), |from| from.step);
+        let trace = self.arguments.trace.clone();
+        let (lines, heads) = tokio::task::spawn_blocking(move || trace_from(&trace, base))
+            .await
+            .map_err(|e| (3, e.to_string()))?
+            .map_err(|e| (3, e))?;
+        Ok(Located { from, lines, heads })
+    }
+
+    fn warn(&self, text: String) {
+        // An error means that the run ends already.
+        let _ = self.arguments.coordinator.cast(CoordinatorMessage::Warn(text));
     }
 
     fn restored_from(&mut self, reference: &CommitRef, declared: String) {
@@ -250,18 +287,14 @@ impl CheckpointerState {
 
     #[tracing::instrument(name = "commit", skip_all, fields(step = manifest.step.0))]
     async fn commit(&mut self, manifest: Manifest) -> CoordinatorMessage {
-        let CheckpointerArguments {
-            claimed,
-            keep_last,
-            coordinator,
-            ..
-        } = &self.arguments;
+        let CheckpointerArguments { claimed, keep_last, .. } = &self.arguments;
         let step = manifest.step;
-        match claimed.store.commit(&claimed.fence, &manifest).await {
+        // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).
+        match patiently(|| claimed.store.commit(&claimed.fence, &manifest)).await {
             Ok(committed) => {
                 self.lineage.parent = Some(committed.reference);
                 if let Err(error) = claimed.store.gc(&claimed.fence, (*keep_last).max(1)).await {
-                    let _ = coordinator.cast(CoordinatorMessage::Warn(format!("old checkpoints stay: {error}")));
+                    self.warn(format!("old checkpoints stay: {error}"));
                 }
                 CoordinatorMessage::Committed(step)
             }
@@ -269,4 +302,36 @@ impl CheckpointerState {
             Err(error) => CoordinatorMessage::CommitFailed(step, error.to_string()),
         }
     }
+}
+
+/// Tries again what the store may grant later.
+async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl Fn() -> F) -> Result<T, StoreError> {
+    let mut tries = 1;
+    loop {
+        match operation().await {
+            Err(error @ StoreError::Retry { .. }) if tries < STORE_TRIES_MAX => {
+                tracing::warn!(tries, "{error}");
+                tokio::time::sleep(Duration::from_millis(STORE_RETRY_WAIT_MS << (tries - 1))).await;
+                tries += 1;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// The exit code for a store that cannot be read: by what the next start could change.
+fn judge(error: StoreError) -> (u8, String) {
+    let code = match error {
+        StoreError::Retry { .. } | StoreError::Full { .. } => 33,
+        _ => 3,
+    };
+    (code, error.to_string())
+}
+
+/// Lines of the trace from `base` on, its own included, and the heads after it.
+fn trace_from(trace: &Path, base: StepsCompleted) -> Result<(Vec<TraceLine>, TraceHeads), String> {
+    let mut lines = run_folder::lines_after(trace, StepsCompleted(0)).map_err(|e| e.to_string())?;
+    let heads = heads_after(trace, base, &lines).map_err(|e| format!("{}: {e}", trace.display()))?;
+    lines.retain(|line| line.step >= base);
+    Ok((lines, heads))
 }

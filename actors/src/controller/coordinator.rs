@@ -6,18 +6,18 @@
 
 use super::TraceHeads;
 use super::appender::{Appended, TraceAppender};
-use super::checkpointer::CheckpointerMessage;
+use super::checkpointer::{CheckpointerMessage, Located};
 use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
 use super::root::{End, RootMessage};
 use super::sharder::SharderMessage;
-use crate::link::{Hub, HubEvent, PeerId};
+use crate::link::{Hub, HubEvent, LinkError, PeerId};
 use crate::node::{NodeAgent, NodeCommand, NodeEvent};
-use crate::run_folder::{self, RunPaths};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 use tarazed_domain::StepsCompleted;
+use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::decision::Decision;
@@ -41,8 +41,8 @@ pub enum CoordinatorMessage {
     LoopReplaced(ActorRef<LookAt>),
     /// From the trace's writer.
     Appended(Appended),
-    /// The step of the newest good checkpoint, none, or why it cannot be told.
-    Located(Result<Option<StepsCompleted>, String>),
+    /// What to go on from; or why it cannot be told, with the exit code.
+    Located(Box<Result<Located, (u8, String)>>),
     /// A checkpoint exists.
     Committed(StepsCompleted),
     /// A checkpoint could not be committed.
@@ -75,10 +75,8 @@ pub struct CoordinatorArguments {
     pub machine: Machine,
     pub ledger: Ledger,
     pub tracker: CheckpointTracker,
-    pub paths: RunPaths,
     pub root: ActorRef<RootMessage>,
     pub checkpoint_interval_steps: u64,
-    pub last_step: StepsCompleted,
 }
 
 pub struct CoordinatorState {
@@ -88,6 +86,8 @@ pub struct CoordinatorState {
     heads: TraceHeads,
     deciding: Option<Box<TraceLine>>,
     writing: Option<Box<TraceLine>>,
+    /// Whole checkpoints that wait for the trace to lie on the disk.
+    syncing: BTreeMap<StepsCompleted, Vec<StoredShard>>,
     ended: bool,
 }
 
@@ -111,6 +111,7 @@ impl Actor for CoordinatorActor {
             heads: TraceHeads::new(),
             deciding: None,
             writing: None,
+            syncing: BTreeMap::new(),
             ended: false,
         })
     }
@@ -145,15 +146,20 @@ impl Actor for CoordinatorActor {
                 }
             }
             CoordinatorMessage::Appended(Appended::Written(head)) => state.written(head),
+            CoordinatorMessage::Appended(Appended::Synced(step)) => state.commit(step),
             CoordinatorMessage::Appended(Appended::Failed(cause)) => state.halt(3, cause),
-            CoordinatorMessage::Located(located) => state.located(located),
+            CoordinatorMessage::Located(located) => state.located(*located),
             CoordinatorMessage::Committed(step) => {
                 state.observe(ObservatoryMessage::Checkpoint(step))?;
+                state.arguments.tracker.on_committed(step);
                 state.arguments.ledger.forget(step);
                 state.heads = state.heads.split_off(&step);
                 state.event(Event::CheckpointCommitted { step })
             }
-            CoordinatorMessage::CommitFailed(step, cause) => state.checkpoint_failed(step, cause),
+            CoordinatorMessage::CommitFailed(step, cause) => {
+                state.arguments.tracker.on_commit_failed(step);
+                state.checkpoint_failed(step, cause)
+            }
             CoordinatorMessage::Fatal(cause) => state.halt(3, cause),
             CoordinatorMessage::Warn(text) => state.observe(ObservatoryMessage::Warning(text)),
             CoordinatorMessage::Stop => {
@@ -221,7 +227,11 @@ impl CoordinatorState {
                     self.complete(&mut plan);
                     self.send(member, &ToRank::Begin(plan))?;
                 }
-                Effect::FindCheckpoint => self.peers()?.checkpointer.cast(CheckpointerMessage::Locate)?,
+                Effect::FindCheckpoint => {
+                    self.arguments.tracker.on_locating();
+                    self.syncing.clear();
+                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate)?;
+                }
                 Effect::Note(incident) => self.note(incident)?,
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
                 Effect::Done { code } => return self.end(code, String::new()),
@@ -234,12 +244,18 @@ impl CoordinatorState {
     fn complete(&self, plan: &mut BeginPlan) {
         plan.acknowledged = self.arguments.ledger.written();
         plan.decided = self.arguments.ledger.written();
-        plan.decisions = self.arguments.ledger.decisions().to_vec();
+        plan.decisions = bare(self.arguments.ledger.decisions());
     }
 
     fn note(&mut self, incident: Incident) -> Result<(), ActorProcessingErr> {
-        if let Incident::GenerationBegan { base, members, .. } = &incident {
-            self.arguments.tracker.on_generation(*base);
+        if let Incident::GenerationBegan {
+            generation,
+            base,
+            members,
+            ..
+        } = &incident
+        {
+            self.arguments.tracker.on_generation(*generation, *base);
             let placed = SharderMessage::Placed {
                 members: members.clone(),
                 shards: self.arguments.machine.placement().to_vec(),
@@ -249,17 +265,22 @@ impl CoordinatorState {
         self.observe(ObservatoryMessage::Incident(incident))
     }
 
-    fn send(&self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
+    fn send(&mut self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
         let peer = PeerId {
             worker: member.worker,
             incarnation: member.incarnation,
         };
         let body = message.encode().map_err(|e| e.to_string())?;
-        if let Err(error) = self.peers()?.hub.send(peer, body) {
-            // Its exit, or the loss of its session, comes as an event of its own.
-            tracing::debug!("{member} was not told: {error}");
+        match self.peers()?.hub.send(peer, body) {
+            Ok(()) => Ok(()),
+            // Nothing else would ever come of it: the rank waits for a message that cannot be sent.
+            Err(error @ LinkError::TooLarge { .. }) => self.halt(3, error.to_string()),
+            Err(error) => {
+                // Its exit, or the loss of its session, comes as an event of its own.
+                tracing::debug!("{member} was not told: {error}");
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn hub(&mut self, event: HubEvent) -> Result<(), ActorProcessingErr> {
@@ -294,6 +315,10 @@ impl CoordinatorState {
     }
 
     fn from_rank(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
+        // A stranger's readiness is answered by the machine; all else of another life is refused here (SUP-2).
+        if !matches!(message, FromRank::Ready { .. }) && !self.arguments.machine.admits(member) {
+            return Ok(());
+        }
         match message {
             FromRank::Ready { address, pid } => {
                 self.observe(ObservatoryMessage::Ready(member))?;
@@ -309,7 +334,19 @@ impl CoordinatorState {
                     report,
                 })
             }
-            FromRank::Running { .. } => Ok(()),
+            FromRank::Running {
+                generation,
+                base,
+                state,
+            } => {
+                if generation != self.arguments.machine.generation() {
+                    return Ok(());
+                }
+                match self.arguments.ledger.check_base(base, state) {
+                    Some(diagnosis) => self.halt(3, diagnosis),
+                    None => Ok(()),
+                }
+            }
             FromRank::Line {
                 generation,
                 line,
@@ -361,10 +398,16 @@ impl CoordinatorState {
                 self.observe(ObservatoryMessage::SavingBegan(step))?;
                 let stored = StoredShard { key, length, blake3 };
                 let effects = self.arguments.tracker.on_shard_saved(step, shard, stored);
+                self.event(Event::ShardSaved)?;
                 self.checkpoint(effects)
             }
-            FromRank::ShardLost { step, cause, .. } => {
-                let effects = self.arguments.tracker.on_shard_lost(step, cause);
+            FromRank::ShardLost {
+                generation,
+                step,
+                cause,
+                ..
+            } => {
+                let effects = self.arguments.tracker.on_shard_lost(generation, step, cause);
                 self.checkpoint(effects)
             }
         }
@@ -420,10 +463,7 @@ impl CoordinatorState {
                     let _ = self.peers()?.entry.cast(LookAt(line));
                 }
                 LedgerEffect::Write(line) => {
-                    let interval = self.arguments.checkpoint_interval_steps;
-                    let durable =
-                        line.step == self.arguments.last_step || (interval > 0 && line.step.0.is_multiple_of(interval));
-                    self.peers()?.trace.append(line.step, line.print(), durable);
+                    self.peers()?.trace.append(line.step, line.print());
                     self.writing = Some(line);
                 }
                 LedgerEffect::Checked(step) => {
@@ -432,6 +472,7 @@ impl CoordinatorState {
                 }
                 LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
                 LedgerEffect::Acknowledge { through, decisions } => {
+                    let decisions = bare(&decisions);
                     let message = ToRank::Acknowledge { through, decisions };
                     for (member, _) in self.arguments.machine.roster().to_vec() {
                         self.send(member, &message)?;
@@ -445,9 +486,13 @@ impl CoordinatorState {
     fn written(&mut self, head: tarazed_store::TraceHead) -> Result<(), ActorProcessingErr> {
         let step = head.step;
         self.heads.insert(step, head);
-        // A manifest names the head of its own step; a stop may checkpoint any of the last steps.
-        while self.heads.len() > tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX {
-            self.heads.pop_first();
+        // A manifest names the head of its own step; a stop may checkpoint any of the last steps, and of older ones only
+        // those whose checkpoint is due are needed.
+        if self.heads.len() > 2 * UNACKNOWLEDGED_LINES_MAX {
+            let interval = self.arguments.checkpoint_interval_steps;
+            let recent = StepsCompleted(step.0.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
+            self.heads
+                .retain(|step, _| *step > recent || (interval > 0 && step.0.is_multiple_of(interval)));
         }
         if let Some(line) = self.writing.take() {
             let ranks_alive = self.arguments.machine.roster().len();
@@ -464,30 +509,33 @@ impl CoordinatorState {
         for effect in effects {
             match effect {
                 CheckpointEffect::Commit { step, shards } => {
-                    let Some(head) = self.heads.get(&step).cloned() else {
-                        self.checkpoint_failed(step, "its line is not at hand any more".to_owned())?;
-                        continue;
-                    };
-                    let decisions = self.arguments.ledger.decisions();
-                    let decisions = decisions
-                        .iter()
-                        .filter(|decision| decision.line <= step)
-                        .cloned()
-                        .collect();
-                    let generation = self.arguments.machine.generation();
-                    let head = Box::new(head);
-                    let commit = CheckpointerMessage::Commit {
-                        step,
-                        generation,
-                        shards,
-                        head,
-                        decisions,
-                    };
-                    self.peers()?.checkpointer.cast(commit)?;
+                    self.syncing.insert(step, shards);
+                    self.peers()?.trace.sync(step);
                 }
                 CheckpointEffect::GivenUp { step, cause } => self.checkpoint_failed(step, cause)?,
             }
         }
+        Ok(())
+    }
+
+    /// The trace lies on the disk: the checkpoint may name it.
+    fn commit(&mut self, step: StepsCompleted) -> Result<(), ActorProcessingErr> {
+        let Some(shards) = self.syncing.remove(&step) else {
+            return Ok(()); // overtaken by a restore
+        };
+        let Some(head) = self.heads.get(&step).cloned() else {
+            self.arguments.tracker.on_commit_failed(step);
+            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned());
+        };
+        let decisions = self.arguments.ledger.decisions().iter();
+        let commit = CheckpointerMessage::Commit {
+            step,
+            generation: self.arguments.machine.generation(),
+            shards,
+            head: Box::new(head),
+            decisions: decisions.filter(|decision| decision.line <= step).cloned().collect(),
+        };
+        self.peers()?.checkpointer.cast(commit)?;
         Ok(())
     }
 
@@ -498,31 +546,24 @@ impl CoordinatorState {
         self.event(Event::CheckpointFailed { step, cause })
     }
 
-    fn located(&mut self, located: Result<Option<StepsCompleted>, String>) -> Result<(), ActorProcessingErr> {
-        let step = match located {
-            Ok(step) => step,
-            Err(reason) => return self.halt(3, reason),
+    fn located(&mut self, located: Result<Located, (u8, String)>) -> Result<(), ActorProcessingErr> {
+        let Located { from, lines, heads } = match located {
+            Ok(located) => located,
+            Err((code, reason)) => return self.halt(code, reason),
         };
-        self.arguments.tracker.on_restored(step);
-        let base = step.unwrap_or_default();
-        if base < self.arguments.ledger.written() {
-            match run_folder::lines_after(&self.arguments.paths.trace(), base) {
-                Ok(lines) => self.arguments.ledger.recall(lines),
-                Err(error) => return self.halt(3, error.to_string()),
-            }
-        } else if base > self.arguments.ledger.written() {
-            let written = self.arguments.ledger.written();
-            return self.halt(
-                3,
-                format!(
-                    "the store's newest checkpoint is of step {base}, but the trace in {} ends at step {written}; \
-                     restore the run folder's trace.jsonl",
-                    self.arguments.paths.dir().display()
-                ),
+        let step = from.as_ref().map(|from| from.step);
+        let written = self.arguments.ledger.written();
+        if let Some(base) = step.filter(|base| *base > written) {
+            let diagnosis = format!(
+                "the store's newest checkpoint is of step {base}, but the run folder's trace ends at step {written}; \
+                 restore trace.jsonl, or begin in another --run-dir with another checkpoint.store"
             );
+            return self.halt(3, diagnosis);
         }
-        let checkpoint = step.map(|step| (step, format!("step {step}")));
-        self.event(Event::Located { checkpoint })
+        self.arguments.tracker.on_restored(step);
+        self.arguments.ledger.recall(lines);
+        self.heads.extend(heads);
+        self.event(Event::Located { checkpoint: from })
     }
 
     fn halt(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
@@ -559,4 +600,13 @@ impl CoordinatorState {
             "refused": machine.refused_count(), "workers": workers,
         })
     }
+}
+
+/// Decisions as ranks need them: what they do, not why. Plans hold all decisions of a run, and messages are bounded.
+fn bare(decisions: &[Decision]) -> Vec<Decision> {
+    let bare = |decision: &Decision| Decision {
+        reason: String::new(),
+        ..decision.clone()
+    };
+    decisions.iter().map(bare).collect()
 }

@@ -11,17 +11,20 @@ mod root;
 mod sharder;
 mod status;
 
+use crate::rank::recipe;
 use crate::run_folder::{FolderError, RunFolder};
 use root::RootArguments;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tarazed_corpus::{PrepareEvent, PrepareRequest};
+use tarazed_corpus::{PrepareEvent, PrepareRequest, Prepared, TokenStore};
 use tarazed_domain::config::Config;
-use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_domain::{Generation, StepIndex, StepsCompleted};
+use tarazed_protocol::data::cursor::DataCursor;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
+use tarazed_store::{CheckpointStore, StoreError, WriterId};
 
 /// Something a person will want to see.
 #[derive(Debug)]
@@ -187,26 +190,6 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
         notify,
         stop,
     } = options;
-    let request = PrepareRequest {
-        domains: &config.data.domains,
-        tokenizer: &config.data.tokenizer,
-        model_vocabulary: config.model.vocabulary,
-        held_out_fraction: config.data.held_out_fraction,
-        context: config.model.context,
-    };
-    let heard = Arc::clone(&notify);
-    let prepared = tarazed_corpus::prepare(&request, &folder.paths.data(), &mut |event| {
-        heard(Notice::Preparing(event))
-    })?;
-    folder.write_config(&config)?;
-    let domains = prepared.manifest.domains.iter();
-    notify(Notice::DataReady {
-        folder: prepared.folder.clone(),
-        domains: domains
-            .map(|d| (d.name.clone(), d.language.name(), d.train.tokens, d.held_out.tokens))
-            .collect(),
-        vocabulary: prepared.manifest.tokenizer.vocabulary,
-    });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("controller")
@@ -217,6 +200,26 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
             cause: e.to_string(),
             remedy: "raise the limit of threads",
         })?;
+    let location = folder.paths.store_location(&config);
+    let prepared = runtime
+        .block_on(check_store(&location))
+        .and_then(|()| prepare(&config, &folder, &notify));
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            folder.give_up();
+            return Err(error);
+        }
+    };
+    folder.write_config(&config)?;
+    let domains = prepared.manifest.domains.iter();
+    notify(Notice::DataReady {
+        folder: prepared.folder.clone(),
+        domains: domains
+            .map(|d| (d.name.clone(), d.language.name(), d.train.tokens, d.held_out.tokens))
+            .collect(),
+        vocabulary: prepared.manifest.tokenizer.vocabulary,
+    });
     let data = prepared.folder.clone();
     let arguments = RootArguments {
         config: Arc::new(config),
@@ -234,6 +237,53 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
         step: end.step,
         data,
     })
+}
+
+/// Refuses what can be no store, before anything is made for the run. A folder that is not there yet will be.
+async fn check_store(location: &str) -> Result<(), RunError> {
+    match CheckpointStore::open_existing(location, WriterId::fresh(Generation(0))).await {
+        Err(error @ StoreError::Reconfigure { .. }) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Data ready, and those that the run began with.
+fn prepare(config: &Config, folder: &RunFolder, notify: &Notify) -> Result<Prepared, RunError> {
+    let request = PrepareRequest {
+        domains: &config.data.domains,
+        tokenizer: &config.data.tokenizer,
+        model_vocabulary: config.model.vocabulary,
+        held_out_fraction: config.data.held_out_fraction,
+        context: config.model.context,
+    };
+    let mut heard = |event| notify(Notice::Preparing(event));
+    let prepared = if folder.resumed {
+        tarazed_corpus::prepare_again(&request, &folder.paths.data(), &mut heard)
+    } else {
+        tarazed_corpus::prepare(&request, &folder.paths.data(), &mut heard)
+    }?;
+    check_same_data(config, folder, &prepared)?;
+    Ok(prepared)
+}
+
+/// The first line of the trace names the samples of its step and the version of their data. Without this check, other
+/// data would show as a replay that differs, and look like corruption.
+fn check_same_data(config: &Config, folder: &RunFolder, prepared: &Prepared) -> Result<(), RunError> {
+    let Some(first) = folder.lines.first().filter(|line| line.step == StepsCompleted(1)) else {
+        return Ok(());
+    };
+    let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
+    let refused = |e: String| RunError::Refused(e);
+    let mut cursor = DataCursor::new(recipe(config, &tokens), &config.mixture).map_err(|e| refused(e.to_string()))?;
+    let plan = cursor.plan(StepIndex(0)).map_err(|e| refused(e.to_string()))?;
+    if plan.digest == first.data {
+        return Ok(());
+    }
+    Err(RunError::Folder(FolderError::new(
+        folder.paths.dir(),
+        "holds a run of other data: the texts or the tokenizer have changed since it began",
+        "put them back as they were, or name another --run-dir for a new run",
+    )))
 }
 
 /// Wall-clock milliseconds since 1970, for people and files that no number depends on.

@@ -60,6 +60,8 @@ struct RootState {
     coordinator: Option<ActorRef<CoordinatorMessage>>,
     closed_loop: Option<(Loop, LoopRules)>,
     limiter: RestartLimiter,
+    /// Lines that the loop had seen at its last death: more since then are progress.
+    lines_at_death: usize,
     paths: RunPaths,
 }
 
@@ -143,6 +145,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         coordinator: None,
         closed_loop: None,
         limiter,
+        lines_at_death: 0,
         paths: paths.clone(),
     };
     let (root, _) = Actor::spawn(None, Root, state)
@@ -155,10 +158,8 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         machine,
         ledger: Ledger::new(names, config.tokens_per_step(), lines.clone()),
         tracker,
-        paths: paths.clone(),
         root: root.clone(),
         checkpoint_interval_steps: config.checkpoint.interval_steps,
-        last_step,
     };
     let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())
         .await
@@ -175,6 +176,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         .map_err(spawned)?;
     let checkpointer_arguments = CheckpointerArguments {
         claimed,
+        trace: paths.trace(),
         facts,
         keep_last: config.checkpoint.keep_last,
         coordinator: coordinator.clone(),
@@ -412,6 +414,16 @@ impl RootState {
             return;
         };
         old.stop();
+        let trace = self.paths.trace();
+        let read = move || crate::run_folder::lines_after(&trace, StepsCompleted(0)).map_err(|e| e.to_string());
+        let lines = match tokio::task::spawn_blocking(read).await {
+            Ok(lines) => lines,
+            Err(error) => Err(error.to_string()),
+        };
+        let seen = lines.as_ref().map_or(0, Vec::len);
+        if seen > std::mem::replace(&mut self.lines_at_death, seen) {
+            self.limiter.on_progress();
+        }
         if let Verdict::GiveUp { causes } = self.limiter.on_death(cause) {
             let diagnosis = format!("the closed loop dies again and again:\n  {}", causes.join("\n  "));
             return self.finish(End {
@@ -420,7 +432,6 @@ impl RootState {
                 step: StepsCompleted(0),
             });
         }
-        let lines = crate::run_folder::lines_after(&self.paths.trace(), StepsCompleted(0)).map_err(|e| e.to_string());
         let renewed = match lines {
             Ok(lines) => Loop::start(&rules, &lines, coordinator.clone(), myself.get_cell()).await,
             Err(error) => Err(error),

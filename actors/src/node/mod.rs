@@ -12,12 +12,12 @@
 //! - **NODE-1** Every `Start` is answered by exactly one `StartFailed`, or one `Started` and later one `Exited`.
 //! - **NODE-2** No process is left behind and none becomes a zombie: signals go through a pidfd (a pid may be reused, a
 //!   pidfd is not), each rank leads a process group that ends with it, and each is reaped. This holds for an orderly
-//!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink, and by
-//!   the end of its standard input, a pipe that the agent holds open.
+//!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink and ends
+//!   itself. Its standard input, a pipe that the agent holds open, ends too, but no rank reads it.
 //!
-//! Ranks are *not* killed by the kernel when the controller dies (no PDEATHSIG): a new controller may re-adopt them.
-//! Their output goes straight into a file, so a slow or dead controller never blocks a rank that prints. The file is
-//! not rotated.
+//! Ranks are *not* killed by the kernel when the controller dies (no PDEATHSIG), and no later controller adopts them: that
+//! they end is their own doing. Their output goes straight into a file, so a slow or dead controller never blocks a rank
+//! that prints. The file is not rotated.
 
 mod agent;
 mod process;

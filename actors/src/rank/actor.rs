@@ -43,7 +43,7 @@ pub enum RankMessage {
     /// The device thread finished a step.
     Line(Generation, Box<StepLine>),
     /// The device thread wants these shards saved.
-    Save(StepsCompleted, Vec<ShardToSave<CpuDevice>>),
+    Save(Generation, StepsCompleted, Vec<ShardToSave<CpuDevice>>),
     /// The rank itself is broken.
     Broken(String),
     /// Time for a heartbeat.
@@ -66,16 +66,20 @@ impl DeviceReports {
 }
 
 impl DeviceEvents<CpuDevice> for DeviceReports {
-    fn running(&self, generation: Generation) {
-        self.tell(FromRank::Running { generation });
+    fn running(&self, generation: Generation, base: StepsCompleted, state: [u8; 32]) {
+        self.tell(FromRank::Running {
+            generation,
+            base,
+            state,
+        });
     }
 
     fn line(&self, generation: Generation, line: StepLine) {
         self.cast(RankMessage::Line(generation, Box::new(line)));
     }
 
-    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) {
-        self.cast(RankMessage::Save(step, shards));
+    fn save(&self, generation: Generation, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) {
+        self.cast(RankMessage::Save(generation, step, shards));
     }
 
     fn paused(&self, generation: Generation, paused: Paused) {
@@ -96,7 +100,16 @@ impl DeviceEvents<CpuDevice> for DeviceReports {
         });
     }
 
-    fn report(&self, generation: Generation, report: StateReport) {
+    fn report(&self, generation: Generation, mut report: StateReport) {
+        // Each line goes by itself: thousands of them may be too large for one message.
+        for line in std::mem::take(&mut report.lines) {
+            let spent_us = Vec::new();
+            self.tell(FromRank::Line {
+                generation,
+                line,
+                spent_us,
+            });
+        }
         self.tell(FromRank::State { generation, report });
     }
 
@@ -181,7 +194,7 @@ impl Actor for RankActor {
                     spent_us,
                 })?;
             }
-            RankMessage::Save(step, shards) => state.save(step, shards)?,
+            RankMessage::Save(generation, step, shards) => state.save(generation, step, shards)?,
             RankMessage::Broken(cause) => state.arguments.root.cast(RootMessage::Exit(Err(RankError(cause))))?,
             RankMessage::Beat => state.beat()?,
         }
@@ -312,13 +325,19 @@ impl RankActorState {
         Ok(())
     }
 
-    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) -> Result<(), ActorProcessingErr> {
+    /// The generation is the one that saved, not the newest heard of: a fence may have come in between.
+    fn save(
+        &self,
+        generation: Generation,
+        step: StepsCompleted,
+        shards: Vec<ShardToSave<CpuDevice>>,
+    ) -> Result<(), ActorProcessingErr> {
         for shard in shards {
             // Without its actor the shard has moved on; dropping the ticket lets the device thread go on.
             if let Some(actor) = self.shards.get(&shard.shard) {
                 actor.cast(ShardMessage::Snapshot {
                     step,
-                    generation: self.newest,
+                    generation,
                     shard,
                 })?;
             }

@@ -1,10 +1,30 @@
 //! Checkpoint shards for the device thread, which blocks while the actor runtime reads them.
+//!
+//! - **SUP-4** The wait ends within milliseconds of an abort, whatever the store does: a fence must not find a healthy
+//!   rank stuck in a read.
+//! - **CKPT-4** What is read is the checkpoint that the controller verified, named by its manifest's very bytes, and not
+//!   whatever else of that step lies in the store by now.
+//! - Where the store asks to try again, it is asked again, a bounded number of times.
 
-use crate::rank::RankError;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
-use tarazed_store::{CheckpointStore, Manifest, WriterId};
+use std::time::Duration;
+use tarazed_domain::{Generation, OptimizerShardIndex};
+use tarazed_protocol::message::RestoreFrom;
+use tarazed_store::{CheckpointStore, Digest, Manifest, ObjectRecord, StoreError, WriterId};
+use tarazed_train::StepError;
 use tarazed_train::generation::ShardSource;
+
+/// Tries of one read while the store asks to try again; its client's own retries come on top.
+const READ_TRIES_MAX: u32 = 6;
+/// Wait before the second try; doubles from try to try. Together about six seconds.
+const READ_BACKOFF_MS: u64 = 200;
+/// How soon an abort is seen.
+const ABORT_POLL_MS: u64 = 5;
+
+/// A manifest and the name it was asked for by.
+type NamedManifest = (RestoreFrom, Arc<Manifest>);
 
 /// The run's store, opened at the first need: a rank is ready before it has met the store.
 #[derive(Clone)]
@@ -12,7 +32,8 @@ pub struct StoreSource {
     location: String,
     runtime: tokio::runtime::Handle,
     store: Arc<tokio::sync::OnceCell<CheckpointStore>>,
-    manifest: Arc<Mutex<Option<Arc<Manifest>>>>,
+    /// The manifest read last: all shards of a restore come from one.
+    manifest: Arc<Mutex<Option<NamedManifest>>>,
 }
 
 impl StoreSource {
@@ -28,41 +49,259 @@ impl StoreSource {
     /// The store.
     ///
     /// # Errors
-    /// If it cannot be opened.
-    pub async fn store(&self) -> Result<CheckpointStore, RankError> {
+    /// If it cannot be opened; the next call tries again.
+    pub async fn store(&self) -> Result<CheckpointStore, StoreError> {
         let open = || CheckpointStore::open_existing(&self.location, WriterId::fresh(Generation(0)));
-        let store = self
-            .store
-            .get_or_try_init(open)
-            .await
-            .map_err(|e| RankError(e.to_string()))?;
-        Ok(store.clone())
+        self.store.get_or_try_init(open).await.cloned()
     }
 
-    async fn read_shard(&self, step: StepsCompleted, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], RankError> {
-        let store = self.store().await?;
+    async fn manifest(&self, store: &CheckpointStore, from: &RestoreFrom) -> Result<Arc<Manifest>, StoreError> {
         let known = self.manifest.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let manifest = match known.filter(|manifest| manifest.step == step) {
-            Some(manifest) => manifest,
-            None => {
-                let found = store.at_step(step).await.map_err(|e| RankError(e.to_string()))?;
-                let manifest = Arc::new(found.manifest);
-                *self.manifest.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&manifest));
-                manifest
-            }
+        if let Some((_, manifest)) = known.filter(|(name, _)| name == from) {
+            return Ok(manifest);
+        }
+        let object = ObjectRecord {
+            key: from.manifest_key.clone(),
+            length: from.length,
+            blake3: Digest(from.blake3),
         };
-        let state = store
-            .get_shard(&manifest, shard)
-            .await
-            .map_err(|e| RankError(e.to_string()))?;
+        let manifest = Arc::new(store.manifest_at(&object).await?);
+        if manifest.step != from.step {
+            let why = format!("it is of step {}, and step {} was asked for", manifest.step, from.step);
+            return Err(StoreError::Corrupt { key: object.key, why });
+        }
+        let read = Some((from.clone(), Arc::clone(&manifest)));
+        *self.manifest.lock().unwrap_or_else(PoisonError::into_inner) = read;
+        Ok(manifest)
+    }
+
+    async fn read_shard(&self, from: &RestoreFrom, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], StoreError> {
+        let store = self.store().await?;
+        let manifest = self.manifest(&store, from).await?;
+        let state = store.get_shard(&manifest, shard).await?;
         Ok([state.master, state.exp_avg, state.exp_avg_sq])
     }
 }
 
 impl ShardSource for StoreSource {
-    fn read(&self, step: StepsCompleted, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], String> {
-        self.runtime
-            .block_on(self.read_shard(step, shard))
-            .map_err(|e| e.to_string())
+    fn read(
+        &self,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
+        abort: &AtomicBool,
+    ) -> Result<[Vec<f32>; 3], StepError> {
+        let read = retried(Duration::from_millis(READ_BACKOFF_MS), || self.read_shard(from, shard));
+        self.runtime.block_on(unless_aborted(abort, read))
+    }
+}
+
+/// What `read` gives, or `Aborted` as soon as the flag is set; the read is then given up where it stands.
+async fn unless_aborted<T>(
+    abort: &AtomicBool,
+    read: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StepError> {
+    // The flag has no waker of its own: it is the one that compute threads look at between kernels.
+    let aborted = async {
+        while !abort.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(ABORT_POLL_MS)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = aborted => Err(StepError::Aborted),
+        read = read => read.map_err(|error| StepError::Restore(error.to_string())),
+    }
+}
+
+/// Tries until the store gives an answer other than "try again", or [`READ_TRIES_MAX`] times.
+async fn retried<T, F>(first_wait: Duration, attempt: impl Fn() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let mut wait = first_wait;
+    for _ in 1..READ_TRIES_MAX {
+        match attempt().await {
+            Err(error @ StoreError::Retry { .. }) => {
+                let wait_ms = wait.as_millis() as u64;
+                tracing::warn!(%error, wait_ms, "a checkpoint could not be read; trying again");
+                tokio::time::sleep(wait).await;
+                wait *= 2;
+            }
+            answer => return answer,
+        }
+    }
+    attempt().await
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::cell::Cell;
+    use std::time::Instant;
+    use tarazed_domain::StepsCompleted;
+    use tarazed_store::{BinaryId, Lineage, ShardGeometry, ShardSlices, TraceHead};
+
+    const STEP: StepsCompleted = StepsCompleted(7);
+    const SHARD: OptimizerShardIndex = OptimizerShardIndex(0);
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+
+    fn busy() -> StoreError {
+        StoreError::Retry {
+            operation: "read",
+            key: "shards/x".to_owned(),
+            cause: "503 slow down".to_owned(),
+        }
+    }
+
+    /// A checkpoint of one shard whose every value is `value`, and its name.
+    async fn checkpoint(store: &CheckpointStore, value: f32) -> RestoreFrom {
+        let geometry = ShardGeometry {
+            shard: SHARD,
+            first_block: 0,
+            block_count: 1,
+            block_elements: 4,
+        };
+        let fence = store.claim(Generation(0)).await.unwrap();
+        let tensor = [value; 4];
+        let state = ShardSlices {
+            master: &tensor,
+            exp_avg: &tensor,
+            exp_avg_sq: &tensor,
+        };
+        let shard = store.put_shard(STEP, fence.generation, &geometry, state).await.unwrap();
+        let manifest = Manifest {
+            run: Digest::of(b"run"),
+            step: STEP,
+            generation: fence.generation,
+            writer: store.writer(),
+            block_elements: 4,
+            block_count: 1,
+            shard_count: 1,
+            layout: Digest::of(b"layout"),
+            data: Digest::of(b"data"),
+            shards: vec![shard],
+            decisions: vec![],
+            trace_head: TraceHead {
+                step: STEP,
+                ..TraceHead::default()
+            },
+            binary: BinaryId::default(),
+            device_type: "cpu".to_owned(),
+            lineage: Lineage::default(),
+            created_unix_ms: 0,
+        };
+        store.commit(&fence, &manifest).await.unwrap();
+        let found = store.newest_verified(None).await.unwrap().unwrap();
+        RestoreFrom {
+            step: STEP,
+            manifest_key: found.object.key,
+            length: found.object.length,
+            blake3: found.object.blake3.0,
+        }
+    }
+
+    /// CKPT-4: two checkpoints of one step, as a step that is redone after a restore leaves them.
+    #[test]
+    fn the_checkpoint_that_is_named_is_read_and_no_other_of_its_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = folder.path().to_str().unwrap().to_owned();
+        let runtime = runtime();
+        let (first, second) = runtime.block_on(async {
+            let store = CheckpointStore::open(&location, WriterId::fresh(Generation(1)))
+                .await
+                .unwrap();
+            (checkpoint(&store, 1.0).await, checkpoint(&store, 2.0).await)
+        });
+        let source = StoreSource::new(location, runtime.handle().clone());
+        let go = AtomicBool::new(false);
+        for (name, value) in [(&first, 1.0), (&second, 2.0), (&first, 1.0)] {
+            let tensors = source.read(name, SHARD, &go).unwrap();
+            assert_eq!(tensors, std::array::from_fn(|_| vec![value; 4]));
+        }
+
+        let mut other_bytes = first.clone();
+        other_bytes.blake3 = second.blake3;
+        let mut other_step = first.clone();
+        other_step.step = StepsCompleted(8);
+        for name in [other_bytes, other_step] {
+            let error = source.read(&name, SHARD, &go).unwrap_err().to_string();
+            assert!(error.contains(&name.manifest_key), "{error}");
+        }
+    }
+
+    /// SUP-4: the rank must be able to answer a fence, whatever the store does.
+    #[test]
+    fn a_read_that_never_comes_ends_with_the_abort() {
+        let runtime = runtime();
+        let abort = AtomicBool::new(false);
+        let began = Instant::now();
+        let ended = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(50));
+                abort.store(true, Ordering::Relaxed);
+            });
+            runtime.block_on(unless_aborted(&abort, std::future::pending::<Result<(), StoreError>>()))
+        });
+        assert!(matches!(ended, Err(StepError::Aborted)), "{ended:?}");
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+
+        // Nor does it begin where the abort came first, or wait between two tries.
+        let source = StoreSource::new("/nowhere".to_owned(), runtime.handle().clone());
+        let name = RestoreFrom {
+            step: STEP,
+            manifest_key: String::new(),
+            length: 0,
+            blake3: [0; 32],
+        };
+        assert!(matches!(source.read(&name, SHARD, &abort), Err(StepError::Aborted)));
+        let waiting = retried(Duration::from_secs(3600), || async { Err::<(), _>(busy()) });
+        let abort_soon = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            abort.store(true, Ordering::Relaxed);
+        };
+        abort.store(false, Ordering::Relaxed);
+        let ended = runtime.block_on(async { tokio::join!(unless_aborted(&abort, waiting), abort_soon).0 });
+        assert!(matches!(ended, Err(StepError::Aborted)), "{ended:?}");
+    }
+
+    #[test]
+    fn a_busy_store_is_asked_again_but_not_for_ever() {
+        let runtime = runtime();
+        let tries = Cell::new(0);
+        let answers_after = |busy_tries: u32| {
+            tries.set(0);
+            let attempt = || async {
+                tries.set(tries.get() + 1);
+                if tries.get() > busy_tries { Ok(()) } else { Err(busy()) }
+            };
+            runtime.block_on(retried(Duration::from_millis(1), attempt))
+        };
+        assert_eq!(answers_after(0), Ok(()));
+        assert_eq!(tries.get(), 1);
+        assert_eq!(answers_after(READ_TRIES_MAX - 1), Ok(()));
+        assert_eq!(tries.get(), READ_TRIES_MAX);
+        assert_eq!(answers_after(u32::MAX), Err(busy()));
+        assert_eq!(tries.get(), READ_TRIES_MAX);
+
+        let gone = StoreError::Refused { why: "no".to_owned() };
+        let attempt = || async {
+            tries.set(tries.get() + 1);
+            Err::<(), _>(gone.clone())
+        };
+        tries.set(0);
+        assert_eq!(
+            runtime.block_on(retried(Duration::from_secs(3600), attempt)),
+            Err(gone.clone())
+        );
+        assert_eq!(tries.get(), 1, "any other answer is final");
     }
 }

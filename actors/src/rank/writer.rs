@@ -1,7 +1,8 @@
 //! `CheckpointWriter`: uploads this rank's checkpoint shards while training goes on.
 //!
-//! At most [`CHECKPOINTS_IN_FLIGHT_MAX`] checkpoints are under way at once; a further one is given up, said aloud, because
-//! memory must stay bounded where the store is slower than the checkpoint interval.
+//! At most [`CHECKPOINTS_IN_FLIGHT_MAX`] checkpoints are under way at once. Behind them waits one snapshot of each shard, the
+//! newest: an older one that waited is given up, said aloud, because memory must stay bounded where the store is slower than
+//! the checkpoint interval. So the last checkpoint of a run is never given up for an older one.
 
 use super::actor::RankMessage;
 use super::restore::StoreSource;
@@ -44,7 +45,9 @@ pub struct WriterArguments {
 
 pub struct WriterState {
     arguments: WriterArguments,
+    /// Uploads of each checkpoint under way.
     under_way: BTreeMap<StepsCompleted, usize>,
+    waiting: BTreeMap<OptimizerShardIndex, Box<Snapshot>>,
 }
 
 impl Actor for CheckpointWriter {
@@ -60,6 +63,7 @@ impl Actor for CheckpointWriter {
         Ok(WriterState {
             arguments,
             under_way: BTreeMap::new(),
+            waiting: BTreeMap::new(),
         })
     }
 
@@ -70,49 +74,78 @@ impl Actor for CheckpointWriter {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
+            WriterMessage::Store(snapshot) if state.has_room(snapshot.step) => state.start(&myself, snapshot),
             WriterMessage::Store(snapshot) => {
-                let step = snapshot.step;
-                let full = state.under_way.len() >= CHECKPOINTS_IN_FLIGHT_MAX && !state.under_way.contains_key(&step);
-                if full {
+                if let Some(older) = state.waiting.insert(snapshot.shard, snapshot) {
                     let cause = format!("{CHECKPOINTS_IN_FLIGHT_MAX} checkpoints are still being uploaded");
-                    let report = FromRank::ShardLost {
-                        step,
-                        shard: snapshot.shard,
-                        cause,
-                    };
-                    state.arguments.rank.cast(RankMessage::Tell(report))?;
-                    return Ok(());
+                    state.tell(lost(&older, cause))?;
                 }
-                *state.under_way.entry(step).or_default() += 1;
-                let store = state.arguments.store.clone();
-                let layout = state.arguments.layout;
-                tokio::spawn(async move {
-                    let report = upload(&store, layout, &snapshot).await;
-                    // An error means that the rank ends.
-                    let _ = myself.cast(WriterMessage::Ended { step, report });
-                });
             }
             WriterMessage::Ended { step, report } => {
+                state.tell(report)?;
                 if let Some(count) = state.under_way.get_mut(&step) {
                     *count -= 1;
                     if *count == 0 {
                         state.under_way.remove(&step);
                     }
                 }
-                state.arguments.rank.cast(RankMessage::Tell(report))?;
+                state.start_waiting(&myself);
             }
         }
         Ok(())
     }
 }
 
+impl WriterState {
+    fn has_room(&self, step: StepsCompleted) -> bool {
+        self.under_way.len() < CHECKPOINTS_IN_FLIGHT_MAX || self.under_way.contains_key(&step)
+    }
+
+    fn tell(&self, report: FromRank) -> Result<(), ActorProcessingErr> {
+        self.arguments.rank.cast(RankMessage::Tell(report))?;
+        Ok(())
+    }
+
+    fn start(&mut self, myself: &ActorRef<WriterMessage>, snapshot: Box<Snapshot>) {
+        let step = snapshot.step;
+        *self.under_way.entry(step).or_default() += 1;
+        let (store, layout, myself) = (self.arguments.store.clone(), self.arguments.layout, myself.clone());
+        tokio::spawn(async move {
+            let report = upload(&store, layout, &snapshot).await;
+            // An error means that the rank ends.
+            let _ = myself.cast(WriterMessage::Ended { step, report });
+        });
+    }
+
+    fn start_waiting(&mut self, myself: &ActorRef<WriterMessage>) {
+        let Some(oldest) = self.waiting.values().map(|snapshot| snapshot.step).min() else {
+            return;
+        };
+        if self.has_room(oldest) {
+            let waiting = std::mem::take(&mut self.waiting);
+            let (due, rest) = waiting.into_iter().partition(|(_, snapshot)| snapshot.step == oldest);
+            self.waiting = rest;
+            let due: BTreeMap<OptimizerShardIndex, Box<Snapshot>> = due;
+            due.into_values().for_each(|snapshot| self.start(myself, snapshot));
+        }
+    }
+}
+
+fn lost(snapshot: &Snapshot, cause: String) -> FromRank {
+    FromRank::ShardLost {
+        generation: snapshot.generation,
+        step: snapshot.step,
+        shard: snapshot.shard,
+        cause,
+    }
+}
+
 #[tracing::instrument(name = "upload", skip_all, fields(step = snapshot.step.0, shard = snapshot.shard.0))]
 async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -> FromRank {
     let (step, shard) = (snapshot.step, snapshot.shard);
-    let lost = |cause: String| FromRank::ShardLost { step, shard, cause };
     let store = match store.store().await {
         Ok(store) => store,
-        Err(error) => return lost(error.to_string()),
+        Err(error) => return lost(snapshot, error.to_string()),
     };
     let geometry = ShardGeometry::of(&layout, shard);
     let mut tries = 0;
@@ -137,7 +170,7 @@ async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -
                 tries += 1;
                 tokio::time::sleep(Duration::from_millis(100 << tries)).await;
             }
-            Err(error) => return lost(error.to_string()),
+            Err(error) => return lost(snapshot, error.to_string()),
         }
     }
 }

@@ -114,6 +114,16 @@ pub enum CorpusError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// Reconfigure: a run would go on with other data than it began with.
+    #[error(
+        "{}: holds other data than the config's sources give now: texts, domains or tokenizer have changed since the run \
+         began; put them back as they were, or name another --run-dir for a new run",
+        folder.display()
+    )]
+    OtherData {
+        /// Where the run's data sets lie.
+        folder: PathBuf,
+    },
     /// Retry: a source was written to while it was read.
     #[error("{}: changed while it was being read; run again when nobody writes to it", path.display())]
     SourceChanged {

@@ -6,8 +6,9 @@
 //! taken for whole. [`TokenStore`] reads sequences from it and checks every byte's hash before use.
 //!
 //! Invariants
-//! - **DET-1** A data set is a function of the sources' bytes, the domain list, the tokenizer settings and the held-out
-//!   fraction alone: not of paths, thread count, clock or seed. So every run over the same text sees the same split.
+//! - **DET-1** A data set is a function of the sources' bytes and their names below each domain's path, of the domain list
+//!   (name, language, text field; format as resolved), the tokenizer settings and the held-out fraction alone: not of
+//!   where the domains lie, of thread count, clock or seed. So every run over the same text sees the same split.
 //! - **DATA-3** Every token traces back to its document ([`TokenStore::document_at`]); every document left out is listed
 //!   with its reason.
 //! - No text stands in both splits: the split follows the hash of a document's text.
@@ -34,7 +35,7 @@ pub use manifest::{
     DataManifest, DomainManifest, Dropped, FileManifest, LanguageManifest, MANIFEST_FILE, SourceManifest,
     SplitManifest, TokenizerManifest,
 };
-pub use prepare::{PrepareEvent, PrepareRequest, Prepared, prepare};
+pub use prepare::{PrepareEvent, PrepareRequest, Prepared, prepare, prepare_again};
 pub use split::Split;
 pub use store::TokenStore;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer};

@@ -20,8 +20,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use tarazed_domain::config::{DomainConfig, TokenizerConfig};
 
-/// Part of every recipe: raise it when the same inputs give other tokens.
-const PROGRAM: &str = "tarazed-corpus 1, tokenizers 0.23.2";
+/// Part of every recipe: raise it when the same inputs give other tokens or other figures.
+const PROGRAM: &str = "tarazed-corpus 2, tokenizers 0.23.2";
 const PARTIAL: &str = ".partial";
 
 /// What to prepare. There is no seed: runs of any seed see the same tokens and the same held-out text.
@@ -66,6 +66,29 @@ pub fn prepare(
     out_dir: &Path,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
+    prepare_beside(request, out_dir, false, progress)
+}
+
+/// Like [`prepare`], for a run that has trained on a data set under `out_dir`: where there are data sets and none is that
+/// of `request`, the sources or what is made of them have changed since, and nothing is written. Where all of them were
+/// deleted, the data set is made anew.
+///
+/// # Errors
+/// [`CorpusError::OtherData`]; else as [`prepare`].
+pub fn prepare_again(
+    request: &PrepareRequest<'_>,
+    out_dir: &Path,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<Prepared, CorpusError> {
+    prepare_beside(request, out_dir, true, progress)
+}
+
+fn prepare_beside(
+    request: &PrepareRequest<'_>,
+    out_dir: &Path,
+    refuse_others: bool,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<Prepared, CorpusError> {
     assert!(!request.domains.is_empty() && request.context > 0, "a validated config");
     let inputs = read_inputs(request, progress)?;
     let recipe = recipe(request, &inputs)?;
@@ -73,6 +96,11 @@ pub fn prepare(
     // Without the lock: a data set that is there is whole, and ranks that start together need not queue for it.
     if folder.join(MANIFEST_FILE).exists() {
         return reuse(request, &folder, &recipe, progress);
+    }
+    if refuse_others && holds_any(out_dir) {
+        return Err(CorpusError::OtherData {
+            folder: out_dir.to_owned(),
+        });
     }
     let was_there = out_dir.exists();
     std::fs::create_dir_all(out_dir).map_err(CorpusError::write(out_dir))?;
@@ -106,14 +134,31 @@ pub fn prepare(
     Ok(prepared)
 }
 
+/// Whether a whole data set is there, of whatever inputs.
+fn holds_any(out_dir: &Path) -> bool {
+    let entries = std::fs::read_dir(out_dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| is_recipe_name(&entry.file_name().to_string_lossy()))
+        .any(|entry| entry.path().join(MANIFEST_FILE).exists())
+}
+
+fn is_recipe_name(name: &str) -> bool {
+    name.len() == 16 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
 fn read_inputs<'a>(
     request: &PrepareRequest<'a>,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Vec<DomainInput<'a>>, CorpusError> {
     let mut inputs = Vec::with_capacity(request.domains.len());
     let (mut files_all, mut bytes_all) = (0, 0);
-    for config in request.domains {
-        let files = source::list(config)?;
+    // All are looked for before the first is read: a wrong path is said at once.
+    let listed = request
+        .domains
+        .iter()
+        .map(source::list)
+        .collect::<Result<Vec<_>, _>>()?;
+    for (config, files) in request.domains.iter().zip(listed) {
         let sources = files
             .par_iter()
             .map(|file| {
@@ -142,7 +187,7 @@ fn read_inputs<'a>(
     Ok(inputs)
 }
 
-/// BLAKE3 (hex) over everything that decides the tokens, and nothing else: no path, no weight, no context.
+/// BLAKE3 (hex) over everything that decides the tokens, and nothing else: no domain's place, no weight, no context.
 fn recipe(request: &PrepareRequest<'_>, inputs: &[DomainInput<'_>]) -> Result<String, CorpusError> {
     let tokenizer = match &request.tokenizer.path {
         Some(path) => {
@@ -204,10 +249,7 @@ fn remove_stale(out_dir: &Path) -> Result<(), CorpusError> {
     for entry in std::fs::read_dir(out_dir).map_err(CorpusError::write(out_dir))? {
         let path = entry.map_err(CorpusError::write(out_dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name
-            .strip_suffix(PARTIAL)
-            .is_some_and(|stem| stem.len() == 16 && stem.bytes().all(|b| b.is_ascii_hexdigit()))
-        {
+        if name.strip_suffix(PARTIAL).is_some_and(is_recipe_name) {
             std::fs::remove_dir_all(&path).map_err(CorpusError::write(&path))?;
         }
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
     CorpusError, DataManifest, MANIFEST_FILE, PrepareEvent, PrepareRequest, Prepared, Split, TokenStore, Tokenizer,
-    prepare,
+    prepare, prepare_again,
 };
 use tarazed_domain::DomainIndex;
 use tarazed_domain::config::{DomainConfig, Language, SourceFormat, TokenizerConfig};
@@ -236,6 +236,33 @@ fn a_finished_data_set_is_reused_and_a_changed_source_makes_another() {
     TokenStore::open(&first.folder, CONTEXT).unwrap();
     std::fs::write(&text, chinese(0)).unwrap();
     assert_eq!(fixture.prepare().unwrap().0, first);
+}
+
+/// A run does not go on with other data than it began with; what was deleted is made anew.
+#[test]
+fn a_run_that_goes_on_gets_its_own_data_set_or_none() {
+    let mut fixture = Fixture::new();
+    let again = |fixture: &Fixture| prepare_again(&fixture.request(), &fixture.out(), &mut |_| {});
+    let first = again(&fixture).unwrap();
+    fixture.domains[0].weight = 0.5;
+    assert_eq!(again(&fixture).unwrap(), first, "a weight is no matter of the data");
+    let refused = |fixture: &Fixture| {
+        let before = std::fs::read_dir(fixture.out()).unwrap().count();
+        let error = again(fixture).unwrap_err();
+        assert!(matches!(error, CorpusError::OtherData { .. }), "{error}");
+        assert!(error.to_string().contains("holds other data"), "{error}");
+        assert_eq!(std::fs::read_dir(fixture.out()).unwrap().count(), before, "written");
+    };
+    fixture.domains[1].language = Language::En;
+    refused(&fixture);
+    fixture.domains[1].language = Language::Zh;
+    let text = fixture.folder.path().join("books/more.txt");
+    std::fs::write(&text, english(1)).unwrap();
+    refused(&fixture);
+    std::fs::remove_file(text).unwrap();
+    std::fs::remove_dir_all(&first.folder).unwrap();
+    std::fs::create_dir(fixture.out().join(format!("{}.partial", "0".repeat(16)))).unwrap();
+    assert_eq!(again(&fixture).unwrap(), first, "nothing whole was there");
 }
 
 /// DATA-3: from any token back to the line of the file it came from.

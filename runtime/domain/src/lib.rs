@@ -1,7 +1,8 @@
 //! Floor 0: the words every other crate speaks.
 //!
 //! Ids, lanes and their aligned tree, the block and shard layout of the flat parameter space, limits with their units,
-//! and the config schema. This crate does no I/O, starts no thread and reads no clock.
+//! and the config schema. This crate starts no thread, reads no clock and writes nothing; [`config::Config::load`] alone
+//! reads a file, and asks for the working directory.
 
 pub mod config;
 pub mod ids;

@@ -7,7 +7,7 @@
 //! garbage for the collector. It does no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{OptimizerShardIndex, StepsCompleted};
+use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 
 /// One stored checkpoint shard.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,7 +44,14 @@ pub enum CheckpointEffect {
 pub struct CheckpointTracker {
     shard_count: usize,
     written: StepsCompleted,
+    /// Newest one a commit was asked for.
     newest: Option<StepsCompleted>,
+    /// Newest one that exists.
+    committed: Option<StepsCompleted>,
+    /// While the checkpoint to restore from is being looked for, none is committed: it would change what is found.
+    locating: bool,
+    /// Losses of older generations say nothing of the present one's objects.
+    generation: Generation,
     open: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, StoredShard>>,
     failed: BTreeSet<StepsCompleted>,
 }
@@ -57,20 +64,43 @@ impl CheckpointTracker {
             shard_count,
             written,
             newest: None,
+            committed: None,
+            locating: false,
+            generation: Generation(0),
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
         }
     }
 
+    /// The checkpoint to restore from is being looked for.
+    pub fn on_locating(&mut self) {
+        self.locating = true;
+    }
+
     /// The run goes on from this checkpoint (or from the seed): later ones are made anew.
     pub fn on_restored(&mut self, from: Option<StepsCompleted>) {
+        self.locating = false;
         self.newest = from;
+        self.committed = from;
         self.open.clear();
         self.failed.clear();
     }
 
+    /// A commit that was asked for was made.
+    pub fn on_committed(&mut self, step: StepsCompleted) {
+        self.committed = self.committed.max(Some(step));
+    }
+
+    /// A commit that was asked for could not be made: the step's shards may be saved again.
+    pub fn on_commit_failed(&mut self, step: StepsCompleted) {
+        if self.newest == Some(step) {
+            self.newest = self.committed;
+        }
+    }
+
     /// A new generation begins: those at work on older checkpoints may be gone.
-    pub fn on_generation(&mut self, base: StepsCompleted) {
+    pub fn on_generation(&mut self, generation: Generation, base: StepsCompleted) {
+        self.generation = generation;
         self.failed.clear();
         // The base may be saved once more; its old objects are replaced as they come.
         self.open.retain(|&step, _| step <= base);
@@ -91,7 +121,15 @@ impl CheckpointTracker {
     }
 
     /// A checkpoint shard could not be stored.
-    pub fn on_shard_lost(&mut self, step: StepsCompleted, cause: String) -> Vec<CheckpointEffect> {
+    pub fn on_shard_lost(
+        &mut self,
+        generation: Generation,
+        step: StepsCompleted,
+        cause: String,
+    ) -> Vec<CheckpointEffect> {
+        if generation < self.generation {
+            return Vec::new();
+        }
         if self.newest.is_some_and(|newest| step <= newest) || !self.failed.insert(step) {
             return Vec::new();
         }
@@ -106,6 +144,9 @@ impl CheckpointTracker {
     }
 
     fn settle(&mut self) -> Vec<CheckpointEffect> {
+        if self.locating {
+            return Vec::new();
+        }
         let whole = self
             .open
             .iter()
@@ -193,11 +234,53 @@ mod tests {
             partial.on_shard_saved(StepsCompleted(10), OptimizerShardIndex(1), stored("b")),
             []
         );
-        assert_eq!(tracker.on_shard_lost(StepsCompleted(10), "disk full".into()).len(), 1);
         assert_eq!(
-            tracker.on_shard_lost(StepsCompleted(10), "disk full".into()).len(),
+            tracker
+                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into())
+                .len(),
+            1
+        );
+        assert_eq!(
+            tracker
+                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into())
+                .len(),
             0,
             "said once"
         );
+    }
+
+    /// A commit that failed may be tried again with the same step's shards, saved anew.
+    #[test]
+    fn a_failed_commit_can_be_asked_for_again() {
+        let mut tracker = CheckpointTracker::new(1, StepsCompleted(20));
+        let save = |tracker: &mut CheckpointTracker, step| {
+            tracker
+                .on_shard_saved(StepsCompleted(step), OptimizerShardIndex(0), stored("a"))
+                .len()
+        };
+        assert_eq!(save(&mut tracker, 10), 1);
+        tracker.on_committed(StepsCompleted(10));
+        assert_eq!(save(&mut tracker, 20), 1);
+        assert_eq!(save(&mut tracker, 20), 0, "it is being committed");
+        tracker.on_commit_failed(StepsCompleted(20));
+        assert_eq!(save(&mut tracker, 10), 0, "this one exists");
+        assert_eq!(save(&mut tracker, 20), 1);
+    }
+
+    /// STEP-5: what is being restored from cannot be overtaken meanwhile; a late loss of a former life spoils nothing.
+    #[test]
+    fn nothing_is_committed_while_a_checkpoint_is_looked_for() {
+        let mut tracker = CheckpointTracker::new(1, StepsCompleted(20));
+        tracker.on_locating();
+        let saved = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
+        assert_eq!(saved, []);
+        tracker.on_restored(Some(StepsCompleted(10)));
+        tracker.on_generation(Generation(5), StepsCompleted(10));
+        assert_eq!(
+            tracker.on_shard_lost(Generation(4), StepsCompleted(20), "old".into()),
+            []
+        );
+        let saved = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
+        assert_eq!(saved.len(), 1);
     }
 }

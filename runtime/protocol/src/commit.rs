@@ -51,8 +51,11 @@ pub fn resolve(shard_count: usize, reports: &BTreeMap<Member, StateReport>) -> R
             let stands = holding.state == base;
             let can_finish =
                 holding.state.next().completed() == base && holding.reduced == Some(base) && outcome.is_some();
-            if stands || can_finish {
-                holders[holding.shard.index()].push(*member);
+            // A shard that the layout does not have is not there, whoever says so.
+            if let Some(members) = holders.get_mut(holding.shard.index())
+                && (stands || can_finish)
+            {
+                members.push(*member);
             }
         }
     }
@@ -171,6 +174,12 @@ mod tests {
             }
         );
         assert!(matches!(resolve(1, &BTreeMap::new()), Resolution::Restore { .. }));
+    }
+
+    #[test]
+    fn a_shard_that_the_layout_does_not_have_is_ignored() {
+        let reports = BTreeMap::from([(member(0), report(&[0, 1, 77], Reached::Updated))]);
+        assert!(matches!(resolve(2, &reports), Resolution::Continue { holders, .. } if holders.len() == 2));
     }
 
     #[test]

@@ -25,10 +25,13 @@ mod tests;
 pub use events::{Effect, Event, Incident, Options};
 
 use crate::commit::Resolution;
-use crate::message::{BarrierOutcome, Member, ShardHolder, StateReport};
+use crate::message::{BarrierOutcome, Member, RestoreFrom, ShardHolder, StateReport};
 use crate::restart::RestartLimiter;
 use std::collections::{BTreeMap, BTreeSet};
 use tarazed_domain::{Generation, Incarnation, Rank, StepsCompleted, WorkerId};
+
+/// Tries of the run's last checkpoint; then the run ends for now, to be started again.
+const LAST_SAVES_MAX: u32 = 4;
 
 /// Where one worker stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,7 +45,7 @@ pub enum WorkerPhase {
     Ready,
     /// In the roster of the present generation, or a survivor of it.
     Member,
-    /// Left in order at the end.
+    /// Left in order at the end, or given up.
     Left,
 }
 
@@ -96,8 +99,8 @@ enum Phase {
         pause_sent: bool,
         failed: Option<(u64, String)>,
     },
-    /// All stand at the last step; the last checkpoint is being committed.
-    Finishing { step: StepsCompleted },
+    /// All stand at the last step; the last checkpoint is being committed. Shards that come put the deadline off.
+    Finishing { step: StepsCompleted, deadline_ms: u64 },
     /// Told to leave.
     Leaving { deadline_ms: u64 },
     /// Over.
@@ -116,7 +119,17 @@ pub struct Coordinator {
     placement: Vec<Vec<ShardHolder>>,
     written: StepsCompleted,
     checkpointed: Option<StepsCompleted>,
+    /// A checkpoint that could not be made, and why; looked at where it is the last one.
+    save_failed: Option<(StepsCompleted, String)>,
+    /// Tries of the last checkpoint that failed.
+    last_saves: RestartLimiter,
+    /// When the last tick came: a gap is this process's own absence.
+    ticked_ms: Option<u64>,
+    /// A generation has begun in this controller's life.
+    begun: bool,
     stop: Option<u64>,
+    /// The run halts with this once its last checkpoint exists.
+    verdict: Option<(u8, String)>,
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
     fruitless: RestartLimiter,
     refused_count: u64,
@@ -138,7 +151,12 @@ impl Coordinator {
             placement: Vec::new(),
             written,
             checkpointed: None,
+            save_failed: None,
+            last_saves: RestartLimiter::new(LAST_SAVES_MAX, 0),
+            ticked_ms: None,
+            begun: false,
             stop: None,
+            verdict: None,
             fruitless,
             refused_count: 0,
         }
@@ -246,6 +264,11 @@ impl Coordinator {
             .collect()
     }
 
+    /// Whether a message of `member` counts; one of another life is refused and counted (SUP-2).
+    pub fn admits(&mut self, member: Member) -> bool {
+        self.knows(member)
+    }
+
     fn knows(&mut self, member: Member) -> bool {
         let known = self
             .workers
@@ -288,7 +311,7 @@ pub(crate) struct Ground {
     pub(crate) outcome: Option<BarrierOutcome>,
     /// Per shard the members that hold it whole; empty lists where it is restored or initialised.
     pub(crate) holders: Vec<Vec<Member>>,
-    pub(crate) restore: Option<String>,
+    pub(crate) restore: Option<RestoreFrom>,
 }
 
 impl Ground {

@@ -49,8 +49,15 @@ pub struct Ledger {
     /// Lines that a replay may come back to.
     known: BTreeMap<StepsCompleted, TraceLine>,
     waiting: BTreeMap<StepsCompleted, TraceLine>,
-    deciding: Option<StepsCompleted>,
+    at_work: Option<AtWork>,
     decisions: Vec<Decision>,
+}
+
+/// What is being done about the next line. Each answer counts once, so no line is written twice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum AtWork {
+    Deciding(StepsCompleted),
+    Writing(StepsCompleted),
 }
 
 impl Ledger {
@@ -66,7 +73,7 @@ impl Ledger {
             written,
             known,
             waiting: BTreeMap::new(),
-            deciding: None,
+            at_work: None,
             decisions,
         }
     }
@@ -83,9 +90,25 @@ impl Ledger {
         &self.decisions
     }
 
-    /// Lines at or before this step are not replayed any more.
-    pub fn forget(&mut self, through: StepsCompleted) {
-        self.known = self.known.split_off(&StepsCompleted(through.0 + 1));
+    /// Lines before this step, that of a checkpoint, are not replayed any more; its own is compared with what a restore
+    /// gives.
+    pub fn forget(&mut self, before: StepsCompleted) {
+        self.known = self.known.split_off(&before);
+    }
+
+    /// The state that a generation starts from, wherever it came from: the diagnosis if it is not the one in the line of
+    /// its step (DET-3).
+    #[must_use]
+    pub fn check_base(&self, base: StepsCompleted, state: [u8; 32]) -> Option<String> {
+        let recorded = self.known.get(&base)?;
+        (recorded.state != state).then(|| {
+            format!(
+                "the state that was restored or copied for step {base} is not the one its trace line names: state was {}, \
+                 now {} (DET-3)",
+                hex(&recorded.state),
+                hex(&state)
+            )
+        })
     }
 
     /// Lines to check a replay against, read back from the trace after a restore behind what is still known.
@@ -118,34 +141,35 @@ impl Ledger {
 
     fn next(&mut self) -> Vec<LedgerEffect> {
         let step = self.written.next().completed();
-        if self.deciding.is_some() {
+        if self.at_work.is_some() {
             return Vec::new();
         }
         let Some(line) = self.waiting.get(&step) else {
             return Vec::new();
         };
-        self.deciding = Some(step);
+        self.at_work = Some(AtWork::Deciding(step));
         vec![LedgerEffect::Decide(Box::new(line.clone()))]
     }
 
     /// The loop has looked at a line and made these decisions.
     pub fn on_decided(&mut self, step: StepsCompleted, decisions: Vec<Decision>) -> Vec<LedgerEffect> {
-        if self.deciding != Some(step) {
+        if self.at_work != Some(AtWork::Deciding(step)) {
             return Vec::new();
         }
         let Some(line) = self.waiting.get_mut(&step) else {
             return Vec::new();
         };
+        self.at_work = Some(AtWork::Writing(step));
         line.decisions = decisions;
         vec![LedgerEffect::Write(Box::new(line.clone()))]
     }
 
     /// A line lies in the trace.
     pub fn on_written(&mut self, step: StepsCompleted) -> Vec<LedgerEffect> {
-        if self.deciding != Some(step) {
+        if self.at_work != Some(AtWork::Writing(step)) {
             return Vec::new();
         }
-        self.deciding = None;
+        self.at_work = None;
         let Some(line) = self.waiting.remove(&step) else {
             return Vec::new();
         };
@@ -186,6 +210,10 @@ impl Ledger {
             decisions: Vec::new(),
         })
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn compare(recorded: &TraceLine, mut line: TraceLine) -> LedgerEffect {
@@ -268,6 +296,39 @@ mod tests {
         assert!(
             diagnosis.contains("step 2") && diagnosis.contains("loss"),
             "{diagnosis}"
+        );
+    }
+
+    /// STEP-3: a loop that is made again may answer twice for one line; it is written once.
+    #[test]
+    fn a_second_answer_for_a_line_writes_nothing() {
+        let mut ledger = ledger();
+        ledger.on_line(&line(1, 1.0));
+        assert_eq!(ledger.on_decided(StepsCompleted(1), vec![]).len(), 1);
+        assert!(ledger.on_decided(StepsCompleted(1), vec![]).is_empty());
+        assert_eq!(ledger.on_written(StepsCompleted(1)).len(), 1);
+        assert!(ledger.on_written(StepsCompleted(1)).is_empty());
+    }
+
+    /// STEP-5 and DET-3: a checkpoint's own line is kept, and what a generation starts from is compared with it.
+    #[test]
+    fn a_wrong_base_is_not_accepted() {
+        let mut ledger = ledger();
+        for step in 1..=3 {
+            let effects = ledger.on_line(&line(step, 1.0));
+            run_through(&mut ledger, effects);
+        }
+        ledger.forget(StepsCompleted(2));
+        assert_eq!(ledger.check_base(StepsCompleted(2), [2; 32]), None);
+        let diagnosis = ledger.check_base(StepsCompleted(2), [9; 32]).expect("another state");
+        assert!(
+            diagnosis.contains("step 2") && diagnosis.contains("0909"),
+            "{diagnosis}"
+        );
+        assert_eq!(
+            ledger.check_base(StepsCompleted(1), [9; 32]),
+            None,
+            "no line to compare with"
         );
     }
 

@@ -104,6 +104,20 @@ pub struct ShardHolder {
     pub origin: ShardOrigin,
 }
 
+/// The checkpoint to restore from: the manifest's object as the commit record names it. What the controller verified and
+/// what the ranks read are the same bytes, whatever else of that step is in the store.
+#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct RestoreFrom {
+    /// The checkpoint's step.
+    pub step: StepsCompleted,
+    /// Key of the manifest under the store's root.
+    pub manifest_key: String,
+    /// Length of the manifest in bytes.
+    pub length: u64,
+    /// BLAKE3 of the manifest's bytes.
+    pub blake3: [u8; 32],
+}
+
 /// One member of a generation's roster.
 #[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub struct RosterEntry {
@@ -128,8 +142,8 @@ pub struct BeginPlan {
     pub outcome: Option<BarrierOutcome>,
     /// Per optimizer shard its holders, primary first.
     pub shards: Vec<Vec<ShardHolder>>,
-    /// Key of the manifest to restore from, where some origin says so.
-    pub restore: Option<String>,
+    /// The checkpoint to restore from, where some origin says so; of the base step.
+    pub restore: Option<RestoreFrom>,
     /// Lines written so far; a rank keeps only later ones.
     pub acknowledged: StepsCompleted,
     /// Every decision so far.
@@ -199,10 +213,14 @@ mod envelopes {
             /// What it holds.
             report: StateReport,
         },
-        /// The generation is whole and runs.
+        /// The generation is whole and runs; sent by rank 0.
         Running {
             /// Which.
             generation: Generation,
+            /// The count it starts from.
+            base: StepsCompleted,
+            /// Hash of the whole state there (STEP-4), to be compared with the base's line (STEP-5).
+            state: [u8; 32],
         },
         /// A committed step's measurements; sent by rank 0, kept by all.
         Line {
@@ -259,6 +277,8 @@ mod envelopes {
         },
         /// One checkpoint shard could not be stored.
         ShardLost {
+            /// The generation that saved it.
+            generation: Generation,
             /// The checkpoint's step.
             step: StepsCompleted,
             /// The shard.

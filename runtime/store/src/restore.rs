@@ -5,7 +5,7 @@ use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::keys;
 use crate::limits::MANIFEST_BYTES_MAX;
-use crate::manifest::{CommitRef, Manifest};
+use crate::manifest::{CommitRef, Manifest, ObjectRecord};
 use crate::record::{CommitRecord, RecordKind};
 use crate::store::CheckpointStore;
 use serde::Serialize;
@@ -18,6 +18,9 @@ pub struct Restorable {
     pub reference: CommitRef,
     /// Its record.
     pub record: CommitRecord,
+    /// Where its manifest lies and what its bytes are: enough for another process to read the very same one
+    /// ([`CheckpointStore::manifest_at`]).
+    pub object: ObjectRecord,
     /// Its manifest, hash checked.
     pub manifest: Manifest,
     /// Newer checkpoints that were passed over, and whatever is wrong with the chain: to be shown, not swallowed.
@@ -114,6 +117,19 @@ pub(crate) const fn manifest_of(record: &CommitRecord) -> Option<(&String, u64, 
     }
 }
 
+/// The manifest's object, as a commit record names it.
+fn manifest_object(record: &CommitRecord) -> Result<ObjectRecord, StoreError> {
+    let Some((key, length, blake3)) = manifest_of(record) else {
+        let why = format!("record {} commits no checkpoint", record.sequence);
+        return Err(StoreError::refused(why));
+    };
+    Ok(ObjectRecord {
+        key: key.clone(),
+        length,
+        blake3,
+    })
+}
+
 impl Standing {
     pub(crate) fn reference(&self) -> Option<CommitRef> {
         Some(CommitRef {
@@ -184,6 +200,7 @@ impl CheckpointStore {
                     return Ok(Some(Restorable {
                         reference,
                         record: standing.record.clone(),
+                        object: manifest_object(&standing.record)?,
                         manifest,
                         warnings,
                     }));
@@ -226,30 +243,32 @@ impl CheckpointStore {
     /// [`StoreError::Corrupt`] or [`StoreError::NotFound`] if it is not as recorded; [`StoreError::Refused`] if the record
     /// commits nothing.
     pub async fn manifest(&self, record: &CommitRecord) -> Result<Manifest, StoreError> {
-        let Some((key, length, digest)) = manifest_of(record) else {
-            return Err(StoreError::refused(format!(
-                "record {} commits no checkpoint",
-                record.sequence
-            )));
-        };
-        let bytes = self.get_small(key, MANIFEST_BYTES_MAX).await?;
-        if bytes.len() as u64 != length {
-            return Err(StoreError::corrupt(
-                key,
-                format!("{} bytes instead of {length}", bytes.len()),
-            ));
-        }
-        if Digest::of(&bytes) != digest {
-            return Err(StoreError::corrupt(
-                key,
-                "its contents do not have the hash in the commit record",
-            ));
-        }
-        let manifest = Manifest::decode(key, &bytes)?;
+        let object = manifest_object(record)?;
+        let manifest = self.manifest_at(&object).await?;
         if Some(manifest.step) != record.step() {
-            return Err(StoreError::corrupt(key, "it is of another step than its commit record"));
+            let why = "it is of another step than its commit record";
+            return Err(StoreError::corrupt(&object.key, why));
         }
         Ok(manifest)
+    }
+
+    /// The manifest that lies at a key and is of that length and hash, and no other: for a process that is told which
+    /// checkpoint another one verified. Reads no record: whether the checkpoint stands is the teller's knowledge.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] or [`StoreError::NotFound`] if the object is not as given; else by cause.
+    pub async fn manifest_at(&self, object: &ObjectRecord) -> Result<Manifest, StoreError> {
+        let key = object.key.as_str();
+        let bytes = self.get_small(key, MANIFEST_BYTES_MAX).await?;
+        if bytes.len() as u64 != object.length {
+            let why = format!("{} bytes instead of {}", bytes.len(), object.length);
+            return Err(StoreError::corrupt(key, why));
+        }
+        if Digest::of(&bytes) != object.blake3 {
+            let why = "its contents do not have the hash in the commit record";
+            return Err(StoreError::corrupt(key, why));
+        }
+        Manifest::decode(key, &bytes)
     }
 
     /// All checkpoints that the chain knows, newest first, retired ones included; reads no manifest.

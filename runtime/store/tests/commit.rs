@@ -464,3 +464,32 @@ async fn a_checkpoint_is_found_by_its_step_and_read_in_order() {
         [(20, CheckpointState::Committed), (10, CheckpointState::Committed)]
     );
 }
+
+// CKPT-4: whom a controller tells what it verified reads that checkpoint, whatever else of its step is there by then.
+#[tokio::test]
+async fn a_manifest_is_read_by_its_very_bytes_and_not_by_its_step() {
+    let objects = memory();
+    let (older, newer) = (open(&objects, 1), open(&objects, 2));
+    checkpoint(&older, &older.claim(Generation(0)).await.unwrap(), 5).await;
+    let verified = older.newest_verified(None).await.unwrap().unwrap();
+    checkpoint(&newer, &newer.claim(Generation(0)).await.unwrap(), 5).await;
+
+    let reader = open(&objects, 3);
+    let of_the_step = reader.at_step(StepsCompleted(5)).await.unwrap().manifest;
+    assert_ne!(of_the_step, verified.manifest, "the step alone names the newer one");
+    assert_eq!(reader.manifest_at(&verified.object).await.unwrap(), verified.manifest);
+
+    let mut longer = verified.object.clone();
+    longer.length += 1;
+    let mut other = verified.object.clone();
+    other.blake3 = tarazed_store::Digest::of(b"other");
+    let mut gone = verified.object.clone();
+    gone.key.push('x');
+    for wrong in [longer, other, gone] {
+        let error = reader.manifest_at(&wrong).await.unwrap_err();
+        assert!(
+            error.is_bad_object() && error.to_string().contains(&wrong.key),
+            "{error}"
+        );
+    }
+}

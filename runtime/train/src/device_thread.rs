@@ -73,12 +73,12 @@ pub enum Command {
 
 /// What the device thread says. Implementations hand over and return at once.
 pub trait DeviceEvents<D: Device>: Send + Sync {
-    /// A generation is whole and runs.
-    fn running(&self, generation: Generation);
+    /// A generation is whole and runs from `base`, where the whole state has this hash; said on rank 0 alone.
+    fn running(&self, generation: Generation, base: StepsCompleted, state: [u8; 32]);
     /// A committed step's line.
     fn line(&self, generation: Generation, line: StepLine);
-    /// Shards to save.
-    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>);
+    /// Shards to save, as they stand in this generation.
+    fn save(&self, generation: Generation, step: StepsCompleted, shards: Vec<ShardToSave<D>>);
     /// Stands at a boundary.
     fn paused(&self, generation: Generation, paused: Paused);
     /// Left a generation with an error that is not the rank's own.
@@ -113,8 +113,8 @@ struct GenerationReporter<'a, D: Device> {
 }
 
 impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
-    fn running(&self) {
-        self.events.running(self.generation);
+    fn running(&self, base: StepsCompleted, state: [u8; 32]) {
+        self.events.running(self.generation, base, state);
     }
 
     fn line(&self, line: StepLine) {
@@ -122,7 +122,7 @@ impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
     }
 
     fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>) {
-        self.events.save(step, shards);
+        self.events.save(self.generation, step, shards);
     }
 }
 

@@ -1,11 +1,14 @@
 //! The start of a generation, and its life: step after step until it pauses, ends or is aborted.
 //!
 //! ```text
-//! finish the agreed step → copy, restore or initialise shards → drop what is no longer mine → gather weights → steps
+//! finish the agreed step → copy, restore or initialise shards → gather weights → drop what is no longer mine → steps
 //! ```
 //!
 //! - **STEP-2** A survivor one reduced gradient behind the base applies it with the outcome that the plan hands over.
+//! - **SUP-4** The start can be aborted at every shard and at every read of the store, as a step can at every micro-batch.
 //! - A rank that joins is no donor before it is whole: a shard enters `state.shards` only once all of it has come.
+//! - A shard that moves away stays with its donor until everybody is whole: whoever dies in between, the donor still
+//!   reports it.
 //! - **STEP-6** Between steps nothing waits for the controller, but where a decision due is missing or too many lines are
 //!   not acknowledged.
 
@@ -24,15 +27,20 @@ use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{Device, ViewMut};
-use tarazed_protocol::message::{BeginPlan, ShardOrigin, StepLine};
+use tarazed_protocol::message::{BeginPlan, RestoreFrom, ShardOrigin, StepLine};
 
-/// Reads checkpoint shards; blocks.
+/// Reads checkpoint shards; blocks, but never past an abort (SUP-4).
 pub trait ShardSource: Sync {
-    /// Master weights and both moments of a shard of the newest good checkpoint of that step.
+    /// Master weights and both moments of a shard of exactly this checkpoint.
     ///
     /// # Errors
-    /// A message naming object, cause and remedy.
-    fn read(&self, step: StepsCompleted, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], String>;
+    /// `Aborted` within milliseconds of `abort` being set; `Restore`, naming object, cause and remedy.
+    fn read(
+        &self,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
+        abort: &AtomicBool,
+    ) -> Result<[Vec<f32>; 3], StepError>;
 }
 
 /// Switches that other threads set on a running generation.
@@ -48,9 +56,11 @@ pub struct Switches {
 
 /// What the device thread tells the rank's actor; must not block.
 pub trait Reporter<D: Device> {
-    /// The generation is whole and runs.
-    fn running(&self);
-    /// A step is finished. `first` of a generation's lines also comes from ranks other than 0.
+    /// The generation is whole and runs from `base`, where the whole state has this hash (STEP-4). Said on rank 0 alone,
+    /// and after the base's line where that was still to come, so that whoever hears it can compare the two (STEP-5).
+    fn running(&self, base: StepsCompleted, state: [u8; 32]);
+    /// A step is finished: rank 0 says so. The line of a generation's base, where it is not acknowledged, comes from every
+    /// rank.
     fn line(&self, line: StepLine);
     /// These shards, of which this rank is primary, are to be saved as they stand; each comes with its ticket.
     fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>);
@@ -99,8 +109,10 @@ pub fn run<D: HostVisible>(
     plan: &BeginPlan,
     means: &mut Means<'_, D>,
 ) -> Result<Paused, StepError> {
-    start(state, world, plan, means)?;
-    means.reporter.running();
+    let hash = start(state, world, plan, means)?;
+    if world.rank == Rank(0) {
+        means.reporter.running(plan.base, hash);
+    }
     let mut at = Paused {
         step: plan.base,
         saving: false,
@@ -165,19 +177,18 @@ fn wait_for_acknowledgement<D: Device>(state: &mut RankState<D>, switches: &Swit
         if state.lines.len() < UNACKNOWLEDGED_LINES_MAX {
             return Ok(());
         }
-        if state.abort.load(Ordering::Relaxed) {
-            return Err(StepError::Aborted);
-        }
+        check_abort(state)?;
         std::thread::park_timeout(std::time::Duration::from_millis(10));
     }
 }
 
+/// Brings this rank to the plan's base; returns the hash of the whole state there.
 fn start<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
     plan: &BeginPlan,
     means: &mut Means<'_, D>,
-) -> Result<(), StepError> {
+) -> Result<[u8; 32], StepError> {
     let _span = tracing::info_span!("begin", generation = plan.generation.0, base = plan.base.0).entered();
     state.progress.enter(Phase::Recovering);
     state.gate.wait();
@@ -203,11 +214,22 @@ fn start<D: HostVisible>(
     state
         .shards
         .extend(arrived.into_iter().chain(made).map(|shard| (shard.index(), shard)));
-    state.shards.retain(|&shard, _| world.holds(world.rank, shard));
-    publish_own_weights(state)?;
+    publish_own_weights(state, world)?;
     state.progress.reached(plan.base);
     let hash = step::gather_weights(state, world, means.fabric, plan.base)?;
-    complete_base_line(state, plan, hash, means)
+    // Only now: its all-gather has heard everybody, and a rank speaks in it once its own shards are whole. Until then what
+    // moves away may have no other copy, for a new holder can die with it half received.
+    state.shards.retain(|&shard, _| world.holds(world.rank, shard));
+    complete_base_line(state, plan, hash, means)?;
+    Ok(hash)
+}
+
+fn check_abort<D: Device>(state: &RankState<D>) -> Result<(), StepError> {
+    if state.abort.load(Ordering::Relaxed) {
+        Err(StepError::Aborted)
+    } else {
+        Ok(())
+    }
 }
 
 /// The base step's line, where the end of the last generation cut it short of its hash. Newcomers complete it too: those
@@ -250,6 +272,7 @@ fn copy_shards<D: HostVisible>(
     let mut arrived = Vec::new();
     for &(shard, _, to) in &copies {
         if to == world.rank {
+            check_abort(state)?;
             arrived.push(Shard::new(&state.device, world.shards, shard)?);
         }
     }
@@ -312,6 +335,7 @@ fn make_shards<D: HostVisible>(
         let Some(mine) = holders.iter().find(|holder| holder.rank == world.rank) else {
             continue;
         };
+        check_abort(state)?;
         let elements = world.elements(index);
         let [master, first, second] = match mine.origin {
             ShardOrigin::Initialise => {
@@ -326,7 +350,7 @@ fn make_shards<D: HostVisible>(
                 );
                 [master, vec![0.0; elements.len()], vec![0.0; elements.len()]]
             }
-            ShardOrigin::Restore => source.read(plan.base, index).map_err(StepError::Restore)?,
+            ShardOrigin::Restore => source.read(checkpoint_of(plan)?, index, &state.abort)?,
             ShardOrigin::Keep | ShardOrigin::CopyFrom(_) => continue,
         };
         let mut shard = Shard::new(&state.device, world.shards, index)?;
@@ -351,6 +375,17 @@ fn make_shards<D: HostVisible>(
     settle(state, plan.base, made)
 }
 
+/// The checkpoint that a plan restores from: that of its base, or the plan is not to be believed.
+fn checkpoint_of(plan: &BeginPlan) -> Result<&RestoreFrom, StepError> {
+    let from = plan.restore.as_ref().filter(|from| from.step == plan.base);
+    from.ok_or_else(|| {
+        StepError::Restore(format!(
+            "the plan of generation {} names no checkpoint of its base, step {}",
+            plan.generation, plan.base
+        ))
+    })
+}
+
 /// Marks shards that have come whole.
 fn settle<D: Device>(
     state: &mut RankState<D>,
@@ -358,17 +393,19 @@ fn settle<D: Device>(
     mut shards: Vec<Shard<D>>,
 ) -> Result<Vec<Shard<D>>, StepError> {
     for shard in &mut shards {
+        check_abort(state)?;
         shard.write().steps = base;
         shard.rehash(&state.device, &mut state.stream, &state.layout)?;
     }
     Ok(shards)
 }
 
-/// Working weights of the own shards, where they came from elsewhere than an update.
-fn publish_own_weights<D: Device>(state: &mut RankState<D>) -> Result<(), StepError> {
-    for shard in state.shards.values() {
-        let elements = shard.elements();
-        let guard = shard.read();
+/// Working weights of the shards held here, where they came from elsewhere than an update.
+fn publish_own_weights<D: Device>(state: &mut RankState<D>, world: &World) -> Result<(), StepError> {
+    for shard in world.held_by(world.rank) {
+        check_abort(state)?;
+        let elements = world.elements(shard);
+        let guard = state.shards[&shard].read();
         let into = ViewMut::at(&mut state.weights, elements.start);
         state
             .device

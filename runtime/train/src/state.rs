@@ -30,7 +30,8 @@ pub struct RankState<D: Device> {
     pub shard_layout: ShardLayout,
     /// Flat working weights.
     pub weights: D::Buffer,
-    /// Optimizer shards held whole, primary or replica.
+    /// Optimizer shards held whole. While steps run these are exactly the ones that the generation's map gives this rank,
+    /// primary or replica; between two generations, and until the new one is whole, also those that move away.
     pub shards: BTreeMap<OptimizerShardIndex, Shard<D>>,
     /// Compute threads' memory.
     pub engine: LaneEngine<D>,

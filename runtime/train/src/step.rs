@@ -289,7 +289,8 @@ fn forward_to_replicas<D: HostVisible>(
     state.progress.enter(Phase::Forwarding);
     let mut sends = Vec::new();
     let mut receives = Vec::new();
-    for (&shard, held) in &mut state.shards {
+    let mine = |shard: &OptimizerShardIndex| world.holds(world.rank, *shard);
+    for (&shard, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         let tag = Tag::new(TagKind::ReducedGradient, step.0, u64::from(shard.0));
         if world.primary(shard) == world.rank {
             let bytes = D::bytes(held.reduced(), 0..world.elements(shard).len());
@@ -304,7 +305,7 @@ fn forward_to_replicas<D: HostVisible>(
         }
     }
     fabric.exchange(&sends, &mut receives)?;
-    for held in state.shards.values_mut() {
+    for (_, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         held.mark_reduced(step);
     }
     Ok(())
@@ -460,9 +461,7 @@ fn gather_hashes<D: Device>(
             for block in blocks.clone() {
                 hashes[block] = words.next().unwrap_or_default();
             }
-            if let Some(held) = state.shards.get(&shard)
-                && held.read().hashes != hashes[blocks]
-            {
+            if world.holds(world.rank, shard) && state.shards[&shard].read().hashes != hashes[blocks] {
                 return Err(StepError::Diverged {
                     shard,
                     primary: rank,

@@ -72,7 +72,9 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads `path`, applies `key=value` overrides, resolves relative paths against the file's folder, and validates.
+    /// Reads `path`, applies `key=value` overrides, makes every path absolute, and validates. Sources are relative to the
+    /// file's folder; run folder and store, to which a run writes, to the working directory. What is loaded loads back
+    /// the same from its [`Config::to_toml`] in any folder.
     ///
     /// # Errors
     /// A [`ConfigError`] naming the key or the file.
@@ -109,7 +111,7 @@ impl Config {
         };
         let mut config: Self =
             toml::from_str(&source).map_err(|e| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy))?;
-        config.resolve(folder);
+        config.resolve(folder)?;
         config.validate()?;
         Ok(config)
     }
@@ -172,19 +174,55 @@ impl Config {
         self.batch.lanes as u64 * self.batch.sequences_per_lane as u64 * self.model.context as u64
     }
 
-    fn resolve(&mut self, folder: &Path) {
-        for domain in &mut self.data.domains {
-            domain.path = folder.join(&domain.path);
+    /// Sets the run folder, as `--run-dir` does.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] naming `run.dir` where the path cannot be made absolute.
+    pub fn set_dir(&mut self, dir: &Path) -> Result<(), ConfigError> {
+        self.run.dir = absolute("run.dir", dir)?;
+        Ok(())
+    }
+
+    fn resolve(&mut self, folder: &Path) -> Result<(), ConfigError> {
+        for (index, domain) in self.data.domains.iter_mut().enumerate() {
+            let key = format!("data.domains[{index}].path");
+            if domain.path.as_os_str().is_empty() {
+                return Err(ConfigError::new(key, "is empty", "name the domain's file or folder"));
+            }
+            domain.path = absolute(&key, &folder.join(&domain.path))?;
         }
         if let Some(path) = &mut self.data.tokenizer.path {
-            *path = folder.join(&*path);
+            *path = absolute("data.tokenizer.path", &folder.join(&*path))?;
         }
         let steps = self.run.steps;
         self.optimizer.schedule.fill_decay_steps(steps);
-        if self.run.dir.as_os_str().is_empty() {
-            self.run.dir = PathBuf::from("runs").join(&self.run.name);
-        }
+        let dir = if self.run.dir.as_os_str().is_empty() {
+            Path::new("runs").join(&self.run.name)
+        } else {
+            self.run.dir.clone()
+        };
+        self.set_dir(&dir)?;
+        let store = self.checkpoint.store.trim();
+        self.checkpoint.store = if store.is_empty() || store.contains("://") {
+            store.to_owned()
+        } else {
+            let folder = absolute("checkpoint.store", Path::new(store))?;
+            folder.to_string_lossy().into_owned()
+        };
+        Ok(())
     }
+}
+
+/// The path from the root, as a config file can hold it: in UTF-8. Links and `..` stay as they are.
+fn absolute(key: &str, path: &Path) -> Result<PathBuf, ConfigError> {
+    let remedy = "start in another folder, or give the path from the root";
+    let path = std::path::absolute(path)
+        .map_err(|e| ConfigError::new(key, format!("cannot be made absolute ({e})"), remedy))?;
+    if path.to_str().is_none() {
+        let reason = format!("{} is not UTF-8", path.display());
+        return Err(ConfigError::new(key, reason, "rename the folder, or name another path"));
+    }
+    Ok(path)
 }
 
 fn apply_override(table: &mut toml::Table, item: &str) -> Result<(), ConfigError> {

@@ -13,7 +13,7 @@ pub struct RunConfig {
     pub seed: u64,
     /// Optimizer updates in all.
     pub steps: u64,
-    /// Run folder; empty for the default.
+    /// Run folder, relative to the working directory; empty for the default.
     #[serde(default)]
     pub dir: PathBuf,
 }
@@ -196,7 +196,8 @@ impl LearningRateSchedule {
         }
     }
 
-    /// Learning rate over its peak for the step with index `step` (from 0).
+    /// Learning rate over its peak for the step with index `step` (from 0). It stands in the trace, so its cosine is
+    /// compiled in: a C library's differs in its last bits between processors and versions (DET-1).
     #[must_use]
     pub fn fraction(&self, step: u64) -> f64 {
         let (warmup_steps, decay) = match *self {
@@ -215,7 +216,7 @@ impl LearningRateSchedule {
         };
         let span = decay_steps.saturating_sub(warmup_steps).max(1);
         let done = ((step - warmup_steps) as f64 / span as f64).min(1.0);
-        final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+        final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * done))
     }
 }
 
@@ -363,7 +364,8 @@ impl Default for MixtureConfig {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvaluationConfig {
-    /// Steps between evaluations; 0 for none. The last step is always evaluated where this is not 0.
+    /// Steps between evaluations; 0 for none. Every line of the trace whose step is a multiple of it holds one, of the
+    /// weights before that step.
     pub interval_steps: u64,
     /// Held-out sequences per domain at most.
     pub sequences_per_domain_max: u32,
@@ -382,7 +384,8 @@ impl Default for EvaluationConfig {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Object store URL (`file://…`, `s3://bucket/prefix`, …) or a folder; empty for `store/` in the run folder.
+    /// Object store URL (`file://…`, `s3://bucket/prefix`, …) or a folder, relative to the working directory; empty for
+    /// `store/` in the run folder.
     pub store: String,
     /// Steps between checkpoints; 0 for none but the last.
     pub interval_steps: u64,

@@ -1,6 +1,6 @@
 //! What the membership machine hears and what it asks for.
 
-use crate::message::{BeginPlan, Member, StateReport, ToRank};
+use crate::message::{BeginPlan, Member, RestoreFrom, StateReport, ToRank};
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
 
@@ -97,14 +97,16 @@ pub enum Event {
     },
     /// The checkpoint to start from, answer to [`Effect::FindCheckpoint`].
     Located {
-        /// Its step and manifest key; none: begin from the seed.
-        checkpoint: Option<(StepsCompleted, String)>,
+        /// As it was verified; none: begin from the seed.
+        checkpoint: Option<RestoreFrom>,
     },
     /// A checkpoint exists.
     CheckpointCommitted {
         /// Its step.
         step: StepsCompleted,
     },
+    /// A shard of a checkpoint lies in the store: saving goes on.
+    ShardSaved,
     /// A checkpoint could not be made.
     CheckpointFailed {
         /// Its step.

@@ -2,7 +2,7 @@
 
 use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
 use crate::commit;
-use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin, ToRank};
+use crate::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, ToRank};
 use crate::restart::Verdict;
 use crate::sharder;
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,7 +84,17 @@ impl Coordinator {
                 self.checkpointed = self.checkpointed.max(Some(step));
                 self.leave_when_saved(now_ms)
             }
-            Event::CheckpointFailed { step, cause } => self.on_checkpoint_failed(step, &cause),
+            Event::ShardSaved => {
+                if let Phase::Finishing { deadline_ms, .. } = &mut self.phase {
+                    *deadline_ms = now_ms + self.options.timeouts.stop_ms;
+                }
+                Vec::new()
+            }
+            Event::CheckpointFailed { step, cause } => {
+                // Training goes on, and the next checkpoint may succeed; the last one is tried again.
+                self.save_failed = Some((step, cause));
+                self.save_again(now_ms)
+            }
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
@@ -190,13 +200,15 @@ impl Coordinator {
                     });
                 }
                 Verdict::GiveUp { causes } => {
+                    worker.phase = WorkerPhase::Left;
                     let what = format!(
-                        "worker {} died {} times without a committed step between; causes, oldest first:\n  {}",
+                        "worker {} died {} times without taking part in a committed step between; causes, oldest \
+                         first:\n  {}",
                         member.worker,
                         causes.len(),
                         causes.join("\n  ")
                     );
-                    return self.halt(3, what);
+                    effects.extend(self.give_up(now_ms, what));
                 }
             }
         }
@@ -211,6 +223,17 @@ impl Coordinator {
             _ => {}
         }
         effects
+    }
+
+    /// SUP-3: the run halts. Where others still hold the state, they save it first, so nothing is lost.
+    fn give_up(&mut self, now_ms: u64, diagnosis: String) -> Vec<Effect> {
+        match self.phase {
+            Phase::Running { .. } | Phase::Fencing { .. } | Phase::Finishing { .. } => {
+                self.verdict = Some((3, diagnosis));
+                self.on_stop(now_ms)
+            }
+            _ => self.halt(3, diagnosis),
+        }
     }
 
     /// A new generation: fences every survivor and waits for what it holds.
@@ -254,6 +277,10 @@ impl Coordinator {
             let mut effects = vec![Effect::Note(Incident::StateLost {
                 shards_missing: self.options.shard_count,
             })];
+            if let Some((code, diagnosis)) = self.verdict.take() {
+                effects.extend(self.halt(code, diagnosis));
+                return effects;
+            }
             self.roster.clear();
             self.phase = Phase::Forming;
             effects.extend(self.try_form());
@@ -265,6 +292,9 @@ impl Coordinator {
                 self.begin(now_ms, ground, survivors)
             }
             Err(commit::Resolution::Restore { missing }) => {
+                if let Some((code, diagnosis)) = self.verdict.take() {
+                    return self.halt(code, diagnosis);
+                }
                 self.phase = Phase::Locating;
                 vec![
                     Effect::Note(Incident::StateLost {
@@ -277,14 +307,14 @@ impl Coordinator {
         }
     }
 
-    fn on_located(&mut self, now_ms: u64, checkpoint: Option<(StepsCompleted, String)>) -> Vec<Effect> {
+    fn on_located(&mut self, now_ms: u64, checkpoint: Option<RestoreFrom>) -> Vec<Effect> {
         if !matches!(self.phase, Phase::Locating) {
             return Vec::new();
         }
         // Survivors may still run an old generation's leftovers: the number they begin with must be new to all.
         self.generation = self.generation.next();
-        self.checkpointed = checkpoint.as_ref().map(|(step, _)| *step);
-        let (base, restore) = checkpoint.map_or((StepsCompleted(0), None), |(step, key)| (step, Some(key)));
+        self.checkpointed = checkpoint.as_ref().map(|from| from.step);
+        let (base, restore) = (self.checkpointed.unwrap_or_default(), checkpoint);
         let holders = vec![Vec::new(); self.options.shard_count];
         let ground = Ground {
             base,
@@ -340,7 +370,7 @@ impl Coordinator {
             } else {
                 self.options.last_step
             },
-            checkpoint_at_base: ends_here && self.checkpointed != Some(ground.base),
+            checkpoint_at_base: ends_here && !self.is_saved(ground.base),
         };
         for &member in &members {
             if let Some(worker) = self.workers.get_mut(&member.worker) {
@@ -349,6 +379,7 @@ impl Coordinator {
                 worker.step = ground.base;
             }
         }
+        self.begun = true;
         self.phase = Phase::Running {
             paused: BTreeMap::new(),
             pause_sent: false,
@@ -448,9 +479,11 @@ impl Coordinator {
             return Vec::new();
         }
         let ends_here = step >= self.options.last_step || self.stop.is_some();
-        if ends_here && (saving || self.checkpointed == Some(step)) {
-            self.phase = Phase::Finishing { step };
-            return self.leave_when_saved(now_ms);
+        if ends_here && (saving || self.is_saved(step)) {
+            let deadline_ms = now_ms + self.options.timeouts.stop_ms;
+            self.phase = Phase::Finishing { step, deadline_ms };
+            let effects = self.leave_when_saved(now_ms);
+            return [effects, self.save_again(now_ms)].concat();
         }
         // A pause is no failure. Where the stop came too late for this boundary's checkpoint, the new generation begins
         // with one.
@@ -459,7 +492,11 @@ impl Coordinator {
     }
 
     fn on_line_written(&mut self, now_ms: u64, step: StepsCompleted) -> Vec<Effect> {
-        self.written = self.written.max(step);
+        // A line that is only checked on a replay is no progress: a death at the same step again and again must end.
+        if step <= self.written {
+            return self.leave_when_saved(now_ms);
+        }
+        self.written = step;
         self.fruitless.on_progress();
         for (member, _) in &self.roster {
             if let Some(worker) = self.workers.get_mut(&member.worker)
@@ -472,10 +509,10 @@ impl Coordinator {
     }
 
     fn leave_when_saved(&mut self, now_ms: u64) -> Vec<Effect> {
-        let Phase::Finishing { step } = self.phase else {
+        let Phase::Finishing { step, .. } = self.phase else {
             return Vec::new();
         };
-        if self.checkpointed != Some(step) || self.written < step {
+        if !self.is_saved(step) || self.written < step {
             return Vec::new();
         }
         self.phase = Phase::Leaving {
@@ -510,7 +547,37 @@ impl Coordinator {
         if left { self.done() } else { Vec::new() }
     }
 
+    /// Whether nothing of this step is left to be saved; before the first step nothing is.
+    fn is_saved(&self, step: StepsCompleted) -> bool {
+        step == StepsCompleted(0) || self.checkpointed >= Some(step)
+    }
+
+    /// The last checkpoint failed: the state is still in the ranks' memory, so a new generation saves it anew.
+    fn save_again(&mut self, now_ms: u64) -> Vec<Effect> {
+        let Phase::Finishing { step, .. } = self.phase else {
+            return Vec::new();
+        };
+        let Some((_, cause)) = self.save_failed.take_if(|(failed, _)| *failed == step) else {
+            return Vec::new();
+        };
+        match self.last_saves.on_death(cause.clone()) {
+            Verdict::Restart { .. } => self.fence(now_ms, cause),
+            Verdict::GiveUp { causes } => {
+                let what = format!(
+                    "the last checkpoint, of step {step}, could not be written in {} tries: {}; mend the store and start \
+                     again: the run resumes from the checkpoint before",
+                    causes.len(),
+                    causes.join("; ")
+                );
+                self.halt(33, what)
+            }
+        }
+    }
+
     fn done(&mut self) -> Vec<Effect> {
+        if let Some((code, diagnosis)) = self.verdict.take() {
+            return self.halt(code, diagnosis);
+        }
         self.phase = Phase::Done;
         let finished = self.checkpointed.is_some_and(|step| step >= self.options.last_step);
         vec![Effect::Done {
@@ -523,16 +590,6 @@ impl Coordinator {
         vec![Effect::Halt { code, diagnosis }]
     }
 
-    fn on_checkpoint_failed(&mut self, step: StepsCompleted, cause: &str) -> Vec<Effect> {
-        match self.phase {
-            Phase::Finishing { step: last } if last == step => self.halt(
-                3,
-                format!("the last checkpoint, of step {step}, could not be written: {cause}"),
-            ),
-            _ => Vec::new(), // training goes on; the next checkpoint may succeed
-        }
-    }
-
     fn on_stop(&mut self, now_ms: u64) -> Vec<Effect> {
         if self.stop.is_some() {
             return Vec::new();
@@ -541,7 +598,7 @@ impl Coordinator {
         match self.phase {
             Phase::Running { .. } => self.ask_to_pause(true),
             // Nothing was computed in this life of the run, so nothing is to be saved.
-            Phase::Forming => {
+            Phase::Forming if !self.begun => {
                 self.phase = Phase::Done;
                 vec![Effect::Done { code: 34 }]
             }
@@ -550,27 +607,9 @@ impl Coordinator {
     }
 
     fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
+        self.excuse_own_absence(now_ms);
         let timeouts = self.options.timeouts;
-        let mut effects = Vec::new();
-        for (&worker, w) in &self.workers {
-            let member = Member {
-                worker,
-                incarnation: w.incarnation,
-            };
-            match w.phase {
-                WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
-                    let reason = format!("not ready within {} ms of its start", timeouts.start_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                WorkerPhase::Member | WorkerPhase::Ready
-                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.failure_ms =>
-                {
-                    let reason = format!("no heartbeat for {} ms", timeouts.failure_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                _ => {}
-            }
-        }
+        let mut effects = self.kill_the_silent(now_ms);
         match &self.phase {
             Phase::Fencing {
                 deadline_ms, awaiting, ..
@@ -591,6 +630,11 @@ impl Coordinator {
                 let cause = cause.clone();
                 effects.extend(self.fence(now_ms, cause));
             }
+            &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
+                let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
+                self.save_failed = Some((step, cause));
+                effects.extend(self.save_again(now_ms));
+            }
             Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),
             _ => {}
         }
@@ -598,10 +642,59 @@ impl Coordinator {
             && now_ms > since + timeouts.stop_ms
             && !matches!(self.phase, Phase::Done)
         {
-            return self.halt(
-                33,
-                format!("no last checkpoint within {} ms of the stop signal", timeouts.stop_ms),
-            );
+            let late = format!("no last checkpoint within {} ms of the stop", timeouts.stop_ms);
+            return match self.verdict.take() {
+                Some((code, diagnosis)) => self.halt(code, format!("{diagnosis}\n{late}")),
+                None => self.halt(33, late),
+            };
+        }
+        effects
+    }
+
+    /// Where this process was stopped or starved, what came meanwhile waits behind this tick: nobody was silent.
+    fn excuse_own_absence(&mut self, now_ms: u64) {
+        let absent_ms = now_ms.saturating_sub(self.ticked_ms.replace(now_ms).unwrap_or(now_ms));
+        if absent_ms <= self.options.timeouts.failure_ms / 2 {
+            return;
+        }
+        for worker in self.workers.values_mut() {
+            worker.heard_ms += absent_ms;
+            if let WorkerPhase::Starting { deadline_ms } = &mut worker.phase {
+                *deadline_ms += absent_ms;
+            }
+        }
+        match &mut self.phase {
+            Phase::Fencing { deadline_ms, .. }
+            | Phase::Finishing { deadline_ms, .. }
+            | Phase::Leaving { deadline_ms } => {
+                *deadline_ms += absent_ms;
+            }
+            _ => {}
+        }
+        self.stop = self.stop.map(|since| since + absent_ms);
+    }
+
+    fn kill_the_silent(&self, now_ms: u64) -> Vec<Effect> {
+        let timeouts = self.options.timeouts;
+        let mut effects = Vec::new();
+        for (&worker, w) in &self.workers {
+            let member = Member {
+                worker,
+                incarnation: w.incarnation,
+            };
+            match w.phase {
+                WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
+                    let reason = format!("not ready within {} ms of its start", timeouts.start_ms);
+                    effects.push(Effect::Kill { member, reason });
+                }
+                WorkerPhase::Member | WorkerPhase::Ready
+                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.failure_ms =>
+                {
+                    let reason = format!("no heartbeat for {} ms", timeouts.failure_ms);
+                    effects.push(Effect::Kill { member, reason });
+                }
+                _ => {}
+            }
         }
         effects
     }

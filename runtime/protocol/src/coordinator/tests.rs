@@ -109,7 +109,12 @@ impl Cluster {
                 Effect::Begin { member, plan } => self.deliver(member, ToRank::Begin(plan)),
                 Effect::FindCheckpoint => {
                     self.floor = 0;
-                    let checkpoint = self.saved.map(|step| (StepsCompleted(step), "manifest".to_owned()));
+                    let checkpoint = self.saved.map(|step| RestoreFrom {
+                        step: StepsCompleted(step),
+                        manifest_key: "manifest".to_owned(),
+                        length: 0,
+                        blake3: [0; 32],
+                    });
                     self.pending.push_back(Event::Located { checkpoint });
                 }
                 Effect::Note(_) => {}
@@ -407,14 +412,164 @@ proptest! {
     }
 }
 
+impl Cluster {
+    /// Lets everything that waits happen, so many times.
+    fn settle(&mut self, rounds: usize) {
+        for _ in 0..rounds {
+            while let Some(event) = self.pending.pop_front() {
+                self.event(event);
+            }
+            for worker in 0..WORKERS {
+                self.read(worker);
+                self.advance(worker);
+            }
+        }
+    }
+
+    fn member(&self, worker: u32) -> Member {
+        Member {
+            worker: WorkerId(worker),
+            incarnation: self.processes[&worker].incarnation,
+        }
+    }
+
+    fn with_restarts(restarts_max: u32) -> Self {
+        let mut cluster = Self::new();
+        cluster.coordinator.options.restarts_max = restarts_max;
+        for worker in cluster.coordinator.workers.values_mut() {
+            worker.limiter = RestartLimiter::new(restarts_max, 1);
+        }
+        cluster
+    }
+}
+
+/// SUP-3: lines that are only checked again are no progress.
+#[test]
+fn a_crash_that_every_replay_comes_back_to_ends_the_run() {
+    let mut cluster = Cluster::with_restarts(4);
+    cluster.settle(40);
+    let reached = cluster.coordinator.written;
+    assert!(reached > StepsCompleted(0) && cluster.end.is_none());
+    for round in 0..8 {
+        (0..WORKERS).for_each(|worker| cluster.kill(worker));
+        if cluster.end.is_some() {
+            break;
+        }
+        assert!(round < 4, "it never ends");
+        // All come back, and replay to where they died without a new line.
+        while let Some(event) = cluster.pending.pop_front() {
+            cluster.event(event);
+        }
+        cluster.event(Event::LineWritten { step: reached });
+    }
+    assert!(
+        matches!(&cluster.end, Some(Effect::Halt { code: 3, .. })),
+        "{:?}",
+        cluster.end
+    );
+}
+
+/// SUP-3: the others save the state before a run with a hopeless worker halts.
+#[test]
+fn a_worker_given_up_halts_the_run_behind_a_last_checkpoint() {
+    let mut cluster = Cluster::with_restarts(3);
+    cluster.settle(20);
+    assert!(cluster.coordinator.is_running());
+    for _ in 0..3 {
+        cluster.kill(2);
+    }
+    assert!(cluster.end.is_none(), "the state is saved first");
+    cluster.settle(200);
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    assert!(diagnosis.contains("worker 2 died 3 times"), "{diagnosis}");
+    assert_eq!(cluster.saved, cluster.lines.iter().max().copied());
+}
+
+/// A controller that was stopped for a while does not take its own absence for everybody's silence.
+#[test]
+fn an_absent_controller_kills_nobody() {
+    let mut cluster = Cluster::new();
+    cluster.settle(20);
+    let ticks = |cluster: &mut Cluster, gap_ms: u64| {
+        cluster.now_ms += gap_ms;
+        let now_ms = cluster.now_ms;
+        cluster.coordinator.on_event(now_ms, Event::Tick)
+    };
+    assert_eq!(ticks(&mut cluster, 1), []);
+    assert_eq!(ticks(&mut cluster, 60_000), [], "the heartbeats wait behind this tick");
+    let mut killed = Vec::new();
+    for _ in 0..200 {
+        killed.extend(ticks(&mut cluster, 100));
+    }
+    let silent = killed.iter().any(|effect| matches!(effect, Effect::Kill { .. }));
+    assert!(silent, "with ticks in time, silence is silence");
+}
+
+/// The last checkpoint may fail before all stand still; it is then saved again, and given up for now after some tries.
+#[test]
+fn a_last_checkpoint_that_fails_is_saved_again() {
+    for failures in [1, LAST_SAVES_MAX] {
+        let mut cluster = Cluster::new();
+        cluster.settle(20);
+        let members: Vec<Member> = (0..WORKERS).map(|worker| cluster.member(worker)).collect();
+        let last = StepsCompleted(LAST);
+        cluster.event(Event::LineWritten { step: last });
+        for failure in 0..failures {
+            let generation = cluster.coordinator.generation();
+            let paused = |member| Event::Paused {
+                member,
+                generation,
+                step: last,
+                saving: true,
+            };
+            cluster.event(paused(members[0]));
+            cluster.event(Event::CheckpointFailed {
+                step: last,
+                cause: format!("disk full {failure}"),
+            });
+            assert!(cluster.end.is_none() && cluster.coordinator.is_running());
+            members[1..].iter().for_each(|&member| cluster.event(paused(member)));
+            let generation = cluster.coordinator.generation();
+            for &member in &members {
+                let shards = (0..SHARDS as u32).map(|shard| ShardHolding {
+                    shard: OptimizerShardIndex(shard),
+                    state: last,
+                    reduced: None,
+                });
+                let report = StateReport {
+                    shards: shards.collect(),
+                    passed: Some(outcome(LAST)),
+                    lines: vec![],
+                };
+                cluster.event(Event::State {
+                    member,
+                    generation,
+                    report,
+                });
+            }
+        }
+        if failures == LAST_SAVES_MAX {
+            assert!(
+                matches!(&cluster.end, Some(Effect::Halt { code: 33, diagnosis }) if diagnosis.contains("disk full 0")),
+                "{:?}",
+                cluster.end
+            );
+        } else {
+            let begun = cluster.processes[&0].inbox.back();
+            assert!(
+                matches!(begun, Some(ToRank::Begin(plan)) if plan.checkpoint_at_base),
+                "{begun:?}"
+            );
+        }
+    }
+}
+
 /// SUP-3
 #[test]
 fn a_rank_that_dies_at_every_start_halts_the_run_with_the_chain_of_causes() {
-    let mut cluster = Cluster::new();
-    cluster.coordinator.options.restarts_max = 3;
-    for worker in cluster.coordinator.workers.values_mut() {
-        worker.limiter = RestartLimiter::new(3, 1);
-    }
+    let mut cluster = Cluster::with_restarts(3);
     for _ in 0..3 {
         cluster.kill(2);
     }
@@ -458,29 +613,13 @@ fn messages_of_other_lives_and_generations_are_refused_and_counted() {
 fn a_stop_signal_saves_and_leaves() {
     for kill_first in [false, true] {
         let mut cluster = Cluster::new();
-        for _ in 0..40 {
-            while let Some(event) = cluster.pending.pop_front() {
-                cluster.event(event);
-            }
-            for worker in 0..WORKERS {
-                cluster.read(worker);
-                cluster.advance(worker);
-            }
-        }
+        cluster.settle(40);
         assert!(cluster.end.is_none() && cluster.coordinator.is_running());
         if kill_first {
             cluster.kill(1);
         }
         cluster.event(Event::StopRequested);
-        for _ in 0..2000 {
-            while let Some(event) = cluster.pending.pop_front() {
-                cluster.event(event);
-            }
-            for worker in 0..WORKERS {
-                cluster.read(worker);
-                cluster.advance(worker);
-            }
-        }
+        cluster.settle(2000);
         assert_eq!(
             cluster.end,
             Some(Effect::Done { code: 34 }),
@@ -496,15 +635,7 @@ fn a_finished_run_started_again_ends_at_once() {
     let mut cluster = Cluster::new();
     cluster.saved = Some(LAST);
     cluster.coordinator.written = StepsCompleted(LAST);
-    for _ in 0..20 {
-        while let Some(event) = cluster.pending.pop_front() {
-            cluster.event(event);
-        }
-        for worker in 0..WORKERS {
-            cluster.read(worker);
-            cluster.advance(worker);
-        }
-    }
+    cluster.settle(20);
     assert_eq!(
         cluster.end,
         Some(Effect::Done { code: 0 }),

@@ -15,9 +15,9 @@ use ours::Ours;
 use pytorch::PyTorch;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 use tarazed_domain::config::{BatchConfig, ModelConfig, OptimizerConfig};
+use tarazed_tests::figures;
 
 /// Batches that the steps cycle through.
 const BATCH_COUNT: usize = 4;
@@ -119,8 +119,8 @@ fn main() -> Result<()> {
     } else {
         arguments.configs.clone()
     };
-    println!("machine   {}", machine());
-    println!("commit    {}", commit(&root));
+    println!("machine   {}", figures::machine());
+    println!("commit    {}", figures::commit());
     println!("threads   {} on each side, exact fp32\n", arguments.threads);
     let mut measurements = Vec::new();
     for path in configs {
@@ -131,7 +131,7 @@ fn main() -> Result<()> {
     }
     if let Some(path) = &arguments.json {
         let report = serde_json::json!({
-            "machine": machine(), "commit": commit(&root), "threads": arguments.threads, "measurements": measurements,
+            "machine": figures::machine(), "commit": figures::commit(), "threads": arguments.threads, "measurements": measurements,
         });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -149,7 +149,7 @@ fn measure(arguments: &Arguments, name: &str, config: &BenchConfig) -> Result<Me
             others.push(PyTorch::start(python, mode, config, arguments.threads, &ours, &tokens)?);
         }
     }
-    let load_before = load_average();
+    let load_before = figures::load_average();
     let names = std::iter::once("tarazed".to_owned()).chain(others.iter().map(|other| other.name().to_owned()));
     let mut columns: Vec<Column> = names
         .map(|name| Column {
@@ -172,7 +172,7 @@ fn measure(arguments: &Arguments, name: &str, config: &BenchConfig) -> Result<Me
         config: name.to_owned(),
         parameters: ours.parameter_count(),
         tokens_per_step: config.sequences() * config.model.context,
-        load_average: [load_before, load_average()],
+        load_average: [load_before, figures::load_average()],
         contenders: columns.iter().map(|column| summary(column, &columns[0])).collect(),
     };
     print_table(config, &measurement, &columns);
@@ -294,41 +294,4 @@ fn batches(config: &BenchConfig) -> Vec<Vec<u32>> {
     (0..BATCH_COUNT)
         .map(|batch| (batch * len..(batch + 1) * len).map(token).collect())
         .collect()
-}
-
-fn machine() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |key: &str| {
-        let line = text.lines().find(|line| line.starts_with(key));
-        line.and_then(|line| line.split(": ").nth(1))
-            .unwrap_or("unknown")
-            .to_owned()
-    };
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let device = tarazed_kernels::CpuDevice::new();
-    format!(
-        "{}, {cores} processors, ours uses {}",
-        field("model name"),
-        device.instruction_set()
-    )
-}
-
-fn commit(root: &std::path::Path) -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(root).args(arguments).output().ok()?;
-        output
-            .status
-            .success()
-            .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let hash = git(&["rev-parse", "--short", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
-    match git(&["status", "--porcelain", "--untracked-files=no"]) {
-        Some(changes) if !changes.is_empty() => format!("{hash}, with uncommitted changes"),
-        _ => hash,
-    }
-}
-
-fn load_average() -> String {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().unwrap_or("unknown").to_owned()
 }

@@ -1,0 +1,424 @@
+//! The start of a generation on real ranks: what it leaves behind when it is cut short, and that nothing shows in a
+//! number (DET-1, DET-2, STEP-1, STEP-2).
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Checkpoint, NoStore, Node, Outcome, Said, Tensors, Wanted, agreed, member, meshes, plan, reports, run};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_fabric::{Collective, FabricError};
+use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, ShardOrigin, StateReport, StepLine};
+use tarazed_train::StepError;
+use tarazed_train::generation::ShardSource;
+
+type Lines = BTreeMap<StepsCompleted, StepLine>;
+
+fn begin(workers: &[u32], replicas: usize, last_step: u64) -> (Vec<Node>, BeginPlan) {
+    let wanted = Wanted {
+        generation: 1,
+        members: workers.iter().copied().map(member).collect(),
+        replicas,
+        last_step,
+        ..Wanted::default()
+    };
+    let nodes = workers.iter().copied().map(Node::new).collect();
+    (nodes, plan(&wanted, &BTreeMap::new()))
+}
+
+/// The trace of a run in which nothing happens, on one rank.
+fn undisturbed(last_step: u64) -> Lines {
+    let (mut nodes, plan) = begin(&[0], 1, last_step);
+    let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
+    assert!(outcomes[0].ended.is_ok(), "{:?}", outcomes[0].ended);
+    outcomes[0].lines().map(|line| (line.step, line.clone())).collect()
+}
+
+/// Takes lines over as the ledger does: a step told twice is told the same.
+fn take_lines(trace: &mut Lines, outcomes: &[Outcome]) {
+    for line in outcomes.iter().flat_map(Outcome::lines) {
+        let known = trace.entry(line.step).or_insert_with(|| line.clone());
+        assert_eq!(known, line, "step {} has one result", line.step);
+    }
+}
+
+fn held(report: &StateReport) -> Vec<OptimizerShardIndex> {
+    report.shards.iter().map(|holding| holding.shard).collect()
+}
+
+fn given(plan: &BeginPlan, rank: u32) -> Vec<OptimizerShardIndex> {
+    let holds = |shard: &u32| {
+        plan.shards[*shard as usize]
+            .iter()
+            .any(|holder| holder.rank == Rank(rank))
+    };
+    (0..plan.shards.len() as u32)
+        .filter(holds)
+        .map(OptimizerShardIndex)
+        .collect()
+}
+
+fn copies_to(plan: &BeginPlan, rank: u32) -> usize {
+    let copied = |holder: &&tarazed_protocol::message::ShardHolder| {
+        holder.rank == Rank(rank) && matches!(holder.origin, ShardOrigin::CopyFrom(_))
+    };
+    plan.shards.iter().flatten().filter(copied).count()
+}
+
+/// STEP-5, DET-3: what rank 0 says at the start is the hash in the base's line, so the controller can compare them.
+#[test]
+fn rank_0_alone_says_from_which_state_the_generation_runs() {
+    let (mut nodes, first) = begin(&[0, 1], 2, 2);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    let lines: Lines = outcomes[0].lines().map(|line| (line.step, line.clone())).collect();
+    assert_eq!(lines.keys().copied().collect::<Vec<_>>(), [1, 2].map(StepsCompleted));
+    assert!(matches!(outcomes[0].said[0], Said::Running(StepsCompleted(0), _)));
+    assert_eq!(outcomes[1].said, [Said::Saved(StepsCompleted(2))], "rank 1 has no say");
+
+    // The base's line is acknowledged, or still to come: then it comes first, from everybody.
+    for acknowledged in [2, 1] {
+        let wanted = Wanted {
+            generation: 4 - acknowledged,
+            members: vec![member(0), member(1)],
+            replicas: 2,
+            last_step: 2,
+            acknowledged,
+            ..Wanted::default()
+        };
+        let next = plan(&wanted, &reports(&outcomes));
+        assert_eq!(next.base, StepsCompleted(2));
+        // Rank 0 lost the line: it completes it from the plan's outcome.
+        nodes[0].state.lines.clear();
+        let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
+        let line = lines[&StepsCompleted(2)].clone();
+        let running = Said::Running(StepsCompleted(2), line.state);
+        if acknowledged == 2 {
+            assert_eq!(outcomes[0].said, [running]);
+            assert_eq!(outcomes[1].said, []);
+        } else {
+            assert_eq!(outcomes[0].said, [Said::Line(line.clone()), running]);
+            assert_eq!(outcomes[1].said, [Said::Line(line)]);
+        }
+    }
+}
+
+/// Two ranks with the only copy of each shard take in a third, to which some shards move; it dies before it is whole.
+/// Nobody else ever holds what moved, so the donors must.
+#[test]
+fn a_newcomer_that_dies_before_it_is_whole_takes_no_shard_with_it() {
+    let trace = undisturbed(4);
+    let weights_exchanged = 2; // exchanges of a start: copies, hashes, weights
+    for dies_at in 0..weights_exchanged {
+        let (mut nodes, first) = begin(&[0, 1], 1, 2);
+        let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+        let mut wanted = Wanted {
+            generation: 2,
+            members: vec![member(0), member(1), member(2)],
+            replicas: 1,
+            last_step: 4,
+            acknowledged: 2,
+            ..Wanted::default()
+        };
+        let admission = plan(&wanted, &reports(&outcomes));
+        assert_eq!(copies_to(&admission, 2), 2, "shards move to the newcomer");
+        nodes.push(Node::new(2));
+        let mut ends = meshes(&admission);
+        ends[2].die_at(dies_at);
+        let outcomes = run(&mut nodes, &admission, &mut ends, &NoStore);
+        assert!(ends[2].is_dead());
+        for (outcome, rank) in outcomes[..2].iter().zip(0..) {
+            let lost = matches!(&outcome.ended, Err(StepError::Fabric(FabricError::PeerLost { peer, .. })) if *peer == Rank(2));
+            assert!(lost, "{:?}", outcome.ended);
+            assert_eq!(
+                held(&outcome.report),
+                given(&first, rank),
+                "the donor holds what it held"
+            );
+        }
+
+        // So the two go on without a restore, and nothing shows.
+        nodes.pop();
+        wanted.generation = 3;
+        wanted.members.pop();
+        let survivors = reports(&outcomes[..2]);
+        assert!(agreed(&survivors, admission.shards.len()).is_some(), "no shard is lost");
+        let next = plan(&wanted, &survivors);
+        let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
+        let base = &trace[&StepsCompleted(2)];
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+        let mut lines = Lines::new();
+        take_lines(&mut lines, &outcomes);
+        assert!(
+            lines
+                .values()
+                .eq(trace.range(StepsCompleted(3)..).map(|(_, line)| line))
+        );
+    }
+}
+
+/// Once everybody is whole, each rank holds what the map gives it and no more.
+#[test]
+fn what_moved_away_is_dropped_when_all_are_whole() {
+    let (mut nodes, first) = begin(&[0, 1], 1, 1);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    let wanted = Wanted {
+        generation: 2,
+        members: vec![member(0), member(1), member(2)],
+        replicas: 1,
+        last_step: 1, // the base itself: no step runs
+        acknowledged: 1,
+        ..Wanted::default()
+    };
+    let admission = plan(&wanted, &reports(&outcomes));
+    nodes.push(Node::new(2));
+    let outcomes = run(&mut nodes, &admission, &mut meshes(&admission), &NoStore);
+    for (outcome, rank) in outcomes.iter().zip(0..) {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+        assert_eq!(held(&outcome.report), given(&admission, rank));
+    }
+}
+
+/// STEP-1, STEP-2, DET-1: with two copies of each shard, whoever of three dies at whatever exchange, in the start of a
+/// generation that admits a newcomer or in the steps after it, the others go on without a restore and write the same
+/// trace.
+#[test]
+fn whoever_dies_whenever_the_trace_is_the_same() {
+    let trace = undisturbed(5);
+    let mut deaths = 0;
+    for dies in 0..3 {
+        for dies_at in 0.. {
+            let (died, lines) = run_with_death(dies, dies_at);
+            assert_eq!(lines, trace, "rank {dies} dies at exchange {dies_at}");
+            if !died {
+                break;
+            }
+            deaths += 1;
+        }
+    }
+    assert_eq!(deaths, 3 * (3 + 2 * 5), "a start has 3 exchanges, a step 5");
+}
+
+/// Two ranks run to step 2, admit a third, run to step 4 unless one dies; the living run to step 5.
+fn run_with_death(dies: usize, dies_at: usize) -> (bool, Lines) {
+    let mut lines = Lines::new();
+    let (mut nodes, first) = begin(&[0, 1], 2, 2);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    take_lines(&mut lines, &outcomes);
+    let mut wanted = Wanted {
+        generation: 2,
+        members: vec![member(0), member(1), member(2)],
+        replicas: 2,
+        last_step: 4,
+        acknowledged: 2,
+        ..Wanted::default()
+    };
+    let admission = plan(&wanted, &reports(&outcomes));
+    nodes.push(Node::new(2));
+    let mut ends = meshes(&admission);
+    ends[dies].die_at(dies_at);
+    let mut outcomes = run(&mut nodes, &admission, &mut ends, &NoStore);
+    let died = ends[dies].is_dead();
+    if died {
+        // What it said last may have been heard, but what it held is gone.
+        take_lines(&mut lines, &outcomes);
+        nodes.remove(dies);
+        outcomes.remove(dies);
+        wanted.members.remove(dies);
+    }
+    take_lines(&mut lines, &outcomes);
+
+    wanted.generation = 3;
+    wanted.last_step = 5;
+    wanted.acknowledged = lines.keys().next_back().map_or(0, |step| step.0);
+    let living = reports(&outcomes);
+    assert!(
+        agreed(&living, admission.shards.len()).is_some(),
+        "two copies cover one death"
+    );
+    let next = plan(&wanted, &living);
+    let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
+    for outcome in &outcomes {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+    }
+    take_lines(&mut lines, &outcomes);
+    (died, lines)
+}
+
+/// A checkpoint of two ranks after step 2, and the trace to step 4.
+fn saved() -> (Checkpoint, Lines) {
+    let (mut nodes, first) = begin(&[0, 1], 2, 2);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    (Checkpoint::of(2, &outcomes), undisturbed(4))
+}
+
+fn restoring(members: Vec<Member>, from: &RestoreFrom, generation: u64, last_step: u64) -> BeginPlan {
+    let wanted = Wanted {
+        generation,
+        members,
+        replicas: 2,
+        last_step,
+        acknowledged: from.step.0,
+        restore: Some(from.clone()),
+    };
+    plan(&wanted, &BTreeMap::new())
+}
+
+/// CKPT-6, STEP-5: from two ranks to one or three, and the state is that of the base's line.
+#[test]
+fn a_restore_on_another_world_size_is_bit_for_bit_the_same() {
+    let (checkpoint, trace) = saved();
+    let base = &trace[&StepsCompleted(2)];
+    for workers in 1..4 {
+        let members: Vec<Member> = (0..workers).map(member).collect();
+        let mut nodes: Vec<Node> = (0..workers).map(Node::new).collect();
+        let next = restoring(members, &checkpoint.name, 5, 4);
+        let outcomes = run(&mut nodes, &next, &mut meshes(&next), &checkpoint);
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+        let mut lines = Lines::new();
+        take_lines(&mut lines, &outcomes);
+        assert!(
+            lines
+                .values()
+                .eq(trace.range(StepsCompleted(3)..).map(|(_, line)| line))
+        );
+    }
+}
+
+/// Stops being read: either it never answers, or the abort comes while it reads its first shard.
+struct Interrupted<'a> {
+    checkpoint: &'a Checkpoint,
+    hangs: bool,
+    reads: AtomicUsize,
+    outside: Arc<AtomicBool>,
+}
+
+impl ShardSource for Interrupted<'_> {
+    fn read(&self, from: &RestoreFrom, shard: OptimizerShardIndex, abort: &AtomicBool) -> Result<Tensors, StepError> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        if self.hangs {
+            while !abort.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            return Err(StepError::Aborted);
+        }
+        self.outside.store(true, Ordering::Relaxed);
+        self.checkpoint.read(from, shard, abort)
+    }
+}
+
+/// SUP-4: a fence that comes during a restore is answered, and the rank is as good as new.
+#[test]
+fn an_abort_ends_a_restore_before_the_next_shard() {
+    let (checkpoint, trace) = saved();
+    for hangs in [true, false] {
+        let mut nodes = vec![Node::new(0)];
+        let source = Interrupted {
+            checkpoint: &checkpoint,
+            hangs,
+            reads: AtomicUsize::new(0),
+            outside: Arc::clone(&nodes[0].abort),
+        };
+        let next = restoring(vec![member(0)], &checkpoint.name, 5, 4);
+        let began = Instant::now();
+        let outcomes = std::thread::scope(|scope| {
+            let abort = Arc::clone(&nodes[0].abort);
+            if hangs {
+                scope.spawn(move || {
+                    std::thread::sleep(Duration::from_millis(50));
+                    abort.store(true, Ordering::Relaxed);
+                });
+            }
+            run(&mut nodes, &next, &mut meshes(&next), &source)
+        });
+        assert!(
+            matches!(outcomes[0].ended, Err(StepError::Aborted)),
+            "{:?}",
+            outcomes[0].ended
+        );
+        assert!(began.elapsed() < Duration::from_secs(5));
+        assert_eq!(
+            source.reads.load(Ordering::Relaxed),
+            1,
+            "no shard is begun after the abort"
+        );
+        assert_eq!(outcomes[0].said, []);
+        assert_eq!(held(&outcomes[0].report), [], "what is not whole is not offered");
+
+        nodes[0].abort = Arc::default();
+        let next = restoring(vec![member(0)], &checkpoint.name, 6, 4);
+        let outcomes = run(&mut nodes, &next, &mut meshes(&next), &checkpoint);
+        let base = &trace[&StepsCompleted(2)];
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+    }
+}
+
+/// SUP-4: neither seed nor peers keep an aborted rank.
+#[test]
+fn an_abort_ends_every_kind_of_start() {
+    let (mut nodes, first) = begin(&[0, 1], 1, 2);
+    nodes[0].abort.store(true, Ordering::Relaxed);
+    let outcomes = run(&mut nodes[..1], &alone(&first), &mut meshes(&alone(&first)), &NoStore);
+    assert!(matches!(outcomes[0].ended, Err(StepError::Aborted)));
+    assert_eq!(held(&outcomes[0].report), []);
+
+    // A survivor keeps what it held, a newcomer has nothing.
+    let (mut nodes, first) = begin(&[0, 1], 1, 2);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    let wanted = Wanted {
+        generation: 2,
+        members: vec![member(0), member(1), member(2)],
+        replicas: 1,
+        last_step: 4,
+        acknowledged: 2,
+        ..Wanted::default()
+    };
+    let admission = plan(&wanted, &reports(&outcomes));
+    nodes.push(Node::new(2));
+    let mut ends = meshes(&admission);
+    for (node, mesh) in nodes.iter().zip(&ends) {
+        node.abort.store(true, Ordering::Relaxed);
+        mesh.abort_handle().abort();
+    }
+    let outcomes = run(&mut nodes, &admission, &mut ends, &NoStore);
+    for (outcome, rank) in outcomes.iter().zip(0..) {
+        assert!(matches!(outcome.ended, Err(StepError::Aborted)), "{:?}", outcome.ended);
+        let before = if rank < 2 { given(&first, rank) } else { Vec::new() };
+        assert_eq!(held(&outcome.report), before);
+    }
+}
+
+/// The same plan for its first member alone.
+fn alone(plan: &BeginPlan) -> BeginPlan {
+    let wanted = Wanted {
+        generation: plan.generation.0,
+        members: vec![plan.roster[0].member],
+        replicas: 1,
+        last_step: plan.last_step.0,
+        ..Wanted::default()
+    };
+    common::plan(&wanted, &BTreeMap::new())
+}
+
+/// A plan that restores from nothing, or from a checkpoint that is not its base's, is not followed.
+#[test]
+fn a_plan_must_name_the_checkpoint_of_its_base() {
+    let (checkpoint, _) = saved();
+    let good = restoring(vec![member(0)], &checkpoint.name, 5, 4);
+    let mut nameless = good.clone();
+    nameless.restore = None;
+    let mut other = good;
+    other.base = StepsCompleted(3);
+    for bad in [nameless, other] {
+        let mut nodes = vec![Node::new(0)];
+        let outcomes = run(&mut nodes, &bad, &mut meshes(&bad), &checkpoint);
+        assert!(
+            matches!(outcomes[0].ended, Err(StepError::Restore(_))),
+            "{:?}",
+            outcomes[0].ended
+        );
+    }
+    assert!(checkpoint.read.lock().unwrap().is_empty());
+}

@@ -1,0 +1,71 @@
+//! What whole runs take: recovery from a killed rank, the cost of fault tolerance, the start of a rank.
+//!
+//! Each part starts real runs of a config, as a person does, and reads their files. Numbers of one part come from runs that
+//! alternate, so that a machine that slows down slows both sides. See `tests/bench/README.md`.
+
+mod overhead;
+mod recovery;
+mod start;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use tarazed_tests::figures::{self, Figures};
+
+#[derive(Parser)]
+#[command(about = "Times recovery, fault tolerance and start of whole runs")]
+struct Arguments {
+    /// Config to run.
+    #[arg(long, global = true, default_value = "configs/quickstart.toml")]
+    config: PathBuf,
+    /// Rank processes.
+    #[arg(long, global = true, default_value_t = 4)]
+    ranks: u32,
+    /// Write the results here as JSON, too.
+    #[arg(long, global = true)]
+    json: Option<PathBuf>,
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// SIGKILL of a rank to the next step committed by the generation after it.
+    Recovery {
+        /// Kills.
+        #[arg(long, default_value_t = 21)]
+        kills: usize,
+    },
+    /// Step time with replicas against one copy, and the share of hashes and of the barrier.
+    Overhead {
+        /// Rounds; each runs both sides once.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Steps of each run.
+        #[arg(long, default_value_t = 40)]
+        steps: u64,
+    },
+    /// Start of a rank process to its readiness.
+    Start {
+        /// Runs; each starts all ranks.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let (config, ranks) = (arguments.config.canonicalize()?, arguments.ranks);
+    println!("{}", figures::machine());
+    println!("commit {}, load average {}", figures::commit(), figures::load_average());
+    let figures: Figures = match arguments.part {
+        Part::Recovery { kills } => recovery::measure(&config, ranks, kills),
+        Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
+        Part::Start { rounds } => start::measure(&config, ranks, rounds),
+    };
+    println!("load average at the end {}", figures::load_average());
+    if let Some(path) = arguments.json {
+        std::fs::write(path, serde_json::to_string_pretty(&figures.with_context())?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! Files of a run that were damaged, and disks that are full: nothing good is lost, and the message says what to do.
+
+use crate::common::{assert_halted, assert_undisturbed, damage, files, files_with_ending, truncate};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tarazed_tests::harness::{Project, Run, assert_same_trace, undisturbed};
+
+/// The folders of checkpoint shards, by step, oldest first.
+fn checkpoint_folders(run_dir: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(run_dir.join("store/shards"))
+        .expect("checkpoints")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    found.sort();
+    found
+}
+
+/// Fails unless every file of `before` is still there with its bytes, but for the names that a start may change.
+#[track_caller]
+fn assert_kept(folder: &Path, before: &std::collections::BTreeMap<PathBuf, Vec<u8>>) {
+    let after = files(folder);
+    for (name, bytes) in before {
+        let text = name.to_string_lossy();
+        let is_log =
+            text.starts_with("log/") || text.starts_with("control.") || text == "lock" || text == "events.jsonl";
+        let kept = after.get(name) == Some(bytes);
+        assert!(is_log || kept, "{text} in {} was changed or removed", folder.display());
+    }
+}
+
+/// DATA-3, DET-1: a token shard with flipped bytes is found at the next start: code 3, the file and what to delete; with
+/// that done, the data are made again and the run goes on.
+#[test]
+fn a_corrupt_token_shard_is_named_and_can_be_rebuilt() {
+    let project = Project::tiny();
+    let run = project.train("tokens").ranks(2).steps(30).complete();
+    let shard = files_with_ending(&run.dir().join("data"), ".tokens").remove(0);
+    damage(&shard);
+    let before = files(run.dir());
+    let train = project.train("tokens").ranks(2).steps(60);
+    let outcome = train.finish();
+    let (file, folder) = (shard.to_string_lossy(), shard.parent().expect("a folder"));
+    assert_halted(&outcome, &[&file, &format!("delete the folder {}", folder.display())]);
+    assert!(!outcome.stdout.contains("started as process"), "{}", outcome.tail());
+    assert_kept(run.dir(), &before);
+    std::fs::remove_dir_all(folder).expect("deleted as told");
+    assert_undisturbed(&mut Run::start(&train), 60, "data made again");
+}
+
+/// CKPT-4, STEP-5: truncated, damaged and missing objects of the newest checkpoints cost those checkpoints: said aloud,
+/// the run goes on from the newest good one, also where that is before the end of a finished trace.
+#[test]
+fn bad_checkpoints_are_passed_over_aloud() {
+    let project = Project::tiny();
+    for (name, harm) in [("cut", truncate as fn(&Path)), ("flip", damage), ("gone", remove)] {
+        let run = project.train(name).ranks(2).steps(60).complete();
+        let newest = checkpoint_folders(run.dir()).pop().expect("a checkpoint");
+        harm(&files_with_ending(&newest, ".safetensors")[3]);
+        // The trace ends at 60 and the newest good checkpoint is of step 40.
+        let mut same = Run::start(&project.train(name).ranks(3).steps(60));
+        assert_undisturbed(&mut same, 60, name);
+        let warnings = same.events("warning");
+        let told = warnings
+            .iter()
+            .any(|w| w["cause"].to_string().contains("checkpoint of step 60"));
+        assert!(told, "{name}: {warnings:?}\n{}", same.tail());
+        let bases: Vec<_> = same.events("generation").iter().map(|g| g["base"].clone()).collect();
+        assert_eq!(bases.last(), Some(&40.into()), "{name}\n{}", same.tail());
+        // It was saved again, so that the next start needs no replay.
+        let mut longer = Run::start(&project.train(name).ranks(1).steps(70));
+        assert_undisturbed(&mut longer, 70, name);
+        let bases: Vec<_> = longer.events("generation").iter().map(|g| g["base"].clone()).collect();
+        assert_eq!(bases.last(), Some(&60.into()), "{name}\n{}", longer.tail());
+    }
+}
+
+fn remove(file: &Path) {
+    std::fs::remove_file(file).expect("removed");
+}
+
+/// CKPT-1, CKPT-4: where every checkpoint is bad, beginning anew is a person's decision: code 3, the store, and what is
+/// wrong with each; trace and objects stay.
+#[test]
+fn a_store_of_bad_checkpoints_halts_and_stays() {
+    let project = Project::tiny();
+    let run = project.train("bad").ranks(2).steps(60).complete();
+    for folder in checkpoint_folders(run.dir()) {
+        truncate(&files_with_ending(&folder, ".safetensors")[0]);
+    }
+    let before = files(run.dir());
+    let mut again = Run::start(&project.train("bad").ranks(2).steps(90));
+    let outcome = again.finish();
+    assert_halted(&outcome, &["step 20", "step 40", "step 60", "store"]);
+    assert_same_trace(&again.trace(), undisturbed(60), "the trace stays");
+    assert_kept(run.dir(), &before);
+    let verify = project.tarazed(&["checkpoint".as_ref(), "verify".as_ref(), run.dir().as_os_str()]);
+    verify.assert_code(3);
+}
+
+/// STEP-3: a trace that ends in half a line, as a power loss leaves it, is whole again after the next start.
+#[test]
+fn a_torn_trace_line_is_cut_off_and_written_again() {
+    let project = Project::tiny();
+    let run = project.train("torn").ranks(2).steps(45).complete();
+    let trace = run.trace();
+    std::fs::write(run.dir().join("trace.jsonl"), &trace[..trace.len() - 100]).expect("torn");
+    // The checkpoint of step 45 is now newer than the trace: it is not the run's to say what step 45 held.
+    let outcome = project.train("torn").ranks(2).steps(60).finish();
+    assert_halted(&outcome, &["step 45", "step 44", "trace.jsonl"]);
+    std::fs::write(run.dir().join("trace.jsonl"), &trace).expect("restored as told");
+    let torn = [&trace[..], b"{\"step\":46,\"tok"].concat();
+    std::fs::write(run.dir().join("trace.jsonl"), torn).expect("torn behind the checkpoint");
+    assert_undisturbed(
+        &mut Run::start(&project.train("torn").ranks(2).steps(60)),
+        60,
+        "a torn line",
+    );
+}
+
+/// A small file system in memory; unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// None where this user may not mount.
+    fn mount(at: &Path, kib: u32) -> Option<Self> {
+        std::fs::create_dir_all(at).expect("a folder");
+        let options = format!("size={kib}k");
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tarazed-test"])
+            .arg(at)
+            .output();
+        match mount {
+            Ok(output) if output.status.success() => Some(Self(at.to_owned())),
+            Ok(output) => {
+                eprintln!(
+                    "skipped, no disk to fill: {}",
+                    String::from_utf8_lossy(&output.stderr).trim()
+                );
+                None
+            }
+            Err(error) => {
+                eprintln!("skipped, no disk to fill: mount: {error}");
+                None
+            }
+        }
+    }
+
+    fn resize(&self, kib: u32) {
+        let options = format!("remount,size={kib}k");
+        let output = Command::new("mount")
+            .args(["-o", &options])
+            .arg(&self.0)
+            .output()
+            .expect("mount runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // A busy one goes away with its last user.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+/// STEP-3, CKPT-1: a disk that fills up costs checkpoints, said aloud, and at last halts the run with the file and the
+/// remedy; what was acknowledged is whole, and with room again the run goes on.
+#[test]
+fn a_full_disk_loses_nothing() {
+    let project = Project::tiny();
+    let train = project.train("disk").ranks(2).steps(400);
+    let Some(disk) = SmallDisk::mount(train.run_dir(), 8 * 1024) else {
+        return;
+    };
+    let mut run = Run::start(&train);
+    run.wait_for_step(30);
+    // Somebody else fills what is left.
+    let filler = train.run_dir().join("filler");
+    let filled = std::fs::write(&filler, vec![1_u8; 16 * 1024 * 1024]);
+    assert!(filled.is_err(), "the disk is larger than it should be");
+    let outcome = run.finish();
+    assert_halted(&outcome, &["runs/disk", "free space"]);
+    assert_eq!(run.processes().ranks(), [0_u32; 0]);
+    let trace = run.trace();
+    let whole = trace.iter().filter(|&&byte| byte == b'\n').count() as u64;
+    assert_same_trace(&trace, undisturbed(whole), "what was written is whole");
+    // Still full: the next start says so too, and harms nothing.
+    let full = train.finish();
+    assert!(matches!(full.code, Some(2 | 3 | 33)), "{}", full.tail());
+    full.assert_says("free space");
+    assert_same_trace(&run.trace(), &trace, "a start on a full disk");
+    std::fs::remove_file(filler).expect("room");
+    disk.resize(32 * 1024);
+    assert_undisturbed(&mut Run::start(&train), 400, "with room again");
+}

@@ -1,0 +1,234 @@
+//! Stopped or lost controllers: the run goes on where it was, at any world size.
+
+use crate::common::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, assert_untouched, files};
+use rustix::process::Signal;
+use std::time::Duration;
+use tarazed_tests::harness::{Project, Random, Run};
+
+const STEPS: u64 = 120;
+
+/// The step from which the newest start of a run went on, and whether from a checkpoint.
+#[track_caller]
+fn last_base(run: &Run) -> u64 {
+    let generations = run.events("generation");
+    let restored: Vec<_> = generations.iter().filter(|g| g["restored"] == true).collect();
+    let newest = restored
+        .last()
+        .unwrap_or_else(|| panic!("nothing began\n{}", run.tail()));
+    newest["base"].as_u64().expect("a step")
+}
+
+/// CKPT-6, STEP-5: each of the three signals ends a run with a checkpoint of the very step it stopped at and code 34; the
+/// run goes on from there at another world size, and repeats nothing.
+#[test]
+fn a_signal_saves_and_the_run_goes_on_at_another_world_size() {
+    let project = Project::tiny();
+    for (signal, name, before, after) in [
+        (Signal::TERM, "term", 4, 3),
+        (Signal::INT, "int", 3, 8),
+        (Signal::USR1, "usr1", 2, 1),
+    ] {
+        let mut run = Run::start(&project.train(name).ranks(before).steps(STEPS));
+        run.wait_for_step(26);
+        run.signal(signal);
+        let outcome = run.finish();
+        outcome.assert_code(34);
+        let stopped_at = assert_prefix(&run);
+        assert!((26..STEPS).contains(&stopped_at), "{stopped_at}\n{}", run.tail());
+        assert_eq!(run.newest_checkpoint(), stopped_at, "{}", run.tail());
+        assert_eq!(run.processes().ranks(), [0_u32; 0], "ranks are left");
+        let mut resumed = Run::start(&project.train(name).ranks(after).steps(STEPS).arg("--resume"));
+        assert_undisturbed(&mut resumed, STEPS, name);
+        assert_eq!(
+            last_base(&resumed),
+            stopped_at,
+            "nothing is repeated\n{}",
+            resumed.tail()
+        );
+    }
+}
+
+/// STEP-5, CKPT-1: a signal at an inconvenient moment: before the first step, as soon as a resumed run has ranks, while it
+/// replays, and again and again. Each ends with 34, and the run is none the worse.
+#[test]
+fn signals_at_inconvenient_moments_lose_nothing() {
+    let seed = Random::seed();
+    let mut random = Random::new(seed);
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "40")]);
+    let train = project.train("often").ranks(3).steps(STEPS);
+    let mut steps = 0;
+    for round in 0..8 {
+        let what = format!("TARAZED_TEST_SEED={seed}, round {round}");
+        let mut run = Run::start(&train);
+        run.wait_for("a rank", |run| run.processes().ranks().first().copied());
+        match round {
+            // A run that lost its controller replays first.
+            3 => {
+                run.wait_for_step(steps + 10);
+                run.signal(Signal::KILL);
+                run.finish();
+                wait_for_no_ranks(&mut run);
+                steps = assert_prefix(&run);
+                continue;
+            }
+            0 => {}
+            _ => std::thread::sleep(Duration::from_micros(random.below(120_000))),
+        }
+        run.signal(Signal::TERM);
+        let outcome = run.finish();
+        assert_eq!(outcome.code, Some(34), "{what}\n{}", run.tail());
+        let count = assert_prefix(&run);
+        assert!(count >= steps, "{what}: {count} lines after {steps}\n{}", run.tail());
+        steps = count;
+    }
+    assert_undisturbed(&mut Run::start(&train), STEPS, &format!("TARAZED_TEST_SEED={seed}"));
+}
+
+/// Ranks whose controller is gone end by themselves.
+#[track_caller]
+fn wait_for_no_ranks(run: &mut Run) {
+    let deadline = std::time::Instant::now() + tarazed_tests::harness::WAIT;
+    while !run.processes().ranks().is_empty() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "ranks without a controller stay\n{}",
+            run.tail()
+        );
+        std::thread::sleep(tarazed_tests::harness::POLL);
+    }
+}
+
+/// STEP-5, DET-3, SUP-1, CKPT-3: the controller is killed three times; its ranks end by themselves, and each start, at
+/// another world size, checks what it replays and goes on.
+#[test]
+fn a_killed_controller_leaves_no_ranks_and_the_run_goes_on() {
+    let project = Project::tiny();
+    let mut replayed = 0;
+    for (ranks, step) in [(4, 31), (2, 55), (3, 93)] {
+        let mut run = Run::start(&project.train("lost").ranks(ranks).steps(STEPS));
+        run.wait_for_step(step);
+        run.signal(Signal::KILL);
+        assert_eq!(run.finish().signal, Some(9));
+        wait_for_no_ranks(&mut run);
+        assert!(!run.status().live, "nobody answers any more");
+        let written = assert_prefix(&run);
+        assert!((step..STEPS).contains(&written), "{written}");
+        replayed += written - run.newest_checkpoint();
+    }
+    let mut last = Run::start(&project.train("lost").ranks(1).steps(STEPS));
+    assert_undisturbed(&mut last, STEPS, "three lost controllers");
+    assert!(replayed > 0, "each kill hit a checkpoint exactly");
+}
+
+/// STEP-5, CKPT-1: the controller dies between the last line and the last checkpoint. The next start replays the end of
+/// the run, and saves it after all.
+#[test]
+fn a_controller_killed_at_the_very_end_can_be_resumed() {
+    let project = Project::tiny();
+    let seed = Random::seed();
+    let mut random = Random::new(seed);
+    for round in 0..6 {
+        let train = project.train(&format!("end{round}")).ranks(2).steps(50);
+        let mut run = Run::start(&train);
+        run.wait_for_step(50);
+        std::thread::sleep(Duration::from_micros(random.below(4_000)));
+        if run.ended().is_none() {
+            run.signal(Signal::KILL);
+            run.finish();
+            wait_for_no_ranks(&mut run);
+        }
+        let what = format!("TARAZED_TEST_SEED={seed}, round {round}");
+        let mut again = Run::start(&train);
+        assert_undisturbed(&mut again, 50, &what);
+        assert_eq!(again.newest_checkpoint(), 50, "{what}\n{}", again.tail());
+    }
+}
+
+/// DET-3, STEP-5: a recorded line that the replay does not reproduce halts the run with the step and the field, and the
+/// trace stays as it is.
+#[test]
+fn a_replay_that_differs_from_its_line_halts() {
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
+    let train = project.train("tampered").ranks(2).steps(STEPS);
+    let mut run = Run::start(&train);
+    run.wait_for_step(20);
+    run.signal(Signal::KILL);
+    run.finish();
+    wait_for_no_ranks(&mut run);
+    let trace = String::from_utf8(run.trace()).expect("UTF-8");
+    let state = trace.match_indices("\"state\":\"").nth(11).expect("line 12").0 + 9;
+    let digit = if &trace[state..=state] == "a" { "b" } else { "a" };
+    let tampered = format!("{}{digit}{}", &trace[..state], &trace[state + 1..]);
+    std::fs::write(run.dir().join("trace.jsonl"), &tampered).expect("written");
+    let mut again = Run::start(&train);
+    assert_halted(&again.finish(), &["step 12", "state", "DET-3"]);
+    assert_eq!(String::from_utf8(again.trace()).expect("UTF-8"), tampered);
+    assert_eq!(again.processes().ranks(), [0_u32; 0]);
+}
+
+/// `--steps` stops with code 0 and the schedule aims at `run.steps` all the same; a larger one goes on, an equal or smaller
+/// one has nothing to do and says 0 at once, and so does a finished run.
+#[test]
+fn steps_can_be_raised_and_a_finished_run_stays_finished() {
+    let project = Project::tiny_with(&[("run.steps", "4000")]);
+    for (ranks, steps, lines) in [(2, 30, 30), (3, 75, 75), (3, 75, 75), (1, 40, 75), (4, 100, 100)] {
+        let mut run = Run::start(&project.train("longer").ranks(ranks).steps(steps));
+        let what = format!("--steps {steps} on {ranks} ranks\n{}", run.tail());
+        assert_undisturbed(&mut run, lines, &what);
+    }
+}
+
+/// What was asked for and cannot be is refused, and the run folder stays as it was.
+#[test]
+fn fresh_and_resume_mean_what_they_say() {
+    let project = Project::tiny();
+    let run = project.train("there").ranks(2).steps(10).arg("--fresh").complete();
+    let before = files(run.dir());
+    let fresh = project.train("there").ranks(2).steps(20).arg("--fresh").finish();
+    assert_refused(&fresh, &["runs/there", "holds a run already", "--run-dir"]);
+    assert_untouched(run.dir(), &before);
+    let resume = project.train("nowhere").ranks(2).steps(20).arg("--resume").finish();
+    assert_refused(&resume, &["runs/nowhere", "holds no run to resume", "--resume"]);
+    assert!(!project.run_dir("nowhere").exists());
+}
+
+/// CKPT-1, STEP-5: a store that is slower than the checkpoint interval costs checkpoints on the way, never the last one,
+/// be it at the end or at a stop.
+#[test]
+fn checkpoints_faster_than_the_store_cost_none_of_the_last() {
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "1"), ("checkpoint.keep_last", "2")]);
+    let train = project.train("eager").ranks(2).steps(STEPS);
+    let mut run = Run::start(&train);
+    run.wait_for_step(30);
+    run.signal(Signal::TERM);
+    run.finish().assert_code(34);
+    let stopped_at = assert_prefix(&run);
+    assert_eq!(run.newest_checkpoint(), stopped_at, "{}", run.tail());
+    let mut rest = Run::start(&train);
+    assert_undisturbed(&mut rest, STEPS, "a checkpoint each step");
+    assert_eq!(last_base(&rest), stopped_at);
+    assert_eq!(rest.newest_checkpoint(), STEPS);
+}
+
+/// DET-4, as far as it is kept: a resumed run whose program has changed says so, and its checkpoints name both.
+#[test]
+fn another_program_is_a_declared_lineage() {
+    let project = Project::tiny();
+    let run = project.train("lineage").ranks(2).steps(20).complete();
+    // A program that differs in nothing but its bytes.
+    let other = project.path().join("tarazed-other");
+    let mut bytes = std::fs::read(tarazed_tests::harness::tarazed()).expect("the program");
+    bytes.extend_from_slice(b"another build");
+    std::fs::write(&other, bytes).expect("written");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&other, mode).expect("executable");
+    let warnings = |run: &Run| {
+        let mut found = run.events("warning");
+        found.retain(|event| event["cause"].to_string().contains("new lineage from step 20"));
+        found.len()
+    };
+    assert_eq!(warnings(&run), 0);
+    let mut resumed = Run::start(&project.train("lineage").ranks(2).steps(40).program(&other));
+    assert_undisturbed(&mut resumed, 40, "another program");
+    assert_eq!(warnings(&resumed), 1, "{}", resumed.tail());
+}
