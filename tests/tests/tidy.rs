@@ -258,7 +258,8 @@ fn root_complaints(entries: &BTreeSet<String>) -> Vec<String> {
     let missing = ROOT_REQUIRED.iter().filter(|name| !entries.contains(**name));
     let extra = entries.iter().filter(|name| {
         let known = ROOT_REQUIRED.contains(&name.as_str()) || ROOT_ALLOWED.contains(&name.as_str());
-        !known && !(name.starts_with('.') && Path::new(&root()).join(name).is_file())
+        let hidden_file = name.starts_with('.') && root().join(name).is_file();
+        !known && !hidden_file
     });
     missing
         .map(|name| format!("{name} is missing from the root folder"))

@@ -236,8 +236,8 @@ impl CheckpointerState {
     }
 
     fn restored_from(&mut self, reference: &CommitRef, declared: String) {
-        self.lineage.parent = Some(reference.clone());
-        self.lineage.restored_from = Some(reference.clone());
+        self.lineage.parent = Some(*reference);
+        self.lineage.restored_from = Some(*reference);
         if !declared.is_empty() {
             self.lineage.declared = declared;
         }

@@ -304,7 +304,7 @@ impl CoordinatorState {
                     incarnation: peer.incarnation,
                 };
                 match FromRank::decode(&body.into_vec()) {
-                    Ok(message) => self.from_rank(member, message),
+                    Ok(message) => self.heard(member, message),
                     Err(error) => self.act(vec![Effect::Kill {
                         member,
                         reason: format!("it sent a {error}"),
@@ -314,7 +314,7 @@ impl CoordinatorState {
         }
     }
 
-    fn from_rank(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
+    fn heard(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
         // A stranger's readiness is answered by the machine; all else of another life is refused here (SUP-2).
         if !matches!(message, FromRank::Ready { .. }) && !self.arguments.machine.admits(member) {
             return Ok(());

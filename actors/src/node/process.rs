@@ -24,7 +24,7 @@ pub(super) struct Process {
     /// Where this life's output begins in the log.
     log_start: u64,
     pidfd: Arc<PidFd>,
-    /// The pipe whose end tells the rank that its controller is gone.
+    /// Held open as long as this life is watched; its end would tell a child that reads it.
     _stdin: Option<ChildStdin>,
     reaped: bool,
 }

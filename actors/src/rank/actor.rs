@@ -11,6 +11,7 @@ use super::{RankError, RankExit};
 use crate::link::Uplink;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -306,10 +307,10 @@ impl RankActorState {
         });
         let writer = self.writer.clone().ok_or("the checkpoint writer is not started")?;
         for &shard in mine {
-            if !self.shards.contains_key(&shard) {
+            if let Entry::Vacant(vacant) = self.shards.entry(shard) {
                 let arguments = (shard, writer.clone());
                 let (actor, _) = Actor::spawn_linked(None, OptimizerShard, arguments, myself.get_cell()).await?;
-                self.shards.insert(shard, actor);
+                vacant.insert(actor);
             }
         }
         Ok(())
@@ -333,13 +334,20 @@ impl RankActorState {
         shards: Vec<ShardToSave<CpuDevice>>,
     ) -> Result<(), ActorProcessingErr> {
         for shard in shards {
-            // Without its actor the shard has moved on; dropping the ticket lets the device thread go on.
-            if let Some(actor) = self.shards.get(&shard.shard) {
-                actor.cast(ShardMessage::Snapshot {
+            let index = shard.shard;
+            match self.shards.get(&index) {
+                Some(actor) => actor.cast(ShardMessage::Snapshot {
                     step,
                     generation,
                     shard,
-                })?;
+                })?,
+                // Dropping the ticket lets the device thread go on.
+                None => self.tell(&FromRank::ShardLost {
+                    generation,
+                    step,
+                    shard: index,
+                    cause: "the shard has moved to another rank".to_owned(),
+                })?,
             }
         }
         Ok(())

@@ -108,6 +108,15 @@ fn an_empty_path_is_refused() {
     );
 }
 
+#[test]
+fn a_store_that_nobody_speaks_is_refused_without_its_secrets() {
+    let store = ["checkpoint.store=ftp://me:secret@host/x".to_owned()];
+    let refused = Config::parse(TEXT, "web.toml", &store, Path::new("/configs")).expect_err("refused");
+    let message = refused.to_string();
+    assert!(message.starts_with("checkpoint.store: no store speaks ftp://; "), "{message}");
+    assert!(!message.contains("secret"), "{message}");
+}
+
 /// DET-1: the learning rate stands in the trace, so its cosine may not be the host's. The bits were written down on x86-64
 /// with glibc 2.36, whose own cosine gives others at steps 87 and 94.
 #[test]

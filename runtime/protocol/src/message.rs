@@ -222,7 +222,7 @@ mod envelopes {
             /// Hash of the whole state there (STEP-4), to be compared with the base's line (STEP-5).
             state: [u8; 32],
         },
-        /// A committed step's measurements; sent by rank 0, kept by all.
+        /// A committed step's measurements; sent by rank 0, kept by all, and sent by all at a fence.
         Line {
             /// Of this generation.
             generation: Generation,

@@ -14,7 +14,7 @@ use crate::Fence;
 use crate::chain::{Chain, Decision, Judgement, Standing};
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::RETIRED_PER_RECORD_MAX;
+use crate::limits::{RETIRED_PER_RECORD_MAX, SELF_TEST_MS_MAX};
 use crate::manifest::{CommitRef, Manifest};
 use crate::record::{CommitRecord, RecordKind};
 use crate::restore::manifest_of;
@@ -22,7 +22,7 @@ use crate::store::CheckpointStore;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tarazed_domain::StepsCompleted;
 
 /// What a collection did.
@@ -84,10 +84,13 @@ struct OrphanRule {
 
 impl OrphanRule {
     fn applies(&self, key: &str, modified: SystemTime) -> bool {
-        let in_time = modified < self.before && self.after.is_none_or(|after| modified > after);
         let probe = key
             .strip_prefix(keys::SELF_TEST)
             .is_some_and(|rest| rest.starts_with('/'));
+        // A self-test that loses its probes would blame the store, and its controller would refuse to start.
+        let grace = Duration::from_millis(if probe { SELF_TEST_MS_MAX } else { 0 });
+        let before = self.before.checked_sub(grace);
+        let in_time = before.is_some_and(|before| modified < before) && self.after.is_none_or(|after| modified > after);
         let passed = keys::step_and_generation_of(key).is_some_and(|(step, _)| step <= self.step);
         in_time && (probe || passed)
     }

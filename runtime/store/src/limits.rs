@@ -34,6 +34,9 @@ pub const SELF_TEST_CREATES_MAX: usize = 8;
 pub const PROBE_BYTES_MAX: u64 = 1024;
 /// Writers racing for one key in a round of the self-test.
 pub const SELF_TEST_WRITERS: usize = 8;
+/// A probe this much older than the newest commit belongs to no self-test under way; a younger one may be that of a
+/// controller that is just starting, and is left alone.
+pub const SELF_TEST_MS_MAX: u64 = 60 * 60 * 1000;
 
 /// One HTTP request, from connecting to the last byte of its answer. A part of 8 MiB passes at 140 KB/s.
 pub const REQUEST_TIMEOUT_MS: u64 = 60_000;

@@ -240,12 +240,17 @@ async fn half_written_files_of_a_dead_process_are_swept_from_a_folder() {
             .path()
             .join(format!("shards/{step:020}/{:020}-x-000000-000000.safetensors#1", 1))
     };
-    for step in [5, 90] {
-        std::fs::create_dir_all(torn(step).parent().unwrap()).unwrap();
-        let file = std::fs::File::create(torn(step)).unwrap();
-        file.set_modified(SystemTime::now() - Duration::from_secs(3600))
+    let make = |path: &std::path::Path, age_s: u64| {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let file = std::fs::File::create(path).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(age_s))
             .unwrap();
-    }
+    };
+    make(&torn(5), 3600);
+    make(&torn(90), 3600);
+    let probe = |name: &str| folder.path().join("self-test").join(name);
+    make(&probe("young-create"), 60);
+    make(&probe("old-create"), 7200);
     assert!(
         store.verify(Select::All, Depth::Full).await.unwrap().is_clean(),
         "half-written objects never count"
@@ -256,6 +261,11 @@ async fn half_written_files_of_a_dead_process_are_swept_from_a_folder() {
         "passed by a commit"
     );
     assert!(torn(90).exists(), "may still be an upload under way");
+    assert!(
+        probe("young-create").exists(),
+        "may be part of another controller's self-test"
+    );
+    assert!(!probe("old-create").exists(), "left by a self-test that failed");
     assert_eq!(restore(&store).await.unwrap(), Some(10));
 }
 

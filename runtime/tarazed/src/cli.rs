@@ -5,8 +5,8 @@ use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
 ///
-/// Exit codes: 0 done; 2 refused, never retry; 3 halted with a diagnosis; 33 transient, retry; 34 stopped by a signal
-/// after a last checkpoint.
+/// Exit codes: 0 done; 2 refused, never retry; 3 halted with a diagnosis; 33 transient, retry; 34 stopped by a signal,
+/// after a last checkpoint: the same command goes on.
 #[derive(Debug, Parser)]
 #[command(
     name = "tarazed",

@@ -12,13 +12,14 @@ use tarazed_domain::config::ConfigError;
 pub enum Exit {
     /// 0: done.
     Done,
-    /// 2: refused (bad config, bad input); a retry cannot help, and nothing was written.
+    /// 2: refused (bad config, bad input, a folder in use); the same command does no better. A new run leaves nothing behind,
+    /// one that was there keeps all it had.
     Refused,
     /// 3: halted with a diagnosis; a person is needed (DET-3, SUP-3).
     Halted,
     /// 33: a transient failure; retry.
     Transient,
-    /// 34: stopped by a signal after a last checkpoint.
+    /// 34: stopped by a signal, after a last checkpoint where there was anything to save.
     Stopped,
 }
 

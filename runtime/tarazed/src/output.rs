@@ -2,6 +2,16 @@
 
 use crate::exit::Failure;
 use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+/// A path as a person in the working directory would write it.
+#[must_use]
+pub fn short(path: &Path) -> &Path {
+    let below = std::env::current_dir()
+        .ok()
+        .and_then(|here| path.strip_prefix(here).ok());
+    below.filter(|below| !below.as_os_str().is_empty()).unwrap_or(path)
+}
 
 /// Prints `text` to standard output. A closed pipe is an ordinary end.
 ///
@@ -31,5 +41,18 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
             format!("cannot be made ({e})"),
             "report this as a bug",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_below_the_working_directory_are_shown_from_there() {
+        let here = std::env::current_dir().expect("a working directory");
+        assert_eq!(short(&here.join("runs/a")), Path::new("runs/a"));
+        assert_eq!(short(&here), here);
+        assert_eq!(short(Path::new("/elsewhere/runs/a")), Path::new("/elsewhere/runs/a"));
     }
 }

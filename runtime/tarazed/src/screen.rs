@@ -8,6 +8,7 @@ use crate::output;
 use crate::progress::{DomainProgress, Incident, Progress, Style};
 use crate::telemetry::{Metrics, StepSample};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -163,7 +164,7 @@ impl Lines {
                 stage(format!(
                     "data: {} domains, {train} training and {held_out} held-out tokens, vocabulary {vocabulary}, in {}",
                     domains.len(),
-                    folder.display()
+                    output::short(folder).display()
                 ))
             }
             Notice::Opened {
@@ -175,8 +176,9 @@ impl Lines {
                 let how = resumed_at.map_or_else(|| "begins".to_owned(), |step| format!("goes on from step {step}"));
                 let size = crate::plan::render::parameters(*parameters as u64);
                 stage(format!(
-                    "run: {} {how}; {size} parameters; checkpoints in {store}",
-                    dir.display()
+                    "run: {} {how}; {size} parameters; checkpoints in {}",
+                    output::short(dir).display(),
+                    output::short(Path::new(store)).display()
                 ))
             }
             Notice::RankStarted { member, pid } => stage(format!("{member}: started as process {pid}")),

@@ -1,7 +1,9 @@
 //! Exit codes and messages of the program as a scheduler and a person meet them (DESIGN.md section 11).
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn tarazed(folder: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tarazed"));
@@ -33,6 +35,199 @@ fn assert_refused(args: &[&str], part: &str) {
         0,
         "{args:?} wrote something"
     );
+}
+
+/// A tiny run of one rank, and its texts, in a folder `project`.
+fn tiny(folder: &Path) {
+    let project = folder.join("project");
+    std::fs::create_dir_all(project.join("text")).expect("a folder");
+    let word = |i: usize| ["lane", "step", "rank", "trace", "shard"][i % 5];
+    let text: String = (0..400)
+        .map(|i| {
+            format!(
+                "{{\"text\":\"The {} of {} {i} and {}.\"}}\n",
+                word(i),
+                word(i / 5),
+                word(i / 25)
+            )
+        })
+        .collect();
+    std::fs::write(project.join("text/web.jsonl"), text).expect("written");
+    let config = "[run]\nname = \"tiny\"\nseed = 7\nsteps = 3\n\
+        [model]\nlayers = 1\nhidden = 16\nffn = 16\nheads = 2\nkv_heads = 1\ncontext = 16\nvocabulary = 300\ninit_std = 0.02\n\
+        [batch]\nlanes = 2\nsequences_per_lane = 1\nmicro_batch_sequences = 1\n\
+        [optimizer]\nlearning_rate = 1e-3\nschedule = { kind = \"constant\", warmup_steps = 2 }\nblock_elements = 1024\n\
+        [data]\nheld_out_fraction = 0.1\n\
+        [[data.domains]]\nname = \"web\"\npath = \"text/web.jsonl\"\nlanguage = \"en\"\nweight = 1.0\n";
+    std::fs::write(project.join("tiny.toml"), config).expect("written");
+}
+
+/// The files and folders below a folder, by path.
+fn names(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(&next).expect("a folder").flatten() {
+            let path = entry.path();
+            found.push(path.strip_prefix(folder).expect("below it").display().to_string());
+            if path.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Texts that are not there or no texts, and stores that are none: found after the run folder was opened, and yet nothing
+/// stays of it, nor of a store that was made.
+#[test]
+fn a_new_run_that_is_refused_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    tiny(folder.path());
+    let text = folder.path().join("project/text");
+    std::fs::create_dir(text.join("empty")).expect("a folder");
+    std::fs::write(text.join("blank.jsonl"), "{\"text\":\" \"}\n").expect("written");
+    std::fs::write(text.join("latin1.txt"), b"caf\xe9").expect("written");
+    let before = names(folder.path());
+    let domain =
+        |name: &str| format!("data.domains=[{{name=\"web\",path=\"text/{name}\",language=\"en\",weight=1.0}}]");
+    for (key, code, part) in [
+        (
+            domain("nowhere.jsonl"),
+            2,
+            "nowhere.jsonl: no such file or folder (domain 'web')",
+        ),
+        (domain("empty"), 2, "domain 'web' holds no document"),
+        (domain("blank.jsonl"), 2, "domain 'web' holds no document"),
+        (domain("latin1.txt"), 2, "latin1.txt: invalid UTF-8 at byte 3"),
+        ("checkpoint.store=ftp://host/x".to_owned(), 2, "checkpoint.store: no store speaks ftp://"),
+        (
+            "checkpoint.store=s3://me:secret@bucket/x".to_owned(),
+            2,
+            "credentials and endpoint into the environment",
+        ),
+        ("checkpoint.store=project/tiny.toml".to_owned(), 2, "project/tiny.toml"),
+        (
+            "telemetry.otlp_endpoint=nonsense://x".to_owned(),
+            2,
+            "telemetry.otlp_endpoint",
+        ),
+        // Nothing listens there: that may pass.
+        ("checkpoint.store=s3://bucket/x".to_owned(), 33, "self-test"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_tarazed"))
+            .args(["train", "project/tiny.toml", "--run-dir", "runs/new", "--set", &key])
+            .current_dir(folder.path())
+            .envs([
+                ("AWS_ACCESS_KEY_ID", "nobody"),
+                ("AWS_SECRET_ACCESS_KEY", "nothing"),
+                ("AWS_REGION", "here"),
+            ])
+            .envs([("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_ALLOW_HTTP", "true")])
+            .output()
+            .expect("the program runs");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{key}: {message}");
+        assert!(
+            message.contains(part) && !message.contains("secret@"),
+            "{key}: {message}"
+        );
+        assert_eq!(names(folder.path()), before, "{key}: {message}");
+    }
+}
+
+/// The config of a run folder is as good as the one the run began with, whatever folder the commands are given in.
+#[test]
+fn a_run_can_be_used_from_another_folder_and_by_its_own_config() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    tiny(folder.path());
+    let elsewhere = folder.path().join("else/where");
+    std::fs::create_dir_all(&elsewhere).expect("a folder");
+    let expect = |place: &Path, args: &[&str]| {
+        let output = tarazed(place, args);
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        );
+        assert_eq!(output.status.code(), Some(0), "{args:?}\n{out}\n{err}");
+        out
+    };
+    let store = "checkpoint.store=checkpoints";
+    let out = expect(
+        folder.path(),
+        &["train", "project/tiny.toml", "--steps", "2", "--set", store],
+    );
+    assert!(
+        out.contains("run: runs/tiny begins") && out.contains("checkpoints in checkpoints"),
+        "{out}"
+    );
+    let run = folder.path().join("runs/tiny");
+    let config = run.join("config.toml").display().to_string();
+    let first = std::fs::read_to_string(&config).expect("a config");
+    let out = expect(&elsewhere, &["train", &config, "--resume"]);
+    assert!(out.contains("goes on from step 2"), "{out}");
+    assert_eq!(std::fs::read_to_string(&config).expect("a config"), first);
+    let run = run.display().to_string();
+    for args in [
+        &["status", "--run-dir", &run][..],
+        &["plan", &config],
+        &["trace", "show", &run],
+        &["checkpoint", "ls", &run],
+        &["generate", &run, "--prompt", "The lane", "--tokens", "2"],
+        &[
+            "train",
+            "../../project/tiny.toml",
+            "--run-dir",
+            "../../runs/tiny",
+            "--set",
+            "checkpoint.store=../../checkpoints",
+        ],
+    ] {
+        expect(&elsewhere, args);
+    }
+    assert_eq!(
+        names(&elsewhere),
+        [""; 0],
+        "a command wrote into the folder it was given in"
+    );
+}
+
+/// Code 34 soon, also while data are being prepared; what is prepared appears whole or not at all.
+#[test]
+fn a_signal_is_heard_while_data_are_being_prepared() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    tiny(folder.path());
+    let data = folder.path().join("runs/tiny/data");
+    std::fs::create_dir_all(&data).expect("a folder");
+    // Somebody else prepares there, for ever.
+    let other = std::fs::File::open(&data).expect("the folder");
+    other.lock().expect("locked");
+    let mut child: Child = Command::new(env!("CARGO_BIN_EXE_tarazed"))
+        .args(["train", "project/tiny.toml"])
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let waits = BufReader::new(child.stdout.take().expect("its output"))
+        .lines()
+        .any(|line| line.expect("text").contains("another process is preparing"));
+    assert!(waits);
+    let began = Instant::now();
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("sent");
+    let status = child.wait().expect("its end");
+    let mut message = String::new();
+    let mut stderr = child.stderr.take().expect("its messages");
+    stderr.read_to_string(&mut message).expect("text");
+    assert_eq!(status.code(), Some(34), "{message}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        message.starts_with("tarazed: stopped: by a signal before training began"),
+        "{message}"
+    );
+    assert_eq!(names(&data), [""; 0]);
 }
 
 #[test]
@@ -75,7 +270,7 @@ fn usage_errors_have_code_2_too() {
 fn help_lists_what_works_and_hides_what_is_internal() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let help = String::from_utf8(tarazed(folder.path(), &["--help"]).stdout).expect("text");
-    for command in ["train", "status", "plan", "checkpoint", "trace"] {
+    for command in ["train", "status", "plan", "checkpoint", "trace", "generate"] {
         assert!(help.contains(&format!("\n  {command} ")), "{help}");
     }
     assert!(!help.contains("\n  rank"), "{help}");

@@ -79,7 +79,6 @@ impl<D: Device> Shard<D> {
     }
 
     /// The state, to read.
-    #[must_use]
     pub fn read(&self) -> RwLockReadGuard<'_, ShardState<D>> {
         self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

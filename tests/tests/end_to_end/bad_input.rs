@@ -75,7 +75,7 @@ fn bad_configs_are_refused_by_key_and_remedy() {
         (
             "checkpoint.store",
             "\"ftp://nowhere/x\"",
-            &["store ftp://nowhere/x", "ftp://; give a folder or a URL"],
+            &["checkpoint.store", "ftp://; give a folder or a URL"],
         ),
     ] {
         let project = Project::tiny_with(&[("cluster.ranks", "2"), (key, value)]);
@@ -92,7 +92,9 @@ fn bad_configs_are_refused_by_key_and_remedy() {
 /// Domains that hold no usable text: file, place and remedy, and no run folder.
 #[test]
 fn bad_domains_are_refused_by_file_and_remedy() {
-    let cases: [(&str, Option<&[u8]>, &[&str]); 7] = [
+    /// Name, what the domain's file holds (none: no file), and parts of the message.
+    type Case = (&'static str, Option<&'static [u8]>, &'static [&'static str]);
+    let cases: [Case; 7] = [
         ("missing", None, &["code.jsonl", "no such file", "data.domains"]),
         ("empty", Some(b""), &["code.jsonl", "domain 'code'", "no document"]),
         (

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tarazed_tests::harness::{Outcome, Run, assert_same_trace, line_count, undisturbed};
+use std::time::Instant;
+use tarazed_tests::harness::{Outcome, POLL, Run, WAIT, assert_same_trace, line_count, undisturbed};
 
 /// Fails unless the run ended with code 0 and its first `steps` lines, all it has, are the undisturbed ones.
 #[track_caller]
@@ -20,6 +21,21 @@ pub fn assert_prefix(run: &Run) -> u64 {
     let count = line_count(&trace);
     assert_same_trace(&trace, undisturbed(count), "a trace so far");
     count
+}
+
+/// Waits until no rank is left: ranks whose controller is gone end by themselves, those that have not met it yet once they
+/// have tried for `fault.timeout_ms`.
+#[track_caller]
+pub fn wait_for_no_ranks(run: &mut Run) {
+    let deadline = Instant::now() + WAIT;
+    while !run.processes().ranks().is_empty() {
+        assert!(
+            Instant::now() < deadline,
+            "ranks without a controller stay\n{}",
+            run.tail()
+        );
+        std::thread::sleep(POLL);
+    }
 }
 
 /// Every file below a folder, by its path in there.

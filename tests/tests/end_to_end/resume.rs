@@ -1,6 +1,8 @@
 //! Stopped or lost controllers: the run goes on where it was, at any world size.
 
-use crate::common::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, assert_untouched, files};
+use crate::common::{
+    assert_halted, assert_prefix, assert_refused, assert_undisturbed, assert_untouched, files, wait_for_no_ranks,
+};
 use rustix::process::Signal;
 use std::time::Duration;
 use tarazed_tests::harness::{Project, Random, Run};
@@ -82,20 +84,6 @@ fn signals_at_inconvenient_moments_lose_nothing() {
         steps = count;
     }
     assert_undisturbed(&mut Run::start(&train), STEPS, &format!("TARAZED_TEST_SEED={seed}"));
-}
-
-/// Ranks whose controller is gone end by themselves.
-#[track_caller]
-fn wait_for_no_ranks(run: &mut Run) {
-    let deadline = std::time::Instant::now() + tarazed_tests::harness::WAIT;
-    while !run.processes().ranks().is_empty() {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "ranks without a controller stay\n{}",
-            run.tail()
-        );
-        std::thread::sleep(tarazed_tests::harness::POLL);
-    }
 }
 
 /// STEP-5, DET-3, SUP-1, CKPT-3: the controller is killed three times; its ranks end by themselves, and each start, at

@@ -18,7 +18,25 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     batch_and_cluster(config)?;
     optimizer(config)?;
     data(config)?;
+    store(config)?;
     loops(config)
+}
+
+/// Kinds of URL that a store may have. Whether there is one behind it, and one that this program was built for, shows when
+/// it is opened.
+const STORE_SCHEMES: [&str; 4] = ["file", "s3", "gs", "az"];
+
+fn store(config: &Config) -> Result<(), ConfigError> {
+    if let Some((scheme, _)) = config.checkpoint.store.split_once("://") {
+        // The rest may hold a secret, so it is not repeated.
+        require!(
+            STORE_SCHEMES.contains(&scheme),
+            "checkpoint.store",
+            format!("no store speaks {scheme}://"),
+            "give a folder or a URL such as file:///data/run, s3://bucket/prefix"
+        );
+    }
+    Ok(())
 }
 
 fn run(config: &Config) -> Result<(), ConfigError> {

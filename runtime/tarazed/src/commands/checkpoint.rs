@@ -196,6 +196,19 @@ async fn open(place: &str) -> Result<CheckpointStore, Failure> {
     CheckpointStore::open_existing(&location, writer).await.map_err(failure)
 }
 
+/// Tries a remote store before hours of work that would be in vain without it: whether it answers, lets this user in and
+/// is fit. Its probes are gone afterwards. Folders, and the default, are tried where they are opened.
+pub(crate) fn try_remote(location: &str) -> Result<(), Failure> {
+    if !location.contains("://") || location.starts_with("file://") {
+        return Ok(());
+    }
+    let tried = async {
+        let store = CheckpointStore::open_existing(location, WriterId::fresh(Generation(0))).await?;
+        store.self_test().await
+    };
+    super::runtime()?.block_on(tried).map_err(failure)
+}
+
 /// The exit code by what the caller does next.
 pub(crate) fn failure(error: StoreError) -> Failure {
     let exit = match error {

@@ -8,7 +8,8 @@ use crate::screen::Screen;
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::path::PathBuf;
 use std::sync::Arc;
-use tarazed_actors::controller::{self, Outcome, RunError, RunOptions};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
 use tarazed_actors::run_folder::{Existing, FolderError, RunFolder};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
@@ -45,7 +46,7 @@ impl Args {
     fn resolve(&self) -> Result<Config, Failure> {
         let mut config = Config::load(&self.config, &self.set)?;
         if let Some(dir) = &self.run_dir {
-            config.run.dir.clone_from(dir);
+            config.set_dir(dir)?;
         }
         if let Some(ranks) = self.ranks {
             config.cluster.ranks = ranks;
@@ -73,6 +74,19 @@ impl Args {
 /// By what the run says: refused before it began, halted, transient or stopped.
 pub fn run(args: &Args) -> Result<Exit, Failure> {
     let config = args.resolve()?;
+    let folder = RunFolder::open(&config, args.existing()).map_err(folder_failure)?;
+    let (attempt, config_file) = (folder.attempt(), folder.paths.config());
+    let ended = train(args, config, folder);
+    // A new run that is refused leaves nothing behind, and neither does one that failed before there was anything to keep.
+    if let Err(failure) = &ended
+        && (failure.exit == Exit::Refused || !config_file.exists())
+    {
+        attempt.undo();
+    }
+    ended
+}
+
+fn train(args: &Args, config: Config, folder: RunFolder) -> Result<Exit, Failure> {
     let last_step = StepsCompleted(args.steps.unwrap_or(config.run.steps).min(config.run.steps));
     let program = std::env::current_exe().map_err(|e| {
         Failure::refused(
@@ -81,29 +95,36 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
             "start it by its path",
         )
     })?;
-    let folder = RunFolder::open(&config, args.existing()).map_err(folder_failure)?;
+    let heard = Arc::new(Heard::default());
+    let stop = stop_on_signals(Arc::clone(&heard))?;
+    if !folder.resumed {
+        super::checkpoint::try_remote(&config.checkpoint.store)?;
+    }
     let telemetry = telemetry::init(&Settings {
         role: Role::Controller,
         run: config.run.name.clone(),
         endpoint: telemetry::endpoint(&config.telemetry, std::env::var(ENDPOINT_VARIABLE).ok()),
         log_file: Some(folder.paths.logs().join("controller.log")),
     })?;
-    let stop = stop_on_signals()?;
     let dir = config.run.dir.clone();
     let screen = Screen::start(&config, last_step, telemetry.metrics().clone())?;
+    let (show, hear) = (screen.listener(), Arc::clone(&heard));
     let ended = controller::run(RunOptions {
         config,
         program,
         last_step,
         folder,
-        notify: Arc::new(screen.listener()),
+        notify: Arc::new(move |notice| {
+            hear.on(&notice);
+            show(notice);
+        }),
         stop,
     });
     screen.finish();
     telemetry.shutdown();
-    let exit = conclude(ended)?;
+    let exit = conclude(ended, &heard, args.fresh)?;
     if exit == Exit::Done
-        && let Err(failure) = crate::finale::tell(&dir, &args.config)
+        && let Err(failure) = crate::finale::tell(crate::output::short(&dir), &args.config)
     {
         eprintln!(
             "tarazed: the run is done, but its end cannot be shown: {}",
@@ -113,9 +134,29 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     Ok(exit)
 }
 
-/// A value that turns true at the first SIGTERM, SIGINT or SIGUSR1. A second one ends the process at once: the run
-/// resumes from its last checkpoint.
-fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
+/// What the run has said so far, for a signal and for the last message.
+#[derive(Default)]
+struct Heard {
+    /// The store is claimed: from here on the run itself hears a signal.
+    opened: AtomicBool,
+    /// Step of the newest checkpoint of this life; 0 for none.
+    checkpoint: AtomicU64,
+}
+
+impl Heard {
+    fn on(&self, notice: &Notice) {
+        match notice {
+            Notice::Opened { .. } => self.opened.store(true, Ordering::SeqCst),
+            Notice::Checkpoint { step, .. } => self.checkpoint.store(step.0, Ordering::SeqCst),
+            _ => {}
+        }
+    }
+}
+
+/// A value that turns true at the first SIGTERM, SIGINT or SIGUSR1. One that comes before the run is opened ends the
+/// process at once: nothing is to be saved, and data sets and records appear whole or not at all. So does a second one:
+/// the run resumes from its last checkpoint.
+fn stop_on_signals(heard: Arc<Heard>) -> Result<watch::Receiver<bool>, Failure> {
     let failed = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -135,6 +176,12 @@ fn stop_on_signals() -> Result<watch::Receiver<bool>, Failure> {
     let listen = move || {
         runtime.block_on(async move {
             next_signal(&mut signals).await;
+            if !heard.opened.load(Ordering::SeqCst) {
+                let message = "by a signal before training began; the same command begins again".to_owned();
+                let exit = Exit::Stopped;
+                eprintln!("{}", Failure { exit, message });
+                std::process::exit(i32::from(exit.code()));
+            }
             // Nobody listens any more where the run has just ended.
             let _ = sender.send(true);
             next_signal(&mut signals).await;
@@ -159,10 +206,15 @@ async fn next_signal(signals: &mut [tokio::signal::unix::Signal]) {
 }
 
 fn folder_failure(error: FolderError) -> Failure {
-    Failure::refused(error.path, error.cause, error.remedy)
+    let exit = if error.transient {
+        Exit::Transient
+    } else {
+        Exit::Refused
+    };
+    Failure::new(exit, error.path, error.cause, error.remedy)
 }
 
-fn conclude(ended: Result<Outcome, RunError>) -> Result<Exit, Failure> {
+fn conclude(ended: Result<Outcome, RunError>, heard: &Heard, fresh: bool) -> Result<Exit, Failure> {
     let outcome = match ended {
         Ok(outcome) => outcome,
         Err(RunError::Folder(error)) => return Err(folder_failure(error)),
@@ -177,10 +229,25 @@ fn conclude(ended: Result<Outcome, RunError>) -> Result<Exit, Failure> {
         Err(RunError::System { what, cause, remedy }) => return Err(Failure::transient(what, cause, remedy)),
     };
     let exit = Exit::from_code(outcome.code);
-    if exit == Exit::Done {
-        return Ok(exit);
-    }
-    let message = format!("step {}: {}", outcome.step, outcome.diagnosis);
+    let step = outcome.step;
+    let message = match exit {
+        Exit::Done => return Ok(exit),
+        Exit::Stopped => {
+            let saved = heard.checkpoint.load(Ordering::SeqCst) == step.0 && step.0 > 0;
+            let when = if saved {
+                format!("after a checkpoint of step {step}")
+            } else {
+                format!("at step {step}, with nothing new to save")
+            };
+            let command = if fresh {
+                "the same command without --fresh"
+            } else {
+                "the same command"
+            };
+            format!("by a signal {when}; {command} goes on")
+        }
+        _ => format!("step {step}: {}", outcome.diagnosis),
+    };
     Err(Failure { exit, message })
 }
 
@@ -214,6 +281,34 @@ mod tests {
         assert_ne!(
             resolve(&["--set", "run.seed=7"]).expect("a good config").identity(),
             plain
+        );
+    }
+
+    #[test]
+    fn a_stopped_run_says_what_was_saved_and_how_to_go_on() {
+        let heard = Heard::default();
+        let stopped = |heard: &Heard, fresh| {
+            let outcome = Outcome {
+                code: 34,
+                diagnosis: String::new(),
+                step: StepsCompleted(40),
+                data: PathBuf::new(),
+            };
+            let failure = conclude(Ok(outcome), heard, fresh).expect_err("not done");
+            assert_eq!(failure.exit, Exit::Stopped);
+            failure.to_string()
+        };
+        assert_eq!(
+            stopped(&heard, false),
+            "tarazed: stopped: by a signal at step 40, with nothing new to save; the same command goes on"
+        );
+        heard.on(&Notice::Checkpoint {
+            step: StepsCompleted(40),
+            took_ms: 3,
+        });
+        assert_eq!(
+            stopped(&heard, true),
+            "tarazed: stopped: by a signal after a checkpoint of step 40; the same command without --fresh goes on"
         );
     }
 

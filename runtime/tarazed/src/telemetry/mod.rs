@@ -19,7 +19,7 @@ pub mod traceparent;
 
 pub use metrics::{Metrics, StepSample};
 
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use tarazed_domain::config::TelemetryConfig;
@@ -115,7 +115,7 @@ impl Telemetry {
 /// Sets up logs and exporters for the whole process.
 ///
 /// # Errors
-/// Refused where the endpoint cannot be one, or the log file cannot be opened.
+/// Refused where the endpoint cannot be one, or the log file cannot be opened; transient where the disk is full.
 ///
 /// # Panics
 /// If it was called before: one process has one subscriber.
@@ -218,7 +218,12 @@ fn open_log(path: &Path) -> Result<std::fs::File, Failure> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(path))
         .map_err(|e| {
-            Failure::refused(
+            let full = matches!(
+                e.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            );
+            Failure::new(
+                if full { Exit::Transient } else { Exit::Refused },
                 path.display(),
                 format!("cannot be opened for the log ({e})"),
                 "check the run folder's permissions and free space",
