@@ -113,7 +113,10 @@ fn a_store_that_nobody_speaks_is_refused_without_its_secrets() {
     let store = ["checkpoint.store=ftp://me:secret@host/x".to_owned()];
     let refused = Config::parse(TEXT, "web.toml", &store, Path::new("/configs")).expect_err("refused");
     let message = refused.to_string();
-    assert!(message.starts_with("checkpoint.store: no store speaks ftp://; "), "{message}");
+    assert!(
+        message.starts_with("checkpoint.store: no store speaks ftp://; "),
+        "{message}"
+    );
     assert!(!message.contains("secret"), "{message}");
 }
 

@@ -101,7 +101,11 @@ fn a_new_run_that_is_refused_leaves_nothing_behind() {
         (domain("empty"), 2, "domain 'web' holds no document"),
         (domain("blank.jsonl"), 2, "domain 'web' holds no document"),
         (domain("latin1.txt"), 2, "latin1.txt: invalid UTF-8 at byte 3"),
-        ("checkpoint.store=ftp://host/x".to_owned(), 2, "checkpoint.store: no store speaks ftp://"),
+        (
+            "checkpoint.store=ftp://host/x".to_owned(),
+            2,
+            "checkpoint.store: no store speaks ftp://",
+        ),
         (
             "checkpoint.store=s3://me:secret@bucket/x".to_owned(),
             2,

@@ -283,7 +283,8 @@ impl Run {
         self.processes.signal(found.pid, Signal::KILL).then_some(found.pid)
     }
 
-    /// Leaves ranks that outlive their controller alone when this is dropped: the next [`Run`] on the folder sees to them.
+    /// Leaves ranks that outlive their controller alone when this is dropped: the next [`Run`] on the folder sees to
+    /// them.
     pub const fn leave(&mut self) {
         self.left = true;
     }

@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 /// Steps of the shared undisturbed run.
 const UNDISTURBED_STEPS: u64 = 1_200;
 
-/// The first `steps` lines of the trace that the tiny config writes on one rank, undisturbed. Made once per test program.
+/// The first `steps` lines of the trace that the tiny config writes on one rank, undisturbed. Made once per test
+/// program.
 ///
 /// # Panics
 /// If that run fails.

@@ -1,4 +1,5 @@
-//! Configs, data and folders that cannot be used: one message with key or file, cause and remedy; code 2; nothing written.
+//! Configs, data and folders that cannot be used: one message with key or file, cause and remedy; code 2; nothing
+//! written.
 
 use crate::common::{assert_refused, assert_undisturbed, assert_untouched, files};
 use std::io::Write;

@@ -28,8 +28,8 @@ fn assert_kept(folder: &Path, before: &std::collections::BTreeMap<PathBuf, Vec<u
     }
 }
 
-/// DATA-3, DET-1: a token shard with flipped bytes is found at the next start: code 3, the file and what to delete; with
-/// that done, the data are made again and the run goes on.
+/// DATA-3, DET-1: a token shard with flipped bytes is found at the next start: code 3, the file and what to delete;
+/// with that done, the data are made again and the run goes on.
 #[test]
 fn a_corrupt_token_shard_is_named_and_can_be_rebuilt() {
     let project = Project::tiny();

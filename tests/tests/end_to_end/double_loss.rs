@@ -25,8 +25,8 @@ fn restored_base(run: &Run) -> u64 {
     restored[0]["base"].as_u64().expect("a step")
 }
 
-/// The newest checkpoint before the restored generation, as the events tell it in their order. One that was whole already
-/// may be committed while the loss is being dealt with; none after the choice.
+/// The newest checkpoint before the restored generation, as the events tell it in their order. One that was whole
+/// already may be committed while the loss is being dealt with; none after the choice.
 #[track_caller]
 fn newest_checkpoint_to_restore(run: &Run) -> u64 {
     let events = run.json_lines("events.jsonl");

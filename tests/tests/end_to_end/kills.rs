@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use tarazed_tests::harness::{Project, Random, Run};
 
-/// STEP-1, STEP-2, STEP-3, SUP-2, CKPT-1: at least twenty SIGKILLs at random moments leave the trace of an undisturbed run,
-/// no step repeated or lost, and sound checkpoints; every killed worker comes back as its next life, and every loss is told.
+/// STEP-1, STEP-2, STEP-3, SUP-2, CKPT-1: at least twenty SIGKILLs at random moments leave the trace of an undisturbed
+/// run, no step repeated or lost, and sound checkpoints; every killed worker comes back as its next life, and every
+/// loss is told.
 #[test]
 fn twenty_kills_at_random_moments_change_nothing() {
     let (kills_wanted, steps) = (24, 1_000);
@@ -103,8 +104,8 @@ fn survivors_do_not_wait_for_the_replacement() {
     assert_eq!(run.events("rank_lost").len(), incarnation as usize, "{}", run.tail());
 }
 
-/// STEP-2, SUP-2: a rank that stands still is evicted after `fault.timeout_ms` and replaced; what it says after it wakes
-/// up can harm nothing, because it never does.
+/// STEP-2, SUP-2: a rank that stands still is evicted after `fault.timeout_ms` and replaced; what it says after it
+/// wakes up can harm nothing, because it never does.
 #[test]
 fn a_rank_that_hangs_is_replaced() {
     let project = Project::tiny_with(&[("fault.timeout_ms", "2000")]);

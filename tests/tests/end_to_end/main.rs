@@ -1,7 +1,8 @@
-//! End to end: the program itself on tiny models, killed, stopped, resumed, resized, misled and starved while it trains.
+//! End to end: the program itself on tiny models, killed, stopped, resumed, resized, misled and starved while it
+//! trains.
 //!
-//! One promise (DESIGN.md section 1) stands behind most of it: whatever happens, the committed trace is byte for byte that
-//! of a run on one rank in which nothing happened ([`tarazed_tests::harness::undisturbed`]). Each test says which
+//! One promise (DESIGN.md section 1) stands behind most of it: whatever happens, the committed trace is byte for byte
+//! that of a run on one rank in which nothing happened ([`tarazed_tests::harness::undisturbed`]). Each test says which
 //! invariants it covers. Tests that choose at random say their seed when they fail; `TARAZED_TEST_SEED` sets it.
 //!
 //! What this does not do: simulated time and thousands of schedules, larger models, other machines.

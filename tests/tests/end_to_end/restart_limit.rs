@@ -18,8 +18,8 @@ fn with_damaged_data(project: &Project, kill: &[u32]) -> (Run, std::path::PathBu
     (run, shard, good)
 }
 
-/// SUP-1, SUP-3, DATA-3: a worker that dies at every start halts the run after a bounded number of tries, with code 3 and
-/// every cause down to the file at fault; nothing is lost, and with the file repaired the run goes on.
+/// SUP-1, SUP-3, DATA-3: a worker that dies at every start halts the run after a bounded number of tries, with code 3
+/// and every cause down to the file at fault; nothing is lost, and with the file repaired the run goes on.
 #[test]
 fn a_worker_that_dies_at_every_start_halts_the_run() {
     let project = Project::tiny();

@@ -20,8 +20,8 @@ fn last_base(run: &Run) -> u64 {
     newest["base"].as_u64().expect("a step")
 }
 
-/// CKPT-6, STEP-5: each of the three signals ends a run with a checkpoint of the very step it stopped at and code 34; the
-/// run goes on from there at another world size, and repeats nothing.
+/// CKPT-6, STEP-5: each of the three signals ends a run with a checkpoint of the very step it stopped at and code 34;
+/// the run goes on from there at another world size, and repeats nothing.
 #[test]
 fn a_signal_saves_and_the_run_goes_on_at_another_world_size() {
     let project = Project::tiny();
@@ -50,8 +50,8 @@ fn a_signal_saves_and_the_run_goes_on_at_another_world_size() {
     }
 }
 
-/// STEP-5, CKPT-1: a signal at an inconvenient moment: before the first step, as soon as a resumed run has ranks, while it
-/// replays, and again and again. Each ends with 34, and the run is none the worse.
+/// STEP-5, CKPT-1: a signal at an inconvenient moment: before the first step, as soon as a resumed run has ranks, while
+/// it replays, and again and again. Each ends with 34, and the run is none the worse.
 #[test]
 fn signals_at_inconvenient_moments_lose_nothing() {
     let seed = Random::seed();
@@ -154,8 +154,8 @@ fn a_replay_that_differs_from_its_line_halts() {
     assert_eq!(again.processes().ranks(), [0_u32; 0]);
 }
 
-/// `--steps` stops with code 0 and the schedule aims at `run.steps` all the same; a larger one goes on, an equal or smaller
-/// one has nothing to do and says 0 at once, and so does a finished run.
+/// `--steps` stops with code 0 and the schedule aims at `run.steps` all the same; a larger one goes on, an equal or
+/// smaller one has nothing to do and says 0 at once, and so does a finished run.
 #[test]
 fn steps_can_be_raised_and_a_finished_run_stays_finished() {
     let project = Project::tiny_with(&[("run.steps", "4000")]);
@@ -180,8 +180,8 @@ fn fresh_and_resume_mean_what_they_say() {
     assert!(!project.run_dir("nowhere").exists());
 }
 
-/// CKPT-1, STEP-5: a store that is slower than the checkpoint interval costs checkpoints on the way, never the last one,
-/// be it at the end or at a stop.
+/// CKPT-1, STEP-5: a store that is slower than the checkpoint interval costs checkpoints on the way, never the last
+/// one, be it at the end or at a stop.
 #[test]
 fn checkpoints_faster_than_the_store_cost_none_of_the_last() {
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "1"), ("checkpoint.keep_last", "2")]);

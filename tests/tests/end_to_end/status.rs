@@ -22,8 +22,8 @@ fn json(project: &Project, run: &Run) -> Value {
     serde_json::from_str(&outcome.stdout).unwrap_or_else(|e| panic!("{e}: {}", outcome.tail()))
 }
 
-/// SUP-2: a live run names generation, step and each worker with rank, process, life, lanes, step and state; the numbers
-/// agree with each other, with the processes there are, and with a loss.
+/// SUP-2: a live run names generation, step and each worker with rank, process, life, lanes, step and state; the
+/// numbers agree with each other, with the processes there are, and with a loss.
 #[test]
 fn a_live_run_tells_its_generation_and_workers() {
     let project = Project::tiny();

@@ -106,7 +106,8 @@ fn a_store_claimed_by_another_run_halts_the_first() {
         .ranks(2)
         .steps(40)
         .set("checkpoint.store", &store);
-    // The first collects what a dead writer would have left, and may take the second's probes for such: 33 says try again.
+    // The first collects what a dead writer would have left, and may take the second's probes for such: 33 says try
+    // again.
     let foreign = loop {
         let outcome = second.finish();
         if outcome.code != Some(33) {

@@ -4,8 +4,8 @@ use crate::common::assert_undisturbed;
 use std::process::Command;
 use tarazed_tests::harness::{Project, Run, assert_same_trace, tarazed, undisturbed};
 
-/// A run folder with a name in several scripts, with spaces and quotes, and with a path too long for a socket's address,
-/// trains, loses a rank, answers `status` and ends like any other.
+/// A run folder with a name in several scripts, with spaces and quotes, and with a path too long for a socket's
+/// address, trains, loses a rank, answers `status` and ends like any other.
 #[test]
 fn strange_and_long_paths_are_ordinary() {
     let project = Project::tiny();

@@ -6,8 +6,8 @@ use tarazed_tests::harness::{Project, Run, assert_same_trace, first_lines, lines
 
 const STEPS: u64 = 60;
 
-/// DET-1, DET-2, STEP-4: 1, 2, 3, 4, 5 and 8 ranks, so with lanes that do and do not divide, write the same bytes: loss,
-/// norm and the hash of the whole state.
+/// DET-1, DET-2, STEP-4: 1, 2, 3, 4, 5 and 8 ranks, so with lanes that do and do not divide, write the same bytes:
+/// loss, norm and the hash of the whole state.
 #[test]
 fn every_world_size_writes_the_same_trace() {
     let project = Project::tiny();
