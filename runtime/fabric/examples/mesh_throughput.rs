@@ -1,6 +1,6 @@
 //! Measures the data plane: an all-reduce among processes, as the ranks of a step do it.
 //!
-//! `cargo run --release -p tarazed-fabric --example throughput -- [unix|tcp] [ranks] [MiB] [repetitions]`
+//! `cargo run --release -p tarazed-fabric --example mesh_throughput -- [unix|tcp] [ranks] [MiB] [repetitions]`
 //!
 //! Each repetition sends every rank's part of a gradient to the part's owner (grouped send/receive), sums there in rank
 //! order, and gathers the sums. The sum is this program's: the fabric moves bytes. Rank 0 prints the times of the

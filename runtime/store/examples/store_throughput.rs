@@ -1,4 +1,4 @@
-//! How fast a store takes and gives checkpoints: `throughput FOLDER_OR_URL [MIB_PER_SHARD] [COMMITS]`.
+//! How fast a store takes and gives checkpoints: `store_throughput FOLDER_OR_URL [MIB_PER_SHARD] [COMMITS]`.
 //!
 //! Prints MB/s of one shard up and down (hashes and fsync included), milliseconds of a commit, and how long the first and
 //! the second look at a chain of that many commits take. Stops at the first error, e.g. a full disk, and prints it.
@@ -130,7 +130,7 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize, default: u64| arguments.get(at).and_then(|text| text.parse().ok()).unwrap_or(default);
     let Some(location) = arguments.first() else {
-        eprintln!("usage: throughput FOLDER_OR_URL [MIB_PER_SHARD] [COMMITS]");
+        eprintln!("usage: store_throughput FOLDER_OR_URL [MIB_PER_SHARD] [COMMITS]");
         std::process::exit(2);
     };
     if let Err(error) = measure(location, number(1, 256), number(2, 200)).await {
