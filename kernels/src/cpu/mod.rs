@@ -1,7 +1,7 @@
 //! The CPU device.
 //!
 //! One call runs on one thread, by design (DET-2): a rank's threads work on different lanes. All arithmetic is f32 with
-//! explicit fused multiply-adds over sixteen virtual lanes ([`lanes`]), so AVX-512, AVX2 and portable code give the same
+//! explicit fused multiply-adds over sixteen virtual lanes (`lanes`), so AVX-512, AVX2 and portable code give the same
 //! bits, and so do all addresses (DET-1). Error bounds against exact arithmetic are stated, and checked, in
 //! [`crate::conformance`].
 
