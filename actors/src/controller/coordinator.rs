@@ -17,7 +17,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
+use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::decision::Decision;
@@ -88,6 +88,8 @@ pub struct CoordinatorState {
     writing: Option<Box<TraceLine>>,
     /// Whole checkpoints that wait for the trace to lie on the disk.
     syncing: BTreeMap<StepsCompleted, Vec<StoredShard>>,
+    /// Ranks without a session that have not ended yet, since when, and why.
+    cut_off: Vec<(Instant, Member, String)>,
     ended: bool,
 }
 
@@ -112,6 +114,7 @@ impl Actor for CoordinatorActor {
             deciding: None,
             writing: None,
             syncing: BTreeMap::new(),
+            cut_off: Vec::new(),
             ended: false,
         })
     }
@@ -166,7 +169,10 @@ impl Actor for CoordinatorActor {
                 state.observe(ObservatoryMessage::Stopping)?;
                 state.event(Event::StopRequested)
             }
-            CoordinatorMessage::Tick => state.event(Event::Tick),
+            CoordinatorMessage::Tick => {
+                state.end_cut_off()?;
+                state.event(Event::Tick)
+            }
             CoordinatorMessage::Status(reply) => {
                 // An error means that whoever asked is gone.
                 let _ = reply.send(state.status());
@@ -287,16 +293,13 @@ impl CoordinatorState {
         match event {
             HubEvent::Connected(_) => Ok(()),
             HubEvent::Disconnected(peer, reason) => {
-                // A rank without a session cannot take part: end what is left of it.
                 let member = Member {
                     worker: peer.worker,
                     incarnation: peer.incarnation,
                 };
                 let reason = format!("its control session ended: {reason}");
-                if self.ended || self.arguments.machine.is_leaving() {
-                    return Ok(());
-                }
-                self.act(vec![Effect::Kill { member, reason }])
+                self.cut_off.push((Instant::now(), member, reason));
+                Ok(())
             }
             HubEvent::Message(peer, body) => {
                 let member = Member {
@@ -312,6 +315,21 @@ impl CoordinatorState {
                 }
             }
         }
+    }
+
+    /// A rank without a session cannot take part: what is left of it is ended. One that failed closes its session just
+    /// before it ends, and killed at once it would take its cause along (SUP-1).
+    fn end_cut_off(&mut self) -> Result<(), ActorProcessingErr> {
+        if self.ended || self.arguments.machine.is_leaving() {
+            return Ok(());
+        }
+        let patience = Duration::from_millis(LAST_WORDS_MS_MAX);
+        let (due, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.cut_off)
+            .into_iter()
+            .partition(|(since, ..)| since.elapsed() >= patience);
+        self.cut_off = rest;
+        let kill = |(_, member, reason)| Effect::Kill { member, reason };
+        self.act(due.into_iter().map(kill).collect())
     }
 
     fn heard(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
@@ -427,6 +445,7 @@ impl CoordinatorState {
             } => {
                 let orderly = exit.cause == crate::node::ExitCause::Code(0);
                 let member = Member { worker, incarnation };
+                self.cut_off.retain(|(_, cut_off, _)| *cut_off != member);
                 self.event(Event::Exited {
                     member,
                     cause: exit.to_string(),

@@ -34,6 +34,9 @@ pub const LINK_HANDSHAKE_MS_MAX: u64 = 5_000;
 pub const LINK_HANDSHAKES_MAX: usize = 1_024;
 /// Closing a link waits this long for the other side to handle what was sent (milliseconds).
 pub const LINK_CLOSE_MS_MAX: u64 = 2_000;
+/// A rank whose session ended without a goodbye has this long to end by itself, with its cause as its last words, before it
+/// is killed. Sending its last telemetry takes most of it.
+pub const LAST_WORDS_MS_MAX: u64 = 2_500;
 /// Lines of a dead rank's output that are reported with its exit.
 pub const EXIT_TAIL_LINES_MAX: usize = 20;
 /// Bytes of a dead rank's output that are looked at for those lines.

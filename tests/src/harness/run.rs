@@ -292,9 +292,11 @@ impl Run {
     /// Sends a signal to the controller's process.
     ///
     /// # Panics
-    /// If it is gone.
+    /// If it has ended.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
+        // Once it is reaped, its number may be another's.
+        assert!(self.outcome.is_none(), "the run has ended\n{}", self.tail());
         let sent = rustix::process::kill_process(self.pid(), signal);
         assert!(sent.is_ok(), "{sent:?}: {signal:?} did not arrive\n{}", self.tail());
     }

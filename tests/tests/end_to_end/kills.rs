@@ -42,7 +42,11 @@ fn twenty_kills_at_random_moments_change_nothing() {
     assert_eq!(lost.len(), total as usize, "{what}: {lost:?}\n{}", run.tail());
     for event in &lost {
         let cause = event["cause"].as_str().unwrap_or_default();
-        assert!(cause.contains("SIGKILL"), "{what}: {event}");
+        assert!(cause.starts_with("signal 9 (SIGKILL) after"), "{what}: {event}");
+        assert!(
+            !cause.contains("control session"),
+            "{what}: who killed it is not told: {event}"
+        );
     }
     for worker in back.workers {
         let killed = kills.get(&worker.worker).copied().unwrap_or(0);
