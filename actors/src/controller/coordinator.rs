@@ -357,7 +357,7 @@ impl CoordinatorState {
                 base,
                 state,
             } => {
-                if generation != self.arguments.machine.generation() {
+                if !self.arguments.machine.is_current(member, generation) {
                     return Ok(());
                 }
                 match self.arguments.ledger.check_base(base, state) {

@@ -280,7 +280,8 @@ impl Coordinator {
         known
     }
 
-    fn is_current(&mut self, member: Member, generation: Generation) -> bool {
+    /// Whether a message of `member` in `generation` counts; else it is refused and counted (SUP-2).
+    pub fn is_current(&mut self, member: Member, generation: Generation) -> bool {
         let current = generation == self.generation && self.knows(member);
         if !current && generation != self.generation {
             self.refused_count += 1;

@@ -210,7 +210,7 @@ fn draw(logits: &[f32], sampling: &Sampling, uniform: f64) -> u32 {
     let best = order.first().map_or(0.0, |&id| f64::from(logits[id]));
     let weights: Vec<f64> = order
         .iter()
-        .map(|&id| ((f64::from(logits[id]) - best) / sampling.temperature).exp())
+        .map(|&id| libm::exp((f64::from(logits[id]) - best) / sampling.temperature))
         .collect();
     let mut left = uniform * weights.iter().sum::<f64>();
     for (&id, weight) in order.iter().zip(&weights) {
