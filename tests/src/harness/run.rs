@@ -340,6 +340,12 @@ impl Run {
             .unwrap_or(0)
     }
 
+    /// Whether it has said anything: from then on it hears signals.
+    #[must_use]
+    pub fn has_spoken(&self) -> bool {
+        std::fs::metadata(&self.stdout).is_ok_and(|file| file.len() > 0)
+    }
+
     /// The end of what the run said so far.
     #[must_use]
     pub fn tail(&self) -> String {

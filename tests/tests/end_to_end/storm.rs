@@ -32,6 +32,8 @@ fn harm(run: &mut Run, random: &mut Random) -> bool {
             }
         }
         8 => {
+            // Ranks of the life before may be there while this one is still being loaded and hears nothing yet.
+            run.wait_for("its first words", |run| run.has_spoken().then_some(()));
             run.signal(Signal::TERM);
             return true;
         }

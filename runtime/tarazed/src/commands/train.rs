@@ -73,10 +73,13 @@ impl Args {
 /// # Errors
 /// By what the run says: refused before it began, halted, transient or stopped.
 pub fn run(args: &Args) -> Result<Exit, Failure> {
+    // Before anything else: a signal that finds nobody listening ends the process with no code of the contract.
+    let heard = Arc::new(Heard::default());
+    let stop = stop_on_signals(Arc::clone(&heard))?;
     let config = args.resolve()?;
     let folder = RunFolder::open(&config, args.existing()).map_err(folder_failure)?;
     let (attempt, config_file) = (folder.attempt(), folder.paths.config());
-    let ended = train(args, config, folder);
+    let ended = train(args, config, folder, &heard, stop);
     // A new run that is refused leaves nothing behind, and neither does one that failed before there was anything to keep.
     if let Err(failure) = &ended
         && (failure.exit == Exit::Refused || !config_file.exists())
@@ -86,7 +89,13 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     ended
 }
 
-fn train(args: &Args, config: Config, folder: RunFolder) -> Result<Exit, Failure> {
+fn train(
+    args: &Args,
+    config: Config,
+    folder: RunFolder,
+    heard: &Arc<Heard>,
+    stop: watch::Receiver<bool>,
+) -> Result<Exit, Failure> {
     let last_step = StepsCompleted(args.steps.unwrap_or(config.run.steps).min(config.run.steps));
     let program = std::env::current_exe().map_err(|e| {
         Failure::refused(
@@ -95,8 +104,6 @@ fn train(args: &Args, config: Config, folder: RunFolder) -> Result<Exit, Failure
             "start it by its path",
         )
     })?;
-    let heard = Arc::new(Heard::default());
-    let stop = stop_on_signals(Arc::clone(&heard))?;
     if !folder.resumed {
         super::checkpoint::try_remote(&config.checkpoint.store)?;
     }
@@ -108,7 +115,7 @@ fn train(args: &Args, config: Config, folder: RunFolder) -> Result<Exit, Failure
     })?;
     let dir = config.run.dir.clone();
     let screen = Screen::start(&config, last_step, telemetry.metrics().clone())?;
-    let (show, hear) = (screen.listener(), Arc::clone(&heard));
+    let (show, hear) = (screen.listener(), Arc::clone(heard));
     let ended = controller::run(RunOptions {
         config,
         program,
@@ -122,7 +129,7 @@ fn train(args: &Args, config: Config, folder: RunFolder) -> Result<Exit, Failure
     });
     screen.finish();
     telemetry.shutdown();
-    let exit = conclude(ended, &heard, args.fresh)?;
+    let exit = conclude(ended, heard, args.fresh)?;
     if exit == Exit::Done
         && let Err(failure) = crate::finale::tell(crate::output::short(&dir), &args.config)
     {
