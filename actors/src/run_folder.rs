@@ -230,6 +230,9 @@ impl RunFolder {
     }
 }
 
+/// Bytes at a trace's end in which its last whole line is looked for; a line is far shorter.
+const TRACE_TAIL_BYTES: u64 = 256 * 1024;
+
 /// Everything that a run puts into its folder but the lock, by name.
 const ENTRIES: [&str; 10] = [
     "config.toml",
@@ -412,7 +415,10 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
 }
 
 /// The whole lines of a trace; a torn last one is cut off the file.
-fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
+///
+/// # Errors
+/// If it cannot be read, or is no trace.
+pub fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
     let mut file = match OpenOptions::new().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -428,6 +434,22 @@ fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
         file.seek(SeekFrom::End(0)).map_err(|e| FolderError::io(path, &e))?;
     }
     Ok(lines)
+}
+
+/// The newest whole line's step; 0 where there is none that can be read. For messages, at the end of a run.
+#[must_use]
+pub fn newest_step(path: &Path) -> StepsCompleted {
+    let tail = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(TRACE_TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TRACE_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = tail().unwrap_or_default();
+    let newest = text.lines().rev().find_map(|line| TraceLine::parse(line, 0).ok());
+    newest.map_or(StepsCompleted(0), |line| line.step)
 }
 
 /// Lines after `step`, read back for a replay to be checked against.

@@ -5,17 +5,17 @@
 //! - **STEP-3** A line is written, acknowledged and shown only after the ledger had it from a rank that finished it.
 
 use super::TraceHeads;
-use super::appender::{Appended, TraceAppender};
+use super::appender::{Appended, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
 use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
 use super::root::{End, RootMessage};
 use super::sharder::SharderMessage;
-use crate::link::{Hub, HubEvent, LinkError, PeerId};
-use crate::node::{NodeAgent, NodeCommand, NodeEvent};
+use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
+use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
@@ -24,6 +24,7 @@ use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
 use tarazed_protocol::trace::TraceLine;
+use tokio::time::Instant;
 
 /// Between ticks of the machine; a fraction of every timeout.
 const TICK: Duration = Duration::from_millis(20);
@@ -62,13 +63,13 @@ impl ractor::Message for CoordinatorMessage {}
 
 /// Whom the coordinator talks to.
 pub struct Peers {
-    pub hub: Hub,
-    pub node: NodeAgent,
+    pub hub: Box<dyn ToRanks>,
+    pub node: Box<dyn Processes>,
     pub observatory: ActorRef<ObservatoryMessage>,
     pub checkpointer: ActorRef<CheckpointerMessage>,
     pub sharder: ActorRef<SharderMessage>,
     pub entry: ActorRef<LookAt>,
-    pub trace: TraceAppender,
+    pub trace: Box<dyn TraceSink>,
 }
 
 pub struct CoordinatorArguments {
@@ -592,10 +593,7 @@ impl CoordinatorState {
     fn end(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
         if !self.ended {
             self.ended = true;
-            let step = self.arguments.ledger.written();
-            self.arguments
-                .root
-                .cast(RootMessage::Ended(End { code, diagnosis, step }))?;
+            self.arguments.root.cast(RootMessage::Ended(End { code, diagnosis }))?;
         }
         Ok(())
     }

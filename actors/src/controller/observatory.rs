@@ -6,12 +6,13 @@ use super::{Notice, Notify, unix_ms};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
+use tokio::time::Instant;
 
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;

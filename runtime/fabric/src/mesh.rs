@@ -6,7 +6,8 @@
 //! another, which may itself wait for the dead one, the blame goes to the dead one at once.
 
 use crate::counters::{ProgressCounter, RefusalCounters};
-use crate::link::{Identity, Incoming, Link, Outgoing, Presence, Step};
+use crate::judge::Identity;
+use crate::link::{Incoming, Link, Outgoing, Presence, Step};
 use crate::{AbortHandle, Collective, FabricError, Receive, Send, Tag};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
