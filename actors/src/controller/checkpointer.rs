@@ -78,18 +78,20 @@ pub struct ManifestFacts {
     block_count: u32,
     binary: BinaryId,
     device_type: String,
+    /// Milliseconds since 1970.
+    clock: fn() -> u64,
 }
 
 impl ManifestFacts {
     /// Of this config, these data, this program and this device type.
     #[must_use]
     pub fn new(config: &Config, data_version: &str) -> Self {
-        Self::of_program(config, data_version, binary_id())
+        Self::of_program(config, data_version, binary_id(), unix_ms)
     }
 
-    /// The same, of a program that is known already.
+    /// The same, of a program that is known already, by a clock that people read.
     #[must_use]
-    pub fn of_program(config: &Config, data_version: &str, binary: BinaryId) -> Self {
+    pub fn of_program(config: &Config, data_version: &str, binary: BinaryId, clock: fn() -> u64) -> Self {
         let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
         let mut described = String::new();
         for slot in layout.tensors() {
@@ -103,6 +105,7 @@ impl ManifestFacts {
             block_elements: layout.block_elements() as u64,
             block_count: layout.block_count() as u32,
             binary,
+            clock,
             device_type: CpuDevice::new().device_type(),
         }
     }
@@ -291,7 +294,7 @@ impl CheckpointerState {
             binary: facts.binary.clone(),
             device_type: facts.device_type.clone(),
             lineage: self.lineage.clone(),
-            created_unix_ms: unix_ms(),
+            created_unix_ms: (facts.clock)(),
         })
     }
 

@@ -399,12 +399,13 @@ impl CoordinatorState {
             FromRank::Heartbeat {
                 generation,
                 step,
+                progress,
                 phase,
-                ..
             } => self.event(Event::Heartbeat {
                 member,
                 generation,
                 step,
+                progress,
                 activity: phase,
             }),
             FromRank::ShardSaved {

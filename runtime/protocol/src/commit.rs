@@ -118,6 +118,7 @@ mod tests {
                 .collect(),
             passed: Some(outcome(if reached >= Reached::Passed { 10 } else { 9 })),
             lines: vec![],
+            waits_for: None,
         }
     }
 

@@ -13,15 +13,19 @@
 //!
 //! - **SUP-2** identity is (worker, incarnation); what comes from another life or generation is refused and counted.
 //! - **SUP-3** restarts, and generations that commit nothing, are bounded; then the run halts with the chain of causes.
+//! - A hang shows by progress: where no member's device thread has done anything for a while, all are fenced, and the one
+//!   that cannot answer is killed. A pair that cannot hear each other shows by its complaints: the one named is replaced.
 //! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6).
 //!
 //! The machine knows no clock: `now_ms` comes with each event. It sends nothing: effects say what should be sent.
 
+mod alarm;
 mod events;
 mod flow;
 #[cfg(test)]
 mod tests;
 
+use alarm::Alarm;
 pub use events::{Effect, Event, Incident, Options};
 
 use crate::commit::Resolution;
@@ -58,6 +62,9 @@ pub struct Worker {
     pid: u32,
     heard_ms: u64,
     step: StepsCompleted,
+    /// Work of its device thread, as last heard, and since when it has not grown.
+    progress: u64,
+    progress_ms: u64,
     activity: String,
     limiter: RestartLimiter,
 }
@@ -90,6 +97,8 @@ enum Phase {
     /// Waits for the survivors' reports.
     Fencing {
         deadline_ms: u64,
+        /// Why the generation before ended, if by something that its members saw.
+        alarm: Option<Alarm>,
         awaiting: BTreeSet<Member>,
         reports: BTreeMap<Member, StateReport>,
     },
@@ -98,6 +107,8 @@ enum Phase {
         paused: BTreeMap<Member, StepsCompleted>,
         pause_sent: bool,
         failed: Option<(u64, String)>,
+        /// Who was named, by whom, as one that nothing comes from.
+        suspicions: BTreeSet<(Member, Member)>,
     },
     /// All stand at the last step; the last checkpoint is being committed. Shards that come put the deadline off.
     Finishing { step: StepsCompleted, deadline_ms: u64 },
@@ -133,6 +144,10 @@ pub struct Coordinator {
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
     fruitless: RestartLimiter,
     refused_count: u64,
+    /// How long no member may make any progress before all are asked. Doubles with each alarm that was false.
+    stall_ms: u64,
+    /// How often each member was named without a line in between.
+    strikes: BTreeMap<Member, u32>,
 }
 
 impl Coordinator {
@@ -141,6 +156,7 @@ impl Coordinator {
     #[must_use]
     pub fn new(options: Options, generation: Generation, written: StepsCompleted) -> Self {
         let fruitless = RestartLimiter::new(options.restarts_max.saturating_mul(4).max(8), 0);
+        let stall_ms = options.timeouts.failure_ms;
         Self {
             options,
             workers: BTreeMap::new(),
@@ -159,6 +175,8 @@ impl Coordinator {
             verdict: None,
             fruitless,
             refused_count: 0,
+            stall_ms,
+            strikes: BTreeMap::new(),
         }
     }
 
@@ -176,6 +194,8 @@ impl Coordinator {
                 pid: 0,
                 heard_ms: now_ms,
                 step: StepsCompleted(0),
+                progress: 0,
+                progress_ms: now_ms,
                 activity: String::new(),
                 limiter,
             };

@@ -191,7 +191,14 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
                         }
                     }
                 }
-                Command::Report { generation } => self.events.report(generation, self.state.report()),
+                Command::Report { generation } => {
+                    let waits_for = mesh.as_ref().and_then(|mesh| mesh.waits_for());
+                    let report = StateReport {
+                        waits_for,
+                        ..self.state.report()
+                    };
+                    self.events.report(generation, report);
+                }
                 Command::Exit => {
                     if let Some(mesh) = &mut mesh {
                         mesh.leave();

@@ -124,6 +124,7 @@ impl<D: Device> RankState<D> {
             shards: self.shards.values().map(Shard::holding).collect(),
             passed: self.passed.clone(),
             lines: self.lines.values().cloned().collect(),
+            waits_for: None,
         }
     }
 

@@ -87,6 +87,8 @@ pub enum Event {
         generation: Generation,
         /// Where.
         step: StepsCompleted,
+        /// Grows with every bit of work its device thread does.
+        progress: u64,
         /// Doing what.
         activity: String,
     },

@@ -1,5 +1,6 @@
 //! The machine's moves: one function per event, then the moves between phases.
 
+use super::alarm::Alarm;
 use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
 use crate::commit;
 use crate::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, ToRank};
@@ -65,6 +66,7 @@ impl Coordinator {
                 member,
                 generation,
                 step,
+                progress,
                 activity,
             } => {
                 if self.knows(member)
@@ -73,6 +75,9 @@ impl Coordinator {
                     worker.heard_ms = now_ms;
                     if generation == self.generation {
                         worker.step = step;
+                    }
+                    if progress != worker.progress {
+                        (worker.progress, worker.progress_ms) = (progress, now_ms);
                     }
                     worker.activity = activity;
                 }
@@ -213,11 +218,17 @@ impl Coordinator {
             }
         }
         match &mut self.phase {
-            Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause)),
-            Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause)),
-            Phase::Fencing { awaiting, reports, .. } => {
+            Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
+            Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
+            Phase::Fencing {
+                awaiting,
+                reports,
+                alarm,
+                ..
+            } => {
                 awaiting.remove(&member);
                 reports.remove(&member);
+                *alarm = None; // here is the cause
                 effects.extend(self.settle_fence(now_ms));
             }
             _ => {}
@@ -237,7 +248,7 @@ impl Coordinator {
     }
 
     /// A new generation: fences every survivor and waits for what it holds.
-    fn fence(&mut self, now_ms: u64, cause: String) -> Vec<Effect> {
+    fn fence(&mut self, now_ms: u64, cause: String, alarm: Option<Alarm>) -> Vec<Effect> {
         if let Verdict::GiveUp { causes } = self.fruitless.on_death(cause) {
             let what = format!(
                 "{} generations in a row committed no step; causes, oldest first:\n  {}",
@@ -258,6 +269,7 @@ impl Coordinator {
             .collect::<Vec<_>>();
         self.phase = Phase::Fencing {
             deadline_ms: now_ms + self.options.timeouts.fence_ms,
+            alarm,
             awaiting: survivors.into_iter().collect(),
             reports: BTreeMap::new(),
         };
@@ -266,12 +278,19 @@ impl Coordinator {
 
     /// Once every survivor has answered: agree (STEP-2) and begin, or look for a checkpoint.
     fn settle_fence(&mut self, now_ms: u64) -> Vec<Effect> {
-        let Phase::Fencing { awaiting, reports, .. } = &self.phase else {
+        let Phase::Fencing { awaiting, .. } = &self.phase else {
             return Vec::new();
         };
         if !awaiting.is_empty() {
             return Vec::new();
         }
+        let kills = self.judge_alarm();
+        if !kills.is_empty() {
+            return kills;
+        }
+        let Phase::Fencing { reports, .. } = &self.phase else {
+            return Vec::new();
+        };
         if reports.is_empty() {
             // Nobody is left. The whole cluster forms again; what is ready waits for the others.
             let mut effects = vec![Effect::Note(Incident::StateLost {
@@ -376,6 +395,7 @@ impl Coordinator {
             if let Some(worker) = self.workers.get_mut(&member.worker) {
                 worker.phase = WorkerPhase::Member;
                 worker.heard_ms = now_ms;
+                worker.progress_ms = now_ms;
                 worker.step = ground.base;
             }
         }
@@ -384,6 +404,7 @@ impl Coordinator {
             paused: BTreeMap::new(),
             pause_sent: false,
             failed: None,
+            suspicions: BTreeSet::new(),
         };
         let note = Incident::GenerationBegan {
             generation: self.generation,
@@ -459,10 +480,13 @@ impl Coordinator {
                 named.join(", ")
             }
         );
-        if let Phase::Running { failed, .. } = &mut self.phase
-            && failed.is_none()
-        {
-            *failed = Some((now_ms, cause));
+        let members: Vec<Member> = suspects
+            .iter()
+            .filter_map(|rank| self.roster.get(rank.index()).map(|(suspect, _)| *suspect))
+            .collect();
+        if let Phase::Running { failed, suspicions, .. } = &mut self.phase {
+            failed.get_or_insert((now_ms, cause));
+            suspicions.extend(members.into_iter().map(|suspect| (member, suspect)));
         }
         Vec::new()
     }
@@ -488,7 +512,7 @@ impl Coordinator {
         // A pause is no failure. Where the stop came too late for this boundary's checkpoint, the new generation begins
         // with one.
         self.fruitless.on_progress();
-        self.fence(now_ms, "paused at a step boundary".to_owned())
+        self.fence(now_ms, "paused at a step boundary".to_owned(), None)
     }
 
     fn on_line_written(&mut self, now_ms: u64, step: StepsCompleted) -> Vec<Effect> {
@@ -497,6 +521,7 @@ impl Coordinator {
             return self.leave_when_saved(now_ms);
         }
         self.written = step;
+        self.strikes.clear();
         self.fruitless.on_progress();
         for (member, _) in &self.roster {
             if let Some(worker) = self.workers.get_mut(&member.worker)
@@ -561,7 +586,7 @@ impl Coordinator {
             return Vec::new();
         };
         match self.last_saves.on_death(cause.clone()) {
-            Verdict::Restart { .. } => self.fence(now_ms, cause),
+            Verdict::Restart { .. } => self.fence(now_ms, cause, None),
             Verdict::GiveUp { causes } => {
                 let what = format!(
                     "the last checkpoint, of step {step}, could not be written in {} tries: {}; mend the store and start \
@@ -625,10 +650,15 @@ impl Coordinator {
             }
             Phase::Running {
                 failed: Some((since, cause)),
+                suspicions,
                 ..
             } if now_ms >= since + FAILED_GRACE_MS => {
-                let cause = cause.clone();
-                effects.extend(self.fence(now_ms, cause));
+                let (cause, alarm) = (cause.clone(), Alarm::Named(suspicions.clone()));
+                effects.extend(self.fence(now_ms, cause, Some(alarm)));
+            }
+            Phase::Running { failed: None, .. } if self.is_stalled(now_ms) => {
+                let cause = format!("no rank has made any progress for {} ms", self.stall_ms);
+                effects.extend(self.fence(now_ms, cause, Some(Alarm::Stall)));
             }
             &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
                 let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
@@ -659,6 +689,7 @@ impl Coordinator {
         }
         for worker in self.workers.values_mut() {
             worker.heard_ms += absent_ms;
+            worker.progress_ms += absent_ms;
             if let WorkerPhase::Starting { deadline_ms } = &mut worker.phase {
                 *deadline_ms += absent_ms;
             }

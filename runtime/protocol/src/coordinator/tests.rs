@@ -174,6 +174,7 @@ impl Cluster {
                     shards,
                     passed,
                     lines: vec![],
+                    waits_for: None,
                 };
                 self.event(Event::State {
                     member,
@@ -542,6 +543,7 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
                     shards: shards.collect(),
                     passed: Some(outcome(LAST)),
                     lines: vec![],
+                    waits_for: None,
                 };
                 cluster.event(Event::State {
                     member,
