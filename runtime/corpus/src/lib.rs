@@ -17,6 +17,7 @@
 //! What it does not do: it decides no sample order and no mixture (`tarazed-protocol` does), it filters no quality and
 //! removes no near-duplicates beyond exact copies within a domain, and it reads nothing over a network.
 
+mod baseline;
 mod chunks;
 mod documents;
 mod entropy;
@@ -31,6 +32,7 @@ mod split;
 mod store;
 mod tokenizer;
 
+pub use baseline::UnigramLoss;
 pub use documents::{DocumentRecord, KeptTokens};
 pub use error::CorpusError;
 pub use manifest::{
