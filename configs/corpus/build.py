@@ -5,8 +5,11 @@
     python3 configs/corpus/build.py --full DIR       everything (about 75 MB) into DIR
 
 Needs apt-get and dpkg-deb, and nothing else but Python's standard library. Each domain becomes DOMAIN.jsonl, one document
-a line: {"text": ..., "source": "package:path#part"}. PROVENANCE.json beside them names the packages by version and hash.
-The same packages give the same bytes: nothing depends on time, locale or the order of a directory.
+a line: {"text": ..., "source": "package:path#part"}. PROVENANCE.json beside them holds the hash of each file, and the
+packages it was made from by version, hash, licence and copyright. Elsewhere than beside this script, README.md and the
+texts of the licences are put there too. The same packages give the same bytes: nothing depends on time, locale or the
+order of a directory. So each package is asked for in the version that PROVENANCE.json beside this script names; where
+the archive no longer has it, the present one is taken and a warning says so.
 
 Steps: extract text (HTML by leaf blocks, man pages by a small roff reader, reStructuredText and YAML as they are); cut long
 texts at headings and paragraphs; drop Chinese documents with less than 15% Han; drop lines that occurred before anywhere
@@ -22,6 +25,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,26 +50,88 @@ def domain(name, language, sample_bytes):
     return register
 
 
-class Packages:
-    """Downloads and unpacks packages once each."""
+# Licence (SPDX) and copyright of what is taken, as the package's copyright file says; by package, and by domain and
+# package where a domain takes only files under other terms. Each licence has its text in licences/.
+LINUX = "1991-2022 Linus Torvalds and many others"
+MANPAGES_ZH = (
+    "2005 Carlos Z.F. Liu; 2008 LI Daobing; 2008 Ji ZhengYu; 2000-2004 CMPP Project; 2016-2020 Boyuan Yang; "
+    "intro.6: 1993 Michael Haardt; kill.1: Albert Cahalan, Michael K. Johnson; epoll.7: 2003 Davide Libenzi, 2021 Phi-Li"
+)
+INSTALLER = (
+    "1996 Bruce Perens; 1996, 1997 Sven Rudolph; 1998 Igor Grobman, James Treacy; 1998-2002 Adam Di Carlo; "
+    "2003 Chris Tillman; 2004-2023 the Debian Installer team, and other contributors"
+)
+LIBREOFFICE = "2000, 2010 Oracle and/or its affiliates; 2000, 2010 LibreOffice contributors and/or their affiliates"
+LICENCES = {
+    "anarchism": ("GPL-2.0-or-later", "1995-2017 The Anarchist FAQ Editorial Collective"),
+    "debian-handbook": (  # offered under CC-BY-SA-3.0 too; taken under the GPL
+        "GPL-2.0-or-later",
+        "2003-2015 Raphaël Hertzog; 2006-2015 Roland Mas; 2013-2015 Freexian SARL; and translators",
+    ),
+    "debian-reference-en": ("GPL-2.0-or-later", "2007-2013 Osamu Aoki"),
+    "debian-reference-zh-cn": ("GPL-2.0-or-later", "2007-2013 Osamu Aoki, and translators"),
+    "dict-gcide": ("GPL-2.0-or-later", "the GCIDE's editors and contributors (after Webster, 1913)"),
+    "fortunes-zh": ("GPL-3.0-or-later", "2001-2009 Yu Guanghui; 2015-2019 Mo Zhou; 2020-2021 xiao sheng wen"),
+    "installation-guide-amd64": ("GPL-2.0-only", INSTALLER),
+    "libreoffice-help-en-us": ("MPL-2.0 AND Apache-2.0", LIBREOFFICE),
+    "libreoffice-help-zh-cn": ("MPL-2.0 AND Apache-2.0", LIBREOFFICE),
+    "linux-doc-6.1": ("GPL-2.0-only", LINUX),
+    "manpages-zh": ("GFDL-1.2-or-later AND GPL-2.0-only AND GPL-2.0-or-later", MANPAGES_ZH),
+    ("code", "linux-doc-6.1"): ("GPL-2.0-only OR BSD-2-Clause", "each file's own notice, kept in its text"),
+}
 
-    def __init__(self, folder):
-        self.folder = folder
+
+def licence(domain_name, package):
+    found = LICENCES.get((domain_name, package)) or LICENCES.get(package)
+    if not found:
+        sys.exit(f"{package}: has no entry in LICENCES; read its copyright file and add one")
+    return dict(zip(("licence", "copyright"), found))
+
+
+def pinned():
+    """Packages by name, as the corpus beside this script was made from them."""
+    path = os.path.join(HERE, "PROVENANCE.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return {package["package"]: package for entry in json.load(file) for package in entry["packages"]}
+
+
+class Packages:
+    """Downloads and unpacks packages once each, in the pinned version where there is one and the archive has it."""
+
+    def __init__(self, folder, pins):
+        self.folder, self.pins = folder, pins
         self.known = {}
+
+    def download(self, name, into):
+        """The package's file, of the pinned version or else the present one."""
+        pin = self.pins.get(name)
+        for wanted in [f"{name}={pin['version']}", name] if pin else [name]:
+            print(f"fetching {wanted}", file=sys.stderr)
+            if not subprocess.run(["apt-get", "download", "-qq", wanted], cwd=into, stderr=subprocess.DEVNULL).returncode:
+                (deb,) = os.listdir(into)
+                return deb
+        sys.exit(f"apt-get download {name} failed; run apt-get update (on Debian 12) and try again")
+
+    def warn_of_another(self, name, version, digest):
+        pin = self.pins.get(name, {"version": version, "sha256": digest})
+        if pin["version"] != version:
+            print(f"warning: {name} is {version}, not {pin['version']}: other bytes will come out", file=sys.stderr)
+        elif pin["sha256"] != digest:
+            print(f"warning: {name} {version} has SHA-256 {digest}, not {pin['sha256']}", file=sys.stderr)
 
     def path(self, name):
         if name not in self.known:
-            print(f"fetching {name}", file=sys.stderr)
             into = os.path.join(self.folder, name)
             os.mkdir(into)
-            if subprocess.run(["apt-get", "download", "-qq", name], cwd=into, stderr=subprocess.DEVNULL).returncode:
-                sys.exit(f"apt-get download {name} failed; run apt-get update (on Debian 12) and try again")
-            (deb,) = os.listdir(into)
+            deb = self.download(name, into)
             with open(os.path.join(into, deb), "rb") as file:
                 digest = hashlib.sha256(file.read()).hexdigest()
             version = subprocess.run(
                 ["dpkg-deb", "-f", os.path.join(into, deb), "Version"], check=True, capture_output=True, text=True
             ).stdout.strip()
+            self.warn_of_another(name, version, digest)
             root = os.path.join(into, "root")
             subprocess.run(["dpkg-deb", "-x", os.path.join(into, deb), root], check=True)
             self.known[name] = (root, {"package": name, "version": version, "sha256": digest})
@@ -521,7 +587,7 @@ def main():
     os.makedirs(out, exist_ok=True)
     seen, provenance = Seen(), []
     with tempfile.TemporaryDirectory() as folder:
-        packages = Packages(folder)
+        packages = Packages(folder, pinned())
         for name, (language, budget, reader) in DOMAINS.items():
             if not arguments.full and budget == 0:
                 continue
@@ -529,21 +595,25 @@ def main():
             found = list(documents(language, reader, packages, seen, counts))
             if not arguments.full:
                 found = sample(found, budget)
+            data = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in found).encode()
             path = os.path.join(out, f"{name}.jsonl")
-            with open(path + ".partial", "w", encoding="utf-8", newline="\n") as file:
-                for document in found:
-                    file.write(json.dumps(document, ensure_ascii=False) + "\n")
+            with open(path + ".partial", "wb") as file:
+                file.write(data)
             os.replace(path + ".partial", path)
             size = sum(len(document["text"].encode()) for document in found)
             used = sorted({document["source"].split(":")[0] for document in found})
             provenance.append({
-                "file": f"{name}.jsonl", "language": language, "documents": len(found), "text_bytes": size,
-                "packages": [packages.known[package][1] for package in used],
+                "file": f"{name}.jsonl", "sha256": hashlib.sha256(data).hexdigest(), "language": language,
+                "documents": len(found), "text_bytes": size,
+                "packages": [packages.known[package][1] | licence(name, package) for package in used],
             })
             print(f"{name}: {len(found)} documents, {size / 1e6:.2f} MB; left out: {counts}", file=sys.stderr)
     with open(os.path.join(out, "PROVENANCE.json"), "w", encoding="utf-8") as file:
-        json.dump(provenance, file, indent=1)
+        json.dump(provenance, file, indent=1, ensure_ascii=False)
         file.write("\n")
+    if os.path.realpath(out) != os.path.realpath(HERE):
+        shutil.copy(os.path.join(HERE, "README.md"), out)
+        shutil.copytree(os.path.join(HERE, "licences"), os.path.join(out, "licences"), dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

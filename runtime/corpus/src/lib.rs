@@ -3,7 +3,8 @@
 //! [`prepare`] turns the domains of a config into a **data set**: a folder named after its inputs that holds
 //! `tokenizer.json`, token shards per domain and split, an index from tokens back to documents (DATA-3), and `data.json`,
 //! the [`DataManifest`]. The folder appears by one rename when all of it is on disk, so what is half written is never
-//! taken for whole. [`TokenStore`] reads sequences from it and checks every byte's hash before use.
+//! taken for whole. [`TokenStore`] reads sequences from it, each decoded from a buffer whose hash was
+//! right.
 //!
 //! Invariants
 //! - **DET-1** A data set is a function of the sources' bytes and their names below each domain's path, of the domain list
@@ -16,6 +17,8 @@
 //! What it does not do: it decides no sample order and no mixture (`tarazed-protocol` does), it filters no quality and
 //! removes no near-duplicates beyond exact copies within a domain, and it reads nothing over a network.
 
+mod baseline;
+mod chunks;
 mod documents;
 mod entropy;
 mod error;
@@ -29,6 +32,7 @@ mod split;
 mod store;
 mod tokenizer;
 
+pub use baseline::UnigramLoss;
 pub use documents::{DocumentRecord, KeptTokens};
 pub use error::CorpusError;
 pub use manifest::{

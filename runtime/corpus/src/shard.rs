@@ -11,12 +11,14 @@
 //! 36   chunks u32
 //! ```
 //! The header's hash covers the table's, which covers the payload, so the header's hash stands for the file. A reader
-//! checks header and table when it opens the file and each chunk before its first use: no byte is used unchecked, and
-//! opening costs the same for a terabyte as for a megabyte, but for the table (0.01% of the payload).
+//! checks header and table when it opens the file, so opening costs the same for a terabyte as for a megabyte, but for the
+//! table (0.01% of the payload). Tokens are decoded from the buffer whose hash was checked and from nothing else: no byte is
+//! used unchecked, whatever happens to the file between two reads. [`ChunkCache`] keeps the last such buffers.
 //!
 //! Read with positioned reads, not through a memory map: a disk that fails or a file that shrinks must be an error here,
 //! and not a SIGBUS in the middle of a step.
 
+use crate::chunks::{ChunkCache, ShardKey};
 use crate::error::CorpusError;
 use crate::files::file_name;
 use crate::manifest::FileManifest;
@@ -24,12 +26,12 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 const MAGIC: &[u8; 8] = b"TZTOKENS";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 128;
-/// Unit of checking.
+/// Unit of checking; whole tokens of either width fill it, so none lies in two chunks.
 pub(crate) const CHUNK_BYTES: usize = 256 * 1024;
 /// A longer stream goes on in another file.
 pub(crate) const SHARD_TOKENS_MAX: u64 = 512 * 1024 * 1024;
@@ -200,12 +202,14 @@ pub(crate) struct ShardReader {
     path: PathBuf,
     header: Header,
     table: Vec<u8>,
-    checked: Vec<AtomicBool>,
+    cache: Arc<ChunkCache>,
+    key: ShardKey,
 }
 
 impl ShardReader {
-    /// Opens a shard and checks header, length, table and that it is the one its manifest means.
-    pub(crate) fn open(folder: &Path, described: &FileManifest) -> Result<Self, CorpusError> {
+    /// Opens a shard and checks header, length, table and that it is the one its manifest means. Chunks that it checks
+    /// are kept in `cache`.
+    pub(crate) fn open(folder: &Path, described: &FileManifest, cache: &Arc<ChunkCache>) -> Result<Self, CorpusError> {
         let path = folder.join(&described.name);
         let corrupt = |reason: String| CorpusError::corrupt(&path, reason);
         let file = File::open(&path).map_err(|e| corrupt(format!("cannot be opened ({e})")))?;
@@ -236,11 +240,12 @@ impl ShardReader {
             return Err(corrupt("its chunk table does not match its hash".to_owned()));
         }
         Ok(Self {
-            checked: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
             file,
             path,
             header,
             table,
+            key: cache.shard(),
+            cache: Arc::clone(cache),
         })
     }
 
@@ -256,20 +261,28 @@ impl ShardReader {
         self.header.payload_bytes()
     }
 
-    /// Checks every chunk.
+    /// Reads and checks every chunk, whatever the cache holds.
     pub(crate) fn check_all(&self) -> Result<(), CorpusError> {
-        (0..self.checked.len()).try_for_each(|chunk| self.check(chunk))
+        (0..self.header.chunks() as usize).try_for_each(|chunk| self.read_chunk(chunk).map(drop))
     }
 
-    fn check(&self, chunk: usize) -> Result<(), CorpusError> {
-        // Relaxed: the flag guards no memory, and a chunk checked twice does no harm.
-        if self.checked[chunk].load(Ordering::Relaxed) {
-            return Ok(());
+    /// A chunk whose hash was right in this very buffer.
+    fn chunk(&self, chunk: usize) -> Result<Arc<Vec<u8>>, CorpusError> {
+        match self.cache.get(self.key, chunk) {
+            Some(bytes) => Ok(bytes),
+            None => self.read_chunk(chunk),
         }
+    }
+
+    /// Reads a chunk, checks it and puts it into the cache.
+    fn read_chunk(&self, chunk: usize) -> Result<Arc<Vec<u8>>, CorpusError> {
         let start = chunk * CHUNK_BYTES;
         let length = CHUNK_BYTES.min(self.header.payload_bytes() as usize - start);
+        let at = (HEADER_BYTES + start) as u64;
         let mut bytes = vec![0; length];
-        self.read_at(&mut bytes, start)?;
+        self.file
+            .read_exact_at(&mut bytes, at)
+            .map_err(|e| CorpusError::corrupt(&self.path, format!("cannot be read at byte {at} ({e})")))?;
         if blake3::hash(&bytes).as_bytes()[..] != self.table[chunk * 32..chunk * 32 + 32] {
             let reason = format!(
                 "the hash of its tokens does not match (payload bytes {start}..{})",
@@ -277,18 +290,12 @@ impl ShardReader {
             );
             return Err(CorpusError::corrupt(&self.path, reason));
         }
-        self.checked[chunk].store(true, Ordering::Relaxed);
-        Ok(())
+        let bytes = Arc::new(bytes);
+        self.cache.put(self.key, chunk, &bytes);
+        Ok(bytes)
     }
 
-    fn read_at(&self, bytes: &mut [u8], payload_offset: usize) -> Result<(), CorpusError> {
-        let at = (HEADER_BYTES + payload_offset) as u64;
-        self.file
-            .read_exact_at(bytes, at)
-            .map_err(|e| CorpusError::corrupt(&self.path, format!("cannot be read at byte {at} ({e})")))
-    }
-
-    /// Tokens `start..start + out.len()`, each of their chunks checked before.
+    /// Tokens `start..start + out.len()`, decoded from checked chunks.
     ///
     /// # Panics
     /// If the range is not inside the shard.
@@ -297,24 +304,30 @@ impl ShardReader {
             start + out.len() as u64 <= self.header.tokens,
             "range outside the shard"
         );
-        if out.is_empty() {
-            return Ok(());
-        }
         let width = self.header.token_bytes;
-        let (first, length) = (start as usize * width, out.len() * width);
-        for chunk in first / CHUNK_BYTES..=(first + length - 1) / CHUNK_BYTES {
-            self.check(chunk)?;
-        }
-        let mut bytes = vec![0; length];
-        self.read_at(&mut bytes, first)?;
-        for (token, raw) in out.iter_mut().zip(bytes.chunks_exact(width)) {
-            *token = match *raw {
-                [a, b] => u32::from(u16::from_le_bytes([a, b])),
-                [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
-                _ => unreachable!("two or four bytes, by the header"),
-            };
+        let mut at = start as usize * width;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let chunk = self.chunk(at / CHUNK_BYTES)?;
+            let bytes = &chunk[at % CHUNK_BYTES..];
+            let count = rest.len().min(bytes.len() / width);
+            let (now, later) = rest.split_at_mut(count);
+            decode(&bytes[..count * width], width, now);
+            at += count * width;
+            rest = later;
         }
         Ok(())
+    }
+}
+
+/// Little-endian tokens of `width` bytes each.
+fn decode(bytes: &[u8], width: usize, out: &mut [u32]) {
+    for (token, raw) in out.iter_mut().zip(bytes.chunks_exact(width)) {
+        *token = match *raw {
+            [a, b] => u32::from(u16::from_le_bytes([a, b])),
+            [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),
+            _ => unreachable!("two or four bytes, by the header"),
+        };
     }
 }
 
@@ -331,8 +344,19 @@ mod tests {
         writer.finish().unwrap()
     }
 
+    fn open(folder: &Path, described: &FileManifest, chunks_max: usize) -> Result<ShardReader, CorpusError> {
+        ShardReader::open(folder, described, &Arc::new(ChunkCache::new(chunks_max)))
+    }
+
+    fn flip(path: &Path, at: usize, bit: u32) {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at as u64).unwrap();
+        file.write_all_at(&[byte[0] ^ 1 << bit], at as u64).unwrap();
+    }
+
     fn read_all(folder: &Path, described: &FileManifest) -> Result<Vec<u32>, CorpusError> {
-        let shard = ShardReader::open(folder, described)?;
+        let shard = open(folder, described, 1)?;
         let mut out = vec![0; shard.tokens() as usize];
         shard.read(0, &mut out)?;
         Ok(out)
@@ -353,7 +377,7 @@ mod tests {
                 .collect();
             let described = write(folder.path(), &tokens, vocabulary);
             assert_eq!(read_all(folder.path(), &described).unwrap(), tokens);
-            let shard = ShardReader::open(folder.path(), &described).unwrap();
+            let shard = open(folder.path(), &described, 2).unwrap();
             for start in (0..count).step_by(9_973) {
                 let mut out = vec![0; (count - start).min(257) as usize];
                 shard.read(u64::from(start), &mut out).unwrap();
@@ -393,6 +417,45 @@ mod tests {
             std::fs::write(&path, &bytes).unwrap();
             let refused = matches!(read_all(folder.path(), &described), Err(CorpusError::CorruptCache { .. }));
             prop_assert!(refused);
+        }
+    }
+
+    /// No byte is used unchecked, the second time no less than the first: a file that changes under an open reader gives an
+    /// error or the tokens that were checked, never others.
+    #[test]
+    fn a_bit_flipped_between_two_reads_gives_no_other_tokens() {
+        let chunk_tokens = CHUNK_BYTES / 2;
+        let tokens: Vec<u32> = (0..3 * chunk_tokens as u32 + 5).map(|i| i % 300).collect();
+        for (chunks_max, kept) in [(0, 0), (2, 2), (9, 4)] {
+            let folder = tempfile::tempdir().unwrap();
+            let described = write(folder.path(), &tokens, 300);
+            let shard = open(folder.path(), &described, chunks_max).unwrap();
+            let mut out = vec![0; tokens.len()];
+            shard.read(0, &mut out).unwrap();
+            assert_eq!(out, tokens);
+            for chunk in 0..4 {
+                flip(
+                    &folder.path().join("a.tokens"),
+                    HEADER_BYTES + chunk * CHUNK_BYTES + 3,
+                    5,
+                );
+            }
+            for chunk in 0..4 {
+                let mut out = [0; 5];
+                let read = shard.read((chunk * chunk_tokens) as u64, &mut out);
+                if chunk >= 4 - kept {
+                    read.unwrap();
+                    assert_eq!(out, tokens[chunk * chunk_tokens..][..5]);
+                } else {
+                    let refused = matches!(read, Err(CorpusError::CorruptCache { .. }));
+                    assert!(refused, "chunk {chunk} of {kept} kept");
+                    assert_eq!(out, [0; 5]);
+                }
+            }
+            assert!(
+                shard.check_all().is_err(),
+                "asked for the disk, the cache does not answer"
+            );
         }
     }
 

@@ -1,5 +1,6 @@
 //! Reading sequences back.
 
+use crate::chunks::{CACHED_CHUNKS_MAX, ChunkCache};
 use crate::documents::{self, DocumentRecord};
 use crate::error::CorpusError;
 use crate::files::{hash_file, read_checked};
@@ -8,10 +9,11 @@ use crate::shard::ShardReader;
 use crate::split::Split;
 use crate::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tarazed_domain::ids::DomainIndex;
 
-/// Payload up to which every hash is checked when the store is opened (a tenth of a second); beyond it, chunk by chunk
-/// before first use.
+/// Payload up to which every hash is checked when the store is opened (a tenth of a second), so that a bad file is named
+/// before training begins. Whether or not it was, a chunk is checked again whenever it is read.
 const CHECK_AT_OPEN_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// The token shards of a data set, open for reading from any thread.
@@ -35,12 +37,13 @@ impl TokenStore {
         let manifest = DataManifest::load(folder)?;
         manifest.check_context(context)?;
         let mut streams = Vec::with_capacity(manifest.domains.len());
+        let cache = Arc::new(ChunkCache::new(CACHED_CHUNKS_MAX));
         for domain in &manifest.domains {
             let [train, held_out] = Split::ALL.map(|split| {
                 let mut shards = Vec::new();
                 let mut position = 0;
                 for file in &domain.split(split).shards {
-                    let shard = ShardReader::open(folder, file)?;
+                    let shard = ShardReader::open(folder, file, &cache)?;
                     let start = position;
                     position += shard.tokens();
                     if shard.vocabulary() as usize != manifest.tokenizer.vocabulary {
@@ -186,6 +189,7 @@ mod tests {
     fn a_sequence_may_lie_in_several_shards() {
         let folder = tempfile::tempdir().unwrap();
         let tokens: Vec<u32> = (0..1000).map(|i| i * 7 % 500).collect();
+        let cache = Arc::new(ChunkCache::new(3));
         let mut shards = Vec::new();
         let mut start = 0;
         for (index, piece) in [&tokens[..3], &tokens[3..4], &tokens[4..300], &tokens[300..]]
@@ -195,7 +199,8 @@ mod tests {
             let mut writer = ShardWriter::create(&folder.path().join(format!("{index}.tokens")), 500).unwrap();
             writer.push(piece).unwrap();
             let described = writer.finish().unwrap();
-            shards.push((start as u64, ShardReader::open(folder.path(), &described).unwrap()));
+            let shard = ShardReader::open(folder.path(), &described, &cache).unwrap();
+            shards.push((start as u64, shard));
             start += piece.len();
         }
         for length in [0, 1, 2, 5, 299, 1000] {

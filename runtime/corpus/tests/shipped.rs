@@ -3,6 +3,7 @@
 // A test fails by panicking.
 #![allow(clippy::unwrap_used)]
 
+use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,10 +18,14 @@ fn corpus() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/corpus")
 }
 
-fn domains() -> Vec<DomainConfig> {
+fn provenance() -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(corpus().join("PROVENANCE.json")).unwrap();
-    let list: Vec<serde_json::Value> = serde_json::from_str(&text).unwrap();
-    list.iter()
+    serde_json::from_str(&text).unwrap()
+}
+
+fn domains() -> Vec<DomainConfig> {
+    provenance()
+        .iter()
         .map(|entry| {
             let file = entry["file"].as_str().unwrap();
             DomainConfig {
@@ -116,6 +121,76 @@ fn it_fills_sequences_in_every_domain_and_is_reproducible() {
         std::fs::read(&second.tokenizer_path).unwrap(),
         std::fs::read(&prepared.tokenizer_path).unwrap()
     );
+}
+
+/// What PROVENANCE.json says of a file is true of the file that ships, byte for byte.
+#[test]
+fn each_file_is_the_one_that_its_provenance_describes() {
+    for entry in provenance() {
+        let name = entry["file"].as_str().unwrap();
+        let path = corpus().join(name);
+        let sha256 = hex(&Sha256::digest(std::fs::read(&path).unwrap()));
+        assert_eq!(entry["sha256"].as_str(), Some(sha256.as_str()), "{name}");
+        let texts = texts(&path);
+        assert_eq!(entry["documents"].as_u64(), Some(texts.len() as u64), "{name}");
+        let bytes: usize = texts.iter().map(String::len).sum();
+        assert_eq!(entry["text_bytes"].as_u64(), Some(bytes as u64), "{name}");
+    }
+    let mut shipped: Vec<String> = std::fs::read_dir(corpus())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".jsonl"))
+        .collect();
+    let mut described: Vec<String> = provenance()
+        .iter()
+        .map(|entry| entry["file"].as_str().unwrap().to_owned())
+        .collect();
+    shipped.sort();
+    described.sort();
+    assert_eq!(shipped, described);
+}
+
+/// Nobody is given a text without its licence: every package a file was made from is named with licence and copyright, each
+/// licence's text is there, and README.md's table has package and version.
+#[test]
+fn every_package_names_its_licence_and_the_texts_are_there() {
+    let readme = std::fs::read_to_string(corpus().join("README.md")).unwrap();
+    for entry in provenance() {
+        let name = entry["file"].as_str().unwrap();
+        let named: HashSet<&str> = entry["packages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|package| package["package"].as_str().unwrap())
+            .collect();
+        for line in std::fs::read_to_string(corpus().join(name)).unwrap().lines() {
+            let document: serde_json::Value = serde_json::from_str(line).unwrap();
+            let package = document["source"].as_str().unwrap().split(':').next().unwrap();
+            assert!(named.contains(package), "{name}: {package} is not named");
+        }
+        for package in entry["packages"].as_array().unwrap() {
+            let text = |key: &str| package[key].as_str().filter(|text| !text.is_empty()).unwrap();
+            let (package, version) = (text("package"), text("version"));
+            assert!(!text("copyright").is_empty());
+            assert_eq!(text("sha256").len(), 64, "{package}");
+            assert!(
+                readme.contains(&format!("{package} {version}")),
+                "README.md: {package} {version}"
+            );
+            for id in text("licence")
+                .split([' ', '(', ')'])
+                .filter(|id| !matches!(*id, "" | "AND" | "OR"))
+            {
+                let file = id.trim_end_matches("-or-later").trim_end_matches("-only");
+                let path = corpus().join("licences").join(format!("{file}.txt"));
+                assert!(path.is_file(), "{package}: {id} has no {}", path.display());
+            }
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Held-out text is not training text in other words: of the 24-character pieces of a document, only few stand in any other

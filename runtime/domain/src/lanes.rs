@@ -222,7 +222,9 @@ impl LaneTree {
 /// Folds values into a range's maximal nodes, in whatever order the lanes finish.
 ///
 /// Combining happens only between siblings, `left + right`, so the bits of a node do not depend on the order in which
-/// values come (DET-2). In lane order it holds at most `log2(range) + 1` values.
+/// values come (DET-2). In lane order it holds at most `log2(range) + 1` values where the range begins at a multiple of a
+/// power of two that is not shorter, as all do where every rank has the same power of two of lanes. Elsewhere nodes shrink
+/// towards both ends of the range, and it holds at most `2 log2(range)` (one for a single lane).
 #[derive(Debug)]
 pub struct TreeFold<T> {
     tree: LaneTree,

@@ -8,6 +8,50 @@ pub const LANES_MAX: u32 = 65_536;
 pub const RANKS_MAX: u32 = 65_536;
 /// Data domains in one run.
 pub const DOMAINS_MAX: usize = 256;
+/// Weight of one domain before weights are normalised: their sum stays finite, and the smallest share above zero.
+pub const DOMAIN_WEIGHT_MAX: f64 = 1e9;
+
+/// Optimizer updates of one run, and any interval or schedule counted in them.
+pub const STEPS_MAX: u64 = 1_000_000_000;
+/// Decoder layers.
+pub const LAYERS_MAX: u64 = 1_024;
+/// Hidden size, in elements.
+pub const HIDDEN_MAX: u64 = 65_536;
+/// Inner size of the MLP, in elements.
+pub const FFN_MAX: u64 = 262_144;
+/// Query heads; key-value heads divide them.
+pub const HEADS_MAX: u64 = 1_024;
+/// Tokens of one sequence.
+pub const CONTEXT_TOKENS_MAX: u64 = 1_048_576;
+/// Rows of embedding and head.
+pub const VOCABULARY_MAX: u64 = 1_048_576;
+/// Parameters of one model: 2 x 10^12, thirty times the family's largest.
+pub const PARAMETERS_MAX: u64 = 2_000_000_000_000;
+/// Sequences of one global batch.
+pub const GLOBAL_BATCH_SEQUENCES_MAX: u64 = 1_048_576;
+/// Tokens of one global batch.
+pub const GLOBAL_BATCH_TOKENS_MAX: u64 = 4_294_967_296;
+/// Tokens of one micro-batch: its activations are in memory at once.
+pub const MICRO_BATCH_TOKENS_MAX: u64 = 16_777_216;
+/// Held-out sequences of one domain in one evaluation.
+pub const HELD_OUT_SEQUENCES_MAX: u64 = 65_536;
+/// Elements of one block: 256 MiB of f32.
+pub const BLOCK_ELEMENTS_MAX: u64 = 67_108_864;
+/// Blocks of one model. Every rank holds a hash and a norm partial of each, and a [`crate::BlockIndex`] names it.
+pub const BLOCKS_MAX: u64 = 16_777_216;
+/// Optimizer shards of one run: one per rank of the largest world.
+pub const OPTIMIZER_SHARDS_MAX: u64 = RANKS_MAX as u64;
+/// Compute threads of one rank.
+pub const THREADS_PER_RANK_MAX: u64 = 1_024;
+/// Checkpoints that collection may be told to keep.
+pub const CHECKPOINTS_KEPT_MAX: u64 = 1_000_000;
+/// Bytes of text that a tokenizer is trained on, held in memory meanwhile.
+pub const TOKENIZER_TRAIN_BYTES_MAX: u64 = 1 << 40;
+/// Deaths of one worker without progress between them: each leaves a line in the chain of causes.
+pub const RESTARTS_WITHOUT_PROGRESS_MAX: u64 = 1_000;
+/// Wait before a restart, in milliseconds; doubling goes no further either.
+pub const RESTART_BACKOFF_MS_MAX: u64 = 10_000;
+
 /// Bytes of one control-plane message; the cluster layer drops a whole session above 16 MiB.
 pub const CONTROL_MESSAGE_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Bytes of one data-plane frame's payload.
@@ -64,6 +108,8 @@ pub struct Timeouts {
 
 /// Lowest accepted `fault.timeout_ms`: below it a loaded machine would raise false alarms.
 pub const FAILURE_TIMEOUT_MS_MIN: u64 = 200;
+/// Highest accepted `fault.timeout_ms`, an hour: beyond it nobody would be told of a failure the same day.
+pub const FAILURE_TIMEOUT_MS_MAX: u64 = 3_600_000;
 
 impl Timeouts {
     /// Derives all from the configured failure timeout.
@@ -90,6 +136,29 @@ const _: () = {
     assert!(
         CONTROL_MESSAGE_BYTES_MAX as u64 * 2 <= LINK_UNACKNOWLEDGED_BYTES_MAX,
         "the largest message must fit behind another one"
+    );
+};
+
+// What is computed from accepted sizes fits into its type, so that code past the config's checks may use plain arithmetic.
+const _: () = {
+    assert!(
+        STEPS_MAX.checked_mul(GLOBAL_BATCH_TOKENS_MAX).is_some(),
+        "the tokens of a whole run are counted in a u64"
+    );
+    let layer = 4 * HIDDEN_MAX * HIDDEN_MAX + 3 * HIDDEN_MAX * FFN_MAX + 2 * HIDDEN_MAX;
+    assert!(
+        LAYERS_MAX * layer + 2 * VOCABULARY_MAX * HIDDEN_MAX < u64::MAX / 1_024,
+        "a model's parameters, and their bytes in every copy, are counted in a u64"
+    );
+    let activations = LAYERS_MAX * (8 * HIDDEN_MAX + 2 * FFN_MAX) + VOCABULARY_MAX;
+    assert!(
+        MICRO_BATCH_TOKENS_MAX.checked_mul(activations * 16).is_some(),
+        "the bytes of a micro-batch's activations are counted in a u64"
+    );
+    assert!(BLOCKS_MAX <= u32::MAX as u64, "a BlockIndex holds a u32");
+    assert!(
+        FAILURE_TIMEOUT_MS_MAX.checked_mul(1_000_000_000).is_some(),
+        "every derived timeout is counted in nanoseconds too"
     );
 };
 

@@ -138,3 +138,194 @@ fn the_schedule_is_the_same_everywhere() {
     });
     assert_eq!(hash, 0xaca1_a077_9e85_87ce, "{hash:#x}");
 }
+
+/// Sizes that no machine could hold, and that arithmetic could not either, are refused by their key in one line: none
+/// overflows, none is tried.
+#[test]
+fn impossible_sizes_are_refused_by_key() {
+    for (sets, key) in [
+        (&["model.layers=1000000000000"][..], "model.layers"),
+        (&["model.layers=0"], "model.layers"),
+        (&["model.hidden=4611686018427387904"], "model.hidden"),
+        (&["model.ffn=9223372036854775807"], "model.ffn"),
+        (&["model.hidden=65536", "model.heads=2048"], "model.heads"),
+        (&["model.kv_heads=4611686018427387904"], "model.kv_heads"),
+        (&["model.context=9223372036854775807"], "model.context"),
+        (&["model.vocabulary=4294967297"], "model.vocabulary"),
+        (
+            &["model.layers=1024", "model.hidden=65536", "model.ffn=262144"],
+            "model.layers",
+        ),
+        (
+            &[
+                "model.layers=32",
+                "model.hidden=8192",
+                "model.ffn=8192",
+                "optimizer.block_elements=64",
+            ],
+            "optimizer.block_elements",
+        ),
+        (
+            &["optimizer.block_elements=4611686018427387904"],
+            "optimizer.block_elements",
+        ),
+        (&["optimizer.block_elements=0"], "optimizer.block_elements"),
+        (&["optimizer.shards=1000000000000"], "optimizer.shards"),
+        (&["optimizer.replicas=4294967295"], "optimizer.replicas"),
+        (
+            &["optimizer.schedule.warmup_steps=9223372036854775807"],
+            "optimizer.schedule.warmup_steps",
+        ),
+        (
+            &["optimizer.schedule.decay_steps=9223372036854775807"],
+            "optimizer.schedule.decay_steps",
+        ),
+        (&["batch.lanes=4294967295"], "batch.lanes"),
+        (&["batch.sequences_per_lane=4294967295"], "batch.sequences_per_lane"),
+        (
+            &["batch.sequences_per_lane=500000", "model.context=1048576"],
+            "batch.sequences_per_lane",
+        ),
+        (
+            &[
+                "batch.sequences_per_lane=4096",
+                "batch.micro_batch_sequences=4096",
+                "model.context=8192",
+            ],
+            "batch.micro_batch_sequences",
+        ),
+        (&["cluster.ranks=4294967295"], "cluster.ranks"),
+        (&["cluster.threads_per_rank=4294967295"], "cluster.threads_per_rank"),
+        (&["run.steps=9223372036854775807"], "run.steps"),
+        (&["run.steps=0"], "run.steps"),
+        (&["mixture.start_steps=9223372036854775807"], "mixture.start_steps"),
+        (
+            &["mixture.interval_steps=9223372036854775807"],
+            "mixture.interval_steps",
+        ),
+        (&["mixture.lag_steps=9223372036854775807"], "mixture.lag_steps"),
+        (&["mixture.lag_steps=0"], "mixture.lag_steps"),
+        (
+            &["evaluation.interval_steps=9223372036854775807"],
+            "evaluation.interval_steps",
+        ),
+        (
+            &["evaluation.sequences_per_domain_max=4294967295"],
+            "evaluation.sequences_per_domain_max",
+        ),
+        (
+            &["checkpoint.interval_steps=9223372036854775807"],
+            "checkpoint.interval_steps",
+        ),
+        (&["checkpoint.keep_last=4294967295"], "checkpoint.keep_last"),
+        (
+            &["data.tokenizer.train_bytes_max=9223372036854775807"],
+            "data.tokenizer.train_bytes_max",
+        ),
+        (&["fault.timeout_ms=9223372036854775807"], "fault.timeout_ms"),
+        (&["fault.timeout_ms=3600001"], "fault.timeout_ms"),
+        (&["fault.restarts_max=4294967295"], "fault.restarts_max"),
+        (
+            &["fault.restart_backoff_ms=9223372036854775807"],
+            "fault.restart_backoff_ms",
+        ),
+    ] {
+        let message = refusal(sets);
+        assert!(message.starts_with(&format!("{key}: ")), "{sets:?}: {message}");
+        assert!(!message.contains('\n') && message.contains("; "), "{sets:?}: {message}");
+    }
+    let heavy = TEXT.replace("weight = 0.3", "weight = 1e300");
+    let refused = Config::parse(&heavy, "web.toml", &[], Path::new("/configs")).expect_err("refused");
+    assert!(refused.to_string().starts_with("data.domains[1].weight: "), "{refused}");
+}
+
+/// TOML ends at 2^63; a config made in the program may hold more.
+#[test]
+fn the_largest_integers_are_refused_too() {
+    /// What makes a good config a bad one.
+    type Change = fn(&mut Config);
+    let changes: [(&str, Change); 6] = [
+        ("model.layers", |config| config.model.layers = usize::MAX),
+        ("model.hidden", |config| config.model.hidden = usize::MAX),
+        ("optimizer.block_elements", |config| {
+            config.optimizer.block_elements = usize::MAX - 63
+        }),
+        ("run.steps", |config| config.run.steps = u64::MAX),
+        ("fault.timeout_ms", |config| config.fault.timeout_ms = u64::MAX),
+        ("fault.restart_backoff_ms", |config| {
+            config.fault.restart_backoff_ms = u64::MAX
+        }),
+    ];
+    let written = ["fault.timeout_ms=18446744073709551615".to_owned()];
+    let refused = Config::parse(TEXT, "web.toml", &written, Path::new("/configs")).expect_err("refused");
+    assert!(refused.to_string().contains("timeout_ms"), "{refused}");
+    for (key, change) in changes {
+        let mut config = Config::parse(TEXT, "web.toml", &[], Path::new("/configs")).expect("a good config");
+        change(&mut config);
+        let message = config.validate().expect_err("refused").to_string();
+        assert!(message.starts_with(&format!("{key}: ")), "{message}");
+    }
+}
+
+/// The limits themselves are good: what is derived from the largest sizes fits.
+#[test]
+fn the_largest_accepted_sizes_are_accepted() {
+    for sets in [
+        &["run.steps=1000000000", "mixture.interval_steps=1000000000"][..],
+        &["fault.timeout_ms=3600000", "fault.restart_backoff_ms=10000"],
+        &["model.layers=1024", "model.context=1048576"],
+        &[
+            "model.hidden=65536",
+            "model.ffn=262144",
+            "model.heads=1024",
+            "model.vocabulary=1048576",
+        ],
+        &[
+            "batch.lanes=65536",
+            "batch.sequences_per_lane=16",
+            "cluster.ranks=65536",
+        ],
+        &[
+            "batch.sequences_per_lane=16",
+            "batch.micro_batch_sequences=16",
+            "model.context=1048576",
+        ],
+    ] {
+        let overrides: Vec<String> = sets.iter().map(|item| (*item).to_owned()).collect();
+        let config = Config::parse(TEXT, "web.toml", &overrides, Path::new("/configs")).expect("a good config");
+        assert!(config.timeouts().stop_ms > config.timeouts().failure_ms);
+        assert!(config.model.parameter_count().is_some() && config.tokens_per_step() > 0);
+    }
+}
+
+/// A controller that decides by held-out losses is not started where there will be none: it could never decide, and the
+/// run would be a static one by another name.
+#[test]
+fn an_adaptive_mixture_without_held_out_losses_is_refused() {
+    for (set, key) in [
+        ("evaluation.interval_steps=0", "evaluation.interval_steps"),
+        (
+            "evaluation.sequences_per_domain_max=0",
+            "evaluation.sequences_per_domain_max",
+        ),
+        ("data.held_out_fraction=0.0", "data.held_out_fraction"),
+    ] {
+        let message = refusal(&["mixture.controller=ado", set]);
+        assert!(
+            message.starts_with(&format!("{key}: is 0, and mixture.controller = \"ado\" ")),
+            "{message}"
+        );
+        let fixed = [set.to_owned()];
+        Config::parse(TEXT, "web.toml", &fixed, Path::new("/configs")).expect("a static mixture needs none");
+    }
+    let adaptive = ["mixture.controller=ado".to_owned()];
+    Config::parse(TEXT, "web.toml", &adaptive, Path::new("/configs")).expect("a good config");
+}
+
+fn refusal(sets: &[&str]) -> String {
+    let overrides: Vec<String> = sets.iter().map(|item| (*item).to_owned()).collect();
+    match Config::parse(TEXT, "web.toml", &overrides, Path::new("/configs")) {
+        Err(refused) => refused.to_string(),
+        Ok(_) => panic!("{sets:?} were accepted"),
+    }
+}

@@ -28,7 +28,7 @@ pub struct RestartLimiter {
 }
 
 /// The back-off doubles up to this.
-pub const BACKOFF_MS_MAX: u64 = 10_000;
+pub const BACKOFF_MS_MAX: u64 = tarazed_domain::limits::RESTART_BACKOFF_MS_MAX;
 
 impl RestartLimiter {
     /// Allows `starts_max` starts without progress between them; the first retry waits nothing, the next `backoff_ms`,

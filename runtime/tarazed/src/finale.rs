@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_actors::run_folder::{self, RunPaths};
-use tarazed_corpus::{DataManifest, Split};
+use tarazed_corpus::{Split, UnigramLoss};
 use tarazed_domain::config::Config;
 use tarazed_domain::{DomainIndex, StepsCompleted};
 use tarazed_protocol::trace::{DomainLoss, DomainMap};
@@ -33,10 +33,9 @@ pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
         .rev()
         .find_map(|line| line.heldout.as_ref().map(|losses| (line.step, losses)));
     if let Some((step, losses)) = evaluated {
-        print(&held_out(
-            step,
-            &by_language(losses, &inference.config, inference.data.manifest()),
-        ))?;
+        let sequences_max = u64::from(inference.config.evaluation.sequences_per_domain_max);
+        let unigram = inference.data.unigram_losses(sequences_max)?;
+        print(&held_out(step, &by_language(losses, &inference.config, &unigram)))?;
     }
     for (language, domain) in languages(&inference.config) {
         if let Some(sample) = sample(&mut inference, domain)? {
@@ -49,28 +48,35 @@ pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
     print(&next(dir, config_file, &inference.config))
 }
 
-/// A language's figures, in nats per token over the same domains with the same weights.
+/// A language's figures, in nats per token over the same targets.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct LanguageLoss {
     model: f64,
     unigram: f64,
 }
 
-/// Losses weighted by tokens; beside them the loss of each domain's held-out text under the unigram distribution of its
-/// language's training text.
+/// Losses weighted by tokens; beside them the loss of the same sequences under the token frequencies of their language's
+/// training text. A domain whose two losses are not over as many tokens is left out: they would be of different texts.
 fn by_language(
     losses: &DomainMap<DomainLoss>,
     config: &Config,
-    data: &DataManifest,
+    unigram: &[Option<UnigramLoss>],
 ) -> BTreeMap<&'static str, LanguageLoss> {
     let mut sums: BTreeMap<&'static str, [f64; 3]> = BTreeMap::new();
-    for (domain, made) in config.data.domains.iter().zip(&data.domains) {
-        let (Some(loss), Some(unigram)) = (losses.get(&domain.name), made.unigram_entropy_nats) else {
+    for (domain, unigram) in config.data.domains.iter().zip(unigram) {
+        let (Some(loss), Some(unigram)) = (losses.get(&domain.name), unigram) else {
             continue;
         };
+        if loss.tokens != unigram.tokens {
+            continue;
+        }
         let tokens = loss.tokens as f64;
         let sum = sums.entry(domain.language.name()).or_default();
-        *sum = [sum[0] + loss.loss * tokens, sum[1] + unigram * tokens, sum[2] + tokens];
+        *sum = [
+            sum[0] + loss.loss * tokens,
+            sum[1] + unigram.loss * tokens,
+            sum[2] + tokens,
+        ];
     }
     sums.into_iter()
         .map(|(language, [model, unigram, tokens])| {
@@ -179,6 +185,35 @@ mod tests {
             text.contains("step 600") && text.contains("en    4.500  (unigram 6.000: -25%)"),
             "{text}"
         );
+    }
+
+    /// Both figures of a language weigh its domains alike, and a domain that was not scored whole counts in neither.
+    #[test]
+    fn both_figures_are_of_the_same_tokens() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/quickstart.toml");
+        let config = Config::load(Path::new(path), &[]).expect("a good config");
+        let losses: DomainMap<DomainLoss> = serde_json::from_str(
+            r#"{"book-en":{"loss":4.0,"tokens":100},"help-en":{"loss":5.0,"tokens":300},"manual-en":{"loss":9.0,"tokens":7}}"#,
+        )
+        .expect("losses");
+        let unigram: Vec<Option<UnigramLoss>> = config
+            .data
+            .domains
+            .iter()
+            .map(|domain| match domain.name.as_str() {
+                "book-en" => Some((6.0, 100)),
+                "help-en" => Some((7.0, 300)),
+                "manual-en" => Some((1.0, 8)),
+                _ => None,
+            })
+            .map(|found| found.map(|(loss, tokens)| UnigramLoss { loss, tokens }))
+            .collect();
+        let found = by_language(&losses, &config, &unigram);
+        let expected = LanguageLoss {
+            model: 4.75,
+            unigram: 6.75,
+        };
+        assert_eq!(found, BTreeMap::from([("en", expected)]));
     }
 
     #[test]

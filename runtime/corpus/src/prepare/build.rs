@@ -428,8 +428,10 @@ fn finished(domain: &DomainManifest) -> PrepareEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chunks::ChunkCache;
     use crate::shard::ShardReader;
     use proptest::prelude::*;
+    use std::sync::Arc;
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -446,8 +448,9 @@ mod tests {
             }
             stream.close().unwrap();
             let mut read = Vec::new();
+            let cache = Arc::new(ChunkCache::new(1));
             for file in &stream.figures.shards {
-                let shard = ShardReader::open(folder.path(), file).unwrap();
+                let shard = ShardReader::open(folder.path(), file, &cache).unwrap();
                 let mut part = vec![0; shard.tokens() as usize];
                 shard.read(0, &mut part).unwrap();
                 prop_assert!((read.len() as u64).is_multiple_of(limit) && part.len() as u64 <= limit);

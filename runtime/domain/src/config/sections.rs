@@ -55,6 +55,20 @@ impl ModelConfig {
     pub const fn head_dim(&self) -> usize {
         self.hidden / self.heads
     }
+
+    /// Parameters: untied embeddings, no biases, grouped-query attention, SwiGLU. None where a `u64` does not hold them or
+    /// there is no head.
+    #[must_use]
+    pub fn parameter_count(&self) -> Option<u64> {
+        let [layers, hidden, ffn] = [self.layers, self.hidden, self.ffn].map(|size| size as u64);
+        let kv_width = (self.kv_heads as u64).checked_mul(hidden.checked_div(self.heads as u64)?)?;
+        let attention = hidden.checked_mul(hidden.checked_add(kv_width)?)?.checked_mul(2)?;
+        let mlp = hidden.checked_mul(ffn)?.checked_mul(3)?;
+        let norms = hidden.checked_mul(2)?;
+        let layer = attention.checked_add(mlp)?.checked_add(norms)?;
+        let embeddings = (self.vocabulary as u64).checked_mul(hidden)?.checked_mul(2)?;
+        layers.checked_mul(layer)?.checked_add(embeddings)?.checked_add(hidden)
+    }
 }
 
 const fn rope_theta() -> f64 {

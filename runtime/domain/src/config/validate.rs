@@ -1,8 +1,9 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{Config, ConfigError, LearningRateSchedule};
-use crate::limits::{DOMAINS_MAX, FAILURE_TIMEOUT_MS_MIN, LANES_MAX, RANKS_MAX};
+use super::{Config, ConfigError, ControllerKind, LearningRateSchedule};
+use crate::limits::*;
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 macro_rules! require {
     ($condition:expr, $key:expr, $reason:expr, $remedy:expr) => {
@@ -10,6 +11,17 @@ macro_rules! require {
             return Err(ConfigError::new($key, $reason, $remedy));
         }
     };
+}
+
+/// A size outside its limits: everything computed from sizes inside them fits its type (`limits.rs` proves it).
+fn within(key: &str, value: u64, range: RangeInclusive<u64>, remedy: &str) -> Result<(), ConfigError> {
+    require!(
+        range.contains(&value),
+        key,
+        format!("{value} is not in {}..={}", range.start(), range.end()),
+        remedy
+    );
+    Ok(())
 }
 
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
@@ -48,21 +60,30 @@ fn run(config: &Config) -> Result<(), ConfigError> {
         format!("'{name}' is not a plain name"),
         "use letters, digits, '-', '_' and '.'"
     );
-    require!(config.run.steps > 0, "run.steps", "is 0", "set it to at least 1");
-    Ok(())
+    within(
+        "run.steps",
+        config.run.steps,
+        1..=STEPS_MAX,
+        "set the number of updates of the whole run",
+    )
 }
 
 fn model(config: &Config) -> Result<(), ConfigError> {
     let m = &config.model;
-    for (key, value) in [
-        ("model.layers", m.layers),
-        ("model.hidden", m.hidden),
-        ("model.ffn", m.ffn),
-        ("model.heads", m.heads),
-        ("model.kv_heads", m.kv_heads),
-        ("model.context", m.context),
+    for (key, value, most) in [
+        ("model.layers", m.layers, LAYERS_MAX),
+        ("model.hidden", m.hidden, HIDDEN_MAX),
+        ("model.ffn", m.ffn, FFN_MAX),
+        ("model.heads", m.heads, HEADS_MAX),
+        ("model.kv_heads", m.kv_heads, HEADS_MAX),
+        ("model.context", m.context, CONTEXT_TOKENS_MAX),
     ] {
-        require!(value > 0, key, "is 0", "set it to at least 1");
+        within(
+            key,
+            value as u64,
+            1..=most,
+            "choose the size of a model that can be trained",
+        )?;
     }
     require!(
         m.hidden.is_multiple_of(m.heads),
@@ -91,6 +112,13 @@ fn model(config: &Config) -> Result<(), ConfigError> {
         format!("{} is too small for byte-level BPE", m.vocabulary),
         "set it to at least 264: 256 bytes and the special tokens"
     );
+    within(
+        "model.vocabulary",
+        m.vocabulary as u64,
+        264..=VOCABULARY_MAX,
+        "set it to the tokenizer's entries",
+    )?;
+    parameters(config)?;
     for (key, value) in [
         ("model.rope_theta", m.rope_theta),
         ("model.norm_eps", m.norm_eps),
@@ -107,20 +135,56 @@ fn model(config: &Config) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// Parameters and blocks of the whole model: each size may be good by itself and their product not.
+fn parameters(config: &Config) -> Result<(), ConfigError> {
+    let count = config.model.parameter_count();
+    let Some(count) = count.filter(|&count| count <= PARAMETERS_MAX) else {
+        let count = count.map_or_else(|| "more than 2^64".to_owned(), |count| count.to_string());
+        return Err(ConfigError::new(
+            "model.layers",
+            format!("the model would have {count} parameters, and {PARAMETERS_MAX} are the most"),
+            "lower model.layers, model.hidden or model.ffn",
+        ));
+    };
+    let block_elements = config.optimizer.block_elements as u64;
+    require!(
+        block_elements > 0 && block_elements.is_multiple_of(64),
+        "optimizer.block_elements",
+        format!("{block_elements} is not a positive multiple of 64"),
+        "choose e.g. 65536"
+    );
+    within(
+        "optimizer.block_elements",
+        block_elements,
+        64..=BLOCK_ELEMENTS_MAX,
+        "choose e.g. 65536",
+    )?;
+    // Each of the two groups, those that decay and those that do not, may end in a block that is not full.
+    let blocks = count / block_elements + 2;
+    require!(
+        blocks <= BLOCKS_MAX,
+        "optimizer.block_elements",
+        format!("{block_elements} cuts {count} parameters into {blocks} blocks, and {BLOCKS_MAX} are the most"),
+        "raise it, e.g. to 65536 or 1048576"
+    );
+    Ok(())
+}
+
 fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
     let (b, c) = (&config.batch, &config.cluster);
-    require!(
-        (1..=LANES_MAX).contains(&b.lanes),
+    let lanes = u64::from(b.lanes);
+    within(
         "batch.lanes",
-        format!("{} is not in 1..={LANES_MAX}", b.lanes),
-        "choose at least the largest world size you will use, e.g. 8"
-    );
-    require!(
-        b.sequences_per_lane > 0,
+        lanes,
+        1..=u64::from(LANES_MAX),
+        "choose at least the largest world size you will use, e.g. 8",
+    )?;
+    within(
         "batch.sequences_per_lane",
-        "is 0",
-        "set it to at least 1"
-    );
+        u64::from(b.sequences_per_lane),
+        1..=GLOBAL_BATCH_SEQUENCES_MAX / lanes,
+        "lanes x sequences_per_lane is the global batch: choose a smaller one",
+    )?;
     require!(
         b.micro_batch_sequences > 0 && b.sequences_per_lane.is_multiple_of(b.micro_batch_sequences),
         "batch.micro_batch_sequences",
@@ -130,25 +194,40 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         ),
         "choose a divisor"
     );
+    let context = config.model.context as u64;
     require!(
-        (1..=RANKS_MAX).contains(&c.ranks),
-        "cluster.ranks",
-        format!("{} is not in 1..={RANKS_MAX}", c.ranks),
-        "run at least one rank"
+        config.tokens_per_step() <= GLOBAL_BATCH_TOKENS_MAX,
+        "batch.sequences_per_lane",
+        format!(
+            "the global batch would have {} tokens, and {GLOBAL_BATCH_TOKENS_MAX} are the most",
+            config.tokens_per_step()
+        ),
+        "lower it, batch.lanes or model.context"
     );
+    within(
+        "batch.micro_batch_sequences",
+        u64::from(b.micro_batch_sequences),
+        1..=MICRO_BATCH_TOKENS_MAX / context,
+        "a micro-batch is in memory at once: choose a smaller one, or lower model.context",
+    )?;
+    within(
+        "cluster.ranks",
+        u64::from(c.ranks),
+        1..=u64::from(RANKS_MAX),
+        "run at least one rank",
+    )?;
     require!(
         c.ranks <= b.lanes,
         "cluster.ranks",
         format!("{} ranks are more than batch.lanes = {}", c.ranks, b.lanes),
         "raise batch.lanes (a new run: lanes decide numbers) or run fewer ranks"
     );
-    require!(
-        c.threads_per_rank > 0,
+    within(
         "cluster.threads_per_rank",
-        "is 0",
-        "set it to at least 1"
-    );
-    Ok(())
+        u64::from(c.threads_per_rank),
+        1..=THREADS_PER_RANK_MAX,
+        "choose at most the cores that a rank has to itself",
+    )
 }
 
 fn optimizer(config: &Config) -> Result<(), ConfigError> {
@@ -181,24 +260,18 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
         format!("{} is negative", o.weight_decay),
         "set 0 or a positive number"
     );
-    require!(
-        o.block_elements > 0 && o.block_elements.is_multiple_of(64),
-        "optimizer.block_elements",
-        format!("{} is not a positive multiple of 64", o.block_elements),
-        "choose e.g. 65536"
-    );
-    require!(
-        o.shards > 0,
+    within(
         "optimizer.shards",
-        "is 0",
-        "set it to at least the world size"
-    );
-    require!(
-        o.replicas >= 1,
+        o.shards as u64,
+        1..=OPTIMIZER_SHARDS_MAX,
+        "set it to at least the world size",
+    )?;
+    within(
         "optimizer.replicas",
-        "is 0",
-        "set 1 for the primary alone, 2 to survive the loss of any one rank"
-    );
+        u64::from(o.replicas),
+        1..=u64::from(RANKS_MAX),
+        "set 1 for the primary alone, 2 to survive the loss of any one rank",
+    )?;
     require!(
         o.replicas <= config.cluster.ranks || config.cluster.ranks == 1,
         "optimizer.replicas",
@@ -208,25 +281,45 @@ fn optimizer(config: &Config) -> Result<(), ConfigError> {
         ),
         "lower optimizer.replicas or run more ranks (a single rank always keeps one copy)"
     );
-    if let LearningRateSchedule::Cosine {
+    schedule(&o.schedule)
+}
+
+fn schedule(schedule: &LearningRateSchedule) -> Result<(), ConfigError> {
+    let (warmup_steps, decay) = match *schedule {
+        LearningRateSchedule::Cosine {
+            warmup_steps,
+            decay_steps,
+            final_fraction,
+        } => (warmup_steps, Some((decay_steps, final_fraction))),
+        LearningRateSchedule::Constant { warmup_steps } => (warmup_steps, None),
+    };
+    within(
+        "optimizer.schedule.warmup_steps",
         warmup_steps,
+        0..=STEPS_MAX,
+        "warm up for fewer steps",
+    )?;
+    let Some((decay_steps, final_fraction)) = decay else {
+        return Ok(());
+    };
+    within(
+        "optimizer.schedule.decay_steps",
         decay_steps,
-        final_fraction,
-    } = o.schedule
-    {
-        require!(
-            warmup_steps <= decay_steps,
-            "optimizer.schedule.warmup_steps",
-            format!("{warmup_steps} is more than decay_steps = {decay_steps}"),
-            "warm up for fewer steps"
-        );
-        require!(
-            (0.0..=1.0).contains(&final_fraction),
-            "optimizer.schedule.final_fraction",
-            format!("{final_fraction} is not in 0..=1"),
-            "choose e.g. 0.1"
-        );
-    }
+        0..=STEPS_MAX,
+        "leave it out for the run's steps",
+    )?;
+    require!(
+        warmup_steps <= decay_steps,
+        "optimizer.schedule.warmup_steps",
+        format!("{warmup_steps} is more than decay_steps = {decay_steps}"),
+        "warm up for fewer steps"
+    );
+    require!(
+        (0.0..=1.0).contains(&final_fraction),
+        "optimizer.schedule.final_fraction",
+        format!("{final_fraction} is not in 0..=1"),
+        "choose e.g. 0.1"
+    );
     Ok(())
 }
 
@@ -265,7 +358,19 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             format!("{} is not positive", domain.weight),
             "set a positive weight or leave the domain out"
         );
+        require!(
+            (0.0..=DOMAIN_WEIGHT_MAX).contains(&domain.weight),
+            key("weight"),
+            format!("{} is more than {DOMAIN_WEIGHT_MAX}", domain.weight),
+            "weights are normalised: only their ratios count"
+        );
     }
+    within(
+        "data.tokenizer.train_bytes_max",
+        d.tokenizer.train_bytes_max,
+        0..=TOKENIZER_TRAIN_BYTES_MAX,
+        "the text is held in memory: choose e.g. 67108864",
+    )?;
     require!(
         d.tokenizer.vocabulary <= config.model.vocabulary,
         "data.tokenizer.vocabulary",
@@ -279,25 +384,83 @@ fn data(config: &Config) -> Result<(), ConfigError> {
 }
 
 fn loops(config: &Config) -> Result<(), ConfigError> {
-    let (m, f) = (&config.mixture, &config.fault);
-    require!(
-        m.interval_steps > 0,
-        "mixture.interval_steps",
-        "is 0",
-        "set it to at least 1"
-    );
-    require!(
-        m.lag_steps > 0,
-        "mixture.lag_steps",
-        "is 0",
-        "a decision takes effect at a later step: at least 1"
-    );
+    let (m, e, f) = (&config.mixture, &config.evaluation, &config.fault);
+    for (key, value, least) in [
+        ("mixture.start_steps", m.start_steps, 0),
+        ("mixture.interval_steps", m.interval_steps, 1),
+        ("mixture.lag_steps", m.lag_steps, 1),
+        ("evaluation.interval_steps", e.interval_steps, 0),
+        ("checkpoint.interval_steps", config.checkpoint.interval_steps, 0),
+    ] {
+        within(key, value, least..=STEPS_MAX, "choose a number of steps of a run")?;
+    }
+    within(
+        "evaluation.sequences_per_domain_max",
+        u64::from(e.sequences_per_domain_max),
+        0..=HELD_OUT_SEQUENCES_MAX,
+        "an evaluation is part of a step: choose e.g. 16",
+    )?;
+    within(
+        "checkpoint.keep_last",
+        u64::from(config.checkpoint.keep_last),
+        0..=CHECKPOINTS_KEPT_MAX,
+        "choose e.g. 3",
+    )?;
     require!(
         f.timeout_ms >= FAILURE_TIMEOUT_MS_MIN,
         "fault.timeout_ms",
         format!("{} is below {FAILURE_TIMEOUT_MS_MIN}", f.timeout_ms),
         "a loaded machine would raise false alarms: raise it"
     );
-    require!(f.restarts_max > 0, "fault.restarts_max", "is 0", "set it to at least 1");
+    require!(
+        f.timeout_ms <= FAILURE_TIMEOUT_MS_MAX,
+        "fault.timeout_ms",
+        format!("{} is above {FAILURE_TIMEOUT_MS_MAX}", f.timeout_ms),
+        "a dead rank would be waited for that long: lower it"
+    );
+    within(
+        "fault.restarts_max",
+        u64::from(f.restarts_max),
+        1..=RESTARTS_WITHOUT_PROGRESS_MAX,
+        "choose e.g. 5",
+    )?;
+    within(
+        "fault.restart_backoff_ms",
+        f.restart_backoff_ms,
+        0..=RESTART_BACKOFF_MS_MAX,
+        "choose e.g. 100",
+    )?;
+    adaptive_mixture(config)
+}
+
+/// The adaptive controller decides by held-out losses and nothing else: without them it would wait for ever.
+fn adaptive_mixture(config: &Config) -> Result<(), ConfigError> {
+    if config.mixture.controller != ControllerKind::Ado {
+        return Ok(());
+    }
+    for (key, is_zero, remedy) in [
+        (
+            "evaluation.interval_steps",
+            config.evaluation.interval_steps == 0,
+            "evaluate, e.g. every 100 steps",
+        ),
+        (
+            "evaluation.sequences_per_domain_max",
+            config.evaluation.sequences_per_domain_max == 0,
+            "evaluate e.g. 16 sequences of each domain",
+        ),
+        (
+            "data.held_out_fraction",
+            config.data.held_out_fraction == 0.0,
+            "hold out e.g. 0.03",
+        ),
+    ] {
+        require!(
+            !is_zero,
+            key,
+            "is 0, and mixture.controller = \"ado\" decides by held-out losses alone",
+            format!("{remedy}, or set mixture.controller = \"static\"")
+        );
+    }
     Ok(())
 }

@@ -66,10 +66,12 @@ fn flops_agree_with_the_reported_utilisation() {
 }
 
 #[test]
-fn the_7b_fits_64_h200_and_the_larger_ones_say_what_is_missing() {
-    let small = plan(&shipped("aquila2-7b.toml"), &gpus("64xH200-141GB")).expect("a plan");
-    assert!(small.fits, "{}", render::text(&small));
-    assert_eq!(small.ranks, 64);
+fn the_7b_fits_h200_and_the_larger_ones_say_what_is_missing() {
+    for (hardware, ranks, lanes) in [("96xH200-141GB", 96, (1, 1)), ("64xH200-141GB", 64, (2, 1))] {
+        let small = plan(&shipped("aquila2-7b.toml"), &gpus(hardware)).expect("a plan");
+        assert!(small.fits, "{}", render::text(&small));
+        assert_eq!((small.ranks, small.lanes_per_rank), (ranks, lanes));
+    }
     for name in ["aquila2-34b.toml", "aquila2-70b.toml"] {
         let large = plan(&shipped(name), &gpus("64xH200-141GB")).expect("a plan");
         assert!(!large.fits, "{name}");
@@ -130,9 +132,9 @@ fn every_term_of_a_small_case() {
 
 #[test]
 fn more_gpus_than_lanes_are_refused_by_key() {
-    let error = plan(&shipped("aquila2-7b.toml"), &gpus("128xH200-141GB")).expect_err("64 lanes");
+    let error = plan(&shipped("aquila2-7b.toml"), &gpus("128xH200-141GB")).expect_err("96 lanes");
     assert_eq!(error.key, "cluster.ranks");
-    assert!(error.reason.contains("batch.lanes = 64"), "{error}");
+    assert!(error.reason.contains("batch.lanes = 96"), "{error}");
 }
 
 #[test]
@@ -154,13 +156,13 @@ fn advice_is_planned_before_it_is_given() {
 
 #[test]
 fn uneven_lanes_are_called_waste() {
-    let uneven = plan(&shipped("aquila2-7b.toml"), &gpus("48xH200-141GB")).expect("a plan");
+    let uneven = plan(&shipped("aquila2-7b.toml"), &gpus("64xH200-141GB")).expect("a plan");
     assert_eq!(uneven.lanes_per_rank, (2, 1));
     assert!(
         uneven
             .advice
             .iter()
-            .any(|line| line.contains("32 ranks divide them evenly")),
+            .any(|line| line.contains("48 ranks divide them evenly")),
         "{:?}",
         uneven.advice
     );
