@@ -17,4 +17,5 @@ mod resume;
 mod status;
 mod storm;
 mod surroundings;
+mod terminal;
 mod worlds;
