@@ -113,6 +113,8 @@ pub struct Lines {
     generation: u64,
     generation_ranks: u32,
     shown_at: Option<Duration>,
+    /// The domain that the next report begins with where not all fit.
+    next_domain: usize,
 }
 
 impl Lines {
@@ -131,6 +133,7 @@ impl Lines {
             generation: 0,
             generation_ranks: 0,
             shown_at: None,
+            next_domain: 0,
         }
     }
 
@@ -279,7 +282,9 @@ impl Lines {
                 ranks: self.ranks,
                 eta_s,
             };
-            lines.push(progress.render(self.style));
+            let (report, next) = progress.render(self.style, self.next_domain);
+            self.next_domain = next;
+            lines.extend(report);
         }
         if let Some(held_out) = &line.heldout {
             let losses = by_language(held_out, &self.languages);
