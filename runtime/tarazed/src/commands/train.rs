@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
-use tarazed_actors::run_folder::{Existing, FolderError, RunFolder};
+use tarazed_actors::run_folder::{Existing, FolderError, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
@@ -218,10 +218,10 @@ async fn next_signal(signals: &mut [tokio::signal::unix::Signal]) {
 }
 
 fn folder_failure(error: FolderError) -> Failure {
-    let exit = if error.transient {
-        Exit::Transient
-    } else {
-        Exit::Refused
+    let exit = match error.trouble {
+        Trouble::Unfit => Exit::Refused,
+        Trouble::Full => Exit::Halted,
+        Trouble::Failing => Exit::Transient,
     };
     Failure::new(exit, error.path, error.cause, error.remedy)
 }

@@ -20,7 +20,7 @@ pub mod traceparent;
 
 pub use metrics::{Metrics, StepSample};
 
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, is_full};
 use crate::outlet::{DRAIN_TIMEOUT_MS, Feed, Outlet, last_words};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -128,7 +128,7 @@ impl Telemetry {
 /// Sets up logs and exporters for the whole process.
 ///
 /// # Errors
-/// Refused where the endpoint cannot be one, or the log file cannot be opened; transient where the disk is full.
+/// Refused where the endpoint cannot be one, or the log file cannot be opened; halted where the disk is full.
 ///
 /// # Panics
 /// If it was called before: one process has one subscriber.
@@ -269,12 +269,8 @@ fn open_log(path: &Path) -> Result<std::fs::File, Failure> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(path))
         .map_err(|e| {
-            let full = matches!(
-                e.kind(),
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-            );
             Failure::new(
-                if full { Exit::Transient } else { Exit::Refused },
+                if is_full(&e) { Exit::Halted } else { Exit::Refused },
                 path.display(),
                 format!("cannot be opened for the log ({e})"),
                 "check the run folder's permissions and free space",
