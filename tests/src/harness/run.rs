@@ -3,7 +3,7 @@
 use super::processes::Processes;
 use super::project::Train;
 use super::{POLL, WAIT, program, trace};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, prlimit};
 use serde::Deserialize;
 use serde_json::Value;
 use std::fs::File;
@@ -312,6 +312,22 @@ impl Run {
         let status = self.try_status()?;
         let found = status.workers.iter().find(|candidate| candidate.worker == worker)?;
         self.processes.signal(found.pid, Signal::KILL).then_some(found.pid)
+    }
+
+    /// From now on no file of the run can grow beyond `bytes`; for a run [`Train::on_small_disk`].
+    ///
+    /// # Panics
+    /// If its processes are gone.
+    pub fn fill_disk(&self, bytes: u64) {
+        let limit = Rlimit {
+            current: Some(bytes),
+            maximum: getrlimit(Resource::Fsize).maximum,
+        };
+        let ranks = self.processes.ranks().into_iter().map(|pid| Pid::from_raw(pid as i32));
+        for pid in ranks.chain([Some(self.pid())]) {
+            let set = prlimit(pid, Resource::Fsize, limit);
+            assert!(set.is_ok(), "{set:?}: no limit for {pid:?}\n{}", self.tail());
+        }
     }
 
     /// Leaves ranks that outlive their controller alone when this is dropped: the next [`Run`] on the folder sees to
