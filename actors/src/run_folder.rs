@@ -25,8 +25,19 @@ pub struct FolderError {
     pub cause: String,
     /// What to do.
     pub remedy: String,
-    /// Whether the same command may do better later: the disk is full or failing, and nothing is wrong with the input.
-    pub transient: bool,
+    /// What is wrong, for whoever may start the same command again.
+    pub trouble: Trouble,
+}
+
+/// What keeps a folder from being used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trouble {
+    /// The folder itself: the same command does no better.
+    Unfit,
+    /// Its disk is full, which a person must see to.
+    Full,
+    /// Its disk or network fails: the same command may do better later.
+    Failing,
 }
 
 impl FolderError {
@@ -36,13 +47,16 @@ impl FolderError {
             path: path.display().to_string(),
             cause: cause.into(),
             remedy: remedy.into(),
-            transient: false,
+            trouble: Trouble::Unfit,
         }
     }
 
     fn io(path: &Path, error: &std::io::Error) -> Self {
         let kind = error.kind();
-        let full = matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let full = matches!(
+            kind,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+        );
         let remedy = if full {
             "free space on that disk; nothing written so far is lost"
         } else {
@@ -59,8 +73,13 @@ impl FolderError {
                 | ErrorKind::InvalidFilename
                 | ErrorKind::InvalidInput
         );
+        let trouble = match (full, named) {
+            (true, _) => Trouble::Full,
+            (_, true) => Trouble::Unfit,
+            _ => Trouble::Failing,
+        };
         Self {
-            transient: !named,
+            trouble,
             ..Self::new(path, error.to_string(), remedy)
         }
     }
@@ -568,25 +587,32 @@ mod tests {
         let more = config(&dir, &["optimizer.shards=9"]);
         let refused = RunFolder::open(&more, Existing::Resume).expect_err("refused");
         assert!(
-            refused.cause.contains("optimizer.shards = 8, not 9") && !refused.transient,
+            refused.cause.contains("optimizer.shards = 8, not 9") && refused.trouble == Trouble::Unfit,
             "{refused}"
         );
         assert_eq!(std::fs::read(dir.join("config.toml")).expect("a config"), text);
     }
 
     #[test]
-    fn a_full_disk_is_worth_a_retry_and_a_file_in_the_way_is_not() {
-        let full = FolderError::io(Path::new("x"), &std::io::Error::from(ErrorKind::StorageFull));
-        assert!(full.transient && full.remedy.contains("free space"));
-        assert!(
-            FolderError::io(Path::new("x"), &std::io::Error::from_raw_os_error(5)).transient,
-            "EIO"
-        );
+    fn a_full_disk_a_failing_one_and_a_file_in_the_way_are_told_apart() {
+        for kind in [
+            ErrorKind::StorageFull,
+            ErrorKind::QuotaExceeded,
+            ErrorKind::FileTooLarge,
+        ] {
+            let full = FolderError::io(Path::new("x"), &std::io::Error::from(kind));
+            assert!(
+                full.trouble == Trouble::Full && full.remedy.contains("free space"),
+                "{full}"
+            );
+        }
+        let failing = FolderError::io(Path::new("x"), &std::io::Error::from_raw_os_error(5));
+        assert_eq!(failing.trouble, Trouble::Failing, "EIO");
         let base = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(base.path().join("file"), "").expect("written");
         let config = config(&base.path().join("file/run"), &[]);
         let refused = RunFolder::open(&config, Existing::Fresh).expect_err("refused");
-        assert!(!refused.transient, "{refused}");
+        assert_eq!(refused.trouble, Trouble::Unfit, "{refused}");
         assert_eq!(names(base.path()), ["file"]);
     }
 }

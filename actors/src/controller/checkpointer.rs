@@ -335,8 +335,8 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl
 /// The exit code for a store that cannot be read: by what the next start could change.
 fn judge(error: StoreError) -> (u8, String) {
     let code = match error {
-        StoreError::Retry { .. } | StoreError::Full { .. } => 33,
-        _ => 3,
+        StoreError::Retry { .. } => 33,
+        _ => 3, // a full store, too: only a person makes room
     };
     (code, error.to_string())
 }
