@@ -15,6 +15,7 @@ use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
@@ -230,10 +231,7 @@ impl CoordinatorState {
                     })?;
                 }
                 Effect::Send { member, message } => self.send(member, &message)?,
-                Effect::Begin { member, mut plan } => {
-                    self.complete(&mut plan);
-                    self.send(member, &ToRank::Begin(plan))?;
-                }
+                Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
                 Effect::FindCheckpoint => {
                     self.arguments.tracker.on_locating();
                     self.syncing.clear();
@@ -243,6 +241,17 @@ impl CoordinatorState {
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
                 Effect::Done { code } => return self.end(code, String::new()),
             }
+        }
+        Ok(())
+    }
+
+    /// A plan is completed and encoded once, whatever the size of the world.
+    fn begin(&mut self, mut plan: BeginPlan) -> Result<(), ActorProcessingErr> {
+        self.complete(&mut plan);
+        let members: Vec<Member> = plan.roster.iter().map(|entry| entry.member).collect();
+        let body = ToRank::Begin(Box::new(plan)).encode().map_err(|e| e.to_string())?;
+        for member in members {
+            self.send_body(member, body.clone())?;
         }
         Ok(())
     }
@@ -273,11 +282,15 @@ impl CoordinatorState {
     }
 
     fn send(&mut self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
+        let body = message.encode().map_err(|e| e.to_string())?;
+        self.send_body(member, body)
+    }
+
+    fn send_body(&mut self, member: Member, body: Vec<u8>) -> Result<(), ActorProcessingErr> {
         let peer = PeerId {
             worker: member.worker,
             incarnation: member.incarnation,
         };
-        let body = message.encode().map_err(|e| e.to_string())?;
         match self.peers()?.hub.send(peer, body) {
             Ok(()) => Ok(()),
             // Nothing else would ever come of it: the rank waits for a message that cannot be sent.

@@ -9,9 +9,9 @@
 //! | nothing arrives between two ranks | all answer | each other, in a circle | the second time one of them is replaced |
 //! | one is slow, or restores | all answer | one that is at work | nobody is replaced; patience doubles |
 
-use super::{Coordinator, Effect, Phase};
-use crate::message::{Member, StateReport};
-use std::collections::{BTreeMap, BTreeSet};
+use super::{Coordinator, Effect, Phase, WorkerPhase};
+use crate::message::Member;
+use std::collections::BTreeMap;
 
 /// Alarms that were false lengthen the patience with a stall to this many times the timeout, no further.
 const STALL_TIMEOUTS_MAX: u64 = 64;
@@ -23,53 +23,28 @@ const STRIKES_MAX: u32 = 2;
 pub(super) enum Alarm {
     /// Nobody made any progress.
     Stall,
-    /// Some were named as silent: who, and by whom.
-    Named(BTreeSet<(Member, Member)>),
+    /// Some were named as silent, once for each complaint.
+    Named(Vec<Member>),
 }
 
 impl Coordinator {
-    /// Whether no member that is not paused has done anything for longer than the machine's patience.
-    pub(super) fn is_stalled(&self, now_ms: u64) -> bool {
-        let Phase::Running { paused, .. } = &self.phase else {
-            return false;
-        };
-        let mut at_work = self
-            .roster
-            .iter()
-            .map(|(member, _)| member)
-            .filter(|member| !paused.contains_key(member));
-        let stalls = |member: &Member| {
-            let worker = self.workers.get(&member.worker);
-            worker.is_some_and(|worker| now_ms > worker.progress_ms + self.stall_ms)
-        };
-        let mut anybody = false;
-        at_work.all(|member| {
-            anybody = true;
-            stalls(member)
-        }) && anybody
-    }
-
     /// Everybody answered a fence that followed an alarm: nobody hangs. Either the way between two members is broken, and
     /// the second time one of them is replaced, or somebody was merely slow, and patience grows.
     pub(super) fn judge_alarm(&mut self) -> Vec<Effect> {
-        let Phase::Fencing {
-            awaiting,
-            reports,
-            alarm,
-            ..
-        } = &mut self.phase
-        else {
+        let Phase::Fencing { alarm, .. } = &mut self.phase else {
             return Vec::new();
         };
-        let (named, stalled): (Vec<Member>, bool) = match alarm.take() {
+        let named = match alarm.take() {
             None => return Vec::new(),
-            Some(Alarm::Named(pairs)) => (pairs.into_iter().map(|(_, suspect)| suspect).collect(), false),
-            Some(Alarm::Stall) => (waiting_in_a_circle(&self.roster, reports), true),
+            Some(Alarm::Named(named)) => named,
+            Some(Alarm::Stall) => {
+                let circle = self.waiting_in_a_circle();
+                if circle.is_empty() {
+                    self.stall_ms = (self.stall_ms * 2).min(self.options.timeouts.failure_ms * STALL_TIMEOUTS_MAX);
+                }
+                circle
+            }
         };
-        if named.is_empty() && stalled {
-            self.stall_ms = (self.stall_ms * 2).min(self.options.timeouts.failure_ms * STALL_TIMEOUTS_MAX);
-            return Vec::new();
-        }
         let mut complaints: BTreeMap<Member, usize> = BTreeMap::new();
         for member in named {
             *complaints.entry(member).or_default() += 1;
@@ -77,50 +52,67 @@ impl Coordinator {
         for &member in complaints.keys() {
             *self.strikes.entry(member).or_default() += 1;
         }
-        let struck_out = |member: &Member| self.strikes.get(member).is_some_and(|&strikes| strikes >= STRIKES_MAX);
+        let struck_out = |member: &Member| {
+            let strikes = self.strikes.get(member).copied().unwrap_or_default();
+            let alive = self.workers.get(member.worker);
+            strikes >= STRIKES_MAX && alive.is_some_and(|worker| worker.phase == WorkerPhase::Member)
+        };
         let worst = complaints
             .into_iter()
-            .filter(|(member, _)| struck_out(member))
+            .filter(|(member, _)| struck_out(member) && self.workers.member(member.worker) == *member)
             .max_by_key(|&(member, count)| (count, member));
         let Some((member, count)) = worst else {
             return Vec::new();
         };
         self.strikes.clear();
-        awaiting.insert(member);
+        if let Phase::Fencing { awaiting, .. } = &mut self.phase {
+            awaiting.insert(member.worker);
+        }
         let reason = format!("{count} of its peers wait for it, time and again, although it answers the controller");
         vec![Effect::Kill { member, reason }]
     }
-}
 
-/// Members of a stalled generation that wait for each other in a circle: none of them is at work, so something between
-/// them does not arrive. Whoever waits for one that is at work (a slow one, or one that restores) is in no circle.
-fn waiting_in_a_circle(
-    roster: &[(Member, tarazed_domain::LaneRange)],
-    reports: &BTreeMap<Member, StateReport>,
-) -> Vec<Member> {
-    let next = |member: Member| -> Option<Member> {
-        let rank = reports.get(&member)?.waits_for?;
-        roster.get(rank.index()).map(|&(member, _)| member)
-    };
-    let comes_back = |start: Member| {
-        let mut at = start;
-        for _ in 0..roster.len() {
-            match next(at) {
-                Some(member) if member == start => return true,
-                Some(member) => at = member,
-                None => return false,
+    /// Members of a stalled generation that wait for each other in a circle: none of them is at work, so something between
+    /// them does not arrive. Whoever waits for one that is at work (a slow one, or one that restores) is in no circle.
+    fn waiting_in_a_circle(&self) -> Vec<Member> {
+        let next: Vec<Option<usize>> = self
+            .roster
+            .iter()
+            .map(|&(member, _)| {
+                let worker = self.workers.get(member.worker)?;
+                let answered = worker.incarnation == member.incarnation && worker.phase == WorkerPhase::Member;
+                let rank = worker.waits_for.filter(|_| answered)?;
+                (rank.index() < self.roster.len()).then_some(rank.index())
+            })
+            .collect();
+        // Each walk ends at somebody seen before; on the present walk, that closes a circle.
+        let mut in_circle = vec![false; next.len()];
+        let mut seen = vec![false; next.len()];
+        for start in 0..next.len() {
+            let (mut path, mut at) = (Vec::new(), Some(start));
+            while let Some(rank) = at.filter(|&rank| !seen[rank]) {
+                seen[rank] = true;
+                path.push(rank);
+                at = next[rank];
+            }
+            let entry = at.and_then(|rank| path.iter().position(|&on_path| on_path == rank));
+            for &rank in entry.map_or(&[][..], |entry| &path[entry..]) {
+                in_circle[rank] = true;
             }
         }
-        false
-    };
-    reports.keys().copied().filter(|&member| comes_back(member)).collect()
+        let seats = self.roster.iter().zip(in_circle);
+        seats
+            .filter(|(_, circles)| *circles)
+            .map(|((member, _), _)| *member)
+            .collect()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{Event, Options};
     use super::*;
-    use crate::message::{ShardHolding, ToRank};
+    use crate::message::{ShardHolding, StateReport, ToRank};
     use tarazed_domain::limits::Timeouts;
     use tarazed_domain::{Generation, Incarnation, LaneTree, OptimizerShardIndex, Rank, StepsCompleted, WorkerId};
 

@@ -2,16 +2,10 @@
 
 use super::alarm::Alarm;
 use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
-use crate::commit;
-use crate::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, ToRank};
+use crate::commit::{Holders, Survey};
+use crate::message::{Member, RestoreFrom, ToRank};
 use crate::restart::Verdict;
-use crate::sharder;
-use std::collections::{BTreeMap, BTreeSet};
 use tarazed_domain::{Rank, StepsCompleted};
-
-/// How long a failed collective waits for its cause to show (a process exit comes within milliseconds) before the
-/// generation is renewed with everybody.
-const FAILED_GRACE_MS: u64 = 100;
 
 impl Coordinator {
     /// One fact in, effects out.
@@ -31,10 +25,13 @@ impl Coordinator {
                     return Vec::new();
                 }
                 self.heard(now_ms, member);
-                if let Phase::Fencing { awaiting, reports, .. } = &mut self.phase
-                    && awaiting.remove(&member)
+                if let Phase::Fencing { awaiting, survey, .. } = &mut self.phase
+                    && awaiting.remove(member.worker)
                 {
-                    reports.insert(member, report);
+                    survey.hear(member, &report.shards, report.passed);
+                    if let Some(worker) = self.workers.get_mut(member.worker) {
+                        worker.waits_for = report.waits_for;
+                    }
                 }
                 self.settle_fence(now_ms)
             }
@@ -70,16 +67,17 @@ impl Coordinator {
                 activity,
             } => {
                 if self.knows(member)
-                    && let Some(worker) = self.workers.get_mut(&member.worker)
+                    && let Some(worker) = self.workers.get_mut(member.worker)
                 {
                     worker.heard_ms = now_ms;
                     if generation == self.generation {
                         worker.step = step;
+                        if worker.progress != progress {
+                            worker.progress = progress;
+                            self.progressed_ms = now_ms;
+                        }
                     }
-                    if progress != worker.progress {
-                        (worker.progress, worker.progress_ms) = (progress, now_ms);
-                    }
-                    worker.activity = activity;
+                    self.workers.set_activity(member.worker, activity);
                 }
                 Vec::new()
             }
@@ -106,7 +104,7 @@ impl Coordinator {
     }
 
     fn heard(&mut self, now_ms: u64, member: Member) {
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
+        if let Some(worker) = self.workers.get_mut(member.worker) {
             worker.heard_ms = now_ms;
         }
     }
@@ -118,12 +116,9 @@ impl Coordinator {
                 reason: "a life that was given up".to_owned(),
             }];
         }
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
-            worker.phase = WorkerPhase::Ready;
-            worker.address = address;
-            worker.pid = pid;
-            worker.heard_ms = now_ms;
-        }
+        self.workers.set_phase(member.worker, WorkerPhase::Ready);
+        self.workers.set_process(member.worker, address, pid);
+        self.heard(now_ms, member);
         match self.phase {
             Phase::Forming => self.try_form(),
             Phase::Running { .. } => self.ask_to_pause(false),
@@ -132,7 +127,7 @@ impl Coordinator {
     }
 
     fn try_form(&mut self) -> Vec<Effect> {
-        if self.workers.values().all(|w| w.phase == WorkerPhase::Ready) {
+        if self.workers.all_ready() {
             self.phase = Phase::Locating;
             vec![Effect::FindCheckpoint]
         } else {
@@ -165,9 +160,7 @@ impl Coordinator {
             return Vec::new();
         }
         if matches!(self.phase, Phase::Leaving { .. }) {
-            if let Some(worker) = self.workers.get_mut(&member.worker) {
-                worker.phase = WorkerPhase::Left;
-            }
+            self.workers.set_phase(member.worker, WorkerPhase::Left);
             return self.settle_leaving();
         }
         let cause = if orderly {
@@ -175,46 +168,31 @@ impl Coordinator {
         } else {
             cause
         };
-        let rank = self
-            .roster
-            .iter()
-            .position(|(m, _)| *m == member)
-            .map(|rank| Rank(rank as u32));
+        let rank = self.rank_of(member);
         let mut effects = vec![Effect::Note(Incident::RankLost {
             member,
             rank,
             cause: cause.clone(),
         })];
         let start_ms = self.options.timeouts.start_ms;
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
-            match worker.limiter.on_death(format!("{member}: {cause}")) {
-                Verdict::Restart { after_ms } => {
-                    worker.incarnation = worker.incarnation.next();
-                    worker.phase = WorkerPhase::Starting {
-                        deadline_ms: now_ms + after_ms + start_ms,
-                    };
-                    worker.pid = 0;
-                    worker.heard_ms = now_ms;
-                    let successor = Member {
-                        worker: member.worker,
-                        incarnation: worker.incarnation,
-                    };
-                    effects.push(Effect::Start {
-                        member: successor,
-                        after_ms,
-                    });
-                }
-                Verdict::GiveUp { causes } => {
-                    worker.phase = WorkerPhase::Left;
-                    let what = format!(
-                        "worker {} died {} times without taking part in a committed step between; causes, oldest \
-                         first:\n  {}",
-                        member.worker,
-                        causes.len(),
-                        causes.join("\n  ")
-                    );
-                    effects.extend(self.give_up(now_ms, what));
-                }
+        match self.workers.on_death(member.worker, format!("{member}: {cause}")) {
+            Verdict::Restart { after_ms } => {
+                let deadline_ms = now_ms + after_ms + start_ms;
+                let successor = self.workers.restart(now_ms, member.worker, deadline_ms);
+                effects.push(Effect::Start {
+                    member: successor,
+                    after_ms,
+                });
+            }
+            Verdict::GiveUp { causes } => {
+                self.workers.set_phase(member.worker, WorkerPhase::Left);
+                let what = format!(
+                    "worker {} died {} times without taking part in a committed step between; causes, oldest first:\n  {}",
+                    member.worker,
+                    causes.len(),
+                    causes.join("\n  ")
+                );
+                effects.extend(self.give_up(now_ms, what));
             }
         }
         match &mut self.phase {
@@ -222,12 +200,12 @@ impl Coordinator {
             Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
             Phase::Fencing {
                 awaiting,
-                reports,
+                survey,
                 alarm,
                 ..
             } => {
-                awaiting.remove(&member);
-                reports.remove(&member);
+                awaiting.remove(member.worker);
+                survey.forget(member);
                 *alarm = None; // here is the cause
                 effects.extend(self.settle_fence(now_ms));
             }
@@ -248,7 +226,7 @@ impl Coordinator {
     }
 
     /// A new generation: fences every survivor and waits for what it holds.
-    fn fence(&mut self, now_ms: u64, cause: String, alarm: Option<Alarm>) -> Vec<Effect> {
+    pub(super) fn fence(&mut self, now_ms: u64, cause: String, alarm: Option<Alarm>) -> Vec<Effect> {
         if let Verdict::GiveUp { causes } = self.fruitless.on_death(cause) {
             let what = format!(
                 "{} generations in a row committed no step; causes, oldest first:\n  {}",
@@ -259,21 +237,20 @@ impl Coordinator {
         }
         self.generation = self.generation.next();
         let generation = self.generation;
-        let survivors = self.with_phase(&WorkerPhase::Member);
-        let effects = survivors
-            .iter()
-            .map(|&member| Effect::Send {
-                member,
-                message: ToRank::Fence { generation },
-            })
-            .collect::<Vec<_>>();
+        let survivors = self.workers.members();
+        let mut effects = Vec::with_capacity(survivors.len());
+        effects.extend(survivors.iter().map(|&member| Effect::Send {
+            member,
+            message: ToRank::Fence { generation },
+        }));
         self.phase = Phase::Fencing {
             deadline_ms: now_ms + self.options.timeouts.fence_ms,
             alarm,
-            awaiting: survivors.into_iter().collect(),
-            reports: BTreeMap::new(),
+            awaiting: survivors.into_iter().map(|member| member.worker).collect(),
+            survey: Survey::default(),
         };
-        [effects, self.settle_fence(now_ms)].concat()
+        effects.extend(self.settle_fence(now_ms));
+        effects
     }
 
     /// Once every survivor has answered: agree (STEP-2) and begin, or look for a checkpoint.
@@ -288,10 +265,11 @@ impl Coordinator {
         if !kills.is_empty() {
             return kills;
         }
-        let Phase::Fencing { reports, .. } = &self.phase else {
+        let Phase::Fencing { survey, .. } = &mut self.phase else {
             return Vec::new();
         };
-        if reports.is_empty() {
+        let survivors = survey.answered().to_vec();
+        if survivors.is_empty() {
             // Nobody is left. The whole cluster forms again; what is ready waits for the others.
             let mut effects = vec![Effect::Note(Incident::StateLost {
                 shards_missing: self.options.shard_count,
@@ -305,12 +283,9 @@ impl Coordinator {
             effects.extend(self.try_form());
             return effects;
         }
-        match Ground::agreed(commit::resolve(self.options.shard_count, reports)) {
-            Ok(ground) => {
-                let survivors: BTreeSet<Member> = reports.keys().copied().collect();
-                self.begin(now_ms, ground, survivors)
-            }
-            Err(commit::Resolution::Restore { missing }) => {
+        match survey.resolve(self.options.shard_count) {
+            Ok(agreement) => self.begin(now_ms, agreement.into(), survivors),
+            Err(missing) => {
                 if let Some((code, diagnosis)) = self.verdict.take() {
                     return self.halt(code, diagnosis);
                 }
@@ -322,7 +297,6 @@ impl Coordinator {
                     Effect::FindCheckpoint,
                 ]
             }
-            Err(commit::Resolution::Continue { .. }) => Vec::new(),
         }
     }
 
@@ -334,129 +308,19 @@ impl Coordinator {
         self.generation = self.generation.next();
         self.checkpointed = checkpoint.as_ref().map(|from| from.step);
         let (base, restore) = (self.checkpointed.unwrap_or_default(), checkpoint);
-        let holders = vec![Vec::new(); self.options.shard_count];
+        let holders = Holders::nobody(self.options.shard_count);
         let ground = Ground {
             base,
             outcome: None,
             holders,
             restore,
         };
-        let members: BTreeSet<Member> = self.with_phase(&WorkerPhase::Member).into_iter().collect();
-        if members.is_empty() && self.with_phase(&WorkerPhase::Ready).is_empty() {
+        if self.workers.is_deserted() {
             self.phase = Phase::Forming;
             return Vec::new();
         }
+        let members = self.workers.members();
         self.begin(now_ms, ground, members)
-    }
-
-    /// Spreads lanes and shards over survivors and newcomers, and starts the generation.
-    fn begin(&mut self, now_ms: u64, ground: Ground, survivors: BTreeSet<Member>) -> Vec<Effect> {
-        let mut members: Vec<Member> = survivors
-            .iter()
-            .copied()
-            .chain(self.with_phase(&WorkerPhase::Ready))
-            .collect();
-        members.sort_unstable();
-        let lanes = self.options.lanes.assign(&vec![1; members.len()]);
-        self.roster = members.iter().copied().zip(lanes).collect();
-        let restored = ground.holders.iter().all(Vec::is_empty);
-        let (shards, copies) = self.place_shards(&ground, &members);
-        self.primaries = shards.iter().map(|holders| members[holders[0].rank.index()]).collect();
-
-        self.placement.clone_from(&shards);
-        let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
-        let roster: Vec<RosterEntry> = self
-            .roster
-            .iter()
-            .map(|&(member, lanes)| RosterEntry {
-                member,
-                address: self.workers[&member.worker].address.clone(),
-                lanes,
-            })
-            .collect();
-        let plan = BeginPlan {
-            generation: self.generation,
-            roster,
-            base: ground.base,
-            outcome: ground.outcome,
-            shards,
-            restore: ground.restore,
-            acknowledged: self.written,
-            decisions: Vec::new(),
-            decided: self.written,
-            last_step: if self.stop.is_some() {
-                ground.base
-            } else {
-                self.options.last_step
-            },
-            checkpoint_at_base: ends_here && !self.is_saved(ground.base),
-        };
-        for &member in &members {
-            if let Some(worker) = self.workers.get_mut(&member.worker) {
-                worker.phase = WorkerPhase::Member;
-                worker.heard_ms = now_ms;
-                worker.progress_ms = now_ms;
-                worker.step = ground.base;
-            }
-        }
-        self.begun = true;
-        self.phase = Phase::Running {
-            paused: BTreeMap::new(),
-            pause_sent: false,
-            failed: None,
-            suspicions: BTreeSet::new(),
-        };
-        let note = Incident::GenerationBegan {
-            generation: self.generation,
-            members: members.clone(),
-            base: ground.base,
-            restored,
-            copies,
-        };
-        let begin = members.into_iter().map(|member| Effect::Begin {
-            member,
-            plan: Box::new(plan.clone()),
-        });
-        std::iter::once(Effect::Note(note)).chain(begin).collect()
-    }
-
-    fn place_shards(&self, ground: &Ground, members: &[Member]) -> (Vec<Vec<ShardHolder>>, usize) {
-        let rank_of = |member: &Member| members.iter().position(|m| m == member).map(|rank| Rank(rank as u32));
-        let whole: Vec<Vec<Rank>> = ground
-            .holders
-            .iter()
-            .enumerate()
-            .map(|(shard, holders)| {
-                let primary = self.primaries.get(shard);
-                let mut ordered = holders.clone();
-                ordered.sort_by_key(|member| Some(member) != primary);
-                ordered.iter().filter_map(rank_of).collect()
-            })
-            .collect();
-        let map = sharder::assign(self.options.shard_count, members.len(), self.options.replicas, &whole);
-        let mut copies = 0;
-        let shards = map
-            .all()
-            .iter()
-            .zip(&whole)
-            .map(|(holders, donors)| {
-                let origin = |rank: &Rank| match donors.first() {
-                    Some(_) if donors.contains(rank) => ShardOrigin::Keep,
-                    Some(&donor) => ShardOrigin::CopyFrom(donor),
-                    None if ground.restore.is_some() => ShardOrigin::Restore,
-                    None => ShardOrigin::Initialise,
-                };
-                holders
-                    .iter()
-                    .map(|rank| {
-                        let origin = origin(rank);
-                        copies += usize::from(matches!(origin, ShardOrigin::CopyFrom(_)));
-                        ShardHolder { rank: *rank, origin }
-                    })
-                    .collect()
-            })
-            .collect();
-        (shards, copies)
     }
 
     fn on_failed(
@@ -471,22 +335,27 @@ impl Coordinator {
         if corruption {
             return self.halt(3, format!("{member}: {cause}"));
         }
-        let named: Vec<String> = suspects.iter().map(|rank| format!("rank {rank}")).collect();
-        let cause = format!(
-            "{member}: {cause} ({})",
-            if named.is_empty() {
-                "no suspect".into()
-            } else {
-                named.join(", ")
-            }
-        );
-        let members: Vec<Member> = suspects
+        let roster = &self.roster;
+        let named = suspects
             .iter()
-            .filter_map(|rank| self.roster.get(rank.index()).map(|(suspect, _)| *suspect))
-            .collect();
-        if let Phase::Running { failed, suspicions, .. } = &mut self.phase {
-            failed.get_or_insert((now_ms, cause));
-            suspicions.extend(members.into_iter().map(|suspect| (member, suspect)));
+            .filter_map(|rank| roster.get(rank.index()).map(|&(member, _)| member));
+        // The first one names the cause; where all of a large world fail together, the others' words are not even made.
+        if let Phase::Running {
+            failed,
+            suspects: complaints,
+            ..
+        } = &mut self.phase
+        {
+            complaints.extend(named);
+            failed.get_or_insert_with(|| {
+                let named: Vec<String> = suspects.iter().map(|rank| format!("rank {rank}")).collect();
+                let named = if named.is_empty() {
+                    "no suspect".into()
+                } else {
+                    named.join(", ")
+                };
+                (now_ms, format!("{member}: {cause} ({named})"))
+            });
         }
         Vec::new()
     }
@@ -497,7 +366,7 @@ impl Coordinator {
             return Vec::new();
         };
         if in_roster {
-            paused.insert(member, step);
+            paused.insert(member.worker);
         }
         if paused.len() < self.roster.len() {
             return Vec::new();
@@ -506,8 +375,9 @@ impl Coordinator {
         if ends_here && (saving || self.is_saved(step)) {
             let deadline_ms = now_ms + self.options.timeouts.stop_ms;
             self.phase = Phase::Finishing { step, deadline_ms };
-            let effects = self.leave_when_saved(now_ms);
-            return [effects, self.save_again(now_ms)].concat();
+            let mut effects = self.leave_when_saved(now_ms);
+            effects.extend(self.save_again(now_ms));
+            return effects;
         }
         // A pause is no failure. Where the stop came too late for this boundary's checkpoint, the new generation begins
         // with one.
@@ -521,15 +391,12 @@ impl Coordinator {
             return self.leave_when_saved(now_ms);
         }
         self.written = step;
+        self.progressed_ms = now_ms;
         self.strikes.clear();
         self.fruitless.on_progress();
-        for (member, _) in &self.roster {
-            if let Some(worker) = self.workers.get_mut(&member.worker)
-                && worker.incarnation == member.incarnation
-            {
-                worker.limiter.on_progress();
-            }
-        }
+        let roster = &self.roster;
+        self.workers
+            .on_progress(|member, seat| roster.get(seat).is_some_and(|(seated, _)| *seated == member));
         self.leave_when_saved(now_ms)
     }
 
@@ -543,19 +410,17 @@ impl Coordinator {
         self.phase = Phase::Leaving {
             deadline_ms: now_ms + self.options.timeouts.failure_ms,
         };
-        let alive: Vec<Member> = [
-            self.with_phase(&WorkerPhase::Member),
-            self.with_phase(&WorkerPhase::Ready),
-        ]
-        .concat();
-        let mut effects: Vec<Effect> = alive
+        let mut effects: Vec<Effect> = self
+            .workers
+            .members()
             .into_iter()
+            .chain(self.workers.ready())
             .map(|member| Effect::Send {
                 member,
                 message: ToRank::Shutdown,
             })
             .collect();
-        for member in self.with_phase(&WorkerPhase::Starting { deadline_ms: 0 }) {
+        for member in self.workers.starting() {
             effects.push(Effect::Kill {
                 member,
                 reason: "the run is over".to_owned(),
@@ -565,20 +430,20 @@ impl Coordinator {
     }
 
     fn settle_leaving(&mut self) -> Vec<Effect> {
-        let left = self
-            .workers
-            .values()
-            .all(|w| matches!(w.phase, WorkerPhase::Left | WorkerPhase::Starting { .. }));
-        if left { self.done() } else { Vec::new() }
+        if self.workers.is_deserted() {
+            self.done()
+        } else {
+            Vec::new()
+        }
     }
 
     /// Whether nothing of this step is left to be saved; before the first step nothing is.
-    fn is_saved(&self, step: StepsCompleted) -> bool {
+    pub(super) fn is_saved(&self, step: StepsCompleted) -> bool {
         step == StepsCompleted(0) || self.checkpointed >= Some(step)
     }
 
     /// The last checkpoint failed: the state is still in the ranks' memory, so a new generation saves it anew.
-    fn save_again(&mut self, now_ms: u64) -> Vec<Effect> {
+    pub(super) fn save_again(&mut self, now_ms: u64) -> Vec<Effect> {
         let Phase::Finishing { step, .. } = self.phase else {
             return Vec::new();
         };
@@ -599,7 +464,7 @@ impl Coordinator {
         }
     }
 
-    fn done(&mut self) -> Vec<Effect> {
+    pub(super) fn done(&mut self) -> Vec<Effect> {
         if let Some((code, diagnosis)) = self.verdict.take() {
             return self.halt(code, diagnosis);
         }
@@ -610,7 +475,7 @@ impl Coordinator {
         }]
     }
 
-    fn halt(&mut self, code: u8, diagnosis: String) -> Vec<Effect> {
+    pub(super) fn halt(&mut self, code: u8, diagnosis: String) -> Vec<Effect> {
         self.phase = Phase::Done;
         vec![Effect::Halt { code, diagnosis }]
     }
@@ -629,104 +494,5 @@ impl Coordinator {
             }
             _ => Vec::new(), // the generation being agreed on begins, saves its base and ends
         }
-    }
-
-    fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
-        self.excuse_own_absence(now_ms);
-        let timeouts = self.options.timeouts;
-        let mut effects = self.kill_the_silent(now_ms);
-        match &self.phase {
-            Phase::Fencing {
-                deadline_ms, awaiting, ..
-            } if now_ms > *deadline_ms => {
-                let reason = format!(
-                    "no answer to a fence within {} ms: its device thread hangs",
-                    timeouts.fence_ms
-                );
-                effects.extend(awaiting.iter().map(|&member| Effect::Kill {
-                    member,
-                    reason: reason.clone(),
-                }));
-            }
-            Phase::Running {
-                failed: Some((since, cause)),
-                suspicions,
-                ..
-            } if now_ms >= since + FAILED_GRACE_MS => {
-                let (cause, alarm) = (cause.clone(), Alarm::Named(suspicions.clone()));
-                effects.extend(self.fence(now_ms, cause, Some(alarm)));
-            }
-            Phase::Running { failed: None, .. } if self.is_stalled(now_ms) => {
-                let cause = format!("no rank has made any progress for {} ms", self.stall_ms);
-                effects.extend(self.fence(now_ms, cause, Some(Alarm::Stall)));
-            }
-            &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
-                let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
-                self.save_failed = Some((step, cause));
-                effects.extend(self.save_again(now_ms));
-            }
-            Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),
-            _ => {}
-        }
-        if let Some(since) = self.stop
-            && now_ms > since + timeouts.stop_ms
-            && !matches!(self.phase, Phase::Done)
-        {
-            let late = format!("no last checkpoint within {} ms of the stop", timeouts.stop_ms);
-            return match self.verdict.take() {
-                Some((code, diagnosis)) => self.halt(code, format!("{diagnosis}\n{late}")),
-                None => self.halt(33, late),
-            };
-        }
-        effects
-    }
-
-    /// Where this process was stopped or starved, what came meanwhile waits behind this tick: nobody was silent.
-    fn excuse_own_absence(&mut self, now_ms: u64) {
-        let absent_ms = now_ms.saturating_sub(self.ticked_ms.replace(now_ms).unwrap_or(now_ms));
-        if absent_ms <= self.options.timeouts.failure_ms / 2 {
-            return;
-        }
-        for worker in self.workers.values_mut() {
-            worker.heard_ms += absent_ms;
-            worker.progress_ms += absent_ms;
-            if let WorkerPhase::Starting { deadline_ms } = &mut worker.phase {
-                *deadline_ms += absent_ms;
-            }
-        }
-        match &mut self.phase {
-            Phase::Fencing { deadline_ms, .. }
-            | Phase::Finishing { deadline_ms, .. }
-            | Phase::Leaving { deadline_ms } => {
-                *deadline_ms += absent_ms;
-            }
-            _ => {}
-        }
-        self.stop = self.stop.map(|since| since + absent_ms);
-    }
-
-    fn kill_the_silent(&self, now_ms: u64) -> Vec<Effect> {
-        let timeouts = self.options.timeouts;
-        let mut effects = Vec::new();
-        for (&worker, w) in &self.workers {
-            let member = Member {
-                worker,
-                incarnation: w.incarnation,
-            };
-            match w.phase {
-                WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
-                    let reason = format!("not ready within {} ms of its start", timeouts.start_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                WorkerPhase::Member | WorkerPhase::Ready
-                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.failure_ms =>
-                {
-                    let reason = format!("no heartbeat for {} ms", timeouts.failure_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                _ => {}
-            }
-        }
-        effects
     }
 }
