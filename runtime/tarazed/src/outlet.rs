@@ -16,7 +16,7 @@ pub const ITEMS_WAITING_MAX: usize = 256;
 /// Longest wait at the end for a terminal to take what waits, in milliseconds.
 pub const DRAIN_TIMEOUT_MS: u64 = 1_000;
 /// Longest wait for standard error to take a last message, in milliseconds.
-const LAST_WORDS_TIMEOUT_MS: u64 = 1_000;
+pub const LAST_WORDS_TIMEOUT_MS: u64 = 1_000;
 
 /// A thread that writes what is put into its queue. Dropping it ends the thread once the queue is empty.
 #[derive(Debug)]
@@ -184,8 +184,18 @@ mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
+    /// The other side of an outlet that stands still.
+    struct Terminal {
+        /// One for each item whose writing has begun.
+        begun: Receiver<()>,
+        /// What was written, and how many were dropped before it.
+        written: Receiver<(u64, u64)>,
+        /// Dropped, it goes on.
+        stop: Sender<()>,
+    }
+
     /// An outlet whose writer stands still until it is let go; even numbers may be missed.
-    fn stuck() -> (Outlet<u64>, Receiver<(u64, u64)>, Sender<()>, Receiver<()>) {
+    fn stuck() -> (Outlet<u64>, Terminal) {
         let (go, gate) = channel::<()>();
         let (began, beginnings) = channel();
         let (written, writings) = channel();
@@ -196,17 +206,22 @@ mod tests {
             let _ = written.send((dropped, item));
         };
         let outlet = Outlet::start("stuck", |item| item % 2 == 0, write).expect("a thread");
-        (outlet, writings, go, beginnings)
+        let terminal = Terminal {
+            begun: beginnings,
+            written: writings,
+            stop: go,
+        };
+        (outlet, terminal)
     }
 
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
     fn a_terminal_that_stands_still_holds_up_nobody_and_misses_the_expendable_first() {
-        let (outlet, writings, go, beginnings) = stuck();
+        let (outlet, terminal) = stuck();
         let feed = outlet.feed();
         feed.put(0);
-        beginnings.recv_timeout(LONG).expect("it is being written");
+        terminal.begun.recv_timeout(LONG).expect("it is being written");
         // Ten items that must be shown between many that may be missed; all of it returns at once.
         for item in 1..=10 {
             feed.put(2 * item - 1);
@@ -216,9 +231,9 @@ mod tests {
         }
         assert_eq!(outlet.queue.lock().items.len(), ITEMS_WAITING_MAX);
         assert!(!outlet.drain(Duration::from_millis(1)), "nothing could be written");
-        drop(go); // the terminal goes on
+        drop(terminal.stop); // it goes on
         assert!(outlet.drain(LONG));
-        let written: Vec<(u64, u64)> = writings.try_iter().collect();
+        let written: Vec<(u64, u64)> = terminal.written.try_iter().collect();
         let odd: Vec<u64> = written
             .iter()
             .map(|(_, item)| *item)
@@ -234,15 +249,15 @@ mod tests {
 
     #[test]
     fn what_had_to_be_dropped_is_told() {
-        let (outlet, writings, go, beginnings) = stuck();
+        let (outlet, terminal) = stuck();
         let feed = outlet.feed();
         feed.put(1);
-        beginnings.recv_timeout(LONG).expect("it is being written");
+        terminal.begun.recv_timeout(LONG).expect("it is being written");
         let count = ITEMS_WAITING_MAX as u64 + 3;
         (0..count).for_each(|item| feed.put(2 * item + 1));
-        drop(go);
+        drop(terminal.stop);
         assert!(outlet.drain(LONG));
-        let written: Vec<(u64, u64)> = writings.try_iter().collect();
+        let written: Vec<(u64, u64)> = terminal.written.try_iter().collect();
         assert_eq!(written[..2], [(0, 1), (3, 7)], "the oldest three are gone");
         assert_eq!(written.len(), 1 + ITEMS_WAITING_MAX);
     }

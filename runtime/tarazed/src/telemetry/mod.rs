@@ -91,7 +91,7 @@ pub struct Telemetry {
     exporters: Option<otlp::Exporters>,
     metrics: Metrics,
     /// Log lines on their way to standard error; none where they are written at once.
-    stderr: Option<Outlet<Vec<u8>>>,
+    stderr: Option<LogOutlet>,
 }
 
 impl Telemetry {
@@ -175,9 +175,12 @@ pub fn build(settings: &Settings) -> Result<(Dispatch, Telemetry), Failure> {
     Ok((Dispatch::new(tracing_subscriber::registry().with(layers)), telemetry))
 }
 
+/// Log lines on their way to standard error.
+type LogOutlet = Outlet<Vec<u8>>;
+
 /// Where log lines for standard error go. A rank's is a file, which takes them at once, so that they outlive whatever
 /// ends it; the controller's may be a terminal, and no thread of a run waits for one.
-fn standard_error(role: Role) -> Result<(Option<Outlet<Vec<u8>>>, BoxMakeWriter), Failure> {
+fn standard_error(role: Role) -> Result<(Option<LogOutlet>, BoxMakeWriter), Failure> {
     if role != Role::Controller {
         return Ok((None, BoxMakeWriter::new(std::io::stderr)));
     }
