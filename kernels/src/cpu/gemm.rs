@@ -32,11 +32,28 @@ pub(crate) struct GemmScratch {
 }
 
 impl GemmScratch {
+    /// None yet: it grows with the products that are asked for, up to one block of each operand.
     pub(crate) fn new() -> Result<Self, DeviceError> {
         Ok(Self {
-            a: CpuBuffer::zeroed(packed_elements(ROW_BLOCK, K_BLOCK, TILE_ROWS))?,
-            b: CpuBuffer::zeroed(packed_elements(COLUMN_BLOCK, K_BLOCK, TILE_COLUMNS))?,
+            a: CpuBuffer::zeroed(0)?,
+            b: CpuBuffer::zeroed(0)?,
         })
+    }
+
+    /// Room for one block of each operand of `call`.
+    ///
+    /// # Errors
+    /// If the system has no memory for it.
+    pub(crate) fn reserve(&mut self, call: &Gemm) -> Result<(), DeviceError> {
+        let depth = call.k.min(K_BLOCK);
+        let a = packed_elements(call.m.min(ROW_BLOCK), depth, TILE_ROWS);
+        let b = packed_elements(call.n.min(COLUMN_BLOCK), depth, TILE_COLUMNS);
+        for (buffer, elements) in [(&mut self.a, a), (&mut self.b, b)] {
+            if buffer.len() < elements {
+                *buffer = CpuBuffer::zeroed(elements)?;
+            }
+        }
+        Ok(())
     }
 }
 

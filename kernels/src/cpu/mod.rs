@@ -159,6 +159,7 @@ impl Device for CpuDevice {
     }
 
     fn gemm(&self, stream: &mut CpuStream, call: &Gemm, a: In<'_>, b: In<'_>, c: Out<'_>) -> Done {
+        stream.gemm.reserve(call)?;
         gemm::gemm(self.isa, &mut stream.gemm, call, a.rest(), b.rest(), c.rest());
         Ok(())
     }
