@@ -1,24 +1,31 @@
 //! The supervision tree: who is whose parent, and what a death means (SUP-1).
 //!
 //! ```text
-//! controller process                              rank process
-//!   Root                                            RankRoot
-//!   ├─ Coordinator   roster, generations, ledger      ├─ Rank              commands and completions
-//!   ├─ OptimizerSharder  who holds which shard        │  └─ OptimizerShard × k  snapshots of what is held
-//!   ├─ Loop: Tsm, Ate, Dmu  signals, decisions        ├─ DataFeeder        samples ahead of time
-//!   ├─ Checkpointer  commit, locate, collect          ├─ CheckpointWriter  uploads
-//!   ├─ Observatory   status, metrics, events          ├─ Uplink            (link::) the session to the controller
-//!   ├─ Hub           (link::) sessions of ranks       └─ + one device thread: the step as a straight line
-//!   └─ NodeAgent     (node::) rank processes
-//!        └─ RankProcess × n
+//! controller process                                     rank process
+//!   Root                                                   RankRoot
+//!   ├─ Coordinator       roster, generations, ledger         ├─ Rank              commands in, reports out
+//!   ├─ Tsm               signals of each line                │   └─ OptimizerShard × k  snapshots of what is held
+//!   ├─ Ate               decisions                           ├─ DataFeeder        samples ahead of time
+//!   ├─ Dmu               the data cursor                     ├─ CheckpointWriter  uploads
+//!   ├─ Checkpointer      commit, locate, collect             └─ Switchboard       the uplink
+//!   ├─ OptimizerSharder  who holds which shard                   └─ SessionHost └─ session
+//!   ├─ Observatory       metrics, events, notices          + one device thread: the step as a straight line
+//!   ├─ Switchboard       the hub                           + the feeder's thread
+//!   │   ├─ Acceptor      callers that prove themselves
+//!   │   └─ SessionHost └─ session × n
+//!   └─ NodeAgent
+//!       └─ RankProcess × n  spawn, pidfd, kill, reap
 //! ```
 //!
-//! | who dies | who decides | what it means |
+//! | who dies | who decides, where | what it means |
 //! |---|---|---|
 //! | a rank process | the membership machine (`protocol::coordinator`) | survivors go on in a new generation; it is started again within a budget (SUP-3) |
-//! | an actor of a rank process | RankRoot; for an optimizer shard's, Rank first, which fails too | the process ends with the cause: a whole rank is replaced, never half of one |
-//! | Tsm, Ate or Dmu | Root | all three are made again from the committed trace, within a budget; they hold nothing else (DATA-2, LOOP-1) |
-//! | any other actor of the controller | Root | the run halts with the chain of causes; the trace and the checkpoints are whole, and the next start resumes |
+//! | a `RankProcess` | NodeAgent, `node/agent.rs` | its process is killed and reported as an exit of its own kind; then as above |
+//! | an actor of a rank process | RankRoot, `rank/root.rs`; for an `OptimizerShard` Rank first, which fails too | the process ends with the cause: a whole rank is replaced, never half of one |
+//! | Tsm, Ate or Dmu | Root, `controller/root.rs` | all three are made again from the committed trace, within a budget; they hold nothing else (DATA-2, LOOP-1) |
+//! | a session | SessionHost, `link/session.rs` | its peer is disconnected: the membership machine hears of it |
+//! | another part of the link | Switchboard, `link/switchboard.rs`, which ends all sessions and fails | as the death of its process's own actor |
+//! | any other actor of the controller | Root, `controller/root.rs` | the run halts with the chain of causes; the trace and the checkpoints are whole, and the next start resumes |
 //!
 //! - **SUP-1** Every actor has a parent that decides what its death means; an unhandled error climbs with its root cause.
 //! - **SUP-3** No restart loop spins: budgets are `protocol::restart`.

@@ -1,6 +1,6 @@
 """The other side of `bench_step`: a PyTorch training step of the same model, one command at a time.
 
-Started by the driver (`tests/src/bin/bench_step.rs`), which alternates it with the runtime in one run:
+Started by the driver (`tests/src/bin/bench_step/`), which alternates it with the runtime in one run:
 
     python tests/bench/pytorch_step.py FOLDER eager|compiled
 

@@ -8,7 +8,7 @@
 //! without clipping, with decay on norm weights, or with the rate of the step before, must all exceed it. A parity test
 //! that they would pass proves nothing.
 //!
-//! What this does not do: speed (`src/bin/bench_step.rs`), or lanes and ranks (the end-to-end tests).
+//! What this does not do: speed (`src/bin/bench_step/`), or lanes and ranks (the end-to-end tests).
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 

@@ -2,7 +2,9 @@
 //! written.
 
 use crate::common::{assert_refused, assert_undisturbed, assert_untouched, files};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use tarazed_tests::harness::{Project, Run, Train};
 
 /// Refused, and the run folder is not even made.
@@ -13,14 +15,32 @@ fn assert_refused_untouched(project: &Project, train: &Train, parts: &[&str]) {
     assert_refused(&outcome, parts);
     let mut after = files(project.path());
     after.retain(|name, _| !name.to_string_lossy().starts_with("bad.std"));
-    let names = |found: &std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>| -> Vec<String> {
+    let names = |found: &BTreeMap<PathBuf, Vec<u8>>| -> Vec<String> {
         found.keys().map(|name| name.display().to_string()).collect()
     };
     assert_eq!(names(&after), names(&before), "written\n{}", outcome.tail());
     assert!(!train.run_dir().exists(), "{} was made", train.run_dir().display());
 }
 
-/// The list of bad configs, in the file itself; `--set` and missing files are the command line's tests.
+fn without_logs(mut found: BTreeMap<PathBuf, Vec<u8>>) -> BTreeMap<PathBuf, Vec<u8>> {
+    found.retain(|name, _| !name.starts_with("log"));
+    found
+}
+
+/// A refusal may be logged; else a run folder holds what it held: no file changed, none gone, none new. `before` is without
+/// its logs.
+#[track_caller]
+fn assert_untouched_but_logs(folder: &Path, before: &BTreeMap<PathBuf, Vec<u8>>) {
+    let after = without_logs(files(folder));
+    let names = before.keys().chain(after.keys()).collect::<BTreeSet<_>>();
+    let changed: Vec<_> = names
+        .into_iter()
+        .filter(|name| before.get(*name) != after.get(*name))
+        .collect();
+    assert!(changed.is_empty(), "changed in {}: {changed:?}", folder.display());
+}
+
+/// Bad configs, in the file itself; `--set` and missing files are the command line's tests.
 #[test]
 fn bad_configs_are_refused_by_key_and_remedy() {
     let shared = Project::tiny();
@@ -172,7 +192,7 @@ fn a_run_folder_of_other_data_is_refused() {
         run.signal(rustix::process::Signal::KILL);
         run.finish();
         run.processes().kill_all();
-        let before = files(run.dir());
+        let before = without_logs(files(run.dir()));
         let good = std::fs::read(project.text("book-en")).expect("a text");
         let mut text = std::fs::OpenOptions::new()
             .append(true)
@@ -181,17 +201,7 @@ fn a_run_folder_of_other_data_is_refused() {
         writeln!(text, "{{\"text\":\"One more sentence.\"}}").expect("written");
         let outcome = train.finish();
         assert_refused(&outcome, &["runs/data", "other data", "--run-dir"]);
-        // The new data set is a cache beside the old one.
-        let mut after = files(run.dir());
-        after.retain(|name, _| before.contains_key(name));
-        let changed = after
-            .iter()
-            .find(|(name, bytes)| before[*name] != **bytes && !name.starts_with("log"));
-        assert!(
-            changed.is_none() && after.len() == before.len(),
-            "{:?}",
-            changed.map(|(name, _)| name)
-        );
+        assert_untouched_but_logs(run.dir(), &before);
         std::fs::write(project.text("book-en"), good).expect("written");
         assert_undisturbed(&mut Run::start(&train), 60, "with the old texts back");
     }
