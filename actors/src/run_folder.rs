@@ -11,8 +11,8 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
+use tarazed_domain::{Mutant, StepsCompleted};
 use tarazed_protocol::trace::{TraceLine, parse_whole_lines};
 
 /// The folder cannot be used as it is: say so and change nothing.
@@ -447,7 +447,7 @@ pub fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
     file.read_to_end(&mut bytes).map_err(|e| FolderError::io(path, &e))?;
     let (lines, whole_bytes) = parse_whole_lines(&bytes)
         .map_err(|e| FolderError::new(path, e.to_string(), "restore the file, or begin in another --run-dir"))?;
-    if whole_bytes < bytes.len() {
+    if whole_bytes < bytes.len() && !Mutant::TornLineKept.is_on() {
         file.set_len(whole_bytes as u64)
             .map_err(|e| FolderError::io(path, &e))?;
         file.seek(SeekFrom::End(0)).map_err(|e| FolderError::io(path, &e))?;

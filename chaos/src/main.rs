@@ -16,10 +16,15 @@ struct Arguments {
 enum Command {
     /// Simulates whole runs in virtual time, one for each seed.
     Sim(sim::command::Args),
+    /// Puts seeded bugs into the product and sees whether the simulator finds them.
+    #[cfg(feature = "mutants")]
+    Mutants(sim::mutants::Args),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Sim(args) => sim::command::run_command(&args),
+        #[cfg(feature = "mutants")]
+        Command::Mutants(args) => sim::mutants::run(&args),
     }
 }

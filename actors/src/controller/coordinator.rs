@@ -17,8 +17,8 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
-use tarazed_domain::StepsCompleted;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
+use tarazed_domain::{Mutant, StepsCompleted};
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::decision::Decision;
@@ -261,6 +261,9 @@ impl CoordinatorState {
         plan.acknowledged = self.arguments.ledger.written();
         plan.decided = self.arguments.ledger.written();
         plan.decisions = bare(self.arguments.ledger.decisions());
+        if Mutant::DecisionsForgotten.is_on() {
+            plan.decisions.clear();
+        }
     }
 
     fn note(&mut self, incident: Incident) -> Result<(), ActorProcessingErr> {

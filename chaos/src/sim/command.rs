@@ -51,7 +51,8 @@ pub fn campaign(from: u64, seeds: u64, twice: bool, jobs: usize) -> Summary {
             if seed >= from + seeds {
                 return;
             }
-            let outcome = once_or_twice(seed, twice);
+            let outcome = std::panic::catch_unwind(|| once_or_twice(seed, twice))
+                .unwrap_or_else(|_| Err("the simulation panicked".to_owned()));
             let mut summary = summary.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             summary.seeds += 1;
             match outcome {

@@ -204,15 +204,14 @@ impl SimHub {
     fn note(&self, peer: PeerId, body: &[u8]) {
         let (what, recovery) = match ToRank::decode(body) {
             Ok(ToRank::Fence { generation }) => (format!("fence {generation}"), true),
-            Ok(ToRank::Begin(plan)) => (
-                format!(
-                    "begin {} at {} with {} ranks",
-                    plan.generation,
-                    plan.base,
-                    plan.roster.len()
-                ),
-                true,
-            ),
+            Ok(ToRank::Begin(plan)) => {
+                self.world.losses.begins(plan.generation, plan.roster.len());
+                let ranks = plan.roster.len();
+                (
+                    format!("begin {} at {} with {ranks} ranks", plan.generation, plan.base),
+                    true,
+                )
+            }
             Ok(ToRank::Pause { checkpoint, .. }) => (format!("pause, checkpoint: {checkpoint}"), true),
             Ok(ToRank::Acknowledge { through, .. }) => (format!("acknowledge {through}"), false),
             Ok(ToRank::Shutdown) => ("shutdown".to_owned(), false),
@@ -343,6 +342,9 @@ pub async fn live(world: &Arc<World>, number: u64, ranks: u32) -> LifeEnd {
     };
     world.history.note(&format!("controller {number} ends: {end:?}"));
     life.kill();
+    if end == LifeEnd::Killed && world.random("torn", number).chance(0.3) {
+        world.tear_trace();
+    }
     if end != LifeEnd::Killed {
         // An orderly end takes along what is left of the ranks; those of a killed one end by themselves.
         for process in life.processes() {
@@ -381,7 +383,8 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         Ok(fence) => fence,
         Err(error) => return LifeEnd::Code(33, error.to_string()),
     };
-    let shown = world.history.clone();
+    let (shown, checked) = (world.history.clone(), Arc::downgrade(world));
+    world.losses.new_life();
     let parts = TreeParts {
         config: life.config(),
         last_step: StepsCompleted(world.scenario.steps),
@@ -398,6 +401,12 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         events: JsonLines::nowhere(),
         notify: Arc::new(move |notice| match notice {
             Notice::RankLost { member, cause } => shown.note(&format!("lost {member}: {cause}")),
+            Notice::Warning(text) if text.contains("have no copy left") => {
+                shown.note(&format!("warning: {text}"));
+                if let Some(world) = checked.upgrade() {
+                    world.check_loss();
+                }
+            }
             Notice::Warning(text) => shown.note(&format!("warning: {text}")),
             Notice::Checkpoint { step, .. } => shown.note(&format!("checkpoint of {step}")),
             Notice::Decided(decisions) => shown.note(&format!("{} decisions", decisions.len())),

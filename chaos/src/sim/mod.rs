@@ -22,12 +22,15 @@
 pub mod command;
 pub mod coroutine;
 pub mod history;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 pub mod random;
 pub mod scenario;
 pub mod store;
 
 mod controller;
 mod faults;
+mod losses;
 mod mesh;
 mod process;
 mod reference;

@@ -140,6 +140,7 @@ impl Process {
         let (parts, up) = (std::mem::take(&mut state.parts), state.up.take());
         drop(state);
         world.history.note(&format!("{} ends: {cause}", self.member));
+        world.losses.dies();
         for task in tasks {
             task.abort();
         }
@@ -351,6 +352,9 @@ struct SimUplink {
 impl ToController for SimUplink {
     fn send(&self, body: Vec<u8>) -> Result<(), LinkError> {
         if self.process.is_alive() {
+            if let Ok(FromRank::Running { generation, .. }) = FromRank::decode(&body) {
+                self.world.losses.runs(generation);
+            }
             // An error means that the connection is over, which the rank hears by itself.
             let _ = self.up.send(Up::Message(body));
         }

@@ -2,6 +2,7 @@
 
 use super::controller::Life;
 use super::history::History;
+use super::losses::Losses;
 use super::mesh::Generational;
 use super::process::Process;
 use super::random::Random;
@@ -40,6 +41,8 @@ pub struct World {
     pub facts: ManifestFacts,
     /// The undisturbed run.
     pub reference: Reference,
+    /// What deaths may have cost.
+    pub losses: Losses,
     /// How the store behaves.
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
@@ -84,6 +87,7 @@ impl World {
             domains,
             facts,
             reference,
+            losses: Losses::default(),
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),
@@ -266,7 +270,26 @@ impl World {
         });
     }
 
+    /// A crash cut the line short that was being written.
+    pub fn tear_trace(&self) {
+        use std::io::Write;
+        let torn = std::fs::OpenOptions::new()
+            .append(true)
+            .open(self.paths.trace())
+            .and_then(|mut file| file.write_all(b"{\"step\":"));
+        let what = if torn.is_ok() { "is torn" } else { "is not there yet" };
+        self.history.note(&format!("the trace {what}"));
+    }
+
     // Checks.
+
+    /// The last copy of a shard is gone: that takes as many deaths as there were copies.
+    pub fn check_loss(&self) {
+        let replicas = self.scenario.replicas;
+        if let Err(failure) = self.losses.explain(replicas) {
+            self.fail(&failure);
+        }
+    }
 
     /// Each line once, in order, and exactly that of the undisturbed run (STEP-3, STEP-5, DET-1, LOOP-1).
     pub fn check_line(&self, step: StepsCompleted, text: &str) {

@@ -9,6 +9,7 @@ pub mod ids;
 pub mod lanes;
 pub mod layout;
 pub mod limits;
+pub mod mutant;
 
 pub use ids::{
     BlockIndex, DomainIndex, Generation, Incarnation, LaneIndex, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
@@ -16,3 +17,4 @@ pub use ids::{
 };
 pub use lanes::{LaneRange, LaneTree, Node};
 pub use layout::{ParameterLayout, ShardLayout, TensorSlot};
+pub use mutant::Mutant;

@@ -7,7 +7,7 @@
 //! garbage for the collector. It does no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
+use tarazed_domain::{Generation, Mutant, OptimizerShardIndex, StepsCompleted};
 
 /// One stored checkpoint shard.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -151,7 +151,11 @@ impl CheckpointTracker {
             .open
             .iter()
             .rev()
-            .find(|(step, shards)| **step <= self.written && shards.len() == self.shard_count)
+            .find(|(step, shards)| {
+                let written = **step <= self.written || Mutant::CommitBeforeLine.is_on();
+                let missing = usize::from(Mutant::CommitPartial.is_on());
+                written && shards.len() + missing >= self.shard_count
+            })
             .map(|(&step, _)| step);
         let Some(step) = whole else { return Vec::new() };
         let shards = self.open.remove(&step).unwrap_or_default().into_values().collect();

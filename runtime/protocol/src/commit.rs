@@ -8,7 +8,7 @@
 
 use crate::message::{BarrierOutcome, Member, ShardHolding, StateReport};
 use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{Incarnation, OptimizerShardIndex, StepsCompleted, WorkerId};
+use tarazed_domain::{Incarnation, Mutant, OptimizerShardIndex, StepsCompleted, WorkerId};
 
 /// What the survivors can go on from.
 #[derive(Clone, PartialEq, Debug)]
@@ -166,7 +166,9 @@ impl Survey {
         // A shard that the layout does not have is not there, whoever says so.
         let usable = self.claims.iter().filter(|claim| {
             let stands = claim.state == base;
-            let can_finish = claim.state.next().completed() == base && claim.ahead && outcome.is_some();
+            let can_finish = claim.state.next().completed() == base
+                && (claim.ahead || Mutant::StaleHolder.is_on())
+                && outcome.is_some();
             claim.shard.index() < shard_count && (stands || can_finish)
         });
         let mut starts = vec![0_u32; shard_count + 1];

@@ -18,7 +18,7 @@ use crate::data::stats::LaneStats;
 use crate::message::StepLine;
 use crate::trace::{DomainMap, TraceLine};
 use std::collections::BTreeMap;
-use tarazed_domain::StepsCompleted;
+use tarazed_domain::{Mutant, StepsCompleted};
 
 /// What to do next.
 #[derive(Clone, Debug)]
@@ -129,8 +129,11 @@ impl Ledger {
         };
         let step = line.step;
         let recorded = self.known.get(&step).or_else(|| self.waiting.get(&step));
-        if let Some(recorded) = recorded {
+        if let Some(recorded) = recorded.filter(|_| !Mutant::LineRepeated.is_on()) {
             return vec![compare(recorded, line)];
+        }
+        if step <= self.written && Mutant::LineRepeated.is_on() {
+            return vec![LedgerEffect::Write(Box::new(line))];
         }
         if step <= self.written {
             return vec![LedgerEffect::Checked(step)]; // long acknowledged and forgotten
@@ -140,7 +143,12 @@ impl Ledger {
     }
 
     fn next(&mut self) -> Vec<LedgerEffect> {
-        let step = self.written.next().completed();
+        let mut step = self.written.next().completed();
+        if Mutant::LineOutOfOrder.is_on()
+            && let Some(&first) = self.waiting.keys().next()
+        {
+            step = first;
+        }
         if self.at_work.is_some() {
             return Vec::new();
         }

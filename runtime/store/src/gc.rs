@@ -23,7 +23,7 @@ use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
-use tarazed_domain::StepsCompleted;
+use tarazed_domain::{Mutant, StepsCompleted};
 
 /// What a collection did.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
@@ -200,7 +200,8 @@ impl CheckpointStore {
                 continue;
             };
             let pinned = judgement.pinned.contains_key(&reference.sequence);
-            let full = good >= keep_last && doomed.len() < RETIRED_PER_RECORD_MAX;
+            let kept = keep_last - usize::from(Mutant::GreedyCollector.is_on());
+            let full = good >= kept && doomed.len() < RETIRED_PER_RECORD_MAX;
             let (objects, whole) = self.needs_of(standing, key, listing, report).await?;
             if full && !pinned && reference.sequence >= horizon {
                 let standing = standing.clone();

@@ -10,7 +10,7 @@ use crate::progress::Progress;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tarazed_domain::lanes::TreeFold;
-use tarazed_domain::{LaneIndex, LaneRange, LaneTree, Node};
+use tarazed_domain::{LaneIndex, LaneRange, LaneTree, Mutant, Node};
 use tarazed_kernels::{Device, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace};
 use tarazed_protocol::data::stats::LaneStats;
@@ -229,10 +229,11 @@ impl<D: Device> Shared<'_, D> {
     ) -> Result<LaneStats, StepError> {
         let mut stats = LaneStats::new(self.domain_count);
         let samples = inputs.batch.lane(lane);
-        for chunk in samples
+        let forgets = Mutant::MicroBatchLost.is_on() && inputs.batch.is_shared();
+        let chunks = samples
             .training
-            .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens())
-        {
+            .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens());
+        for chunk in chunks.skip(usize::from(forgets)) {
             let losses = inputs.model.forward_backward(
                 inputs.weights,
                 gradient,

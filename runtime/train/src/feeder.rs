@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_domain::limits::PREFETCH_STEPS_MAX;
-use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, StepIndex, StepsCompleted};
+use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, Mutant, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::{DataCursor, PlanError};
 use tarazed_protocol::data::decision::Decision;
 
@@ -91,6 +91,11 @@ impl StepBatch {
     pub fn lane(&self, lane: LaneIndex) -> &LaneSamples {
         assert!(self.range.contains(lane), "lane {lane} was fed");
         &self.lanes[(lane.0 - self.range.start) as usize]
+    }
+
+    /// Whether other ranks hold samples of the same step; for a seeded bug alone.
+    pub(crate) const fn is_shared(&self) -> bool {
+        self.range.start > 0
     }
 
     /// Tokens of one sequence, its last target included.
@@ -390,8 +395,11 @@ impl Feeder {
                 .held_out_sequences(domain)
                 .min(u64::from(self.rules.held_out_sequences_max));
             for sequence in 0..count {
-                let lane = LaneIndex((turn % u64::from(self.rules.lane_count)) as u32);
+                let mut lane = LaneIndex((turn % u64::from(self.rules.lane_count)) as u32);
                 turn += 1;
+                if Mutant::EvaluationByRank.is_on() {
+                    lane = LaneIndex(range.start);
+                }
                 if !range.contains(lane) {
                     continue;
                 }

@@ -24,7 +24,7 @@ use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
-use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
+use tarazed_domain::{Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{Device, ViewMut};
 use tarazed_protocol::message::{BeginPlan, RestoreFrom, ShardOrigin, StepLine};
@@ -209,12 +209,25 @@ fn start<D: HostVisible>(
         state.passed = Some(outcome.clone());
     }
     state.shards.retain(|_, shard| shard.read_steps() == plan.base);
+    if Mutant::DroppedBeforeCopied.is_on() {
+        let donates = |shard: OptimizerShardIndex| {
+            let holders = &plan.shards[shard.index()];
+            holders
+                .iter()
+                .any(|holder| holder.origin == ShardOrigin::CopyFrom(world.rank))
+        };
+        state
+            .shards
+            .retain(|&shard, _| world.holds(world.rank, shard) || donates(shard));
+    }
     let arrived = copy_shards(state, world, plan, means.fabric)?;
     let made = make_shards(state, world, plan, means.source)?;
     state
         .shards
         .extend(arrived.into_iter().chain(made).map(|shard| (shard.index(), shard)));
-    publish_own_weights(state, world)?;
+    if !Mutant::WeightsUnpublished.is_on() {
+        publish_own_weights(state, world)?;
+    }
     state.progress.reached(plan.base);
     let hash = step::gather_weights(state, world, means.fabric, plan.base)?;
     // Only now: its all-gather has heard everybody, and a rank speaks in it once its own shards are whole. Until then what
@@ -273,6 +286,11 @@ fn copy_shards<D: HostVisible>(
     for &(shard, _, to) in &copies {
         if to == world.rank {
             check_abort(state)?;
+            if Mutant::PoisonedDonor.is_on() {
+                let mut empty = Shard::new(&state.device, world.shards, shard)?;
+                empty.write().steps = plan.base;
+                state.shards.insert(shard, empty);
+            }
             arrived.push(Shard::new(&state.device, world.shards, shard)?);
         }
     }

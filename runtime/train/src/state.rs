@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tarazed_domain::config::Config;
-use tarazed_domain::{OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
+use tarazed_domain::{Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
 use tarazed_kernels::{Device, Precision};
 use tarazed_model::Model;
 use tarazed_protocol::message::{BarrierOutcome, StateReport, StepLine};
@@ -123,7 +123,11 @@ impl<D: Device> RankState<D> {
         StateReport {
             shards: self.shards.values().map(Shard::holding).collect(),
             passed: self.passed.clone(),
-            lines: self.lines.values().cloned().collect(),
+            lines: if Mutant::LinesForgotten.is_on() {
+                Vec::new()
+            } else {
+                self.lines.values().cloned().collect()
+            },
             waits_for: None,
         }
     }

@@ -19,7 +19,7 @@ use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
 use tarazed_domain::lanes::TreeFold;
-use tarazed_domain::{LaneRange, Node, OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_domain::{LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
 use tarazed_protocol::data::stats::LaneStats;
@@ -57,9 +57,14 @@ pub fn run_step<D: HostVisible>(
 
     let lanes = compute_lanes(state, world, batch)?;
     let stats = reduce_to_primaries(state, world, fabric, step, lanes)?;
-    forward_to_replicas(state, world, fabric, step)?;
+    if !Mutant::BarrierBeforeReplicas.is_on() {
+        forward_to_replicas(state, world, fabric, step)?;
+    }
     let outcome = barrier(state, world, fabric, step, &stats, wishes)?;
     state.passed = Some(outcome.clone());
+    if Mutant::BarrierBeforeReplicas.is_on() {
+        forward_to_replicas(state, world, fabric, step)?;
+    }
     update(state, &outcome)?;
     let hash = gather_weights(state, world, fabric, step)?;
 
@@ -356,7 +361,9 @@ fn barrier<D: Device>(
     let mut flags = 0;
     for (rank, bytes) in all.iter().enumerate() {
         let rank = Rank(rank as u32);
-        flags |= bytes[0];
+        if !Mutant::PauseUnspread.is_on() || rank == world.rank {
+            flags |= bytes[0];
+        }
         let (lane_bytes, partial_bytes) = bytes[8..].split_at(world.lanes[rank.index()].len() * stats_bytes);
         for (lane, bytes) in world.lanes[rank.index()]
             .lanes()
@@ -383,7 +390,16 @@ fn barrier<D: Device>(
         what: "lane statistics",
         cause: e.to_string(),
     })?;
-    let grad_norm = sum_over_blocks(partials).sqrt();
+    let grad_norm = if Mutant::NormByRank.is_on() {
+        let of_rank = |rank| world.primaries_of(rank).flat_map(|shard| world.shards.blocks(shard));
+        let ranks = (0..world.size() as u32).map(Rank);
+        ranks
+            .map(|rank| of_rank(rank).map(|block| partials[block]).sum::<f64>())
+            .sum::<f64>()
+            .sqrt()
+    } else {
+        sum_over_blocks(partials).sqrt()
+    };
     let loss = total.train_total().mean().unwrap_or(f64::NAN);
     if !grad_norm.is_finite() || !loss.is_finite() {
         return Err(StepError::NotFinite { step, loss, grad_norm });
@@ -413,7 +429,9 @@ fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
 /// Past the barrier: every shard held takes the step, its hashes made in the same pass.
 fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) -> Result<(), StepError> {
     let _span = tracing::info_span!("update").entered();
-    state.gate.wait(); // a snapshot of the state that this changes
+    if !Mutant::SnapshotTorn.is_on() {
+        state.gate.wait(); // a snapshot of the state that this changes
+    }
     state.progress.enter(Phase::Updating);
     state.apply(outcome)?;
     state.progress.reached(outcome.step);

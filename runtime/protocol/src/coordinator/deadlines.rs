@@ -2,7 +2,7 @@
 
 use super::alarm::Alarm;
 use super::{Coordinator, Effect, Phase, WorkerPhase};
-use tarazed_domain::WorkerId;
+use tarazed_domain::{Mutant, WorkerId};
 
 /// How long a failed collective waits for its cause to show (a process exit comes within milliseconds) before the
 /// generation is renewed with everybody.
@@ -45,7 +45,11 @@ impl Coordinator {
     pub(super) fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
         self.excuse_own_absence(now_ms);
         let timeouts = self.options.timeouts;
-        let mut effects = self.kill_the_silent(now_ms);
+        let mut effects = if Mutant::SilenceIgnored.is_on() {
+            Vec::new()
+        } else {
+            self.kill_the_silent(now_ms)
+        };
         match &self.phase {
             Phase::Fencing {
                 deadline_ms, awaiting, ..
@@ -72,7 +76,9 @@ impl Coordinator {
                 let (cause, alarm) = (cause.clone(), Alarm::Named(suspects.clone()));
                 effects.extend(self.fence(now_ms, cause, Some(alarm)));
             }
-            Phase::Running { failed: None, .. } if now_ms > self.progressed_ms + self.stall_ms => {
+            Phase::Running { failed: None, .. }
+                if now_ms > self.progressed_ms + self.stall_ms && !Mutant::StallIgnored.is_on() =>
+            {
                 let cause = format!("no rank has made any progress for {} ms", self.stall_ms);
                 effects.extend(self.fence(now_ms, cause, Some(Alarm::Stall)));
             }

@@ -5,7 +5,7 @@ use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
 use crate::commit::{Holders, Survey};
 use crate::message::{Member, RestoreFrom, ToRank};
 use crate::restart::Verdict;
-use tarazed_domain::{Rank, StepsCompleted};
+use tarazed_domain::{Mutant, Rank, StepsCompleted};
 
 impl Coordinator {
     /// One fact in, effects out.
@@ -179,10 +179,12 @@ impl Coordinator {
             Verdict::Restart { after_ms } => {
                 let deadline_ms = now_ms + after_ms + start_ms;
                 let successor = self.workers.restart(now_ms, member.worker, deadline_ms);
-                effects.push(Effect::Start {
-                    member: successor,
-                    after_ms,
-                });
+                if !Mutant::DeadStayDead.is_on() {
+                    effects.push(Effect::Start {
+                        member: successor,
+                        after_ms,
+                    });
+                }
             }
             Verdict::GiveUp { causes } => {
                 self.workers.set_phase(member.worker, WorkerPhase::Left);
@@ -235,7 +237,9 @@ impl Coordinator {
             );
             return self.halt(3, what);
         }
-        self.generation = self.generation.next();
+        if !Mutant::FenceKeepsGeneration.is_on() {
+            self.generation = self.generation.next();
+        }
         let generation = self.generation;
         let survivors = self.workers.members();
         let mut effects = Vec::with_capacity(survivors.len());
@@ -305,7 +309,9 @@ impl Coordinator {
             return Vec::new();
         }
         // Survivors may still run an old generation's leftovers: the number they begin with must be new to all.
-        self.generation = self.generation.next();
+        if !Mutant::RestoreReusesGeneration.is_on() {
+            self.generation = self.generation.next();
+        }
         self.checkpointed = checkpoint.as_ref().map(|from| from.step);
         let (base, restore) = (self.checkpointed.unwrap_or_default(), checkpoint);
         let holders = Holders::nobody(self.options.shard_count);

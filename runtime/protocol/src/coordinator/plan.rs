@@ -4,7 +4,7 @@ use super::{Coordinator, Effect, Ground, Incident, Phase, WorkerSet};
 use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin};
 use crate::sharder;
 use std::sync::Arc;
-use tarazed_domain::Rank;
+use tarazed_domain::{Mutant, Rank};
 
 /// What of the last plan can be filled anew: a large world's plan is a few hundred thousand small pieces of memory.
 #[derive(Default)]
@@ -43,7 +43,13 @@ impl Coordinator {
         members.extend(self.workers.ready());
         // Two runs in order, as a rule, which a stable sort merges.
         members.sort();
-        let lanes = self.options.lanes.assign(&vec![1; members.len()]);
+        let mut lanes = self.options.lanes.assign(&vec![1; members.len()]);
+        if Mutant::LaneLost.is_on()
+            && members.len() > 1
+            && let Some(last) = lanes.last_mut()
+        {
+            last.end -= 1;
+        }
         self.roster = members.iter().copied().zip(lanes).collect();
         for (seat, &member) in members.iter().enumerate().rev() {
             if let Some(worker) = self.workers.get_mut(member.worker) {
@@ -60,7 +66,7 @@ impl Coordinator {
             generation: self.generation,
             roster,
             base: ground.base,
-            outcome: ground.outcome,
+            outcome: ground.outcome.filter(|_| !Mutant::OutcomeKept.is_on()),
             shards,
             restore: ground.restore,
             acknowledged: self.written,

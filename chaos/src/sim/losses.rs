@@ -1,0 +1,71 @@
+//! How many ranks died since the state was last known to be whole: fewer than there are copies must never cost it
+//! (DESIGN.md section 4).
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tarazed_domain::Generation;
+
+/// Deaths, counted against what they may cost.
+#[derive(Default)]
+pub struct Losses(Mutex<Count>);
+
+#[derive(Default)]
+struct Count {
+    generation: Generation,
+    ranks: usize,
+    /// Ranks of the generation in which the state was last whole.
+    whole_ranks: usize,
+    /// Deaths since that generation began, but for those since the newest one did.
+    before: usize,
+    since: usize,
+    /// Nothing is known of the state: the ranks are new.
+    unknown: bool,
+}
+
+impl Losses {
+    fn lock(&self) -> MutexGuard<'_, Count> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A controller begins: no rank holds anything.
+    pub fn new_life(&self) {
+        *self.lock() = Count {
+            unknown: true,
+            ..Count::default()
+        };
+    }
+
+    /// A generation begins; said once for each of its ranks.
+    pub fn begins(&self, generation: Generation, ranks: usize) {
+        let mut count = self.lock();
+        if count.generation != generation {
+            (count.generation, count.ranks) = (generation, ranks);
+            count.before += std::mem::take(&mut count.since);
+        }
+    }
+
+    /// A generation runs: every shard has all its copies.
+    pub fn runs(&self, generation: Generation) {
+        let mut count = self.lock();
+        if count.generation == generation {
+            (count.before, count.whole_ranks, count.unknown) = (0, count.ranks, false);
+        }
+    }
+
+    /// A rank's process ends.
+    pub fn dies(&self) {
+        self.lock().since += 1;
+    }
+
+    /// Whether so many deaths may have cost the last copy of something, where there are `replicas` of each.
+    pub fn explain(&self, replicas: u32) -> Result<(), String> {
+        let count = self.lock();
+        let (deaths, copies) = (count.before + count.since, count.whole_ranks.min(replicas as usize));
+        if count.unknown || deaths >= copies {
+            Ok(())
+        } else {
+            Err(format!(
+                "{deaths} deaths cost the last copy of a shard, of which there were {copies}"
+            ))
+        }
+    }
+}
