@@ -1,67 +1,84 @@
 //! A real OTLP collector sees the spans and metrics of a run; one that is absent or mute costs nothing but them.
 #![cfg(feature = "otlp")]
 
-use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
-    MetricsService, MetricsServiceServer,
-};
-use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{RecvStream, server};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::trace::v1::Span;
+use prost::Message;
 use std::time::{Duration, Instant};
 use tarazed::telemetry::{self, FLUSH_TIMEOUT_MS, Role, Settings, StepSample, traceparent};
 use tarazed_domain::{Incarnation, WorkerId};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tonic::{Request, Response, Status};
 
-#[derive(Clone)]
-struct Collector(UnboundedSender<Seen>);
+/// A gRPC message stands behind one byte (0: not compressed) and its length.
+const PREFIX_BYTES: usize = 5;
 
 enum Seen {
     Spans(ExportTraceServiceRequest),
     Metrics(ExportMetricsServiceRequest),
 }
 
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0
-            .send(Seen::Spans(request.into_inner()))
-            .map_err(|_| Status::cancelled("test over"))?;
-        Ok(Response::new(Default::default()))
-    }
-}
-
-#[tonic::async_trait]
-impl MetricsService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        self.0
-            .send(Seen::Metrics(request.into_inner()))
-            .map_err(|_| Status::cancelled("test over"))?;
-        Ok(Response::new(Default::default()))
-    }
-}
-
+/// A collector on plain HTTP/2. A server out of `tonic` would do, but its features would be those of the tests alone: the
+/// first `cargo run` and the tests would build most of the tree each for themselves.
 async fn collector() -> (String, UnboundedReceiver<Seen>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     let (sender, seen) = unbounded_channel();
-    let collector = Collector(sender);
-    tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(TraceServiceServer::new(collector.clone()))
-            .add_service(MetricsServiceServer::new(collector))
-            .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)),
-    );
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                let mut connection = server::handshake(socket).await.expect("HTTP/2");
+                while let Some(Ok((request, respond))) = connection.accept().await {
+                    tokio::spawn(answer(request, respond, sender.clone()));
+                }
+            });
+        }
+    });
     (format!("http://{address}"), seen)
+}
+
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, sender: UnboundedSender<Seen>) {
+    let path = request.uri().path().to_owned();
+    let mut body = request.into_body();
+    let mut received = Vec::new();
+    while let Some(data) = body.data().await {
+        let data = data.expect("a whole request");
+        body.flow_control().release_capacity(data.len()).expect("credit");
+        received.extend_from_slice(&data);
+    }
+    let (prefix, message) = received.split_at(PREFIX_BYTES);
+    let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
+    assert_eq!((prefix[0], length as usize), (0, message.len()), "one plain message");
+    let seen = match path.as_str() {
+        "/opentelemetry.proto.collector.trace.v1.TraceService/Export" => {
+            Seen::Spans(Message::decode(message).expect("spans"))
+        }
+        "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export" => {
+            Seen::Metrics(Message::decode(message).expect("metrics"))
+        }
+        other => panic!("{other} is no OTLP export"),
+    };
+    // An error means that the test is over.
+    let _ = sender.send(seen);
+    let head = Response::builder().header("content-type", "application/grpc");
+    let mut stream = respond
+        .send_response(head.body(()).expect("a response"), false)
+        .expect("sent");
+    stream
+        .send_data(Bytes::from_static(&[0; PREFIX_BYTES]), false)
+        .expect("an empty message");
+    let trailers = HeaderMap::from_iter([(
+        http::HeaderName::from_static("grpc-status"),
+        HeaderValue::from_static("0"),
+    )]);
+    stream.send_trailers(trailers).expect("sent");
 }
 
 fn settings(endpoint: String, worker: u32) -> Settings {
