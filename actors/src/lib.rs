@@ -3,6 +3,7 @@
 //! Actors translate between messages and the machines of `tarazed-protocol`; they do not decide. Tensors never pass
 //! through a mailbox, and no handler blocks (SUP-4).
 
+pub mod blocking;
 pub mod controller;
 pub mod link;
 pub mod node;

@@ -25,8 +25,19 @@ pub struct FolderError {
     pub cause: String,
     /// What to do.
     pub remedy: String,
-    /// Whether the same command may do better later: the disk is full or failing, and nothing is wrong with the input.
-    pub transient: bool,
+    /// What is wrong, for whoever may start the same command again.
+    pub trouble: Trouble,
+}
+
+/// What keeps a folder from being used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trouble {
+    /// The folder itself: the same command does no better.
+    Unfit,
+    /// Its disk is full, which a person must see to.
+    Full,
+    /// Its disk or network fails: the same command may do better later.
+    Failing,
 }
 
 impl FolderError {
@@ -36,13 +47,16 @@ impl FolderError {
             path: path.display().to_string(),
             cause: cause.into(),
             remedy: remedy.into(),
-            transient: false,
+            trouble: Trouble::Unfit,
         }
     }
 
     fn io(path: &Path, error: &std::io::Error) -> Self {
         let kind = error.kind();
-        let full = matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let full = matches!(
+            kind,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+        );
         let remedy = if full {
             "free space on that disk; nothing written so far is lost"
         } else {
@@ -59,8 +73,13 @@ impl FolderError {
                 | ErrorKind::InvalidFilename
                 | ErrorKind::InvalidInput
         );
+        let trouble = match (full, named) {
+            (true, _) => Trouble::Full,
+            (_, true) => Trouble::Unfit,
+            _ => Trouble::Failing,
+        };
         Self {
-            transient: !named,
+            trouble,
             ..Self::new(path, error.to_string(), remedy)
         }
     }
@@ -229,6 +248,9 @@ impl RunFolder {
             .map_err(|e| FolderError::io(&path, &e))
     }
 }
+
+/// Bytes at a trace's end in which its last whole line is looked for; a line is far shorter.
+const TRACE_TAIL_BYTES: u64 = 256 * 1024;
 
 /// Everything that a run puts into its folder but the lock, by name.
 const ENTRIES: [&str; 10] = [
@@ -412,7 +434,10 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
 }
 
 /// The whole lines of a trace; a torn last one is cut off the file.
-fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
+///
+/// # Errors
+/// If it cannot be read, or is no trace.
+pub fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
     let mut file = match OpenOptions::new().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -428,6 +453,22 @@ fn read_trace(path: &Path) -> Result<Vec<TraceLine>, FolderError> {
         file.seek(SeekFrom::End(0)).map_err(|e| FolderError::io(path, &e))?;
     }
     Ok(lines)
+}
+
+/// The newest whole line's step; 0 where there is none that can be read. For messages, at the end of a run.
+#[must_use]
+pub fn newest_step(path: &Path) -> StepsCompleted {
+    let tail = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(TRACE_TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TRACE_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = tail().unwrap_or_default();
+    let newest = text.lines().rev().find_map(|line| TraceLine::parse(line, 0).ok());
+    newest.map_or(StepsCompleted(0), |line| line.step)
 }
 
 /// Lines after `step`, read back for a replay to be checked against.
@@ -546,25 +587,32 @@ mod tests {
         let more = config(&dir, &["optimizer.shards=9"]);
         let refused = RunFolder::open(&more, Existing::Resume).expect_err("refused");
         assert!(
-            refused.cause.contains("optimizer.shards = 8, not 9") && !refused.transient,
+            refused.cause.contains("optimizer.shards = 8, not 9") && refused.trouble == Trouble::Unfit,
             "{refused}"
         );
         assert_eq!(std::fs::read(dir.join("config.toml")).expect("a config"), text);
     }
 
     #[test]
-    fn a_full_disk_is_worth_a_retry_and_a_file_in_the_way_is_not() {
-        let full = FolderError::io(Path::new("x"), &std::io::Error::from(ErrorKind::StorageFull));
-        assert!(full.transient && full.remedy.contains("free space"));
-        assert!(
-            FolderError::io(Path::new("x"), &std::io::Error::from_raw_os_error(5)).transient,
-            "EIO"
-        );
+    fn a_full_disk_a_failing_one_and_a_file_in_the_way_are_told_apart() {
+        for kind in [
+            ErrorKind::StorageFull,
+            ErrorKind::QuotaExceeded,
+            ErrorKind::FileTooLarge,
+        ] {
+            let full = FolderError::io(Path::new("x"), &std::io::Error::from(kind));
+            assert!(
+                full.trouble == Trouble::Full && full.remedy.contains("free space"),
+                "{full}"
+            );
+        }
+        let failing = FolderError::io(Path::new("x"), &std::io::Error::from_raw_os_error(5));
+        assert_eq!(failing.trouble, Trouble::Failing, "EIO");
         let base = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(base.path().join("file"), "").expect("written");
         let config = config(&base.path().join("file/run"), &[]);
         let refused = RunFolder::open(&config, Existing::Fresh).expect_err("refused");
-        assert!(!refused.transient, "{refused}");
+        assert_eq!(refused.trouble, Trouble::Unfit, "{refused}");
         assert_eq!(names(base.path()), ["file"]);
     }
 }

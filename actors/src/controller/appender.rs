@@ -25,6 +25,14 @@ enum Request {
     Sync(StepsCompleted),
 }
 
+/// Where trace lines go. What becomes of each comes back as [`Appended`], in order.
+pub trait TraceSink: Send + Sync {
+    /// Queues a line.
+    fn append(&self, step: StepsCompleted, text: String);
+    /// Queues a sync, answered with [`Appended::Synced`] of this step.
+    fn sync(&self, step: StepsCompleted);
+}
+
 /// The writer of `trace.jsonl`. A checkpoint that names the file's prefix is committed only after a sync.
 pub struct TraceAppender(Sender<Request>);
 
@@ -34,42 +42,27 @@ impl TraceAppender {
     /// # Errors
     /// If the file cannot be opened or read.
     pub fn open(path: PathBuf, report: impl Fn(Appended) + Send + 'static) -> std::io::Result<Self> {
-        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
-        // The name of a file just made is on the disk only when its folder is.
-        if let Some(folder) = path.parent() {
-            File::open(folder)?.sync_all()?;
-        }
-        let mut before = Vec::new();
-        file.read_to_end(&mut before)?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&before);
-        let length = before.len() as u64;
+        let writer = TraceFile::open(path)?;
         let (sender, receiver) = channel();
-        let writer = TraceThread {
-            file,
-            path,
-            hasher,
-            length,
-        };
         std::thread::Builder::new()
             .name("trace".to_owned())
             .spawn(move || writer.run(&receiver, &report))?;
         Ok(Self(sender))
     }
 
-    /// Queues a line.
-    pub fn append(&self, step: StepsCompleted, text: String) {
-        self.request(Request::Append(step, text));
-    }
-
-    /// Queues a sync, answered with [`Appended::Synced`] of this step.
-    pub fn sync(&self, step: StepsCompleted) {
-        self.request(Request::Sync(step));
-    }
-
     fn request(&self, request: Request) {
         // An error means that the thread ended after it reported a failure.
         let _ = self.0.send(request);
+    }
+}
+
+impl TraceSink for TraceAppender {
+    fn append(&self, step: StepsCompleted, text: String) {
+        self.request(Request::Append(step, text));
+    }
+
+    fn sync(&self, step: StepsCompleted) {
+        self.request(Request::Sync(step));
     }
 }
 
@@ -102,14 +95,38 @@ pub fn heads_after(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> st
     Ok(heads)
 }
 
-struct TraceThread {
+/// `trace.jsonl`, open at its end.
+pub struct TraceFile {
     file: File,
     path: PathBuf,
     hasher: blake3::Hasher,
     length: u64,
 }
 
-impl TraceThread {
+impl TraceFile {
+    /// Opens the trace at its end.
+    ///
+    /// # Errors
+    /// If the file cannot be opened or read.
+    pub fn open(path: PathBuf) -> std::io::Result<Self> {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
+        // The name of a file just made is on the disk only when its folder is.
+        if let Some(folder) = path.parent() {
+            File::open(folder)?.sync_all()?;
+        }
+        let mut before = Vec::new();
+        file.read_to_end(&mut before)?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&before);
+        let length = before.len() as u64;
+        Ok(Self {
+            file,
+            path,
+            hasher,
+            length,
+        })
+    }
+
     fn run(mut self, requests: &Receiver<Request>, report: &dyn Fn(Appended)) {
         while let Ok(request) = requests.recv() {
             let done = match request {
@@ -128,7 +145,11 @@ impl TraceThread {
         }
     }
 
-    fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
+    /// Appends a line, in one write.
+    ///
+    /// # Errors
+    /// If not all of it could be written.
+    pub fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
         text.push('\n');
         self.file.write_all(text.as_bytes())?;
         self.hasher.update(text.as_bytes());
@@ -194,6 +215,12 @@ impl JsonLines {
             tracing::warn!("no thread for a log: {error}");
         }
         Self(sender)
+    }
+
+    /// Keeps nothing.
+    #[must_use]
+    pub fn nowhere() -> Self {
+        Self(channel().0)
     }
 
     /// Queues a line.

@@ -50,7 +50,9 @@ impl ractor::Message for CheckpointerMessage {}
 
 /// The run's store, claimed.
 pub struct Claimed {
+    /// Open.
     pub store: CheckpointStore,
+    /// What shows that it is ours.
     pub fence: Fence,
 }
 
@@ -68,18 +70,28 @@ pub async fn claim(location: &str) -> Result<Claimed, RunError> {
 /// What every manifest of this run says.
 #[derive(Clone)]
 pub struct ManifestFacts {
-    pub run: Digest,
-    pub layout: Digest,
-    pub data: Digest,
-    pub shards: ShardLayout,
-    pub block_elements: u64,
-    pub block_count: u32,
-    pub binary: BinaryId,
-    pub device_type: String,
+    run: Digest,
+    layout: Digest,
+    data: Digest,
+    pub(super) shards: ShardLayout,
+    block_elements: u64,
+    block_count: u32,
+    binary: BinaryId,
+    device_type: String,
+    /// Milliseconds since 1970.
+    clock: fn() -> u64,
 }
 
 impl ManifestFacts {
+    /// Of this config, these data, this program and this device type.
+    #[must_use]
     pub fn new(config: &Config, data_version: &str) -> Self {
+        Self::of_program(config, data_version, binary_id(), unix_ms)
+    }
+
+    /// The same, of a program that is known already, by a clock that people read.
+    #[must_use]
+    pub fn of_program(config: &Config, data_version: &str, binary: BinaryId, clock: fn() -> u64) -> Self {
         let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
         let mut described = String::new();
         for slot in layout.tensors() {
@@ -92,7 +104,8 @@ impl ManifestFacts {
             shards: ShardLayout::new(&layout, config.optimizer.shards),
             block_elements: layout.block_elements() as u64,
             block_count: layout.block_count() as u32,
-            binary: binary_id(),
+            binary,
+            clock,
             device_type: CpuDevice::new().device_type(),
         }
     }
@@ -223,9 +236,9 @@ impl CheckpointerState {
         }
         let base = from.as_ref().map_or(StepsCompleted(0), |from| from.step);
         let trace = self.arguments.trace.clone();
-        let (lines, heads) = tokio::task::spawn_blocking(move || trace_from(&trace, base))
+        let (lines, heads) = crate::blocking::run(move || trace_from(&trace, base))
             .await
-            .map_err(|e| (3, e.to_string()))?
+            .and_then(|read| read)
             .map_err(|e| (3, e))?;
         Ok(Located { from, lines, heads })
     }
@@ -281,7 +294,7 @@ impl CheckpointerState {
             binary: facts.binary.clone(),
             device_type: facts.device_type.clone(),
             lineage: self.lineage.clone(),
-            created_unix_ms: unix_ms(),
+            created_unix_ms: (facts.clock)(),
         })
     }
 
@@ -322,8 +335,8 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl
 /// The exit code for a store that cannot be read: by what the next start could change.
 fn judge(error: StoreError) -> (u8, String) {
     let code = match error {
-        StoreError::Retry { .. } | StoreError::Full { .. } => 33,
-        _ => 3,
+        StoreError::Retry { .. } => 33,
+        _ => 3, // a full store, too: only a person makes room
     };
     (code, error.to_string())
 }

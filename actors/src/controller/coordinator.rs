@@ -5,17 +5,18 @@
 //! - **STEP-3** A line is written, acknowledged and shown only after the ledger had it from a rank that finished it.
 
 use super::TraceHeads;
-use super::appender::{Appended, TraceAppender};
+use super::appender::{Appended, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
 use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
 use super::root::{End, RootMessage};
 use super::sharder::SharderMessage;
-use crate::link::{Hub, HubEvent, LinkError, PeerId};
-use crate::node::{NodeAgent, NodeCommand, NodeEvent};
+use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
+use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
@@ -24,6 +25,7 @@ use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
 use tarazed_protocol::trace::TraceLine;
+use tokio::time::Instant;
 
 /// Between ticks of the machine; a fraction of every timeout.
 const TICK: Duration = Duration::from_millis(20);
@@ -62,13 +64,13 @@ impl ractor::Message for CoordinatorMessage {}
 
 /// Whom the coordinator talks to.
 pub struct Peers {
-    pub hub: Hub,
-    pub node: NodeAgent,
+    pub hub: Box<dyn ToRanks>,
+    pub node: Box<dyn Processes>,
     pub observatory: ActorRef<ObservatoryMessage>,
     pub checkpointer: ActorRef<CheckpointerMessage>,
     pub sharder: ActorRef<SharderMessage>,
     pub entry: ActorRef<LookAt>,
-    pub trace: TraceAppender,
+    pub trace: Box<dyn TraceSink>,
 }
 
 pub struct CoordinatorArguments {
@@ -229,10 +231,7 @@ impl CoordinatorState {
                     })?;
                 }
                 Effect::Send { member, message } => self.send(member, &message)?,
-                Effect::Begin { member, mut plan } => {
-                    self.complete(&mut plan);
-                    self.send(member, &ToRank::Begin(plan))?;
-                }
+                Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
                 Effect::FindCheckpoint => {
                     self.arguments.tracker.on_locating();
                     self.syncing.clear();
@@ -242,6 +241,17 @@ impl CoordinatorState {
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
                 Effect::Done { code } => return self.end(code, String::new()),
             }
+        }
+        Ok(())
+    }
+
+    /// A plan is completed and encoded once, whatever the size of the world.
+    fn begin(&mut self, mut plan: BeginPlan) -> Result<(), ActorProcessingErr> {
+        self.complete(&mut plan);
+        let members: Vec<Member> = plan.roster.iter().map(|entry| entry.member).collect();
+        let body = ToRank::Begin(Box::new(plan)).encode().map_err(|e| e.to_string())?;
+        for member in members {
+            self.send_body(member, body.clone())?;
         }
         Ok(())
     }
@@ -272,11 +282,15 @@ impl CoordinatorState {
     }
 
     fn send(&mut self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
+        let body = message.encode().map_err(|e| e.to_string())?;
+        self.send_body(member, body)
+    }
+
+    fn send_body(&mut self, member: Member, body: Vec<u8>) -> Result<(), ActorProcessingErr> {
         let peer = PeerId {
             worker: member.worker,
             incarnation: member.incarnation,
         };
-        let body = message.encode().map_err(|e| e.to_string())?;
         match self.peers()?.hub.send(peer, body) {
             Ok(()) => Ok(()),
             // Nothing else would ever come of it: the rank waits for a message that cannot be sent.
@@ -398,12 +412,13 @@ impl CoordinatorState {
             FromRank::Heartbeat {
                 generation,
                 step,
+                progress,
                 phase,
-                ..
             } => self.event(Event::Heartbeat {
                 member,
                 generation,
                 step,
+                progress,
                 activity: phase,
             }),
             FromRank::ShardSaved {
@@ -592,10 +607,7 @@ impl CoordinatorState {
     fn end(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
         if !self.ended {
             self.ended = true;
-            let step = self.arguments.ledger.written();
-            self.arguments
-                .root
-                .cast(RootMessage::Ended(End { code, diagnosis, step }))?;
+            self.arguments.root.cast(RootMessage::Ended(End { code, diagnosis }))?;
         }
         Ok(())
     }

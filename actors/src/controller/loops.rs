@@ -21,8 +21,11 @@ pub const RENEWED: &str = "the closed loop is made again";
 /// What the loop is made from.
 #[derive(Clone)]
 pub struct LoopRules {
+    /// The controller of the mixture, and when it decides.
     pub mixture: MixtureConfig,
+    /// What is known of each domain.
     pub facts: Vec<DomainFacts>,
+    /// The data recipe.
     pub recipe: Recipe,
 }
 

@@ -10,9 +10,16 @@ mod observatory;
 mod root;
 mod sharder;
 mod status;
+mod tree;
+
+pub use appender::{Appended, JsonLines, TraceFile, TraceSink};
+pub use checkpointer::{Claimed, ManifestFacts};
+pub use loops::LoopRules;
+pub use root::End;
+pub use tree::{Begun, Ear, Edges, Tree, TreeParts};
 
 use crate::rank::recipe;
-use crate::run_folder::{FolderError, RunFolder};
+use crate::run_folder::{self, FolderError, RunFolder};
 use root::RootArguments;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -177,6 +184,16 @@ pub enum RunError {
     },
 }
 
+impl RunError {
+    fn actors(error: &ractor::SpawnErr) -> Self {
+        Self::System {
+            what: "actors",
+            cause: error.to_string(),
+            remedy: "raise the limits of the process",
+        }
+    }
+}
+
 /// Prepares data, opens the store, starts the tree, and waits for the end.
 ///
 /// # Errors
@@ -220,7 +237,7 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
             .collect(),
         vocabulary: prepared.manifest.tokenizer.vocabulary,
     });
-    let data = prepared.folder.clone();
+    let (data, trace) = (prepared.folder.clone(), folder.paths.trace());
     let arguments = RootArguments {
         config: Arc::new(config),
         program,
@@ -234,7 +251,7 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
     outcome.map(|end| Outcome {
         code: end.code,
         diagnosis: end.diagnosis,
-        step: end.step,
+        step: run_folder::newest_step(&trace),
         data,
     })
 }

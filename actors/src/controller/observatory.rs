@@ -6,12 +6,13 @@ use super::{Notice, Notify, unix_ms};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
+use tokio::time::Instant;
 
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;
@@ -65,6 +66,8 @@ pub struct ObservatoryState {
 
 struct Loss {
     at: Instant,
+    /// Open from the loss to the first line after it.
+    span: tracing::Span,
     member: Member,
     cause: String,
     began: bool,
@@ -159,7 +162,9 @@ impl ObservatoryState {
                 self.event("rank_lost", &fields);
                 if rank.is_some() && self.loss.is_none() {
                     let (written, base) = (self.written, self.written);
+                    let worker = member.worker.0;
                     self.loss = Some(Loss {
+                        span: tracing::info_span!(parent: None, "recovery", worker, steps_lost = tracing::field::Empty),
                         at: Instant::now(),
                         member,
                         cause: cause.clone(),
@@ -210,6 +215,7 @@ impl ObservatoryState {
         let recovery_ms = loss.at.elapsed().as_millis() as u64;
         self.lost_ms += recovery_ms;
         let steps_lost = loss.written.0.saturating_sub(loss.base.0);
+        loss.span.record("steps_lost", steps_lost);
         let fields = json!({
             "cause": loss.cause, "worker": loss.member.worker, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
             // A process's exit is seen through its pidfd; how long ago it happened nobody can tell from here.

@@ -2,11 +2,10 @@
 //! ([`crate::supervision`]), and ends the run.
 
 use super::appender::{JsonLines, TraceAppender};
-use super::checkpointer::{self, Checkpointer, CheckpointerArguments, ManifestFacts};
-use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
+use super::checkpointer::{self, ManifestFacts};
+use super::coordinator::CoordinatorMessage;
 use super::loops::{Loop, LoopRules};
-use super::observatory::{Observatory, ObservatoryArguments};
-use super::sharder::OptimizerSharder;
+use super::tree::{Ear, Edges, Tree, TreeParts};
 use super::{Notice, Notify, RunError, status};
 use crate::link::{Bind, HubConfig, start_hub};
 use crate::node::{LaunchSpec, start_node_agent};
@@ -19,21 +18,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
-use tarazed_domain::{LaneTree, StepsCompleted};
-use tarazed_protocol::checkpoint::CheckpointTracker;
-use tarazed_protocol::coordinator::{Coordinator as Machine, Options};
 use tarazed_protocol::data::DomainFacts;
-use tarazed_protocol::ledger::Ledger;
 use tarazed_protocol::restart::{RestartLimiter, Verdict};
 use tokio::sync::oneshot;
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct End {
+    /// 0, 3, 33 or 34 (DESIGN.md section 11).
     pub code: u8,
+    /// For people, where the code is not 0.
     pub diagnosis: String,
-    pub step: StepsCompleted,
 }
 
 pub enum RootMessage {
@@ -53,9 +50,9 @@ pub struct RootArguments {
     pub notify: Notify,
 }
 
-struct Root;
+pub struct Root;
 
-struct RootState {
+pub struct RootState {
     end: Option<oneshot::Sender<End>>,
     coordinator: Option<ActorRef<CoordinatorMessage>>,
     closed_loop: Option<(Loop, LoopRules)>,
@@ -104,7 +101,6 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let paths = folder.paths.clone();
     let location = paths.store_location(&config);
     let claimed = checkpointer::claim(&location).await?;
-    let generation = claimed.fence.generation;
     let facts = ManifestFacts::new(&config, &prepared.manifest.version);
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let rules = LoopRules {
@@ -121,154 +117,66 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         parameters: layout.parameter_count(),
     });
 
-    let machine = Machine::new(
-        Options {
-            workers: config.cluster.ranks,
-            lanes: LaneTree::new(config.batch.lanes),
-            shard_count: facts.shards.shard_count(),
-            replicas: config.optimizer.replicas as usize,
-            timeouts: config.timeouts(),
-            restarts_max: config.fault.restarts_max,
-            restart_backoff_ms: config.fault.restart_backoff_ms,
-            last_step,
-        },
-        generation,
-        written,
-    );
-    let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
-    let tracker = CheckpointTracker::new(facts.shards.shard_count(), written);
-    let (end_sender, end) = oneshot::channel();
-    let actors = system("actors", "raise the limits of the process");
-    let limiter = RestartLimiter::new(config.fault.restarts_max, 0);
-    let state = RootState {
-        end: Some(end_sender),
-        coordinator: None,
-        closed_loop: None,
-        limiter,
-        lines_at_death: 0,
+    let tree = Tree::start(TreeParts {
+        config: Arc::clone(&config),
+        last_step,
+        lines,
         paths: paths.clone(),
-    };
-    let (root, _) = Actor::spawn(None, Root, state)
-        .await
-        .map_err(|e| actors(e.to_string()))?;
-    let parent = root.get_cell();
-    let spawned = |e: ractor::SpawnErr| actors(e.to_string());
-
-    let coordinator_arguments = CoordinatorArguments {
-        machine,
-        ledger: Ledger::new(names, config.tokens_per_step(), lines.clone()),
-        tracker,
-        root: root.clone(),
-        checkpoint_interval_steps: config.checkpoint.interval_steps,
-    };
-    let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())
-        .await
-        .map_err(spawned)?;
-    let observatory_arguments = ObservatoryArguments {
+        claimed,
+        facts,
+        rules,
         metrics: JsonLines::open(paths.metrics()),
         events: JsonLines::open(paths.events()),
-        notify: Arc::clone(&notify),
-        tokens_per_step: config.tokens_per_step(),
-        last_step,
-    };
-    let (observatory, _) = Actor::spawn_linked(None, Observatory, observatory_arguments, parent.clone())
-        .await
-        .map_err(spawned)?;
-    let checkpointer_arguments = CheckpointerArguments {
-        claimed,
-        trace: paths.trace(),
-        facts,
-        keep_last: config.checkpoint.keep_last,
-        coordinator: coordinator.clone(),
-    };
-    let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, checkpointer_arguments, parent.clone())
-        .await
-        .map_err(spawned)?;
-    let sharder_arguments = (config.optimizer.replicas.min(config.cluster.ranks) as usize, notify);
-    let (sharder, _) = Actor::spawn_linked(None, OptimizerSharder, sharder_arguments, parent.clone())
-        .await
-        .map_err(spawned)?;
-    let closed_loop = Loop::start(&rules, &lines, coordinator.clone(), parent.clone())
-        .await
-        .map_err(RunError::Refused)?;
-    let entry = closed_loop.entry.clone();
-    let adopt = Adopt {
-        coordinator: coordinator.clone(),
-        closed_loop,
-        rules,
-    };
-    adopt_children(&root, adopt)?;
+        notify,
+    })
+    .await?;
+    let (parent, ear) = (tree.parent(), tree.ear());
 
     let token = random_token().map_err(|e| system("random token", "check /dev/urandom")(e.to_string()))?;
     let text: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
     let sockets = SocketFolder::create(&text)
         .map_err(|e| system("socket folder", "check the system's temporary folder")(e.to_string()))?;
-    let hub = start_hub_for(&config, token, &sockets.0, &parent, &coordinator).await?;
+    let hub = start_hub_for(&config, token, &sockets.0, &parent, &ear).await?;
     let spec = launch_spec(program, &paths, &prepared, &hub.address(), &sockets.0, &text);
-    let heard = coordinator.clone();
-    let node = start_node_agent(spec, Some(parent.clone()), move |event| {
-        // An error means that the run ends.
-        let _ = heard.cast(CoordinatorMessage::Node(event));
-    })
-    .await
-    .map_err(|e| actors(e.to_string()))?;
+    let heard = ear.clone();
+    let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
+        .await
+        .map_err(|e| system("actors", "raise the limits of the process")(e.to_string()))?;
     let listener = status::open(&paths, &text)
         .map_err(|e| system("control socket", "check the run folder's permissions and its disk")(e.to_string()))?;
-    let serving = tokio::spawn(status::serve(listener, text, coordinator.clone(), sharder.clone()));
-    let heard = coordinator.clone();
-    let trace = TraceAppender::open(paths.trace(), move |appended| {
-        let _ = heard.cast(CoordinatorMessage::Appended(appended));
-    })
-    .map_err(|e| system("trace.jsonl", "check the run folder's permissions and its disk")(e.to_string()))?;
-    let peers = Box::new(Peers {
-        hub,
-        node,
-        observatory,
-        checkpointer,
-        sharder,
-        entry,
-        trace,
+    let serving = tokio::spawn(status::serve(
+        listener,
+        text,
+        tree.coordinator.clone(),
+        tree.sharder.clone(),
+    ));
+    let heard = ear.clone();
+    let trace = TraceAppender::open(paths.trace(), move |appended| heard.appended(appended))
+        .map_err(|e| system("trace.jsonl", "check the run folder's permissions and its disk")(e.to_string()))?;
+    let mut begun = tree.begin(Edges {
+        ranks: Box::new(hub),
+        processes: Box::new(node),
+        trace: Box::new(trace),
     });
-    coordinator
-        .cast(CoordinatorMessage::Begin(peers))
-        .map_err(|e| actors(e.to_string()))?;
 
-    let told = coordinator.clone();
     let watching = tokio::spawn(async move {
         if stop.wait_for(|stop| *stop).await.is_ok() {
-            let _ = told.cast(CoordinatorMessage::Stop);
+            ear.stop();
         }
     });
-    let end = end.await.unwrap_or_else(|_| End {
-        code: 3,
-        diagnosis: "the root actor ended without a word; report this as a bug".to_owned(),
-        step: written,
-    });
+    let end = begun.end().await;
     watching.abort();
     serving.abort();
-    // Ends the tree: its node agent kills and reaps what is left of the ranks.
-    if coordinator
-        .stop_and_wait(None, Some(Duration::from_secs(10)))
-        .await
-        .is_err()
-    {
-        tracing::warn!("the coordinator did not stop in time");
-    }
-    root.stop(None);
+    begun.close().await;
     let _ = std::fs::remove_file(paths.control_socket());
     drop(folder);
     Ok(end)
 }
 
 pub struct Adopt {
-    coordinator: ActorRef<CoordinatorMessage>,
-    closed_loop: Loop,
-    rules: LoopRules,
-}
-
-fn adopt_children(root: &ActorRef<RootMessage>, adopt: Adopt) -> Result<(), RunError> {
-    root.cast(RootMessage::Adopt(Box::new(adopt)))
-        .map_err(|e| RunError::Refused(e.to_string()))
+    pub coordinator: ActorRef<CoordinatorMessage>,
+    pub closed_loop: Loop,
+    pub rules: LoopRules,
 }
 
 fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
@@ -288,20 +196,16 @@ async fn start_hub_for(
     token: [u8; 32],
     sockets: &Path,
     parent: &ActorCell,
-    coordinator: &ActorRef<CoordinatorMessage>,
+    ear: &Ear,
 ) -> Result<crate::link::Hub, RunError> {
-    let heard = coordinator.clone();
+    let heard = ear.clone();
     let hub_config = HubConfig {
         token,
         bind: Bind::near(sockets),
         failure: Duration::from_millis(config.timeouts().failure_ms),
         supervisor: Some(parent.clone()),
     };
-    let events = move |event| {
-        // An error means that the run ends.
-        let _ = heard.cast(CoordinatorMessage::Hub(event));
-    };
-    start_hub(hub_config, events)
+    start_hub(hub_config, move |event| heard.hub(event))
         .await
         .map_err(|e| system("control plane", "check the system's temporary folder")(e.to_string()))
 }
@@ -385,17 +289,25 @@ impl Actor for Root {
             state.renew_loop(&myself, death.cause).await;
         } else if !state.is_old_loop(&death.cause) {
             let diagnosis = format!("an actor of the controller ended: {}", death.cause);
-            state.finish(End {
-                code: 3,
-                diagnosis,
-                step: StepsCompleted(0),
-            });
+            state.finish(End { code: 3, diagnosis });
         }
         Ok(())
     }
 }
 
 impl RootState {
+    /// A root whose end is told to `end`.
+    pub const fn new(end: oneshot::Sender<End>, restarts_max: u32, paths: RunPaths) -> Self {
+        Self {
+            end: Some(end),
+            coordinator: None,
+            closed_loop: None,
+            limiter: RestartLimiter::new(restarts_max, 0),
+            lines_at_death: 0,
+            paths,
+        }
+    }
+
     fn finish(&mut self, end: End) {
         if let Some(sender) = self.end.take() {
             // An error means that nobody waits any more.
@@ -416,21 +328,14 @@ impl RootState {
         old.stop();
         let trace = self.paths.trace();
         let read = move || crate::run_folder::lines_after(&trace, StepsCompleted(0)).map_err(|e| e.to_string());
-        let lines = match tokio::task::spawn_blocking(read).await {
-            Ok(lines) => lines,
-            Err(error) => Err(error.to_string()),
-        };
+        let lines = crate::blocking::run(read).await.and_then(|lines| lines);
         let seen = lines.as_ref().map_or(0, Vec::len);
         if seen > std::mem::replace(&mut self.lines_at_death, seen) {
             self.limiter.on_progress();
         }
         if let Verdict::GiveUp { causes } = self.limiter.on_death(cause) {
             let diagnosis = format!("the closed loop dies again and again:\n  {}", causes.join("\n  "));
-            return self.finish(End {
-                code: 3,
-                diagnosis,
-                step: StepsCompleted(0),
-            });
+            return self.finish(End { code: 3, diagnosis });
         }
         let renewed = match lines {
             Ok(lines) => Loop::start(&rules, &lines, coordinator.clone(), myself.get_cell()).await,
@@ -442,11 +347,7 @@ impl RootState {
                 let _ = coordinator.cast(CoordinatorMessage::LoopReplaced(renewed.entry.clone()));
                 self.closed_loop = Some((renewed, rules));
             }
-            Err(diagnosis) => self.finish(End {
-                code: 3,
-                diagnosis,
-                step: StepsCompleted(0),
-            }),
+            Err(diagnosis) => self.finish(End { code: 3, diagnosis }),
         }
     }
 }

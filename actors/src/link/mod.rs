@@ -112,6 +112,45 @@ pub enum UplinkEvent {
     Lost(String),
 }
 
+/// The controller's way to its ranks.
+pub trait ToRanks: Send + Sync {
+    /// Queues one message; never waits.
+    ///
+    /// # Errors
+    /// As [`Hub::send`].
+    fn send(&self, peer: PeerId, body: Vec<u8>) -> Result<(), LinkError>;
+}
+
+impl ToRanks for Hub {
+    fn send(&self, peer: PeerId, body: Vec<u8>) -> Result<(), LinkError> {
+        Self::send(self, peer, body)
+    }
+}
+
+/// A rank's way to its controller.
+#[async_trait::async_trait]
+pub trait ToController: Send + Sync {
+    /// Queues one message; never waits.
+    ///
+    /// # Errors
+    /// As [`Uplink::send`].
+    fn send(&self, body: Vec<u8>) -> Result<(), LinkError>;
+
+    /// Ends the connection once what was sent has been handled, or after a while.
+    async fn close(self: Box<Self>);
+}
+
+#[async_trait::async_trait]
+impl ToController for Uplink {
+    fn send(&self, body: Vec<u8>) -> Result<(), LinkError> {
+        Self::send(self, body)
+    }
+
+    async fn close(self: Box<Self>) {
+        Self::close(*self).await;
+    }
+}
+
 /// What can go wrong, by what the caller does next.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {

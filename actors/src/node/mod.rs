@@ -222,6 +222,21 @@ pub enum StartError {
     Unsupervised(String),
 }
 
+/// Starts and kills rank processes; what becomes of them comes back as [`NodeEvent`]s.
+pub trait Processes: Send + Sync {
+    /// Queues a command; never waits.
+    ///
+    /// # Errors
+    /// If nobody is there to carry it out.
+    fn command(&self, command: NodeCommand) -> Result<(), NodeError>;
+}
+
+impl Processes for NodeAgent {
+    fn command(&self, command: NodeCommand) -> Result<(), NodeError> {
+        Self::command(self, command)
+    }
+}
+
 /// The agent is gone or could not start.
 #[derive(Debug, thiserror::Error)]
 #[error("the node agent {0}; the controller must end and start again")]

@@ -8,13 +8,12 @@ use super::root::RootMessage;
 use super::shard::{OptimizerShard, ShardMessage};
 use super::writer::WriterMessage;
 use super::{RankError, RankExit};
-use crate::link::Uplink;
+use crate::link::ToController;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
@@ -28,13 +27,16 @@ use tarazed_train::feeder::Feeder;
 use tarazed_train::generation::{Paused, ShardToSave};
 use tarazed_train::progress::Progress;
 
+/// The way to the device thread; says whether it is still there.
+pub type CommandSink = Arc<dyn Fn(Command) -> bool + Send + Sync>;
+
 pub enum RankMessage {
     /// The device thread listens here.
-    DeviceChannel(Sender<Command>),
+    DeviceChannel(CommandSink),
     /// The writer of checkpoints.
     Writer(ActorRef<WriterMessage>),
     /// The session to the controller is up; say this first.
-    Linked(Box<Uplink>, FromRank),
+    Linked(Box<dyn ToController>, FromRank),
     /// The controller said this.
     Told(Vec<u8>),
     /// The controller is gone.
@@ -131,9 +133,9 @@ pub struct RankArguments {
 
 pub struct RankActorState {
     arguments: RankArguments,
-    device: Option<Sender<Command>>,
+    device: Option<CommandSink>,
     writer: Option<ActorRef<WriterMessage>>,
-    uplink: Option<Box<Uplink>>,
+    uplink: Option<Box<dyn ToController>>,
     control: Option<GenerationControl>,
     newest: Generation,
     shards: BTreeMap<OptimizerShardIndex, ActorRef<ShardMessage>>,
@@ -171,7 +173,7 @@ impl Actor for RankActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RankMessage::DeviceChannel(sender) => state.device = Some(sender),
+            RankMessage::DeviceChannel(sink) => state.device = Some(sink),
             RankMessage::Writer(writer) => state.writer = Some(writer),
             RankMessage::Linked(uplink, ready) => {
                 state.uplink = Some(uplink);
@@ -225,7 +227,11 @@ impl RankActorState {
 
     fn device(&self, command: Command) -> Result<(), ActorProcessingErr> {
         let device = self.device.as_ref().ok_or("the device thread is not started")?;
-        device.send(command).map_err(|_| "the device thread is gone".into())
+        if device(command) {
+            Ok(())
+        } else {
+            Err("the device thread is gone".into())
+        }
     }
 
     fn abort(&self) {

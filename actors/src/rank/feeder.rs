@@ -53,6 +53,9 @@ impl Actor for DataFeeder {
         myself: ActorRef<Self::Msg>,
         feeder: Arc<Feeder>,
     ) -> Result<Self::State, ActorProcessingErr> {
+        if !feeder.needs_thread() {
+            return Ok(feeder);
+        }
         let work = Arc::clone(&feeder);
         std::thread::Builder::new().name("feeder".to_owned()).spawn(move || {
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work.run()));

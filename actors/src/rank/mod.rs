@@ -12,9 +12,9 @@ mod writer;
 
 use crate::link::{PeerId, UplinkConfig, UplinkEvent, connect_uplink};
 use crate::run_folder::RunPaths;
-use actor::RankMessage;
-use restore::StoreSource;
-use root::{RankRoot, RootArguments};
+pub use actor::CommandSink;
+pub use restore::StoreSource;
+pub use root::{RankParts, RankTree};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +24,8 @@ use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
 use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::message::{FromRank, Member};
-use tarazed_train::device_thread::DeviceThread;
+use tarazed_protocol::message::Member;
+use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 use tarazed_train::progress::Progress;
 use tarazed_train::state::RankState;
@@ -180,7 +180,7 @@ async fn serve(
     let store = StoreSource::new(paths.store_location(&config), handle);
 
     let (exit_sender, exit) = tokio::sync::oneshot::channel();
-    let arguments = RootArguments {
+    let parts = RankParts {
         member,
         config: Arc::clone(&config),
         recipe,
@@ -189,19 +189,21 @@ async fn serve(
         store: store.clone(),
         exit: exit_sender,
     };
-    let root = RankRoot::start(arguments).await?;
+    let tree = RankTree::start(parts).await?;
     let device = DeviceThread {
         state: RankState::new(Arc::clone(&config), CpuDevice::new(), progress)
             .map_err(|e| RankError::because("device")(&e))?,
         member,
-        listener,
-        run_token: token,
+        data_plane: Box::new(Sockets {
+            listener,
+            run_token: token,
+        }),
         feeder,
         source: Box::new(store),
-        events: root.device_events(),
+        events: tree.device_events(),
     };
-    root.start_device(device)?;
-    let rank = root.rank.clone();
+    tree.start_device(device)?;
+    let heard = tree.clone();
     let uplink = connect_uplink(
         UplinkConfig {
             address: args.controller.clone(),
@@ -212,24 +214,16 @@ async fn serve(
             },
             connect: Duration::from_millis(config.timeouts().connect_ms),
             failure: Duration::from_millis(config.timeouts().failure_ms),
-            supervisor: Some(root.cell()),
+            supervisor: Some(tree.cell()),
         },
-        move |event| {
-            let message = match event {
-                UplinkEvent::Message(body) => RankMessage::Told(body.into_vec()),
-                UplinkEvent::Lost(reason) => RankMessage::ControllerLost(reason),
-            };
-            // An error means that the rank ends already.
-            let _ = rank.cast(message);
+        move |event| match event {
+            UplinkEvent::Message(body) => heard.told(body.into_vec()),
+            UplinkEvent::Lost(reason) => heard.controller_lost(reason),
         },
     )
     .await
     .map_err(|e| RankError::because("control plane")(&e))?;
-    let ready = FromRank::Ready {
-        address,
-        pid: std::process::id(),
-    };
-    let _ = root.rank.cast(RankMessage::Linked(Box::new(uplink), ready));
+    tree.linked(Box::new(uplink), address, std::process::id());
     match exit.await {
         Ok(result) => result,
         Err(_) => Err(RankError("the rank's root ended without a word".to_owned())),

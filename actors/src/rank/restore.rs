@@ -37,12 +37,24 @@ pub struct StoreSource {
 }
 
 impl StoreSource {
+    /// The store at `location`.
+    #[must_use]
     pub fn new(location: String, runtime: tokio::runtime::Handle) -> Self {
         Self {
             location,
             runtime,
             store: Arc::default(),
             manifest: Arc::default(),
+        }
+    }
+
+    /// A store that is open already.
+    #[must_use]
+    pub fn over(store: CheckpointStore, runtime: tokio::runtime::Handle) -> Self {
+        let location = store.location().to_owned();
+        Self {
+            store: Arc::new(tokio::sync::OnceCell::new_with(Some(store))),
+            ..Self::new(location, runtime)
         }
     }
 
@@ -83,6 +95,22 @@ impl StoreSource {
     }
 }
 
+impl StoreSource {
+    /// Master weights and both moments of a shard of exactly this checkpoint.
+    ///
+    /// # Errors
+    /// As [`ShardSource::read`].
+    pub async fn fetch(
+        &self,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
+        abort: &AtomicBool,
+    ) -> Result<[Vec<f32>; 3], StepError> {
+        let read = retried(Duration::from_millis(READ_BACKOFF_MS), || self.read_shard(from, shard));
+        unless_aborted(abort, read).await
+    }
+}
+
 impl ShardSource for StoreSource {
     fn read(
         &self,
@@ -90,8 +118,7 @@ impl ShardSource for StoreSource {
         shard: OptimizerShardIndex,
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
-        let read = retried(Duration::from_millis(READ_BACKOFF_MS), || self.read_shard(from, shard));
-        self.runtime.block_on(unless_aborted(abort, read))
+        self.runtime.block_on(self.fetch(from, shard, abort))
     }
 }
 

@@ -1,10 +1,11 @@
 //! `RankRoot`: the parent of a rank process's actors. Whatever of a rank fails, the process ends with the cause (SUP-1).
 
-use super::actor::{DeviceReports, RankActor, RankArguments, RankMessage};
+use super::actor::{CommandSink, DeviceReports, RankActor, RankArguments, RankMessage};
 use super::feeder::DataFeeder;
 use super::restore::StoreSource;
 use super::writer::{CheckpointWriter, WriterArguments};
 use super::{RankError, RankExit};
+use crate::link::ToController;
 use crate::supervision::death;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use tarazed_domain::ShardLayout;
 use tarazed_domain::config::Config;
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
-use tarazed_protocol::message::Member;
+use tarazed_protocol::message::{FromRank, Member};
 use tarazed_train::device_thread::{DeviceEvents, DeviceThread};
 use tarazed_train::feeder::Feeder;
 use tarazed_train::progress::Progress;
@@ -21,13 +22,21 @@ use tokio::sync::oneshot;
 
 pub type ExitSender = oneshot::Sender<Result<RankExit, RankError>>;
 
-pub struct RootArguments {
+/// What a rank's tree is made of.
+pub struct RankParts {
+    /// Who it is.
     pub member: Member,
+    /// The resolved config.
     pub config: Arc<Config>,
+    /// The data recipe.
     pub recipe: Recipe,
+    /// Samples.
     pub feeder: Arc<Feeder>,
+    /// Shown to the outside.
     pub progress: Arc<Progress>,
+    /// The store, for checkpoints.
     pub store: StoreSource,
+    /// Hears how the rank ends.
     pub exit: ExitSender,
 }
 
@@ -39,9 +48,10 @@ impl ractor::Message for RootMessage {}
 
 pub struct RankRoot;
 
-/// Handles on a started rank.
+/// Handles on a rank's actors; clones are handles on the same ones.
+#[derive(Clone)]
 pub struct RankTree {
-    pub rank: ActorRef<RankMessage>,
+    rank: ActorRef<RankMessage>,
     root: ActorRef<RootMessage>,
 }
 
@@ -49,28 +59,61 @@ pub struct Children {
     rank: ActorRef<RankMessage>,
 }
 
-impl RankRoot {
-    /// Starts the tree; the device thread follows with [`RankTree::start_device`].
+impl RankTree {
+    /// Starts the actors; the device thread follows.
     ///
     /// # Errors
     /// If the actor system refuses.
-    pub async fn start(arguments: RootArguments) -> Result<RankTree, RankError> {
+    pub async fn start(parts: RankParts) -> Result<Self, RankError> {
         let (sender, receiver) = oneshot::channel();
-        let (root, _) = Actor::spawn(None, Self, (arguments, sender))
+        let (root, _) = Actor::spawn(None, RankRoot, (parts, sender))
             .await
             .map_err(|e| RankError(format!("actors: {e}")))?;
         let Children { rank } = receiver
             .await
             .map_err(|_| RankError("the rank's root did not start".to_owned()))?;
-        Ok(RankTree { rank, root })
+        Ok(Self { rank, root })
     }
-}
 
-impl RankTree {
+    /// The way to the device thread.
+    pub fn attach(&self, device: CommandSink) {
+        self.tell(RankMessage::DeviceChannel(device));
+    }
+
+    /// The session to the controller is up: the rank says that it is ready.
+    pub fn linked(&self, uplink: Box<dyn ToController>, address: String, pid: u32) {
+        self.tell(RankMessage::Linked(uplink, FromRank::Ready { address, pid }));
+    }
+
+    /// The controller said this.
+    pub fn told(&self, message: Vec<u8>) {
+        self.tell(RankMessage::Told(message));
+    }
+
+    /// The session is over.
+    pub fn controller_lost(&self, reason: String) {
+        self.tell(RankMessage::ControllerLost(reason));
+    }
+
+    /// Ends it as a crash would: nothing more is handled.
+    pub fn kill(&self) {
+        self.rank.kill();
+        self.root.kill();
+    }
+
+    fn tell(&self, message: RankMessage) {
+        // An error means that the rank ends already.
+        let _ = self.rank.cast(message);
+    }
+
+    /// Who becomes the parent of the edges' actors (SUP-1).
+    #[must_use]
     pub fn cell(&self) -> ActorCell {
         self.root.get_cell()
     }
 
+    /// What the device thread says goes here.
+    #[must_use]
     pub fn device_events(&self) -> Arc<dyn DeviceEvents<CpuDevice>> {
         Arc::new(DeviceReports(self.rank.clone()))
     }
@@ -81,7 +124,7 @@ impl RankTree {
     /// If the system refuses a thread.
     pub fn start_device(&self, device: DeviceThread<CpuDevice>) -> Result<(), RankError> {
         let (sender, receiver) = mpsc::channel();
-        let _ = self.rank.cast(RankMessage::DeviceChannel(sender));
+        self.attach(Arc::new(move |command| sender.send(command).is_ok()));
         let root = self.root.clone();
         let spawned = std::thread::Builder::new().name("device".to_owned()).spawn(move || {
             let work = std::panic::AssertUnwindSafe(|| device.run(&receiver));
@@ -103,7 +146,7 @@ impl RankTree {
 impl Actor for RankRoot {
     type Msg = RootMessage;
     type State = Option<ExitSender>;
-    type Arguments = (RootArguments, oneshot::Sender<Children>);
+    type Arguments = (RankParts, oneshot::Sender<Children>);
 
     async fn pre_start(
         &self,

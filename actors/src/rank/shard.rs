@@ -54,7 +54,7 @@ impl Actor for OptimizerShard {
                 shard,
             } => {
                 assert_eq!(shard.shard, state.index, "a shard's snapshot comes to its own actor");
-                tokio::task::spawn_blocking(move || {
+                crate::blocking::detach(move || {
                     let snapshot = copy(step, generation, shard);
                     // An error means that this shard moved to another rank meanwhile.
                     let _ = myself.cast(ShardMessage::Copied(Box::new(snapshot)));

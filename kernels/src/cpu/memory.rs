@@ -12,6 +12,8 @@ const HUGE_PAGE_BYTES: usize = 2 * 1024 * 1024;
 
 /// Flat f32 memory; both precisions are f32 on the CPU. Dereferences to a slice.
 pub struct CpuBuffer {
+    /// What was allocated; the elements begin at the next aligned address in it.
+    base: NonNull<u8>,
     pointer: NonNull<f32>,
     len: usize,
 }
@@ -29,24 +31,24 @@ impl CpuBuffer {
     pub fn zeroed(len: usize) -> Result<Self, DeviceError> {
         if len == 0 {
             return Ok(Self {
+                base: NonNull::dangling(),
                 pointer: NonNull::dangling(),
                 len,
             });
         }
         let needed_bytes = len.saturating_mul(size_of::<f32>());
         let out_of_memory = DeviceError::OutOfMemory { needed_bytes };
-        let Some(layout) = layout(len) else {
+        let Some((layout, alignment)) = layout(len) else {
             return Err(out_of_memory);
         };
         // SAFETY: the layout's size is not zero.
-        let pointer = unsafe { alloc_zeroed(layout) };
-        match NonNull::new(pointer.cast::<f32>()) {
-            Some(pointer) => {
-                prefer_huge_pages(pointer, layout.size());
-                Ok(Self { pointer, len })
-            }
-            None => Err(out_of_memory),
-        }
+        let Some(base) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
+            return Err(out_of_memory);
+        };
+        // SAFETY: the allocation is longer than the elements by the alignment, so they fit behind the next aligned address.
+        let pointer = unsafe { base.add(base.align_offset(alignment)) }.cast::<f32>();
+        prefer_huge_pages(pointer, needed_bytes);
+        Ok(Self { base, pointer, len })
     }
 
     /// A buffer with the values of `from`.
@@ -60,14 +62,17 @@ impl CpuBuffer {
     }
 }
 
-fn layout(len: usize) -> Option<Layout> {
+/// What is allocated for `len` elements, and to what they are aligned in it. Asked for with a larger alignment, the
+/// allocator would write zeros over fresh pages that are zero already, and every page would be touched at once.
+fn layout(len: usize) -> Option<(Layout, usize)> {
     let bytes = len.checked_mul(size_of::<f32>())?;
     let alignment = if bytes >= HUGE_PAGE_BYTES {
         HUGE_PAGE_BYTES
     } else {
         ALIGNMENT_BYTES
     };
-    Layout::from_size_align(bytes, alignment).ok()
+    let layout = Layout::from_size_align(bytes.checked_add(alignment)?, align_of::<f32>()).ok()?;
+    Some((layout, alignment))
 }
 
 #[cfg(target_os = "linux")]
@@ -86,10 +91,10 @@ fn prefer_huge_pages(_: NonNull<f32>, _: usize) {}
 impl Drop for CpuBuffer {
     fn drop(&mut self) {
         if self.len > 0
-            && let Some(layout) = layout(self.len)
+            && let Some((layout, _)) = layout(self.len)
         {
             // SAFETY: the memory came from `alloc_zeroed` with this same layout.
-            unsafe { dealloc(self.pointer.as_ptr().cast(), layout) }
+            unsafe { dealloc(self.base.as_ptr(), layout) }
         }
     }
 }

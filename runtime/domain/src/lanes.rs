@@ -194,10 +194,16 @@ impl LaneTree {
         let spare = u64::from(self.lane_count) - rank_count as u64;
         let mut counts: Vec<u64> = Vec::with_capacity(rank_count);
         let mut remainders: Vec<(u64, usize)> = Vec::with_capacity(rank_count);
+        // Neighbours are mostly equal, and dividing is the most expensive thing here.
+        let (mut last, mut whole, mut rest) = (0, 0, 0);
         for (rank, &speed) in speeds.iter().enumerate() {
-            let share = spare * u64::from(speed.max(1));
-            counts.push(1 + share / total);
-            remainders.push((share % total, rank));
+            if speed.max(1) != last {
+                last = speed.max(1);
+                let share = spare * u64::from(last);
+                (whole, rest) = (share / total, share % total);
+            }
+            counts.push(1 + whole);
+            remainders.push((rest, rank));
         }
         let left = u64::from(self.lane_count) - counts.iter().sum::<u64>();
         remainders.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));

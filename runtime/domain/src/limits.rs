@@ -93,7 +93,8 @@ pub struct Timeouts {
     pub failure_ms: u64,
     /// Between heartbeats of a rank.
     pub heartbeat_ms: u64,
-    /// Waiting for a peer inside one collective operation.
+    /// Waiting for a peer that moves nothing inside one collective operation. The last resort: the controller sees a stall
+    /// much earlier, by every rank's progress, and tells a rank that is slow (or restores) from one that hangs.
     pub collective_ms: u64,
     /// Connecting to a peer of a new generation.
     pub connect_ms: u64,
@@ -117,7 +118,7 @@ impl Timeouts {
         Self {
             failure_ms,
             heartbeat_ms: failure_ms / 10,
-            collective_ms: failure_ms * 2,
+            collective_ms: failure_ms * 30,
             connect_ms: failure_ms,
             start_ms: failure_ms * 3,
             fence_ms: failure_ms,

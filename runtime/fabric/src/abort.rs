@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tarazed_domain::Generation;
 
+/// Wakes whoever waits on something other than a file descriptor.
 type Waker = Box<dyn Fn() + Send + Sync>;
 
 struct Inner {
@@ -38,7 +39,8 @@ impl AbortHandle {
     }
 
     /// A handle for meshes that wait on wakers alone.
-    pub(crate) fn without_descriptor(generation: Generation) -> Self {
+    #[must_use]
+    pub fn without_descriptor(generation: Generation) -> Self {
         Self::with_pair(generation, None)
     }
 
@@ -78,7 +80,10 @@ impl AbortHandle {
     }
 
     /// `Aborted` if it was.
-    pub(crate) fn check(&self) -> Result<(), FabricError> {
+    ///
+    /// # Errors
+    /// `Aborted`.
+    pub fn check(&self) -> Result<(), FabricError> {
         if self.is_aborted() {
             Err(FabricError::Aborted {
                 generation: self.0.generation,
@@ -99,7 +104,8 @@ impl AbortHandle {
         }
     }
 
-    pub(crate) fn on_abort(&self, wake: Waker) {
+    /// Calls `wake` at the abort, from the thread that aborts; it must not block.
+    pub fn on_abort(&self, wake: Waker) {
         self.0.wakers.lock().unwrap_or_else(PoisonError::into_inner).push(wake);
     }
 }

@@ -128,6 +128,11 @@ pub trait Collective: std::marker::Send {
     /// Aborts this mesh from any thread (SUP-4).
     fn abort_handle(&self) -> AbortHandle;
 
+    /// The peer that the call under way, or the one cut short last, waits for: whoever moved nothing for the longest time.
+    fn waits_for(&self) -> Option<Rank> {
+        None
+    }
+
     /// Bytes moved and operations completed, for hang detection.
     fn progress(&self) -> Arc<ProgressCounter>;
 

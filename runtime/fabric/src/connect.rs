@@ -10,7 +10,8 @@ use crate::handshake::{
     Door, HELLO_BYTES, HandshakeKey, Hello, HelloError, Nonce, PROOF_BYTES, REPLY_BYTES, Reply, Status, proof,
     proof_is_right, roster_digest,
 };
-use crate::link::{Identity, Link, Presence};
+use crate::judge::Identity;
+use crate::link::{Link, Presence};
 use crate::listener::Address;
 use crate::mesh::poll;
 use crate::{AbortHandle, FabricError, Listener, SocketMesh};

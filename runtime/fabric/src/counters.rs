@@ -38,19 +38,23 @@ impl ProgressCounter {
         }
     }
 
-    pub(crate) fn sent(&self, bytes: usize) {
+    /// Payload bytes were handed to the transport.
+    pub fn sent(&self, bytes: usize) {
         self.bytes_sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn received(&self, bytes: usize) {
+    /// Payload bytes came in.
+    pub fn received(&self, bytes: usize) {
         self.bytes_received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn started(&self) {
+    /// An operation began.
+    pub fn started(&self) {
         self.operations_started.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn completed(&self) {
+    /// An operation came to its end.
+    pub fn completed(&self) {
         self.operations_completed.fetch_add(1, Ordering::Relaxed);
     }
 }

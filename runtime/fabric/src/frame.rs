@@ -98,7 +98,7 @@ pub struct FrameHeader {
 
 /// Checksum of a payload.
 #[must_use]
-pub(crate) fn payload_checksum(payload: &[u8]) -> u64 {
+pub fn payload_checksum(payload: &[u8]) -> u64 {
     XxHash3_64::oneshot(payload)
 }
 

@@ -3,16 +3,17 @@
 //! A link reads from its socket only what the running exchange expects, so a peer that is ahead is held back by the
 //! socket's own buffer and costs no memory here.
 
-use crate::counters::{ProgressCounter, Refusal, RefusalCounters};
+use crate::counters::{ProgressCounter, RefusalCounters};
 use crate::frame::{FRAME_BYTES_SENT_MAX, FrameHeader, FrameKind, HEADER_BYTES, payload_checksum};
-use crate::{Corruption, FabricError, Receive, Tag, TagKind};
+use crate::judge::{Identity, Judge, OpenPayload};
+use crate::{FabricError, Receive, Tag, TagKind};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use tarazed_domain::{Generation, Rank};
+use tarazed_domain::Rank;
 
 /// Whether a step got anywhere.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,13 +64,6 @@ pub(crate) struct Incoming<'e, 'a> {
     payload: Option<OpenPayload>,
 }
 
-#[derive(Clone, Copy)]
-struct OpenPayload {
-    bytes: usize,
-    filled: usize,
-    checksum: u64,
-}
-
 impl<'a> Outgoing<'a> {
     pub(crate) fn push(&mut self, tag: Tag, bytes: &'a [u8]) {
         self.messages.push_back((tag, bytes));
@@ -92,28 +86,19 @@ impl<'e, 'a> Incoming<'e, 'a> {
     }
 }
 
-/// Who this rank is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Identity {
-    pub generation: Generation,
-    pub rank: Rank,
-    pub world_size: usize,
-}
-
 /// One peer's connection within one generation.
 pub(crate) struct Link {
     socket: OwnedFd,
     own: Identity,
     peer: Rank,
     sent_frames: u64,
-    received_frames: u64,
+    judge: Judge,
     header: [u8; HEADER_BYTES],
     header_filled: usize,
     /// Part of a frame is written: nothing else may be sent before its rest.
     mid_frame: bool,
     presence: Presence,
     progress: Arc<ProgressCounter>,
-    refusals: Arc<RefusalCounters>,
 }
 
 impl Link {
@@ -129,13 +114,12 @@ impl Link {
             own,
             peer,
             sent_frames: 0,
-            received_frames: 0,
+            judge: Judge::new(own, peer, refusals),
             header: [0; HEADER_BYTES],
             header_filled: 0,
             mid_frame: false,
             presence: Presence::Here,
             progress,
-            refusals,
         }
     }
 
@@ -219,7 +203,9 @@ impl Link {
             let step = self.receive_header(receive.tag)?;
             if self.header_filled == HEADER_BYTES {
                 self.header_filled = 0;
-                let opened = self.judge(receive, offset)?;
+                let opened = self
+                    .judge
+                    .header(&self.header, receive.tag, receive.bytes.len(), offset)?;
                 incoming.payload = Some(opened);
                 if opened.bytes == 0 {
                     self.close_frame(incoming)?;
@@ -276,105 +262,14 @@ impl Link {
             unreachable!("a frame is closed after it was opened")
         };
         let end = incoming.offset + payload.bytes;
-        if payload_checksum(&receive.bytes[incoming.offset..end]) != payload.checksum {
-            return Err(self.corrupt(receive.tag, Corruption::PayloadChecksum));
-        }
+        self.judge
+            .payload(receive.tag, &receive.bytes[incoming.offset..end], payload.checksum)?;
         incoming.offset = end;
         if end == receive.bytes.len() {
             incoming.messages.pop_front();
             incoming.offset = 0;
         }
         Ok(())
-    }
-
-    /// Decides whether the frame announced by the header is the one that is due.
-    fn judge(&mut self, due: &Receive<'_>, offset: usize) -> Result<OpenPayload, FabricError> {
-        let header = FrameHeader::decode(&self.header).map_err(|corruption| self.corrupt(due.tag, corruption))?;
-        self.judge_origin(&header, due.tag)?;
-        self.received_frames += 1;
-        match header.kind {
-            FrameKind::Data => {}
-            FrameKind::Goodbye => {
-                return Err(FabricError::lost(
-                    self.peer,
-                    format_args!("it left in good order before {}", due.tag),
-                ));
-            }
-            FrameKind::Fault => return Err(self.fault_reported(&header)),
-        }
-        if header.tag != due.tag {
-            self.refusals.count(Refusal::FrameUnexpected);
-            return Err(FabricError::TagMismatch {
-                peer: self.peer,
-                expected: due.tag,
-                received: header.tag,
-            });
-        }
-        let expected = due.bytes.len() as u64;
-        if header.message_bytes != expected {
-            self.refusals.count(Refusal::FrameUnexpected);
-            let received = header.message_bytes;
-            return Err(FabricError::LengthMismatch {
-                peer: self.peer,
-                tag: due.tag,
-                expected,
-                received,
-            });
-        }
-        if header.offset != offset as u64 {
-            return Err(self.corrupt(due.tag, Corruption::Sequence));
-        }
-        let left = expected - header.offset;
-        if header.payload_bytes > left || (header.payload_bytes == 0 && left > 0) {
-            return Err(self.corrupt(due.tag, Corruption::Oversized));
-        }
-        let bytes = header.payload_bytes as usize;
-        Ok(OpenPayload {
-            bytes,
-            filled: 0,
-            checksum: header.payload_checksum,
-        })
-    }
-
-    /// Generation first (SUP-2), then routing, then order.
-    fn judge_origin(&self, header: &FrameHeader, due: Tag) -> Result<(), FabricError> {
-        if header.generation != self.own.generation {
-            Err(self.corrupt(due, Corruption::Generation))
-        } else if header.source != self.peer || header.destination != self.own.rank {
-            Err(self.corrupt(due, Corruption::Misrouted))
-        } else if header.sequence != self.received_frames {
-            Err(self.corrupt(due, Corruption::Sequence))
-        } else {
-            Ok(())
-        }
-    }
-
-    fn corrupt(&self, tag: Tag, corruption: Corruption) -> FabricError {
-        self.refusals.count(match corruption {
-            Corruption::Generation => Refusal::FrameGeneration,
-            Corruption::Sequence => Refusal::FrameSequence,
-            Corruption::Oversized => Refusal::FrameOversized,
-            Corruption::Magic
-            | Corruption::HeaderChecksum
-            | Corruption::Field
-            | Corruption::PayloadChecksum
-            | Corruption::Misrouted => Refusal::FrameCorrupt,
-        });
-        FabricError::Corrupt {
-            peer: self.peer,
-            tag,
-            corruption,
-        }
-    }
-
-    /// The peer gave up because of somebody else: the blame belongs there.
-    fn fault_reported(&self, header: &FrameHeader) -> FabricError {
-        match u32::try_from(header.tag.item) {
-            Ok(rank) if Rank(rank) != self.own.rank && Rank(rank).index() < self.own.world_size => {
-                FabricError::lost(Rank(rank), format_args!("rank {} reports it", self.peer))
-            }
-            _ => FabricError::lost(self.peer, "it gave up waiting for this rank"),
-        }
     }
 
     /// A failed send says only that the peer is gone; what it said last may say why.
@@ -405,7 +300,7 @@ impl Link {
                 && header.destination == self.own.rank
         });
         match sound {
-            Some(header) if header.kind == FrameKind::Fault => return Err(self.fault_reported(&header)),
+            Some(header) if header.kind == FrameKind::Fault => return Err(self.judge.fault_reported(&header)),
             Some(header) if header.kind == FrameKind::Goodbye => self.presence = Presence::Left,
             _ => self.presence = Presence::ClosedBehindData,
         }

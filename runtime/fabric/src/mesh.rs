@@ -6,7 +6,8 @@
 //! another, which may itself wait for the dead one, the blame goes to the dead one at once.
 
 use crate::counters::{ProgressCounter, RefusalCounters};
-use crate::link::{Identity, Incoming, Link, Outgoing, Presence, Step};
+use crate::judge::Identity;
+use crate::link::{Incoming, Link, Outgoing, Presence, Step};
 use crate::{AbortHandle, Collective, FabricError, Receive, Send, Tag};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -26,6 +27,7 @@ pub struct SocketMesh {
     refusals: Arc<RefusalCounters>,
     /// The first error; what every later call returns.
     failed: Option<FabricError>,
+    waits_for: Option<Rank>,
 }
 
 /// One peer's part in one exchange.
@@ -85,6 +87,7 @@ impl SocketMesh {
             progress,
             refusals,
             failed: None,
+            waits_for: None,
         }
     }
 
@@ -127,6 +130,7 @@ impl SocketMesh {
                 may_move |= part.may_move();
             }
             if !pending {
+                self.waits_for = None;
                 return Ok(());
             }
             if !may_move {
@@ -143,6 +147,7 @@ impl SocketMesh {
             .filter_map(|(rank, part)| part.due().map(|tag| (part.moved_at, rank, tag)))
             .min_by_key(|&(moved_at, rank, _)| (moved_at, rank));
         let mut timeout = None;
+        self.waits_for = stalled.map(|(_, rank, _)| Rank(rank as u32));
         if let Some((moved_at, rank, tag)) = stalled {
             let waited = moved_at.elapsed();
             if waited >= self.stall_limit {
@@ -295,6 +300,10 @@ impl Collective for SocketMesh {
 
     fn abort_handle(&self) -> AbortHandle {
         self.abort.clone()
+    }
+
+    fn waits_for(&self) -> Option<Rank> {
+        self.waits_for
     }
 
     fn progress(&self) -> Arc<ProgressCounter> {

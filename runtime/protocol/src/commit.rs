@@ -6,9 +6,9 @@
 //!
 //! The rule sees only what survivors report; it does not know time, and a redone step gives the same bits.
 
-use crate::message::{BarrierOutcome, Member, StateReport};
-use std::collections::BTreeMap;
-use tarazed_domain::{OptimizerShardIndex, StepsCompleted};
+use crate::message::{BarrierOutcome, Member, ShardHolding, StateReport};
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_domain::{Incarnation, OptimizerShardIndex, StepsCompleted, WorkerId};
 
 /// What the survivors can go on from.
 #[derive(Clone, PartialEq, Debug)]
@@ -32,50 +32,182 @@ pub enum Resolution {
 /// Applies STEP-2 to the survivors' reports.
 #[must_use]
 pub fn resolve(shard_count: usize, reports: &BTreeMap<Member, StateReport>) -> Resolution {
-    let stood = reports
-        .values()
-        .flat_map(|report| report.shards.iter().map(|holding| holding.state));
-    let passed = reports
-        .values()
-        .filter_map(|report| report.passed.as_ref().map(|outcome| outcome.step));
-    let base = stood.chain(passed).max().unwrap_or_default();
-    let outcome = reports
-        .values()
-        .filter_map(|report| report.passed.as_ref())
-        .find(|outcome| outcome.step == base)
-        .cloned();
+    let mut survey = Survey::default();
+    for (&member, report) in reports {
+        survey.hear(member, &report.shards, report.passed.clone());
+    }
+    match survey.resolve(shard_count) {
+        Ok(Agreement { base, outcome, holders }) => {
+            let holders = (0..shard_count).map(|shard| holders.of(shard).to_vec()).collect();
+            Resolution::Continue { base, outcome, holders }
+        }
+        Err(missing) => Resolution::Restore { missing },
+    }
+}
 
-    let mut holders: Vec<Vec<Member>> = vec![Vec::new(); shard_count];
-    for (member, report) in reports {
-        for holding in &report.shards {
-            let stands = holding.state == base;
-            let can_finish =
-                holding.state.next().completed() == base && holding.reduced == Some(base) && outcome.is_some();
-            // A shard that the layout does not have is not there, whoever says so.
-            if let Some(members) = holders.get_mut(holding.shard.index())
-                && (stands || can_finish)
-            {
-                members.push(*member);
-            }
+/// What the survivors agree on.
+#[derive(Debug)]
+pub(crate) struct Agreement {
+    pub(crate) base: StepsCompleted,
+    pub(crate) outcome: Option<BarrierOutcome>,
+    pub(crate) holders: Holders,
+}
+
+/// Per shard the members that hold it, in their order; in one piece of memory.
+#[derive(Debug)]
+pub(crate) struct Holders {
+    starts: Vec<u32>,
+    members: Vec<Member>,
+}
+
+impl Holders {
+    /// Nobody holds anything: the state is restored or initialised.
+    pub(crate) fn nobody(shard_count: usize) -> Self {
+        Self {
+            starts: vec![0; shard_count + 1],
+            members: Vec::new(),
         }
     }
-    let missing: Vec<OptimizerShardIndex> = (0..shard_count as u32)
-        .map(OptimizerShardIndex)
-        .filter(|shard| holders[shard.index()].is_empty())
-        .collect();
-    if missing.is_empty() {
-        Resolution::Continue { base, outcome, holders }
-    } else {
-        Resolution::Restore { missing }
+
+    /// Whether no shard has a holder.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// Holders of all shards together.
+    pub(crate) const fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// Holders of one shard.
+    pub(crate) fn of(&self, shard: usize) -> &[Member] {
+        &self.members[self.starts[shard] as usize..self.starts[shard + 1] as usize]
+    }
+}
+
+/// One holding, as far as the rule looks at it.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    member: Member,
+    shard: OptimizerShardIndex,
+    /// It has the reduced gradient of the step after its state.
+    ahead: bool,
+    state: StepsCompleted,
+}
+
+/// Distinct outcomes that are compared with a new one. All that passed a barrier were given the same, so there are few;
+/// outcomes that equal none (a NaN does not) are kept each.
+const OUTCOMES_COMPARED_MAX: usize = 4;
+
+/// The survivors' answers, taken in as they come and kept small.
+#[derive(Debug, Default)]
+pub(crate) struct Survey {
+    answered: Vec<Member>,
+    /// Those that answered and are gone; taken out all at once, when somebody looks.
+    gone: BTreeSet<Member>,
+    claims: Vec<Claim>,
+    /// Whose newest barrier gave which outcome.
+    passed: Vec<(Member, usize)>,
+    outcomes: Vec<BarrierOutcome>,
+}
+
+impl Survey {
+    /// A survivor's answer; each answers once.
+    pub(crate) fn hear(&mut self, member: Member, shards: &[ShardHolding], passed: Option<BarrierOutcome>) {
+        self.answered.push(member);
+        self.claims.extend(shards.iter().map(|holding| Claim {
+            member,
+            shard: holding.shard,
+            ahead: holding.reduced == Some(holding.state.next().completed()),
+            state: holding.state,
+        }));
+        let Some(outcome) = passed else { return };
+        let known = self.outcomes.iter().rev().take(OUTCOMES_COMPARED_MAX);
+        let at = match known.zip(1..).find(|(known, _)| **known == outcome) {
+            Some((_, from_end)) => self.outcomes.len() - from_end,
+            None => {
+                self.outcomes.push(outcome);
+                self.outcomes.len() - 1
+            }
+        };
+        self.passed.push((member, at));
+    }
+
+    /// One that answered, or would have, is gone.
+    pub(crate) fn forget(&mut self, member: Member) {
+        self.gone.insert(member);
+    }
+
+    /// Who answered and is there, in order of arrival.
+    pub(crate) fn answered(&mut self) -> &[Member] {
+        if !self.gone.is_empty() {
+            let gone = std::mem::take(&mut self.gone);
+            self.answered.retain(|member| !gone.contains(member));
+            self.claims.retain(|claim| !gone.contains(&claim.member));
+            self.passed.retain(|(member, _)| !gone.contains(member));
+        }
+        &self.answered
+    }
+
+    /// The rule. An error names the shards without a usable copy.
+    pub(crate) fn resolve(&mut self, shard_count: usize) -> Result<Agreement, Vec<OptimizerShardIndex>> {
+        let in_order = self.answered().is_sorted();
+        let step_of = |at: usize| self.outcomes[at].step;
+        let stood = self.claims.iter().map(|claim| claim.state);
+        let passed = self.passed.iter().map(|&(_, at)| step_of(at));
+        let base = stood.chain(passed).max().unwrap_or_default();
+        let outcome = self
+            .passed
+            .iter()
+            .filter(|&&(_, at)| step_of(at) == base)
+            .min_by_key(|&&(member, _)| member)
+            .map(|&(_, at)| self.outcomes[at].clone());
+
+        // A shard that the layout does not have is not there, whoever says so.
+        let usable = self.claims.iter().filter(|claim| {
+            let stands = claim.state == base;
+            let can_finish = claim.state.next().completed() == base && claim.ahead && outcome.is_some();
+            claim.shard.index() < shard_count && (stands || can_finish)
+        });
+        let mut starts = vec![0_u32; shard_count + 1];
+        for claim in usable.clone() {
+            starts[claim.shard.index() + 1] += 1;
+        }
+        let missing: Vec<OptimizerShardIndex> = (0..shard_count as u32)
+            .map(OptimizerShardIndex)
+            .filter(|shard| starts[shard.index() + 1] == 0)
+            .collect();
+        if !missing.is_empty() {
+            return Err(missing);
+        }
+        for shard in 0..shard_count {
+            starts[shard + 1] += starts[shard];
+        }
+        let mut ends = starts.clone();
+        let nobody = Member {
+            worker: WorkerId(0),
+            incarnation: Incarnation(0),
+        };
+        let mut members = vec![nobody; starts[shard_count] as usize];
+        for claim in usable {
+            let end = &mut ends[claim.shard.index()];
+            members[*end as usize] = claim.member;
+            *end += 1;
+        }
+        if !in_order {
+            for shard in 0..shard_count {
+                members[starts[shard] as usize..starts[shard + 1] as usize].sort_unstable();
+            }
+        }
+        let holders = Holders { starts, members };
+        Ok(Agreement { base, outcome, holders })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::ShardHolding;
     use proptest::prelude::*;
-    use tarazed_domain::{Incarnation, WorkerId};
 
     fn member(worker: u32) -> Member {
         Member {
@@ -118,6 +250,7 @@ mod tests {
                 .collect(),
             passed: Some(outcome(if reached >= Reached::Passed { 10 } else { 9 })),
             lines: vec![],
+            waits_for: None,
         }
     }
 
@@ -161,6 +294,89 @@ mod tests {
                     prop_assert!(!missing.is_empty());
                 }
             }
+        }
+    }
+
+    /// The rule in its plainest words, over whole reports.
+    fn resolve_plainly(shard_count: usize, reports: &BTreeMap<Member, StateReport>) -> Resolution {
+        let stood = reports
+            .values()
+            .flat_map(|report| report.shards.iter().map(|holding| holding.state));
+        let passed = || reports.values().filter_map(|report| report.passed.as_ref());
+        let base = stood
+            .chain(passed().map(|outcome| outcome.step))
+            .max()
+            .unwrap_or_default();
+        let outcome = passed().find(|outcome| outcome.step == base).cloned();
+        let usable = |holding: &ShardHolding| {
+            holding.state == base
+                || (holding.state.next().completed() == base && holding.reduced == Some(base) && outcome.is_some())
+        };
+        let holders_of = |shard: u32| -> Vec<Member> {
+            let named = |holding: &&ShardHolding| holding.shard.0 == shard && usable(holding);
+            reports
+                .iter()
+                .flat_map(|(&member, report)| report.shards.iter().filter(named).map(move |_| member))
+                .collect()
+        };
+        let holders: Vec<Vec<Member>> = (0..shard_count as u32).map(holders_of).collect();
+        let missing: Vec<OptimizerShardIndex> = (0..shard_count as u32)
+            .filter(|&s| holders[s as usize].is_empty())
+            .map(OptimizerShardIndex)
+            .collect();
+        if missing.is_empty() {
+            Resolution::Continue { base, outcome, holders }
+        } else {
+            Resolution::Restore { missing }
+        }
+    }
+
+    fn any_report() -> impl Strategy<Value = StateReport> {
+        let holding = (0u32..4, 7u64..10, prop::option::of(8u64..11));
+        let passed = prop::option::of((7u64..11, prop_oneof![Just(1.0), Just(2.0), Just(3.0)]));
+        (prop::collection::vec(holding, 0..6), passed).prop_map(|(holdings, passed)| StateReport {
+            shards: holdings
+                .into_iter()
+                .map(|(shard, state, reduced)| ShardHolding {
+                    shard: OptimizerShardIndex(shard),
+                    state: StepsCompleted(state),
+                    reduced: reduced.map(StepsCompleted),
+                })
+                .collect(),
+            passed: passed.map(|(step, loss)| BarrierOutcome { loss, ..outcome(step) }),
+            waits_for: None,
+            lines: vec![],
+        })
+    }
+
+    proptest! {
+        /// Answers taken in one by one, in any order, with some of them taken back, give what the whole reports give.
+        #[test]
+        fn the_order_of_answers_and_those_gone_do_not_show(
+            answers in prop::collection::vec((any_report(), any::<bool>()), 1..7).prop_shuffle(), order in any::<u64>()
+        ) {
+            let mut survey = Survey::default();
+            let mut kept = BTreeMap::new();
+            let count = answers.len() as u32;
+            for (at, (report, stays)) in answers.into_iter().enumerate() {
+                let member = member((at as u32 * 5 + (order % 7) as u32) % (5 * count + 7));
+                survey.hear(member, &report.shards, report.passed.clone());
+                kept.insert(member, (report, stays));
+            }
+            kept.iter().filter(|(_, (_, stays))| !stays).for_each(|(&member, _)| survey.forget(member));
+            let kept: BTreeMap<Member, StateReport> =
+                kept.into_iter().filter(|(_, (_, stays))| *stays).map(|(member, (report, _))| (member, report)).collect();
+            let expected = resolve_plainly(3, &kept);
+            let found = match survey.resolve(3) {
+                Ok(Agreement { base, outcome, holders }) => {
+                    let holders = (0..3).map(|shard| holders.of(shard).to_vec()).collect();
+                    Resolution::Continue { base, outcome, holders }
+                }
+                Err(missing) => Resolution::Restore { missing },
+            };
+            prop_assert_eq!(&found, &expected);
+            prop_assert_eq!(resolve(3, &kept), expected);
+            prop_assert_eq!(survey.answered().len(), kept.len());
         }
     }
 

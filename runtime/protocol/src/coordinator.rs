@@ -13,22 +13,31 @@
 //!
 //! - **SUP-2** identity is (worker, incarnation); what comes from another life or generation is refused and counted.
 //! - **SUP-3** restarts, and generations that commit nothing, are bounded; then the run halts with the chain of causes.
+//! - A hang shows by progress: where no member's device thread has done anything for a while, all are fenced, and the one
+//!   that cannot answer is killed. A pair that cannot hear each other shows by what they wait for: one is replaced.
 //! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6).
 //!
 //! The machine knows no clock: `now_ms` comes with each event. It sends nothing: effects say what should be sent.
 
+mod alarm;
+mod deadlines;
 mod events;
 mod flow;
+mod plan;
 #[cfg(test)]
 mod tests;
+mod workers;
 
+use alarm::Alarm;
 pub use events::{Effect, Event, Incident, Options};
 
-use crate::commit::Resolution;
-use crate::message::{BarrierOutcome, Member, RestoreFrom, ShardHolder, StateReport};
+use crate::commit::{Agreement, Holders, Survey};
+use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom, ShardHolder};
 use crate::restart::RestartLimiter;
-use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{Generation, Incarnation, Rank, StepsCompleted, WorkerId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tarazed_domain::{Generation, Incarnation, Rank, StepsCompleted};
+use workers::{WorkerSet, Workers};
 
 /// Tries of the run's last checkpoint; then the run ends for now, to be started again.
 const LAST_SAVES_MAX: u32 = 4;
@@ -49,17 +58,19 @@ pub enum WorkerPhase {
     Left,
 }
 
-/// One worker slot.
+/// One worker slot: what every generation touches. The rest of it is in [`Workers`].
 #[derive(Debug)]
 pub struct Worker {
     incarnation: Incarnation,
     phase: WorkerPhase,
-    address: String,
-    pid: u32,
     heard_ms: u64,
     step: StepsCompleted,
-    activity: String,
-    limiter: RestartLimiter,
+    /// Work of its device thread, as last heard.
+    progress: u64,
+    /// Whom its data plane waited for at the last fence.
+    waits_for: Option<Rank>,
+    /// Where in the roster it was last; the roster tells whether it still is.
+    seat: usize,
 }
 
 /// A worker as `status` shows it.
@@ -90,14 +101,18 @@ enum Phase {
     /// Waits for the survivors' reports.
     Fencing {
         deadline_ms: u64,
-        awaiting: BTreeSet<Member>,
-        reports: BTreeMap<Member, StateReport>,
+        /// Why the generation before ended, if by something that its members saw.
+        alarm: Option<Alarm>,
+        awaiting: WorkerSet,
+        survey: Survey,
     },
     /// A generation runs.
     Running {
-        paused: BTreeMap<Member, StepsCompleted>,
+        paused: WorkerSet,
         pause_sent: bool,
         failed: Option<(u64, String)>,
+        /// Those named as silent by others, once for each complaint.
+        suspects: Vec<Member>,
     },
     /// All stand at the last step; the last checkpoint is being committed. Shards that come put the deadline off.
     Finishing { step: StepsCompleted, deadline_ms: u64 },
@@ -111,12 +126,13 @@ enum Phase {
 #[derive(Debug)]
 pub struct Coordinator {
     options: Options,
-    workers: BTreeMap<WorkerId, Worker>,
+    workers: Workers,
     generation: Generation,
     phase: Phase,
     roster: Vec<(Member, tarazed_domain::LaneRange)>,
     primaries: Vec<Member>,
-    placement: Vec<Vec<ShardHolder>>,
+    /// The plan of the present generation, or of the last one.
+    plan: Option<Arc<BeginPlan>>,
     written: StepsCompleted,
     checkpointed: Option<StepsCompleted>,
     /// A checkpoint that could not be made, and why; looked at where it is the last one.
@@ -133,6 +149,12 @@ pub struct Coordinator {
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
     fruitless: RestartLimiter,
     refused_count: u64,
+    /// When a member's device thread last did anything, as heard.
+    progressed_ms: u64,
+    /// How long nobody may make any progress before all are asked. Doubles with each alarm that was false.
+    stall_ms: u64,
+    /// How often each member was named without a line in between.
+    strikes: BTreeMap<Member, u32>,
 }
 
 impl Coordinator {
@@ -141,14 +163,15 @@ impl Coordinator {
     #[must_use]
     pub fn new(options: Options, generation: Generation, written: StepsCompleted) -> Self {
         let fruitless = RestartLimiter::new(options.restarts_max.saturating_mul(4).max(8), 0);
+        let stall_ms = options.timeouts.failure_ms;
         Self {
             options,
-            workers: BTreeMap::new(),
+            workers: Workers::default(),
             generation,
             phase: Phase::Forming,
             roster: Vec::new(),
             primaries: Vec::new(),
-            placement: Vec::new(),
+            plan: None,
             written,
             checkpointed: None,
             save_failed: None,
@@ -159,36 +182,22 @@ impl Coordinator {
             verdict: None,
             fruitless,
             refused_count: 0,
+            progressed_ms: 0,
+            stall_ms,
+            strikes: BTreeMap::new(),
         }
     }
 
     /// The first effects: start every worker.
     pub fn start(&mut self, now_ms: u64) -> Vec<Effect> {
-        let mut effects = Vec::new();
-        for slot in 0..self.options.workers {
-            let worker = WorkerId(slot);
-            let limiter = RestartLimiter::new(self.options.restarts_max, self.options.restart_backoff_ms);
-            let deadline_ms = now_ms + self.options.timeouts.start_ms;
-            let entry = Worker {
-                incarnation: Incarnation(0),
-                phase: WorkerPhase::Starting { deadline_ms },
-                address: String::new(),
-                pid: 0,
-                heard_ms: now_ms,
-                step: StepsCompleted(0),
-                activity: String::new(),
-                limiter,
-            };
-            effects.push(Effect::Start {
-                member: Member {
-                    worker,
-                    incarnation: Incarnation(0),
-                },
-                after_ms: 0,
-            });
-            self.workers.insert(worker, entry);
-        }
-        effects
+        let deadline_ms = now_ms + self.options.timeouts.start_ms;
+        (0..self.options.workers)
+            .map(|_| {
+                let limiter = RestartLimiter::new(self.options.restarts_max, self.options.restart_backoff_ms);
+                let member = self.workers.push(now_ms, deadline_ms, limiter);
+                Effect::Start { member, after_ms: 0 }
+            })
+            .collect()
     }
 
     /// The present generation.
@@ -218,7 +227,7 @@ impl Coordinator {
     /// Holders of each optimizer shard in the present generation, primary first.
     #[must_use]
     pub fn placement(&self) -> &[Vec<ShardHolder>] {
-        &self.placement
+        self.plan.as_ref().map_or(&[], |plan| &plan.shards)
     }
 
     /// The roster of the present generation, by rank.
@@ -230,35 +239,27 @@ impl Coordinator {
     /// Every worker, for `status`.
     #[must_use]
     pub fn workers(&self) -> Vec<WorkerView> {
-        let paused: Vec<Member> = match &self.phase {
-            Phase::Running { paused, .. } => paused.keys().copied().collect(),
-            _ => Vec::new(),
-        };
         self.workers
             .iter()
-            .map(|(&worker, w)| {
-                let member = Member {
-                    worker,
-                    incarnation: w.incarnation,
-                };
-                let seat = self.roster.iter().position(|(m, _)| *m == member);
+            .map(|(member, w)| {
                 let state = match (&w.phase, &self.phase) {
                     (WorkerPhase::Starting { .. }, _) => "starting",
                     (WorkerPhase::Ready, _) => "ready",
                     (WorkerPhase::Left, _) => "left",
-                    (WorkerPhase::Member, Phase::Running { .. }) if paused.contains(&member) => "paused",
+                    (WorkerPhase::Member, Phase::Running { paused, .. }) if paused.contains(member.worker) => "paused",
                     (WorkerPhase::Member, Phase::Running { .. }) => "training",
                     (WorkerPhase::Member, Phase::Finishing { .. } | Phase::Leaving { .. } | Phase::Done) => "paused",
                     (WorkerPhase::Member, _) => "recovering",
                 };
+                let rank = self.rank_of(member);
                 WorkerView {
                     member,
-                    pid: w.pid,
-                    rank: seat.map(|rank| Rank(rank as u32)),
-                    lanes: seat.map(|rank| self.roster[rank].1),
+                    pid: self.workers.pid(member.worker),
+                    rank,
+                    lanes: rank.map(|rank| self.roster[rank.index()].1),
                     step: w.step,
                     state,
-                    activity: w.activity.clone(),
+                    activity: self.workers.activity(member.worker).to_owned(),
                 }
             })
             .collect()
@@ -272,7 +273,7 @@ impl Coordinator {
     fn knows(&mut self, member: Member) -> bool {
         let known = self
             .workers
-            .get(&member.worker)
+            .get(member.worker)
             .is_some_and(|w| w.incarnation == member.incarnation);
         if !known {
             self.refused_count += 1;
@@ -289,19 +290,15 @@ impl Coordinator {
         current
     }
 
-    fn in_roster(&self, member: Member) -> bool {
-        self.roster.iter().any(|(m, _)| *m == member)
+    /// Its rank in the present roster, if it has one.
+    fn rank_of(&self, member: Member) -> Option<Rank> {
+        let seat = self.workers.get(member.worker)?.seat;
+        let seated = self.roster.get(seat).is_some_and(|(seated, _)| *seated == member);
+        seated.then_some(Rank(seat as u32))
     }
 
-    fn with_phase(&self, wanted: &WorkerPhase) -> Vec<Member> {
-        self.workers
-            .iter()
-            .filter(|(_, w)| std::mem::discriminant(&w.phase) == std::mem::discriminant(wanted))
-            .map(|(&worker, w)| Member {
-                worker,
-                incarnation: w.incarnation,
-            })
-            .collect()
+    fn in_roster(&self, member: Member) -> bool {
+        self.rank_of(member).is_some()
     }
 }
 
@@ -310,21 +307,18 @@ impl Coordinator {
 pub(crate) struct Ground {
     pub(crate) base: StepsCompleted,
     pub(crate) outcome: Option<BarrierOutcome>,
-    /// Per shard the members that hold it whole; empty lists where it is restored or initialised.
-    pub(crate) holders: Vec<Vec<Member>>,
+    /// Per shard the members that hold it whole; nobody where the state is restored or initialised.
+    pub(crate) holders: Holders,
     pub(crate) restore: Option<RestoreFrom>,
 }
 
-impl Ground {
-    pub(crate) fn agreed(resolution: Resolution) -> Result<Self, Resolution> {
-        match resolution {
-            Resolution::Continue { base, outcome, holders } => Ok(Self {
-                base,
-                outcome,
-                holders,
-                restore: None,
-            }),
-            other @ Resolution::Restore { .. } => Err(other),
+impl From<Agreement> for Ground {
+    fn from(Agreement { base, outcome, holders }: Agreement) -> Self {
+        Self {
+            base,
+            outcome,
+            holders,
+            restore: None,
         }
     }
 }

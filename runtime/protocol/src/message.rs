@@ -80,6 +80,8 @@ pub struct StateReport {
     pub passed: Option<BarrierOutcome>,
     /// Complete lines the controller has not acknowledged.
     pub lines: Vec<StepLine>,
+    /// The peer that its data plane waited for when the generation was cut short; none if it was at work itself.
+    pub waits_for: Option<Rank>,
 }
 
 /// Where a holder takes its shard from at the start of a generation.

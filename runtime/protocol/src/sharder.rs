@@ -4,6 +4,8 @@
 //! a worker that holds a shard whole keeps it while that leaves the load even. Pure and deterministic: the same
 //! holdings and roster give the same map. Placement never shows in a number; it decides only who works.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use tarazed_domain::{OptimizerShardIndex, Rank};
 
 /// Holders per shard, primary first.
@@ -34,24 +36,59 @@ impl ShardMap {
 /// If the world is empty or `whole` has another length: programmer's errors.
 #[must_use]
 pub fn assign(shard_count: usize, world_size: usize, copies: usize, whole: &[Vec<Rank>]) -> ShardMap {
-    assert!(world_size > 0, "a world has ranks");
     assert_eq!(whole.len(), shard_count, "one list of whole holders per shard");
+    let placed = place(shard_count, world_size, copies, |shard| &whole[shard]);
+    ShardMap {
+        holders: placed.all().map(<[Rank]>::to_vec).collect(),
+    }
+}
+
+/// No rank yet.
+const NOBODY: Rank = Rank(u32::MAX);
+
+/// [`ShardMap`] in one piece of memory: every shard has the same number of holders.
+#[derive(Debug)]
+pub(crate) struct Placed {
+    copies: usize,
+    ranks: Vec<Rank>,
+}
+
+impl Placed {
+    /// Each shard's holders, primary first, in order of shards.
+    pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = &[Rank]> {
+        self.ranks.chunks_exact(self.copies)
+    }
+
+    fn holders(&self, shard: usize) -> &[Rank] {
+        &self.ranks[shard * self.copies..][..self.copies]
+    }
+}
+
+/// As [`assign`], with `whole` as a function, so that a large world needs no list per shard.
+pub(crate) fn place<'a>(
+    shard_count: usize,
+    world_size: usize,
+    copies: usize,
+    whole: impl Fn(usize) -> &'a [Rank],
+) -> Placed {
+    assert!(world_size > 0, "a world has ranks");
     let copies = copies.clamp(1, world_size);
-    let mut primaries = Quota::new(shard_count, world_size);
-    let mut holders: Vec<Vec<Rank>> = vec![Vec::with_capacity(copies); shard_count];
+    let mut placed = Placed {
+        copies,
+        ranks: vec![NOBODY; shard_count * copies],
+    };
 
     // Keep the primaries that stand, then promote whole holders, then take whoever has room. A shard with a single
     // whole holder goes before one with a choice, so that promotion does not force a copy.
     let mut order: Vec<usize> = (0..shard_count).collect();
-    order.sort_by_key(|&shard| (whole[shard].len().max(1), shard));
+    order.sort_by_key(|&shard| whole(shard).len().max(1));
+    let mut left = order.clone();
+    let mut primaries = Quota::new(shard_count, world_size);
     for pass in 0..3 {
-        for &shard in &order {
-            if !holders[shard].is_empty() {
-                continue;
-            }
+        left.retain(|&shard| {
             let candidate = match pass {
-                0 => whole[shard].first().copied().filter(|&rank| primaries.has_room(rank)),
-                1 => whole[shard]
+                0 => whole(shard).first().copied().filter(|&rank| primaries.has_room(rank)),
+                1 => whole(shard)
                     .iter()
                     .copied()
                     .filter(|&rank| primaries.has_room(rank))
@@ -60,36 +97,36 @@ pub fn assign(shard_count: usize, world_size: usize, copies: usize, whole: &[Vec
             };
             if let Some(rank) = candidate {
                 primaries.take(rank);
-                holders[shard].push(rank);
+                placed.ranks[shard * copies] = rank;
             }
-        }
+            candidate.is_none()
+        });
     }
 
     for copy in 1..copies {
         let mut replicas = Quota::new(shard_count, world_size);
+        let mut left = order.clone();
         for pass in 0..2 {
-            for &shard in &order {
-                if holders[shard].len() > copy {
-                    continue;
-                }
-                let taken = holders[shard].clone();
+            left.retain(|&shard| {
+                let taken = &placed.holders(shard)[..copy];
                 let candidate = if pass == 0 {
-                    whole[shard]
+                    whole(shard)
                         .iter()
                         .copied()
                         .filter(|rank| !taken.contains(rank) && replicas.has_room(*rank))
                         .min_by_key(|&rank| replicas.load(rank))
                 } else {
-                    Some(replicas.least_loaded(&taken))
+                    Some(replicas.least_loaded(taken))
                 };
                 if let Some(rank) = candidate {
                     replicas.take(rank);
-                    holders[shard].push(rank);
+                    placed.ranks[shard * copies + copy] = rank;
                 }
-            }
+                candidate.is_none()
+            });
         }
     }
-    ShardMap { holders }
+    placed
 }
 
 /// How many shards each rank has taken, against an even share.
@@ -98,6 +135,9 @@ struct Quota {
     share: usize,
     /// How many ranks may still take one more than the even share.
     extra: usize,
+    /// Every rank once, by a load it has or had: loads only grow, so one that comes out with an old load goes back in
+    /// with the present one. Made when it is first needed: most shards stay where they are.
+    by_load: Option<BinaryHeap<Reverse<(usize, Rank)>>>,
 }
 
 impl Quota {
@@ -106,6 +146,7 @@ impl Quota {
             loads: vec![0; world_size],
             share: shard_count / world_size,
             extra: shard_count % world_size,
+            by_load: None,
         }
     }
 
@@ -125,12 +166,29 @@ impl Quota {
         self.loads[rank.index()] += 1;
     }
 
-    fn least_loaded(&self, not: &[Rank]) -> Rank {
-        (0..self.loads.len() as u32)
-            .map(Rank)
-            .filter(|rank| !not.contains(rank))
-            .min_by_key(|&rank| self.load(rank))
-            .unwrap_or_default()
+    /// The first of the ranks with the least load, besides those in `not`.
+    fn least_loaded(&mut self, not: &[Rank]) -> Rank {
+        let loads = &self.loads;
+        let by_load = self.by_load.get_or_insert_with(|| {
+            let ranks = (0..loads.len() as u32).map(Rank);
+            ranks.map(|rank| Reverse((loads[rank.index()], rank))).collect()
+        });
+        let mut aside = Vec::new();
+        let mut found = None;
+        while let Some(Reverse((load, rank))) = by_load.pop() {
+            let now = loads[rank.index()];
+            if load != now {
+                by_load.push(Reverse((now, rank)));
+                continue;
+            }
+            aside.push(Reverse((now, rank)));
+            if !not.contains(&rank) {
+                found = Some(rank);
+                break;
+            }
+        }
+        by_load.extend(aside);
+        found.unwrap_or_default()
     }
 }
 
@@ -195,6 +253,23 @@ mod tests {
         fn the_same_holdings_give_the_same_map(shards in 1usize..20, world in 1usize..6) {
             let first = assign(shards, world, 2, &vec![vec![]; shards]);
             prop_assert_eq!(&assign(shards, world, 2, first.all()), &first, "a map is stable under itself");
+        }
+
+        /// Searching by a heap finds whom searching all ranks finds.
+        #[test]
+        fn the_least_loaded_is_the_first_of_all_with_the_least(
+            world in 1usize..12, acts in prop::collection::vec((0u32..12, 0u32..12, any::<bool>()), 0..80)
+        ) {
+            let mut quota = Quota::new(world, world);
+            for (taken, not, search) in acts {
+                if search {
+                    let not = [Rank(not)];
+                    let expected = (0..world as u32).map(Rank).filter(|rank| !not.contains(rank)).min_by_key(|&rank| quota.load(rank));
+                    prop_assert_eq!(quota.least_loaded(&not), expected.unwrap_or_default());
+                } else {
+                    quota.take(Rank(taken % world as u32));
+                }
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A failure prints one message: what (a config key, a file or an option), cause, remedy.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::process::ExitCode;
 use tarazed_corpus::CorpusError;
 use tarazed_domain::config::ConfigError;
@@ -15,7 +16,7 @@ pub enum Exit {
     /// 2: refused (bad config, bad input, a folder in use); the same command does no better. A new run leaves nothing behind,
     /// one that was there keeps all it had.
     Refused,
-    /// 3: halted with a diagnosis; a person is needed (DET-3, SUP-3).
+    /// 3: halted with a diagnosis; a person is needed (DET-3, SUP-3): a full disk, too, does not empty itself.
     Halted,
     /// 33: a transient failure; retry.
     Transient,
@@ -89,6 +90,18 @@ impl Failure {
         Self::new(Exit::Halted, what, cause, remedy)
     }
 
+    /// For an operation of the system that failed: halted where its disk is full, transient otherwise.
+    #[must_use]
+    pub fn io(
+        what: impl fmt::Display,
+        error: &std::io::Error,
+        cause: impl fmt::Display,
+        remedy: impl fmt::Display,
+    ) -> Self {
+        let exit = if is_full(error) { Exit::Halted } else { Exit::Transient };
+        Self::new(exit, what, format!("{cause} ({error})"), remedy)
+    }
+
     /// Transient: exit code 33.
     #[must_use]
     pub fn transient(what: impl fmt::Display, cause: impl fmt::Display, remedy: impl fmt::Display) -> Self {
@@ -125,6 +138,7 @@ impl From<ConfigError> for Failure {
 impl From<CorpusError> for Failure {
     fn from(error: CorpusError) -> Self {
         let exit = match error {
+            CorpusError::Write { ref source, .. } if is_full(source) => Exit::Halted,
             CorpusError::SourceChanged { .. } | CorpusError::Write { .. } => Exit::Transient,
             CorpusError::CorruptCache { .. } => Exit::Halted,
             _ => Exit::Refused,
@@ -132,6 +146,16 @@ impl From<CorpusError> for Failure {
         let message = error.to_string();
         Self { exit, message }
     }
+}
+
+/// Whether a file could not grow: its disk is full, or a quota or a limit on file sizes is reached. Room is a person's to
+/// make, so such an error halts: a scheduler that retries would do so for ever.
+#[must_use]
+pub fn is_full(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+    )
 }
 
 #[cfg(test)]
@@ -147,6 +171,28 @@ mod tests {
         assert_eq!(codes, [0, 2, 3, 33, 34]);
         assert!(codes.iter().all(|&code| Exit::from_code(code).code() == code));
         assert_eq!(Exit::from_code(101), Exit::Halted);
+    }
+
+    /// Whatever meets a full disk, it halts: no retry makes room.
+    #[test]
+    fn a_full_disk_halts_wherever_it_is_met() {
+        let full = || std::io::Error::from_raw_os_error(28);
+        let failing = || std::io::Error::from_raw_os_error(5);
+        let write = |source| {
+            Failure::from(CorpusError::Write {
+                path: "data.json".into(),
+                source,
+            })
+        };
+        let print = |error| Failure::io("standard output", &error, "cannot be written", "free space");
+        for (met, exit) in [
+            (write(full()), Exit::Halted),
+            (write(failing()), Exit::Transient),
+            (print(full()), Exit::Halted),
+            (print(failing()), Exit::Transient),
+        ] {
+            assert_eq!(met.exit, exit, "{met}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod commands;
 pub mod exit;
 pub mod finale;
 pub mod inference;
+pub mod outlet;
 pub mod output;
 pub mod panics;
 pub mod plan;

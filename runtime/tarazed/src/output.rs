@@ -16,13 +16,14 @@ pub fn short(path: &Path) -> &Path {
 /// Prints `text` to standard output. A closed pipe is an ordinary end.
 ///
 /// # Errors
-/// A transient [`Failure`] where standard output cannot be written for another reason, a full disk for instance.
+/// A [`Failure`] where standard output cannot be written for another reason: halted where its disk is full, else transient.
 pub fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Failure::transient(
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Failure::io(
             "standard output",
-            format!("cannot be written ({e})"),
+            &e,
+            "cannot be written",
             "free space or redirect it elsewhere, and try again",
         )),
         _ => Ok(()),

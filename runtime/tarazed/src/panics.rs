@@ -3,6 +3,7 @@
 //! Panics inside actors are caught by their supervisors (SUP-1); the hook still prints the line, so that none is silent.
 
 use crate::exit::{Exit, Failure};
+use crate::outlet::last_words;
 use std::panic::{AssertUnwindSafe, PanicHookInfo};
 use std::path::PathBuf;
 use std::sync::RwLock;
@@ -26,9 +27,9 @@ pub fn install() {
             Some(log) => {
                 let backtrace = std::backtrace::Backtrace::force_capture();
                 tracing::error!(target: "tarazed::panics", "{line}\n{backtrace}");
-                eprintln!("{line}; log: {}", log.display());
+                last_words(&format!("{line}; log: {}", log.display()));
             }
-            None => eprintln!("{line}; no log file was open"),
+            None => last_words(&format!("{line}; no log file was open")),
         }
     }));
 }
@@ -54,7 +55,7 @@ pub fn contain(command: impl FnOnce() -> Result<Exit, Failure>) -> Exit {
     match std::panic::catch_unwind(AssertUnwindSafe(command)) {
         Ok(Ok(exit)) => exit,
         Ok(Err(failure)) => {
-            eprintln!("{failure}");
+            last_words(&failure.to_string());
             failure.exit
         }
         Err(_) => Exit::Halted, // the hook has said it

@@ -1,16 +1,15 @@
-//! What a run says on the terminal: one terse line per report, one per incident. Pure: text in, text out.
+//! What a run says on the terminal: one terse line per report, two where the domains do not fit beside the rest, and one
+//! per incident. Pure: text in, text out.
 //!
 //! These lines are not log lines: they have no level and no time, and they go to standard output. Colour is the caller's
 //! choice ([`Style`]), so that a file or a pipe gets plain text.
-
-use std::fmt::Write as _;
 
 /// How lines are drawn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Style {
     /// Whether to colour.
     pub colour: bool,
-    /// Columns; domains that do not fit are counted instead of shown. `None` for no limit.
+    /// Columns, which no line of progress goes beyond; `None` for no limit.
     pub columns: Option<usize>,
 }
 
@@ -42,7 +41,12 @@ const RED: &str = "31";
 const GREEN: &str = "32";
 const YELLOW: &str = "33";
 
-/// One domain in a progress line.
+/// Between fields of a line.
+const GAP: &str = "  ";
+/// In front of a report's second line.
+const INDENT: &str = "     ";
+
+/// One domain in a report.
 #[derive(Clone, PartialEq, Debug)]
 pub struct DomainProgress {
     /// Name.
@@ -53,7 +57,7 @@ pub struct DomainProgress {
     pub loss: Option<f64>,
 }
 
-/// One progress line.
+/// One report of progress.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Progress {
     /// Steps completed.
@@ -79,55 +83,129 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// The line, without a line end. Columns stay aligned from line to line of one run.
+    /// Its lines, without line ends, and the domain to begin with next time. Columns stay aligned from report to report of
+    /// one run. Where the domains do not all fit beside the rest they have a line of their own, and where that is too
+    /// short for all, they take turns: it begins with the domain of index `first`.
     #[must_use]
-    pub fn render(&self, style: Style) -> String {
+    pub fn render(&self, style: Style, first: usize) -> (Vec<String>, usize) {
+        let mut page = Page::new(style);
+        for (code, text) in self.head() {
+            page.add(code, text);
+        }
+        let domains: Vec<String> = self.domains.iter().map(DomainProgress::text).collect();
+        let count = domains.len();
+        let needed: usize = domains.iter().map(|domain| GAP.len() + columns(domain)).sum();
+        if page.has_room(needed) {
+            domains.into_iter().for_each(|domain| page.add("", domain));
+            return (page.lines, 0);
+        }
+        if page.lines.len() == 1 {
+            page.begin_line();
+        }
+        let mut shown = 0;
+        while shown < count {
+            let domain = domains[(first + shown) % count].clone();
+            // One is always shown, on a line of its own if need be.
+            if shown > 0 && !page.has_room_for(&domain) {
+                break;
+            }
+            page.add("", domain);
+            shown += 1;
+        }
+        (page.lines, (first + shown) % count)
+    }
+
+    /// All but the domains, each with its colour.
+    fn head(&self) -> [(&'static str, String); 7] {
         let width = digits(self.steps);
         let ranks = format!("{}/{} ranks", self.ranks_alive, self.ranks);
-        let (rank_code, speed) = (
-            if self.ranks_alive < self.ranks { YELLOW } else { DIM },
-            self.tokens_per_s
-                .map_or_else(|| "     -".to_owned(), |rate| format!("{:>6}", short(rate))),
-        );
-        let head = [
+        let rank_code = if self.ranks_alive < self.ranks { YELLOW } else { DIM };
+        let speed = self.tokens_per_s.map_or_else(|| "-".to_owned(), short);
+        let left = self.eta_s.map_or_else(|| "-".to_owned(), duration);
+        [
             (BOLD, format!("step {:>width$}/{}", self.step, self.steps)),
             ("", format!("loss {:>7.4}", self.loss)),
             ("", format!("norm {:>6.2}", self.grad_norm)),
             (DIM, format!("lr {:>7.1e}", self.lr)),
-            ("", format!("{speed} tok/s")),
+            ("", format!("{speed:>6} tok/s")),
             (rank_code, ranks),
-            (
-                DIM,
-                format!("{:>6} left", self.eta_s.map_or_else(|| "-".to_owned(), duration)),
-            ),
-        ];
-        let mut used = head.iter().map(|(_, text)| text.chars().count() + 2).sum::<usize>();
-        let mut line = String::new();
-        for (code, text) in head {
-            let painted = if code.is_empty() {
-                text
-            } else {
-                style.paint(code, &text)
-            };
-            let _ = write!(line, "{painted}  ");
-        }
-        for (index, domain) in self.domains.iter().enumerate() {
-            let loss = domain
-                .loss
-                .map_or_else(|| "    -".to_owned(), |loss| format!("{loss:>5.2}"));
-            let text = format!("{} {:>2.0}% {loss}", domain.name, domain.weight * 100.0);
-            let left = self.domains.len() - index;
-            let more = if left > 1 { format!("  +{}", left - 1).len() } else { 0 };
-            used += text.chars().count() + 2;
-            if style.columns.is_some_and(|columns| used - 2 + more > columns) {
-                let _ = write!(line, "+{left}");
-                break;
-            }
-            let _ = write!(line, "{text}  ");
-        }
-        line.truncate(line.trim_end().len());
-        line
+            (DIM, format!("{left:>6} left")),
+        ]
     }
+}
+
+impl DomainProgress {
+    fn text(&self) -> String {
+        let loss = self
+            .loss
+            .map_or_else(|| "    -".to_owned(), |loss| format!("{loss:>5.2}"));
+        format!("{} {:>2.0}% {loss}", self.name, self.weight * 100.0)
+    }
+}
+
+/// Fields laid out on lines that end before the terminal does.
+struct Page {
+    style: Style,
+    lines: Vec<String>,
+    /// Columns of the last line so far; colours have none.
+    used: usize,
+    /// Fields in the last line.
+    fields: usize,
+}
+
+impl Page {
+    fn new(style: Style) -> Self {
+        Self {
+            style,
+            lines: vec![String::new()],
+            used: 0,
+            fields: 0,
+        }
+    }
+
+    fn has_room(&self, more: usize) -> bool {
+        self.style.columns.is_none_or(|limit| self.used + more <= limit)
+    }
+
+    fn has_room_for(&self, text: &str) -> bool {
+        self.has_room(GAP.len() + columns(text))
+    }
+
+    fn begin_line(&mut self) {
+        self.lines.push(INDENT.to_owned());
+        (self.used, self.fields) = (INDENT.len(), 0);
+    }
+
+    /// Puts a field at the end, on a new line where it does not fit, cut where no line can hold it.
+    fn add(&mut self, code: &str, mut text: String) {
+        if self.fields > 0 && !self.has_room_for(&text) {
+            self.begin_line();
+        }
+        let gap = if self.fields > 0 { GAP } else { "" };
+        while !self.has_room(gap.len() + columns(&text)) && text.pop().is_some() {}
+        self.used += gap.len() + columns(&text);
+        self.fields += 1;
+        let painted = if code.is_empty() {
+            text
+        } else {
+            self.style.paint(code, &text)
+        };
+        if let Some(line) = self.lines.last_mut() {
+            *line += gap;
+            *line += &painted;
+        }
+    }
+}
+
+/// Columns of a terminal that a text takes: two for each character of the East Asian wide blocks, as in Chinese names.
+fn columns(text: &str) -> usize {
+    let wide = |c: char| {
+        matches!(c,
+            '\u{1100}'..='\u{115f}' | '\u{2e80}'..='\u{a4cf}' | '\u{ac00}'..='\u{d7a3}' | '\u{f900}'..='\u{faff}'
+            | '\u{fe30}'..='\u{fe6f}' | '\u{ff00}'..='\u{ff60}' | '\u{ffe0}'..='\u{ffe6}' | '\u{1f300}'..='\u{1faff}'
+            | '\u{20000}'..='\u{3fffd}')
+    };
+    text.chars().map(|c| 1 + usize::from(wide(c))).sum()
 }
 
 /// Something that happened between progress lines.
@@ -305,10 +383,23 @@ mod tests {
         columns: None,
     };
 
+    fn plain(columns: usize) -> Style {
+        Style {
+            colour: false,
+            columns: Some(columns),
+        }
+    }
+
+    fn one_line(progress: &Progress) -> String {
+        let (lines, _) = progress.render(PLAIN, 0);
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        lines.concat()
+    }
+
     #[test]
     fn a_line_says_it_all() {
         assert_eq!(
-            progress(12).render(PLAIN),
+            one_line(&progress(12)),
             "step  12/600  loss  5.4321  norm   1.23  lr  1.9e-3    9.1k tok/s  4/4 ranks   1m12s left  \
              wiki-zh 21%  5.61  code 40%     -  book 39%  4.00"
         );
@@ -320,42 +411,105 @@ mod tests {
         (first.tokens_per_s, first.eta_s) = (None, None);
         first.domains.clear();
         assert_eq!(
-            first.render(PLAIN),
+            one_line(&first),
             "step   1/600  loss  5.4321  norm   1.23  lr  1.9e-3       - tok/s  4/4 ranks       - left"
         );
     }
 
+    /// A terminal of the usual widths shows everything, with no line that the terminal would have to break.
     #[test]
-    fn domains_that_do_not_fit_are_counted() {
-        let style = |columns| Style {
-            colour: false,
-            columns: Some(columns),
-        };
-        let whole = progress(12).render(PLAIN);
-        assert_eq!(progress(12).render(style(whole.len())), whole);
-        assert!(
-            progress(12)
-                .render(style(whole.len() - 1))
-                .ends_with("code 40%     -  +1")
+    fn domains_that_do_not_fit_have_a_line_of_their_own() {
+        let head = "step  12/600  loss  5.4321  norm   1.23  lr  1.9e-3    9.1k tok/s  4/4 ranks";
+        let (left, domains) = (" 1m12s left", "wiki-zh 21%  5.61  code 40%     -  book 39%  4.00");
+        let shown = |columns| progress(12).render(plain(columns), 0);
+        assert_eq!(
+            shown(80),
+            (
+                vec![
+                    head.to_owned(),
+                    format!("     {left}  wiki-zh 21%  5.61  code 40%     -  book 39%  4.00")
+                ],
+                0
+            )
         );
-        assert!(progress(12).render(style(80)).ends_with("left  +3"));
+        for columns in [100, 120] {
+            let whole = vec![format!("{head}  {left}"), format!("     {domains}")];
+            assert_eq!(shown(columns), (whole, 0), "{columns} columns");
+        }
+        assert_eq!(shown(140).0, [format!("{head}  {left}  {domains}")]);
+    }
+
+    /// The quickstart's domains, which no usual terminal has room for at once: each has its turn.
+    #[test]
+    fn domains_that_one_line_cannot_hold_take_turns() {
+        let names = [
+            "classic-zh",
+            "book-zh",
+            "book-en",
+            "help-zh",
+            "help-en",
+            "manual-zh",
+            "manual-en",
+            "knowledge-en",
+            "code",
+        ];
+        let mut nine = progress(12);
+        nine.domains = names
+            .map(|name| DomainProgress {
+                name: name.to_owned(),
+                weight: 0.1,
+                loss: Some(6.25),
+            })
+            .to_vec();
+        for (columns, reports) in [(80, 5), (100, 3), (120, 2)] {
+            let (mut first, mut seen) = (0, Vec::new());
+            for _ in 0..reports {
+                let (lines, next) = nine.render(plain(columns), first);
+                assert_eq!(lines.len(), 2, "{lines:?}");
+                assert!(lines.iter().all(|line| line.len() <= columns), "{columns}: {lines:?}");
+                let text = lines.concat();
+                for part in ["step  12/600", "loss", "norm", "lr", "tok/s", "4/4 ranks", "1m12s left"] {
+                    assert!(text.contains(part), "{columns}: {part} in {lines:?}");
+                }
+                let shown = names.iter().filter(|name| text.contains(&format!(" {name} 10%  6.25")));
+                seen.extend(shown.copied());
+                first = next;
+            }
+            assert!(names.iter().all(|name| seen.contains(name)), "{columns}: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_no_line_can_hold_is_cut() {
+        let mut long = progress(12);
+        long.domains[1].name = "网络文本".repeat(20);
+        let (mut first, mut seen) = (0, String::new());
+        for _ in 0..3 {
+            let (lines, next) = long.render(plain(80), first);
+            assert!(lines.iter().all(|line| columns(line) <= 80), "{lines:?}");
+            seen += &lines.concat();
+            first = next;
+        }
+        for part in ["wiki-zh 21%", "网络文本网络文本", "book 39%"] {
+            assert!(seen.contains(part), "{part} has no turn");
+        }
     }
 
     #[test]
     fn colour_changes_no_letter() {
         let style = Style {
             colour: true,
-            columns: None,
+            columns: Some(80),
         };
         let mut lame = progress(12);
         lame.ranks_alive = 3;
-        let painted = lame.render(style);
+        let painted = lame.render(style, 0).0.join("\n");
         assert!(painted.contains("\x1b[33m3/4 ranks\x1b[0m"), "{painted}");
-        let mut plain = painted;
+        let mut bare = painted;
         for code in ["\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[33m"] {
-            plain = plain.replace(code, "");
+            bare = bare.replace(code, "");
         }
-        assert_eq!(plain, lame.render(PLAIN));
+        assert_eq!(bare, lame.render(plain(80), 0).0.join("\n"));
     }
 
     #[test]
@@ -420,20 +574,22 @@ mod tests {
         fn lines_of_one_run_are_aligned(step in 1_u64..=600, loss in 0.0_f64..99.0, norm in 0.0_f64..999.0, rate in 1.0_f64..9e5) {
             let mut line = progress(step);
             (line.loss, line.grad_norm, line.tokens_per_s) = (loss, norm, Some(rate));
-            prop_assert_eq!(line.render(PLAIN).len(), progress(600).render(PLAIN).len());
+            prop_assert_eq!(one_line(&line).len(), one_line(&progress(600)).len());
         }
 
-        /// Nothing makes it panic, and a limit on columns is kept wherever the head fits.
+        /// Nothing makes it panic or leave the terminal's width, and every field and at least one domain is shown.
         #[test]
-        fn any_numbers_give_one_line(loss in any::<f64>(), norm in any::<f64>(), eta in any::<f64>(), columns in 100_usize..200) {
+        fn any_numbers_keep_within_the_columns(
+            loss in any::<f64>(), norm in any::<f64>(), eta in any::<f64>(), width in 40_usize..200, first in 0_usize..3,
+        ) {
             let mut line = progress(3);
             (line.loss, line.grad_norm, line.eta_s) = (loss % 1e6, norm % 1e6, Some(eta));
-            let style = Style { colour: false, columns: Some(columns) };
-            let text = line.render(style);
-            prop_assert!(!text.contains('\n'));
-            if text.split("left").next().is_some_and(|head| head.len() < 90) {
-                prop_assert!(text.chars().count() <= columns, "{} > {}", text.chars().count(), columns);
+            let (lines, next) = line.render(plain(width), first);
+            for text in &lines {
+                prop_assert!(columns(text) <= width && !text.contains('\n'), "{} columns: {:?}", width, lines);
             }
+            prop_assert!(next < 3);
+            prop_assert!(lines.concat().contains("ranks") && lines.concat().contains('%'), "{:?}", lines);
         }
     }
 }

@@ -1,16 +1,16 @@
 //! From a run's notices to lines on the terminal and to metrics. The lines themselves are drawn by [`crate::progress`].
 //!
-//! Notices come from the run's threads and must never wait for a slow terminal, so a thread of its own writes. What is
-//! said when is decided by [`Lines`], which has no clock and no output of its own.
+//! Notices come from the run's threads and must never wait for a terminal, so an [`Outlet`] writes: behind a terminal that
+//! stands still, progress is dropped first. What is said when is decided by [`Lines`], which has no clock and no output
+//! of its own.
 
 use crate::exit::Failure;
+use crate::outlet::{DRAIN_TIMEOUT_MS, Feed, Outlet};
 use crate::output;
 use crate::progress::{DomainProgress, Incident, Progress, Style};
 use crate::telemetry::{Metrics, StepSample};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tarazed_actors::controller::Notice;
 use tarazed_domain::StepsCompleted;
@@ -23,61 +23,63 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The thread that writes.
 pub struct Screen {
-    sender: Sender<Option<Notice>>,
-    writer: JoinHandle<()>,
+    outlet: Outlet<Notice>,
     metrics: Metrics,
 }
 
 impl Screen {
-    /// Starts it for a run of `config` that stops at `last_step`.
+    /// Starts it on standard output for a run of `config` that stops at `last_step`.
     ///
     /// # Errors
     /// Transient where no thread can be started.
     pub fn start(config: &Config, last_step: StepsCompleted, metrics: Metrics) -> Result<Self, Failure> {
-        let (sender, notices) = channel::<Option<Notice>>();
-        let mut lines = Lines::new(config, last_step, Style::for_stdout());
+        let lines = Lines::new(config, last_step, Style::for_stdout());
+        Self::start_on(lines, metrics, |text| {
+            // A terminal that is gone stops no run; the files hold everything.
+            let _ = output::print(text);
+        })
+    }
+
+    /// Starts it on whatever `print` writes to.
+    fn start_on(mut lines: Lines, metrics: Metrics, print: impl Fn(&str) + Send + 'static) -> Result<Self, Failure> {
         let began = Instant::now();
-        let write = move || {
-            while let Ok(Some(notice)) = notices.recv() {
-                for line in lines.on(began.elapsed(), &notice) {
-                    // A terminal that is gone stops no run; the files hold everything.
-                    let _ = output::print(&(line + "\n"));
-                }
+        let write = move |dropped, notice| {
+            if dropped > 0 {
+                print(&(lines.dropped(dropped) + "\n"));
+            }
+            for line in lines.on(began.elapsed(), &notice) {
+                print(&(line + "\n"));
             }
         };
-        let writer = std::thread::Builder::new()
-            .name("screen".to_owned())
-            .spawn(write)
-            .map_err(|e| {
-                Failure::transient(
-                    "threads",
-                    format!("cannot be started ({e})"),
-                    "free resources and try again",
-                )
-            })?;
-        Ok(Self {
-            sender,
-            writer,
-            metrics,
-        })
+        let outlet = Outlet::start("screen", is_expendable, write).map_err(|e| {
+            Failure::transient(
+                "threads",
+                format!("cannot be started ({e})"),
+                "free resources and try again",
+            )
+        })?;
+        Ok(Self { outlet, metrics })
     }
 
     /// What hears notices; it never blocks.
     pub fn listener(&self) -> impl Fn(Notice) + Send + Sync + use<> {
-        let (sender, metrics) = (self.sender.clone(), self.metrics.clone());
+        let (feed, metrics): (Feed<Notice>, Metrics) = (self.outlet.feed(), self.metrics.clone());
         move |notice| {
             measure(&metrics, &notice);
-            // After the end nobody reads, and nothing is left to say.
-            let _ = sender.send(Some(notice));
+            feed.put(notice);
         }
     }
 
-    /// Writes what waits, and ends.
-    pub fn finish(self) {
-        let _ = self.sender.send(None);
-        // A panic in the writer was said by the panic hook.
-        let _ = self.writer.join();
+    /// Writes what waits and ends, within [`DRAIN_TIMEOUT_MS`]; whether all was written.
+    #[must_use]
+    pub fn finish(self) -> bool {
+        self.outlet.drain(Duration::from_millis(DRAIN_TIMEOUT_MS))
     }
+}
+
+/// Progress, but for the rare line that carries held-out losses.
+fn is_expendable(notice: &Notice) -> bool {
+    matches!(notice, Notice::Line { line, .. } if line.heldout.is_none())
 }
 
 fn measure(metrics: &Metrics, notice: &Notice) {
@@ -111,6 +113,8 @@ pub struct Lines {
     generation: u64,
     generation_ranks: u32,
     shown_at: Option<Duration>,
+    /// The domain that the next report begins with where not all fit.
+    next_domain: usize,
 }
 
 impl Lines {
@@ -129,7 +133,14 @@ impl Lines {
             generation: 0,
             generation_ranks: 0,
             shown_at: None,
+            next_domain: 0,
         }
+    }
+
+    /// The line that says how much was not shown.
+    fn dropped(&self, count: u64) -> String {
+        let text = format!("{count} lines were not shown while the terminal stood still: see events.jsonl");
+        Incident::Warning(text).render(self.style)
     }
 
     /// The lines for `notice`, heard `now` after the start.
@@ -271,7 +282,9 @@ impl Lines {
                 ranks: self.ranks,
                 eta_s,
             };
-            lines.push(progress.render(self.style));
+            let (report, next) = progress.render(self.style, self.next_domain);
+            self.next_domain = next;
+            lines.extend(report);
         }
         if let Some(held_out) = &line.heldout {
             let losses = by_language(held_out, &self.languages);
@@ -341,6 +354,33 @@ mod tests {
             ranks_alive: 4,
             eta_s: None,
         }
+    }
+
+    /// A terminal that takes nothing keeps neither a run's threads nor its end waiting; what it shows later leaves out
+    /// progress, and no loss.
+    #[test]
+    fn a_terminal_that_stands_still_holds_up_nothing() {
+        let (go, gate) = std::sync::mpsc::channel::<()>();
+        let (written, shown) = std::sync::mpsc::channel();
+        let print = move |text: &str| {
+            // Errors mean that the terminal goes on, and that the test is over.
+            let _ = gate.recv();
+            let _ = written.send(text.to_owned());
+        };
+        let screen = Screen::start_on(lines(), Metrics::default(), print).expect("a thread");
+        let hear = screen.listener();
+        for step in 1..10_000 {
+            hear(line(step, None));
+            if step % 1_000 == 0 {
+                hear(Notice::Warning(format!("warning {step}")));
+            }
+        }
+        assert!(!screen.finish(), "nothing could be written");
+        drop(go);
+        let shown: Vec<String> = shown.iter().collect();
+        let warnings: Vec<&String> = shown.iter().filter(|line| line.starts_with('!')).collect();
+        assert_eq!(warnings.len(), 9, "{shown:?}");
+        assert!(shown.len() < 100, "{} lines", shown.len());
     }
 
     #[test]

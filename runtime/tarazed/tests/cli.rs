@@ -318,6 +318,26 @@ fn a_closed_pipe_is_an_ordinary_end() {
     assert!(output.stderr.is_empty());
 }
 
+/// A full disk behind standard output needs a person, as everywhere.
+#[test]
+fn a_full_disk_behind_the_output_halts() {
+    let full = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .expect("Linux has a full device");
+    let output = Command::new(env!("CARGO_BIN_EXE_tarazed"))
+        .args(["plan", &quickstart()])
+        .stdout(full)
+        .output()
+        .expect("the program runs");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(
+        message.starts_with("tarazed: halted: standard output: ") && message.contains("free space"),
+        "{message}"
+    );
+}
+
 #[test]
 fn a_plan_can_be_read_by_a_program() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use tarazed_domain::limits::Timeouts;
-use tarazed_domain::{Generation, LaneTree, StepsCompleted};
-use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, SocketMesh, connect_mesh};
+use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
+use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, connect_mesh};
 use tarazed_kernels::Device;
 use tarazed_protocol::message::{BeginPlan, Member, StateReport, StepLine};
 
@@ -50,6 +50,51 @@ impl GenerationControl {
     pub fn abort(&self) {
         self.compute.store(true, Ordering::SeqCst);
         self.fabric.abort();
+    }
+}
+
+/// Makes the data plane of a generation.
+pub trait DataPlane: Send {
+    /// Connects this rank with all others of `plan`; blocks until it is done or aborted through `control`.
+    ///
+    /// # Errors
+    /// `Aborted`, or the peer that is to blame.
+    fn connect(
+        &mut self,
+        plan: &BeginPlan,
+        rank: Rank,
+        control: &GenerationControl,
+        timeouts: &Timeouts,
+    ) -> Result<Box<dyn Collective>, FabricError>;
+}
+
+/// The data plane of real runs: sockets between processes.
+pub struct Sockets {
+    /// The own ear.
+    pub listener: Listener,
+    /// Secret of the run, for the handshake.
+    pub run_token: [u8; 32],
+}
+
+impl DataPlane for Sockets {
+    fn connect(
+        &mut self,
+        plan: &BeginPlan,
+        rank: Rank,
+        control: &GenerationControl,
+        timeouts: &Timeouts,
+    ) -> Result<Box<dyn Collective>, FabricError> {
+        let roster: Vec<String> = plan.roster.iter().map(|entry| entry.address.clone()).collect();
+        let mesh = connect_mesh(
+            &self.listener,
+            plan.generation,
+            rank,
+            &roster,
+            self.run_token,
+            timeouts,
+            &control.fabric,
+        )?;
+        Ok(Box::new(mesh))
     }
 }
 
@@ -95,10 +140,8 @@ pub struct DeviceThread<D: Device> {
     pub state: RankState<D>,
     /// Who this is.
     pub member: Member,
-    /// The data plane's ear.
-    pub listener: Listener,
-    /// Secret of the run, for the data plane's handshake.
-    pub run_token: [u8; 32],
+    /// The way to the other ranks.
+    pub data_plane: Box<dyn DataPlane>,
     /// Samples.
     pub feeder: Arc<Feeder>,
     /// Checkpoint shards.
@@ -128,10 +171,15 @@ impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
 
 impl<D: HostVisible + Clone> DeviceThread<D> {
     /// Serves commands until told to leave or until the other side is gone.
-    pub fn run(mut self, commands: &Receiver<Command>) {
+    pub fn run(self, commands: &Receiver<Command>) {
+        self.serve(|| commands.recv().ok());
+    }
+
+    /// The same, with commands from anywhere; `next` waits for one, and gives none when the other side is gone.
+    pub fn serve(mut self, mut next: impl FnMut() -> Option<Command>) {
         // A failed or paused mesh stays open until the next generation: closing it would look like a lost rank.
-        let mut mesh: Option<SocketMesh> = None;
-        while let Ok(command) = commands.recv() {
+        let mut mesh: Option<Box<dyn Collective>> = None;
+        while let Some(command) = next() {
             match command {
                 Command::Begin { plan, control } => {
                     if let Err(error) = self.generation(&plan, &control, &mut mesh) {
@@ -143,7 +191,14 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
                         }
                     }
                 }
-                Command::Report { generation } => self.events.report(generation, self.state.report()),
+                Command::Report { generation } => {
+                    let waits_for = mesh.as_ref().and_then(|mesh| mesh.waits_for());
+                    let report = StateReport {
+                        waits_for,
+                        ..self.state.report()
+                    };
+                    self.events.report(generation, report);
+                }
                 Command::Exit => {
                     if let Some(mesh) = &mut mesh {
                         mesh.leave();
@@ -159,7 +214,7 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
         &mut self,
         plan: &BeginPlan,
         control: &GenerationControl,
-        mesh: &mut Option<SocketMesh>,
+        mesh: &mut Option<Box<dyn Collective>>,
     ) -> Result<(), StepError> {
         let tree = LaneTree::new(self.state.config.batch.lanes);
         let Some(world) = World::new(plan, self.member, tree, self.state.shard_layout) else {
@@ -170,25 +225,15 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
         };
         self.state.abort = Arc::clone(&control.compute);
         self.state.progress.enter(Phase::Connecting);
-        let roster: Vec<String> = plan.roster.iter().map(|entry| entry.address.clone()).collect();
         let timeouts: Timeouts = self.state.config.timeouts();
         *mesh = None; // ours of the generation before; everybody is past it
-        let connected = connect_mesh(
-            &self.listener,
-            plan.generation,
-            world.rank,
-            &roster,
-            self.run_token,
-            &timeouts,
-            &control.fabric,
-        )?;
-        let fabric = mesh.insert(connected);
+        let fabric = mesh.insert(self.data_plane.connect(plan, world.rank, control, &timeouts)?);
         let reporter = GenerationReporter {
             generation: plan.generation,
             events: &*self.events,
         };
         let mut means = Means {
-            fabric: fabric as &mut dyn Collective,
+            fabric: &mut **fabric,
             feeder: &self.feeder,
             source: &*self.source,
             switches: &control.switches,

@@ -6,6 +6,7 @@
 
 use crate::StepError;
 use crate::state::StepFacts;
+use crate::waiting::Waiting;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -127,6 +128,8 @@ struct Inner {
     ready: VecDeque<StepBatch>,
     failed: Option<String>,
     stopped: bool,
+    /// Grows with whatever may make a batch possible, so that no change between a look and a wait is missed.
+    changes: u64,
 }
 
 /// The feeder, shared by its thread, the device thread and the actor that owns it.
@@ -135,25 +138,52 @@ pub struct Feeder {
     changed: Condvar,
     rules: FeedRules,
     source: Arc<dyn SampleSource>,
+    waiting: Waiting,
 }
 
 impl Feeder {
-    /// A feeder that has nothing to do yet.
+    /// A feeder that has nothing to do yet, with a thread of its own to run it.
     #[must_use]
     pub fn new(cursor: DataCursor, rules: FeedRules, source: Arc<dyn SampleSource>) -> Arc<Self> {
+        Self::with_waiting(cursor, rules, source, Waiting::default())
+    }
+
+    /// The same; where `waiting` knows no other thread, whoever asks for a batch makes it.
+    #[must_use]
+    pub fn with_waiting(
+        cursor: DataCursor,
+        rules: FeedRules,
+        source: Arc<dyn SampleSource>,
+        waiting: Waiting,
+    ) -> Arc<Self> {
         let inner = Inner {
             cursor,
             want: None,
             ready: VecDeque::new(),
             failed: None,
             stopped: false,
+            changes: 0,
         };
         Arc::new(Self {
             inner: Mutex::new(inner),
             changed: Condvar::new(),
             rules,
             source,
+            waiting,
         })
+    }
+
+    /// Something changed that a batch may depend on.
+    fn announce(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.changes += 1;
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// Whether [`Feeder::run`] needs a thread.
+    #[must_use]
+    pub const fn needs_thread(&self) -> bool {
+        !self.waiting.is_alone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -178,8 +208,7 @@ impl Feeder {
             next: from,
             until,
         });
-        drop(inner);
-        self.changed.notify_all();
+        self.announce(inner);
     }
 
     /// Lines through `through` are written; these are the decisions in them.
@@ -198,8 +227,7 @@ impl Feeder {
                 .collect();
             inner.cursor.record(line, &in_line).map_err(|e| e.to_string())?;
         }
-        drop(inner);
-        self.changed.notify_all();
+        self.announce(inner);
         Ok(())
     }
 
@@ -222,8 +250,9 @@ impl Feeder {
 
     /// Ends the thread.
     pub fn stop(&self) {
-        self.lock().stopped = true;
-        self.changed.notify_all();
+        let mut inner = self.lock();
+        inner.stopped = true;
+        self.announce(inner);
     }
 
     /// The batch of a step; waits for it.
@@ -242,49 +271,67 @@ impl Feeder {
             if inner.ready.front().is_some_and(|batch| batch.step == step)
                 && let Some(batch) = inner.ready.pop_front()
             {
-                drop(inner);
-                self.changed.notify_all();
+                self.announce(inner);
                 return Ok(batch);
             }
+            if self.waiting.is_alone() {
+                drop(inner);
+                let made = self.make_one();
+                inner = self.lock();
+                if made {
+                    continue;
+                }
+            }
             // The abort flag has no condition of its own; looking again now and then is soon enough.
-            let waited = self.changed.wait_timeout(inner, Duration::from_millis(20));
-            inner = waited.unwrap_or_else(PoisonError::into_inner).0;
+            inner = self
+                .waiting
+                .until_changed(&self.changed, || self.lock(), inner, Duration::from_millis(20));
         }
     }
 
     /// The thread's body: makes batches until it is stopped.
     pub fn run(&self) {
-        let mut inner = self.lock();
-        while !inner.stopped {
-            let Some((generation, lanes, step)) = self.due(&inner) else {
-                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        let mut changes = self.lock().changes;
+        while !self.lock().stopped {
+            if self.make_one() {
                 continue;
-            };
-            let plan = match inner.cursor.plan(step) {
-                Ok(plan) => plan,
-                Err(PlanError::DecisionMissing { .. }) => {
-                    inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-                    continue;
-                }
-                Err(error) => {
-                    inner.failed = Some(error.to_string());
-                    self.changed.notify_all();
-                    continue;
-                }
-            };
-            drop(inner); // reading must not hold up who asks or records
-            let made = self.read(step, lanes, plan);
-            inner = self.lock();
-            match (&mut inner.want, made) {
-                (Some(want), Ok(batch)) if want.generation == generation && want.next == step => {
-                    want.next = StepIndex(step.0 + 1);
-                    inner.ready.push_back(batch);
-                }
-                (_, Ok(_)) => {} // made for a generation that is over
-                (_, Err(cause)) => inner.failed = Some(cause),
             }
-            self.changed.notify_all();
+            let mut inner = self.lock();
+            while inner.changes == changes && !inner.stopped {
+                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            }
+            changes = inner.changes;
         }
+    }
+
+    /// Makes the next batch if it can be made; says whether anything changed.
+    fn make_one(&self) -> bool {
+        let mut inner = self.lock();
+        let Some((generation, lanes, step)) = self.due(&inner) else {
+            return false;
+        };
+        let plan = match inner.cursor.plan(step) {
+            Ok(plan) => plan,
+            Err(PlanError::DecisionMissing { .. }) => return false,
+            Err(error) => {
+                inner.failed = Some(error.to_string());
+                self.changed.notify_all();
+                return true;
+            }
+        };
+        drop(inner); // reading must not hold up who asks or records
+        let made = self.read(step, lanes, plan);
+        let mut inner = self.lock();
+        match (&mut inner.want, made) {
+            (Some(want), Ok(batch)) if want.generation == generation && want.next == step => {
+                want.next = StepIndex(step.0 + 1);
+                inner.ready.push_back(batch);
+            }
+            (_, Ok(_)) => {} // made for a generation that is over
+            (_, Err(cause)) => inner.failed = Some(cause),
+        }
+        self.changed.notify_all();
+        true
     }
 
     fn due(&self, inner: &Inner) -> Option<(Generation, LaneRange, StepIndex)> {

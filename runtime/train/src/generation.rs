@@ -178,7 +178,7 @@ fn wait_for_acknowledgement<D: Device>(state: &mut RankState<D>, switches: &Swit
             return Ok(());
         }
         check_abort(state)?;
-        std::thread::park_timeout(std::time::Duration::from_millis(10));
+        state.waiting.a_moment(std::time::Duration::from_millis(10));
     }
 }
 

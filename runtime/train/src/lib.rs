@@ -12,6 +12,7 @@
 //! | [`optimizer`] | optimizer shards: update, hashes, snapshots |
 //! | [`snapshot`] | copies of the state that the next update waits for |
 //! | [`feeder`] | the samples of this rank's lanes, a few steps ahead |
+//! | [`waiting`] | how it waits for other threads, or gives way where there are none |
 //! | [`world`] | who does what in one generation, as plain tables |
 //! | [`device_thread`] | the command loop around all of it |
 
@@ -26,6 +27,7 @@ pub mod progress;
 pub mod snapshot;
 pub mod state;
 pub mod step;
+pub mod waiting;
 pub mod world;
 
 pub use error::StepError;

@@ -4,13 +4,19 @@
 //! on the device thread before it goes on, and the next update waits until every ticket is given back: the copy is of
 //! exactly the step it is named after, however late its thread was scheduled.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use crate::waiting::Waiting;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Between two looks at a gate that nobody announced to be open.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Counts snapshots that still copy.
 #[derive(Debug, Default)]
 pub struct SnapshotGate {
     copying: Mutex<usize>,
     done: Condvar,
+    waiting: Waiting,
 }
 
 /// One shard's snapshot under way; ends when dropped, however its copying ends.
@@ -18,25 +24,40 @@ pub struct SnapshotGate {
 pub struct SnapshotTicket(Arc<SnapshotGate>);
 
 impl SnapshotGate {
+    /// An open gate, waited at in this way.
+    #[must_use]
+    pub fn new(waiting: Waiting) -> Self {
+        Self {
+            waiting,
+            ..Self::default()
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.copying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Announces a snapshot before the update that it must precede.
     #[must_use]
     pub fn ticket(self: &Arc<Self>) -> SnapshotTicket {
-        *self.copying.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        *self.lock() += 1;
         SnapshotTicket(Arc::clone(self))
     }
 
     /// Waits until no snapshot copies. Bounded by the copy of one rank's shards in memory.
     pub fn wait(&self) {
-        let mut copying = self.copying.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut copying = self.lock();
         while *copying > 0 {
-            copying = self.done.wait(copying).unwrap_or_else(PoisonError::into_inner);
+            copying = self
+                .waiting
+                .until_changed(&self.done, || self.lock(), copying, LOOK_AGAIN);
         }
     }
 }
 
 impl Drop for SnapshotTicket {
     fn drop(&mut self) {
-        *self.0.copying.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *self.0.lock() -= 1;
         self.0.done.notify_all();
     }
 }

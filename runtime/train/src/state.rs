@@ -5,6 +5,7 @@ use crate::compute::LaneEngine;
 use crate::optimizer::Shard;
 use crate::progress::Progress;
 use crate::snapshot::SnapshotGate;
+use crate::waiting::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -47,6 +48,8 @@ pub struct RankState<D: Device> {
     pub progress: Arc<Progress>,
     /// Snapshots that the next update must wait for.
     pub gate: Arc<SnapshotGate>,
+    /// How the device thread waits for the rest of its process.
+    pub waiting: Waiting,
     /// Set to make compute threads give up; one for each generation.
     pub abort: Arc<AtomicBool>,
 }
@@ -99,12 +102,21 @@ impl<D: Device + Clone> RankState<D> {
             lines: BTreeMap::new(),
             progress,
             gate: Arc::default(),
+            waiting: Waiting::default(),
             abort: Arc::new(AtomicBool::new(false)),
         })
     }
 }
 
 impl<D: Device> RankState<D> {
+    /// The same, waiting in another way.
+    #[must_use]
+    pub fn with_waiting(mut self, waiting: Waiting) -> Self {
+        self.gate = Arc::new(SnapshotGate::new(waiting.clone()));
+        self.waiting = waiting;
+        self
+    }
+
     /// The answer to a fence.
     #[must_use]
     pub fn report(&self) -> StateReport {
@@ -112,6 +124,7 @@ impl<D: Device> RankState<D> {
             shards: self.shards.values().map(Shard::holding).collect(),
             passed: self.passed.clone(),
             lines: self.lines.values().cloned().collect(),
+            waits_for: None,
         }
     }
 

@@ -15,7 +15,7 @@ use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::message::{BeginPlan, RestoreFrom, StateReport, StepLine};
 use tarazed_train::StepError;
-use tarazed_train::device_thread::{Command, DeviceEvents, DeviceThread, GenerationControl};
+use tarazed_train::device_thread::{Command, DeviceEvents, DeviceThread, GenerationControl, Sockets};
 use tarazed_train::generation::{Paused, ShardSource, ShardToSave};
 use tarazed_train::state::RankState;
 
@@ -94,8 +94,10 @@ fn start() -> (Sender<Command>, Receiver<Heard>, String) {
     let thread = DeviceThread {
         state: RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).unwrap(),
         member: member(0),
-        listener,
-        run_token: [1; 32],
+        data_plane: Box::new(Sockets {
+            listener,
+            run_token: [1; 32],
+        }),
         feeder: feeder(&config),
         source: Box::new(Silent(ear.clone())),
         events: Arc::new(Ear(ear)),

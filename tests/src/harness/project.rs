@@ -50,6 +50,10 @@ keep_last = 3
 
 const TEMPORARY: &str = "tmp";
 
+/// Starts the program with writes beyond the limit on file sizes failing instead of ending it, as on a full disk. The
+/// first argument is the limit.
+const LIMITED: &str = "trap '' XFSZ && ulimit -S -f \"$0\" && exec \"$@\"";
+
 /// A folder of its own for one test; gone with it.
 #[derive(Debug)]
 pub struct Project {
@@ -175,6 +179,7 @@ impl Project {
             config: self.config(),
             run_dir: self.run_dir(run),
             args: Vec::new(),
+            disk: None,
         }
     }
 
@@ -200,6 +205,8 @@ pub struct Train {
     config: PathBuf,
     run_dir: PathBuf,
     args: Vec<String>,
+    /// Limit on file sizes, in the shell's words; none for a disk that never fills.
+    disk: Option<&'static str>,
 }
 
 impl Train {
@@ -235,6 +242,28 @@ impl Train {
         self
     }
 
+    /// On a disk that [`Run::fill_disk`] fills: a limit on file sizes stands in for it, which every user may set.
+    #[must_use]
+    pub const fn on_small_disk(mut self) -> Self {
+        self.disk = Some("unlimited");
+        self
+    }
+
+    /// Runs it to its end on a disk that is full from the start: it can make files and write nothing into them.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn finish_on_full_disk(&self) -> Outcome {
+        let full = Self {
+            disk: Some("0"),
+            ..self.clone()
+        };
+        // Through pipes: files could not take what it says.
+        let output = full.command().output().expect("the program runs");
+        Outcome::new(output.status, output.stdout, output.stderr)
+    }
+
     /// The run folder.
     #[must_use]
     pub fn run_dir(&self) -> &Path {
@@ -257,7 +286,14 @@ impl Train {
     }
 
     pub(super) fn command(&self) -> Command {
-        let mut command = command(&self.program, &self.folder);
+        let mut command = match self.disk {
+            None => command(&self.program, &self.folder),
+            Some(limit) => {
+                let mut shell = command(Path::new("sh"), &self.folder);
+                shell.args(["-c", LIMITED, limit]).arg(&self.program);
+                shell
+            }
+        };
         command
             .arg("train")
             .arg(&self.config)

@@ -3,11 +3,11 @@
 use super::processes::Processes;
 use super::project::Train;
 use super::{POLL, WAIT, program, trace};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, prlimit};
 use serde::Deserialize;
 use serde_json::Value;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, PipeReader, Read, Seek, SeekFrom, Write, pipe};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -128,6 +128,8 @@ pub struct Run {
     processes: Processes,
     left: bool,
     began: Instant,
+    /// The other end of its output, where nobody reads it.
+    _unread: Option<PipeReader>,
 }
 
 impl Run {
@@ -137,10 +139,38 @@ impl Run {
     /// If it cannot be started.
     #[must_use]
     pub fn start(train: &Train) -> Self {
+        let create = |name| Stdio::from(File::create(train.output(name)).expect("an output file"));
+        Self::start_on(train, [create("stdout"), create("stderr")], None)
+    }
+
+    /// Starts the command on a terminal that stands still: both outputs are one full pipe that nobody reads, so that
+    /// nothing it says can be known.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_unheard(train: &Train) -> Self {
+        let (unread, mut full) = pipe().expect("a pipe");
+        rustix::io::ioctl_fionbio(&full, true).expect("a pipe that says when it is full");
+        let filled = loop {
+            // One byte at a time: at the end not a single one must fit.
+            if let Err(error) = full.write(b".") {
+                break error;
+            }
+        };
+        assert_eq!(filled.kind(), ErrorKind::WouldBlock, "the pipe is full");
+        rustix::io::ioctl_fionbio(&full, false).expect("a pipe that blocks");
+        let both = [full.try_clone().expect("a descriptor"), full].map(Stdio::from);
+        for name in ["stdout", "stderr"] {
+            File::create(train.output(name)).expect("an empty output file");
+        }
+        Self::start_on(train, both, Some(unread))
+    }
+
+    fn start_on(train: &Train, [out, error]: [Stdio; 2], unread: Option<PipeReader>) -> Self {
         let (stdout, stderr) = (train.output("stdout"), train.output("stderr"));
-        let create = |path: &Path| Stdio::from(File::create(path).expect("an output file"));
         let mut command = train.command();
-        command.stdout(create(&stdout)).stderr(create(&stderr)).process_group(0);
+        command.stdout(out).stderr(error).process_group(0);
         let child = command.spawn().expect("the program starts");
         let folder = command.get_current_dir().expect("set by the project").to_owned();
         Self {
@@ -153,6 +183,7 @@ impl Run {
             processes: Processes::of(train.run_dir()),
             left: false,
             began: Instant::now(),
+            _unread: unread,
         }
     }
 
@@ -281,6 +312,22 @@ impl Run {
         let status = self.try_status()?;
         let found = status.workers.iter().find(|candidate| candidate.worker == worker)?;
         self.processes.signal(found.pid, Signal::KILL).then_some(found.pid)
+    }
+
+    /// From now on no file of the run can grow beyond `bytes`; for a run [`Train::on_small_disk`].
+    ///
+    /// # Panics
+    /// If its processes are gone.
+    pub fn fill_disk(&self, bytes: u64) {
+        let limit = Rlimit {
+            current: Some(bytes),
+            maximum: getrlimit(Resource::Fsize).maximum,
+        };
+        let ranks = self.processes.ranks().into_iter().map(|pid| Pid::from_raw(pid as i32));
+        for pid in ranks.chain([Some(self.pid())]) {
+            let set = prlimit(pid, Resource::Fsize, limit);
+            assert!(set.is_ok(), "{set:?}: no limit for {pid:?}\n{}", self.tail());
+        }
     }
 
     /// Leaves ranks that outlive their controller alone when this is dropped: the next [`Run`] on the folder sees to

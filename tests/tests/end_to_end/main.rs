@@ -17,4 +17,6 @@ mod resume;
 mod status;
 mod storm;
 mod surroundings;
+mod telemetry;
+mod terminal;
 mod worlds;

@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use super::*;
+use crate::{Corruption, Refusal};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use tarazed_domain::Generation;
 use tarazed_domain::limits::FRAME_PAYLOAD_BYTES_MAX;
 
 const OWN: Identity = Identity {
@@ -68,8 +70,8 @@ fn receive_all(link: &mut Link, buffer: &mut [u8]) -> Result<(), FabricError> {
 /// The corruption that is reported, and its counter.
 fn refused(header: &FrameHeader, payload: &[u8], refusal: Refusal) -> FabricError {
     let (outcome, link) = received(&frame(header, payload), 16);
-    assert_eq!(link.refusals.get(refusal), 1, "{outcome:?}");
-    assert_eq!(link.refusals.total(), 1);
+    assert_eq!(link.judge.refusals().get(refusal), 1, "{outcome:?}");
+    assert_eq!(link.judge.refusals().total(), 1);
     outcome.unwrap_err()
 }
 
@@ -93,7 +95,7 @@ fn every_single_bit_flip_of_a_frame_is_detected() {
             ),
             "bit {bit}: {outcome:?}"
         );
-        assert_eq!(link.refusals.get(Refusal::FrameCorrupt), 1, "bit {bit}");
+        assert_eq!(link.judge.refusals().get(Refusal::FrameCorrupt), 1, "bit {bit}");
     }
 }
 
@@ -198,7 +200,7 @@ fn a_repeated_frame_is_refused() {
             corruption: Corruption::Sequence
         }
     );
-    assert_eq!(link.refusals.get(Refusal::FrameSequence), 1);
+    assert_eq!(link.judge.refusals().get(Refusal::FrameSequence), 1);
 }
 
 #[test]

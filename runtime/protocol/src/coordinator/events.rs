@@ -1,6 +1,7 @@
 //! What the membership machine hears and what it asks for.
 
 use crate::message::{BeginPlan, Member, RestoreFrom, StateReport, ToRank};
+use std::sync::Arc;
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
 
@@ -87,6 +88,8 @@ pub enum Event {
         generation: Generation,
         /// Where.
         step: StepsCompleted,
+        /// Grows with every bit of work its device thread does.
+        progress: u64,
         /// Doing what.
         activity: String,
     },
@@ -144,12 +147,11 @@ pub enum Effect {
         /// What.
         message: ToRank,
     },
-    /// Send the plan of a new generation. The shell fills in what the ledger knows: lines written and decisions.
+    /// Send the plan of a new generation to everybody in its roster. The shell fills in what the ledger knows, once for
+    /// all of them: lines written and decisions.
     Begin {
-        /// To whom.
-        member: Member,
         /// The plan.
-        plan: Box<BeginPlan>,
+        plan: Arc<BeginPlan>,
     },
     /// Find the newest valid checkpoint; comes back as [`Event::Located`].
     FindCheckpoint,

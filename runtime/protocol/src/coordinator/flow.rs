@@ -1,16 +1,11 @@
 //! The machine's moves: one function per event, then the moves between phases.
 
+use super::alarm::Alarm;
 use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
-use crate::commit;
-use crate::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, ToRank};
+use crate::commit::{Holders, Survey};
+use crate::message::{Member, RestoreFrom, ToRank};
 use crate::restart::Verdict;
-use crate::sharder;
-use std::collections::{BTreeMap, BTreeSet};
 use tarazed_domain::{Rank, StepsCompleted};
-
-/// How long a failed collective waits for its cause to show (a process exit comes within milliseconds) before the
-/// generation is renewed with everybody.
-const FAILED_GRACE_MS: u64 = 100;
 
 impl Coordinator {
     /// One fact in, effects out.
@@ -30,10 +25,13 @@ impl Coordinator {
                     return Vec::new();
                 }
                 self.heard(now_ms, member);
-                if let Phase::Fencing { awaiting, reports, .. } = &mut self.phase
-                    && awaiting.remove(&member)
+                if let Phase::Fencing { awaiting, survey, .. } = &mut self.phase
+                    && awaiting.remove(member.worker)
                 {
-                    reports.insert(member, report);
+                    survey.hear(member, &report.shards, report.passed);
+                    if let Some(worker) = self.workers.get_mut(member.worker) {
+                        worker.waits_for = report.waits_for;
+                    }
                 }
                 self.settle_fence(now_ms)
             }
@@ -65,16 +63,21 @@ impl Coordinator {
                 member,
                 generation,
                 step,
+                progress,
                 activity,
             } => {
                 if self.knows(member)
-                    && let Some(worker) = self.workers.get_mut(&member.worker)
+                    && let Some(worker) = self.workers.get_mut(member.worker)
                 {
                     worker.heard_ms = now_ms;
                     if generation == self.generation {
                         worker.step = step;
+                        if worker.progress != progress {
+                            worker.progress = progress;
+                            self.progressed_ms = now_ms;
+                        }
                     }
-                    worker.activity = activity;
+                    self.workers.set_activity(member.worker, activity);
                 }
                 Vec::new()
             }
@@ -101,7 +104,7 @@ impl Coordinator {
     }
 
     fn heard(&mut self, now_ms: u64, member: Member) {
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
+        if let Some(worker) = self.workers.get_mut(member.worker) {
             worker.heard_ms = now_ms;
         }
     }
@@ -113,12 +116,9 @@ impl Coordinator {
                 reason: "a life that was given up".to_owned(),
             }];
         }
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
-            worker.phase = WorkerPhase::Ready;
-            worker.address = address;
-            worker.pid = pid;
-            worker.heard_ms = now_ms;
-        }
+        self.workers.set_phase(member.worker, WorkerPhase::Ready);
+        self.workers.set_process(member.worker, address, pid);
+        self.heard(now_ms, member);
         match self.phase {
             Phase::Forming => self.try_form(),
             Phase::Running { .. } => self.ask_to_pause(false),
@@ -127,7 +127,7 @@ impl Coordinator {
     }
 
     fn try_form(&mut self) -> Vec<Effect> {
-        if self.workers.values().all(|w| w.phase == WorkerPhase::Ready) {
+        if self.workers.all_ready() {
             self.phase = Phase::Locating;
             vec![Effect::FindCheckpoint]
         } else {
@@ -160,9 +160,7 @@ impl Coordinator {
             return Vec::new();
         }
         if matches!(self.phase, Phase::Leaving { .. }) {
-            if let Some(worker) = self.workers.get_mut(&member.worker) {
-                worker.phase = WorkerPhase::Left;
-            }
+            self.workers.set_phase(member.worker, WorkerPhase::Left);
             return self.settle_leaving();
         }
         let cause = if orderly {
@@ -170,54 +168,45 @@ impl Coordinator {
         } else {
             cause
         };
-        let rank = self
-            .roster
-            .iter()
-            .position(|(m, _)| *m == member)
-            .map(|rank| Rank(rank as u32));
+        let rank = self.rank_of(member);
         let mut effects = vec![Effect::Note(Incident::RankLost {
             member,
             rank,
             cause: cause.clone(),
         })];
         let start_ms = self.options.timeouts.start_ms;
-        if let Some(worker) = self.workers.get_mut(&member.worker) {
-            match worker.limiter.on_death(format!("{member}: {cause}")) {
-                Verdict::Restart { after_ms } => {
-                    worker.incarnation = worker.incarnation.next();
-                    worker.phase = WorkerPhase::Starting {
-                        deadline_ms: now_ms + after_ms + start_ms,
-                    };
-                    worker.pid = 0;
-                    worker.heard_ms = now_ms;
-                    let successor = Member {
-                        worker: member.worker,
-                        incarnation: worker.incarnation,
-                    };
-                    effects.push(Effect::Start {
-                        member: successor,
-                        after_ms,
-                    });
-                }
-                Verdict::GiveUp { causes } => {
-                    worker.phase = WorkerPhase::Left;
-                    let what = format!(
-                        "worker {} died {} times without taking part in a committed step between; causes, oldest \
-                         first:\n  {}",
-                        member.worker,
-                        causes.len(),
-                        causes.join("\n  ")
-                    );
-                    effects.extend(self.give_up(now_ms, what));
-                }
+        match self.workers.on_death(member.worker, format!("{member}: {cause}")) {
+            Verdict::Restart { after_ms } => {
+                let deadline_ms = now_ms + after_ms + start_ms;
+                let successor = self.workers.restart(now_ms, member.worker, deadline_ms);
+                effects.push(Effect::Start {
+                    member: successor,
+                    after_ms,
+                });
+            }
+            Verdict::GiveUp { causes } => {
+                self.workers.set_phase(member.worker, WorkerPhase::Left);
+                let what = format!(
+                    "worker {} died {} times without taking part in a committed step between; causes, oldest first:\n  {}",
+                    member.worker,
+                    causes.len(),
+                    causes.join("\n  ")
+                );
+                effects.extend(self.give_up(now_ms, what));
             }
         }
         match &mut self.phase {
-            Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause)),
-            Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause)),
-            Phase::Fencing { awaiting, reports, .. } => {
-                awaiting.remove(&member);
-                reports.remove(&member);
+            Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
+            Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
+            Phase::Fencing {
+                awaiting,
+                survey,
+                alarm,
+                ..
+            } => {
+                awaiting.remove(member.worker);
+                survey.forget(member);
+                *alarm = None; // here is the cause
                 effects.extend(self.settle_fence(now_ms));
             }
             _ => {}
@@ -237,7 +226,7 @@ impl Coordinator {
     }
 
     /// A new generation: fences every survivor and waits for what it holds.
-    fn fence(&mut self, now_ms: u64, cause: String) -> Vec<Effect> {
+    pub(super) fn fence(&mut self, now_ms: u64, cause: String, alarm: Option<Alarm>) -> Vec<Effect> {
         if let Verdict::GiveUp { causes } = self.fruitless.on_death(cause) {
             let what = format!(
                 "{} generations in a row committed no step; causes, oldest first:\n  {}",
@@ -248,31 +237,39 @@ impl Coordinator {
         }
         self.generation = self.generation.next();
         let generation = self.generation;
-        let survivors = self.with_phase(&WorkerPhase::Member);
-        let effects = survivors
-            .iter()
-            .map(|&member| Effect::Send {
-                member,
-                message: ToRank::Fence { generation },
-            })
-            .collect::<Vec<_>>();
+        let survivors = self.workers.members();
+        let mut effects = Vec::with_capacity(survivors.len());
+        effects.extend(survivors.iter().map(|&member| Effect::Send {
+            member,
+            message: ToRank::Fence { generation },
+        }));
         self.phase = Phase::Fencing {
             deadline_ms: now_ms + self.options.timeouts.fence_ms,
-            awaiting: survivors.into_iter().collect(),
-            reports: BTreeMap::new(),
+            alarm,
+            awaiting: survivors.into_iter().map(|member| member.worker).collect(),
+            survey: Survey::default(),
         };
-        [effects, self.settle_fence(now_ms)].concat()
+        effects.extend(self.settle_fence(now_ms));
+        effects
     }
 
     /// Once every survivor has answered: agree (STEP-2) and begin, or look for a checkpoint.
     fn settle_fence(&mut self, now_ms: u64) -> Vec<Effect> {
-        let Phase::Fencing { awaiting, reports, .. } = &self.phase else {
+        let Phase::Fencing { awaiting, .. } = &self.phase else {
             return Vec::new();
         };
         if !awaiting.is_empty() {
             return Vec::new();
         }
-        if reports.is_empty() {
+        let kills = self.judge_alarm();
+        if !kills.is_empty() {
+            return kills;
+        }
+        let Phase::Fencing { survey, .. } = &mut self.phase else {
+            return Vec::new();
+        };
+        let survivors = survey.answered().to_vec();
+        if survivors.is_empty() {
             // Nobody is left. The whole cluster forms again; what is ready waits for the others.
             let mut effects = vec![Effect::Note(Incident::StateLost {
                 shards_missing: self.options.shard_count,
@@ -286,12 +283,9 @@ impl Coordinator {
             effects.extend(self.try_form());
             return effects;
         }
-        match Ground::agreed(commit::resolve(self.options.shard_count, reports)) {
-            Ok(ground) => {
-                let survivors: BTreeSet<Member> = reports.keys().copied().collect();
-                self.begin(now_ms, ground, survivors)
-            }
-            Err(commit::Resolution::Restore { missing }) => {
+        match survey.resolve(self.options.shard_count) {
+            Ok(agreement) => self.begin(now_ms, agreement.into(), survivors),
+            Err(missing) => {
                 if let Some((code, diagnosis)) = self.verdict.take() {
                     return self.halt(code, diagnosis);
                 }
@@ -303,7 +297,6 @@ impl Coordinator {
                     Effect::FindCheckpoint,
                 ]
             }
-            Err(commit::Resolution::Continue { .. }) => Vec::new(),
         }
     }
 
@@ -315,127 +308,19 @@ impl Coordinator {
         self.generation = self.generation.next();
         self.checkpointed = checkpoint.as_ref().map(|from| from.step);
         let (base, restore) = (self.checkpointed.unwrap_or_default(), checkpoint);
-        let holders = vec![Vec::new(); self.options.shard_count];
+        let holders = Holders::nobody(self.options.shard_count);
         let ground = Ground {
             base,
             outcome: None,
             holders,
             restore,
         };
-        let members: BTreeSet<Member> = self.with_phase(&WorkerPhase::Member).into_iter().collect();
-        if members.is_empty() && self.with_phase(&WorkerPhase::Ready).is_empty() {
+        if self.workers.is_deserted() {
             self.phase = Phase::Forming;
             return Vec::new();
         }
+        let members = self.workers.members();
         self.begin(now_ms, ground, members)
-    }
-
-    /// Spreads lanes and shards over survivors and newcomers, and starts the generation.
-    fn begin(&mut self, now_ms: u64, ground: Ground, survivors: BTreeSet<Member>) -> Vec<Effect> {
-        let mut members: Vec<Member> = survivors
-            .iter()
-            .copied()
-            .chain(self.with_phase(&WorkerPhase::Ready))
-            .collect();
-        members.sort_unstable();
-        let lanes = self.options.lanes.assign(&vec![1; members.len()]);
-        self.roster = members.iter().copied().zip(lanes).collect();
-        let restored = ground.holders.iter().all(Vec::is_empty);
-        let (shards, copies) = self.place_shards(&ground, &members);
-        self.primaries = shards.iter().map(|holders| members[holders[0].rank.index()]).collect();
-
-        self.placement.clone_from(&shards);
-        let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
-        let roster: Vec<RosterEntry> = self
-            .roster
-            .iter()
-            .map(|&(member, lanes)| RosterEntry {
-                member,
-                address: self.workers[&member.worker].address.clone(),
-                lanes,
-            })
-            .collect();
-        let plan = BeginPlan {
-            generation: self.generation,
-            roster,
-            base: ground.base,
-            outcome: ground.outcome,
-            shards,
-            restore: ground.restore,
-            acknowledged: self.written,
-            decisions: Vec::new(),
-            decided: self.written,
-            last_step: if self.stop.is_some() {
-                ground.base
-            } else {
-                self.options.last_step
-            },
-            checkpoint_at_base: ends_here && !self.is_saved(ground.base),
-        };
-        for &member in &members {
-            if let Some(worker) = self.workers.get_mut(&member.worker) {
-                worker.phase = WorkerPhase::Member;
-                worker.heard_ms = now_ms;
-                worker.step = ground.base;
-            }
-        }
-        self.begun = true;
-        self.phase = Phase::Running {
-            paused: BTreeMap::new(),
-            pause_sent: false,
-            failed: None,
-        };
-        let note = Incident::GenerationBegan {
-            generation: self.generation,
-            members: members.clone(),
-            base: ground.base,
-            restored,
-            copies,
-        };
-        let begin = members.into_iter().map(|member| Effect::Begin {
-            member,
-            plan: Box::new(plan.clone()),
-        });
-        std::iter::once(Effect::Note(note)).chain(begin).collect()
-    }
-
-    fn place_shards(&self, ground: &Ground, members: &[Member]) -> (Vec<Vec<ShardHolder>>, usize) {
-        let rank_of = |member: &Member| members.iter().position(|m| m == member).map(|rank| Rank(rank as u32));
-        let whole: Vec<Vec<Rank>> = ground
-            .holders
-            .iter()
-            .enumerate()
-            .map(|(shard, holders)| {
-                let primary = self.primaries.get(shard);
-                let mut ordered = holders.clone();
-                ordered.sort_by_key(|member| Some(member) != primary);
-                ordered.iter().filter_map(rank_of).collect()
-            })
-            .collect();
-        let map = sharder::assign(self.options.shard_count, members.len(), self.options.replicas, &whole);
-        let mut copies = 0;
-        let shards = map
-            .all()
-            .iter()
-            .zip(&whole)
-            .map(|(holders, donors)| {
-                let origin = |rank: &Rank| match donors.first() {
-                    Some(_) if donors.contains(rank) => ShardOrigin::Keep,
-                    Some(&donor) => ShardOrigin::CopyFrom(donor),
-                    None if ground.restore.is_some() => ShardOrigin::Restore,
-                    None => ShardOrigin::Initialise,
-                };
-                holders
-                    .iter()
-                    .map(|rank| {
-                        let origin = origin(rank);
-                        copies += usize::from(matches!(origin, ShardOrigin::CopyFrom(_)));
-                        ShardHolder { rank: *rank, origin }
-                    })
-                    .collect()
-            })
-            .collect();
-        (shards, copies)
     }
 
     fn on_failed(
@@ -450,19 +335,27 @@ impl Coordinator {
         if corruption {
             return self.halt(3, format!("{member}: {cause}"));
         }
-        let named: Vec<String> = suspects.iter().map(|rank| format!("rank {rank}")).collect();
-        let cause = format!(
-            "{member}: {cause} ({})",
-            if named.is_empty() {
-                "no suspect".into()
-            } else {
-                named.join(", ")
-            }
-        );
-        if let Phase::Running { failed, .. } = &mut self.phase
-            && failed.is_none()
+        let roster = &self.roster;
+        let named = suspects
+            .iter()
+            .filter_map(|rank| roster.get(rank.index()).map(|&(member, _)| member));
+        // The first one names the cause; where all of a large world fail together, the others' words are not even made.
+        if let Phase::Running {
+            failed,
+            suspects: complaints,
+            ..
+        } = &mut self.phase
         {
-            *failed = Some((now_ms, cause));
+            complaints.extend(named);
+            failed.get_or_insert_with(|| {
+                let named: Vec<String> = suspects.iter().map(|rank| format!("rank {rank}")).collect();
+                let named = if named.is_empty() {
+                    "no suspect".into()
+                } else {
+                    named.join(", ")
+                };
+                (now_ms, format!("{member}: {cause} ({named})"))
+            });
         }
         Vec::new()
     }
@@ -473,7 +366,7 @@ impl Coordinator {
             return Vec::new();
         };
         if in_roster {
-            paused.insert(member, step);
+            paused.insert(member.worker);
         }
         if paused.len() < self.roster.len() {
             return Vec::new();
@@ -482,13 +375,14 @@ impl Coordinator {
         if ends_here && (saving || self.is_saved(step)) {
             let deadline_ms = now_ms + self.options.timeouts.stop_ms;
             self.phase = Phase::Finishing { step, deadline_ms };
-            let effects = self.leave_when_saved(now_ms);
-            return [effects, self.save_again(now_ms)].concat();
+            let mut effects = self.leave_when_saved(now_ms);
+            effects.extend(self.save_again(now_ms));
+            return effects;
         }
         // A pause is no failure. Where the stop came too late for this boundary's checkpoint, the new generation begins
         // with one.
         self.fruitless.on_progress();
-        self.fence(now_ms, "paused at a step boundary".to_owned())
+        self.fence(now_ms, "paused at a step boundary".to_owned(), None)
     }
 
     fn on_line_written(&mut self, now_ms: u64, step: StepsCompleted) -> Vec<Effect> {
@@ -497,14 +391,12 @@ impl Coordinator {
             return self.leave_when_saved(now_ms);
         }
         self.written = step;
+        self.progressed_ms = now_ms;
+        self.strikes.clear();
         self.fruitless.on_progress();
-        for (member, _) in &self.roster {
-            if let Some(worker) = self.workers.get_mut(&member.worker)
-                && worker.incarnation == member.incarnation
-            {
-                worker.limiter.on_progress();
-            }
-        }
+        let roster = &self.roster;
+        self.workers
+            .on_progress(|member, seat| roster.get(seat).is_some_and(|(seated, _)| *seated == member));
         self.leave_when_saved(now_ms)
     }
 
@@ -518,19 +410,17 @@ impl Coordinator {
         self.phase = Phase::Leaving {
             deadline_ms: now_ms + self.options.timeouts.failure_ms,
         };
-        let alive: Vec<Member> = [
-            self.with_phase(&WorkerPhase::Member),
-            self.with_phase(&WorkerPhase::Ready),
-        ]
-        .concat();
-        let mut effects: Vec<Effect> = alive
+        let mut effects: Vec<Effect> = self
+            .workers
+            .members()
             .into_iter()
+            .chain(self.workers.ready())
             .map(|member| Effect::Send {
                 member,
                 message: ToRank::Shutdown,
             })
             .collect();
-        for member in self.with_phase(&WorkerPhase::Starting { deadline_ms: 0 }) {
+        for member in self.workers.starting() {
             effects.push(Effect::Kill {
                 member,
                 reason: "the run is over".to_owned(),
@@ -540,20 +430,20 @@ impl Coordinator {
     }
 
     fn settle_leaving(&mut self) -> Vec<Effect> {
-        let left = self
-            .workers
-            .values()
-            .all(|w| matches!(w.phase, WorkerPhase::Left | WorkerPhase::Starting { .. }));
-        if left { self.done() } else { Vec::new() }
+        if self.workers.is_deserted() {
+            self.done()
+        } else {
+            Vec::new()
+        }
     }
 
     /// Whether nothing of this step is left to be saved; before the first step nothing is.
-    fn is_saved(&self, step: StepsCompleted) -> bool {
+    pub(super) fn is_saved(&self, step: StepsCompleted) -> bool {
         step == StepsCompleted(0) || self.checkpointed >= Some(step)
     }
 
     /// The last checkpoint failed: the state is still in the ranks' memory, so a new generation saves it anew.
-    fn save_again(&mut self, now_ms: u64) -> Vec<Effect> {
+    pub(super) fn save_again(&mut self, now_ms: u64) -> Vec<Effect> {
         let Phase::Finishing { step, .. } = self.phase else {
             return Vec::new();
         };
@@ -561,7 +451,7 @@ impl Coordinator {
             return Vec::new();
         };
         match self.last_saves.on_death(cause.clone()) {
-            Verdict::Restart { .. } => self.fence(now_ms, cause),
+            Verdict::Restart { .. } => self.fence(now_ms, cause, None),
             Verdict::GiveUp { causes } => {
                 let what = format!(
                     "the last checkpoint, of step {step}, could not be written in {} tries: {}; mend the store and start \
@@ -574,7 +464,7 @@ impl Coordinator {
         }
     }
 
-    fn done(&mut self) -> Vec<Effect> {
+    pub(super) fn done(&mut self) -> Vec<Effect> {
         if let Some((code, diagnosis)) = self.verdict.take() {
             return self.halt(code, diagnosis);
         }
@@ -585,7 +475,7 @@ impl Coordinator {
         }]
     }
 
-    fn halt(&mut self, code: u8, diagnosis: String) -> Vec<Effect> {
+    pub(super) fn halt(&mut self, code: u8, diagnosis: String) -> Vec<Effect> {
         self.phase = Phase::Done;
         vec![Effect::Halt { code, diagnosis }]
     }
@@ -604,98 +494,5 @@ impl Coordinator {
             }
             _ => Vec::new(), // the generation being agreed on begins, saves its base and ends
         }
-    }
-
-    fn on_tick(&mut self, now_ms: u64) -> Vec<Effect> {
-        self.excuse_own_absence(now_ms);
-        let timeouts = self.options.timeouts;
-        let mut effects = self.kill_the_silent(now_ms);
-        match &self.phase {
-            Phase::Fencing {
-                deadline_ms, awaiting, ..
-            } if now_ms > *deadline_ms => {
-                let reason = format!(
-                    "no answer to a fence within {} ms: its device thread hangs",
-                    timeouts.fence_ms
-                );
-                effects.extend(awaiting.iter().map(|&member| Effect::Kill {
-                    member,
-                    reason: reason.clone(),
-                }));
-            }
-            Phase::Running {
-                failed: Some((since, cause)),
-                ..
-            } if now_ms >= since + FAILED_GRACE_MS => {
-                let cause = cause.clone();
-                effects.extend(self.fence(now_ms, cause));
-            }
-            &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
-                let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
-                self.save_failed = Some((step, cause));
-                effects.extend(self.save_again(now_ms));
-            }
-            Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),
-            _ => {}
-        }
-        if let Some(since) = self.stop
-            && now_ms > since + timeouts.stop_ms
-            && !matches!(self.phase, Phase::Done)
-        {
-            let late = format!("no last checkpoint within {} ms of the stop", timeouts.stop_ms);
-            return match self.verdict.take() {
-                Some((code, diagnosis)) => self.halt(code, format!("{diagnosis}\n{late}")),
-                None => self.halt(33, late),
-            };
-        }
-        effects
-    }
-
-    /// Where this process was stopped or starved, what came meanwhile waits behind this tick: nobody was silent.
-    fn excuse_own_absence(&mut self, now_ms: u64) {
-        let absent_ms = now_ms.saturating_sub(self.ticked_ms.replace(now_ms).unwrap_or(now_ms));
-        if absent_ms <= self.options.timeouts.failure_ms / 2 {
-            return;
-        }
-        for worker in self.workers.values_mut() {
-            worker.heard_ms += absent_ms;
-            if let WorkerPhase::Starting { deadline_ms } = &mut worker.phase {
-                *deadline_ms += absent_ms;
-            }
-        }
-        match &mut self.phase {
-            Phase::Fencing { deadline_ms, .. }
-            | Phase::Finishing { deadline_ms, .. }
-            | Phase::Leaving { deadline_ms } => {
-                *deadline_ms += absent_ms;
-            }
-            _ => {}
-        }
-        self.stop = self.stop.map(|since| since + absent_ms);
-    }
-
-    fn kill_the_silent(&self, now_ms: u64) -> Vec<Effect> {
-        let timeouts = self.options.timeouts;
-        let mut effects = Vec::new();
-        for (&worker, w) in &self.workers {
-            let member = Member {
-                worker,
-                incarnation: w.incarnation,
-            };
-            match w.phase {
-                WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
-                    let reason = format!("not ready within {} ms of its start", timeouts.start_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                WorkerPhase::Member | WorkerPhase::Ready
-                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.failure_ms =>
-                {
-                    let reason = format!("no heartbeat for {} ms", timeouts.failure_ms);
-                    effects.push(Effect::Kill { member, reason });
-                }
-                _ => {}
-            }
-        }
-        effects
     }
 }

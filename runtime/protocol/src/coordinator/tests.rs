@@ -2,11 +2,11 @@
 //! phases of a step, messages to a rank keep their order, and ranks are killed anywhere.
 
 use super::*;
-use crate::message::{BeginPlan, ShardHolding, ShardOrigin, ToRank};
+use crate::message::{BeginPlan, ShardHolding, ShardOrigin, StateReport, ToRank};
 use proptest::prelude::*;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tarazed_domain::limits::Timeouts;
-use tarazed_domain::{LaneTree, OptimizerShardIndex};
+use tarazed_domain::{LaneTree, OptimizerShardIndex, WorkerId};
 
 const SHARDS: usize = 6;
 const WORKERS: u32 = 4;
@@ -106,7 +106,11 @@ impl Cluster {
                 }
                 Effect::Kill { member, .. } => self.kill(member.worker.0),
                 Effect::Send { member, message } => self.deliver(member, message),
-                Effect::Begin { member, plan } => self.deliver(member, ToRank::Begin(plan)),
+                Effect::Begin { plan } => {
+                    for entry in &plan.roster {
+                        self.deliver(entry.member, ToRank::Begin(Box::new(BeginPlan::clone(&plan))));
+                    }
+                }
                 Effect::FindCheckpoint => {
                     self.floor = 0;
                     let checkpoint = self.saved.map(|step| RestoreFrom {
@@ -174,6 +178,7 @@ impl Cluster {
                     shards,
                     passed,
                     lines: vec![],
+                    waits_for: None,
                 };
                 self.event(Event::State {
                     member,
@@ -436,8 +441,8 @@ impl Cluster {
     fn with_restarts(restarts_max: u32) -> Self {
         let mut cluster = Self::new();
         cluster.coordinator.options.restarts_max = restarts_max;
-        for worker in cluster.coordinator.workers.values_mut() {
-            worker.limiter = RestartLimiter::new(restarts_max, 1);
+        for limiter in cluster.coordinator.workers.limiters_mut() {
+            *limiter = RestartLimiter::new(restarts_max, 1);
         }
         cluster
     }
@@ -542,6 +547,7 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
                     shards: shards.collect(),
                     passed: Some(outcome(LAST)),
                     lines: vec![],
+                    waits_for: None,
                 };
                 cluster.event(Event::State {
                     member,
@@ -643,4 +649,72 @@ fn a_finished_run_started_again_ends_at_once() {
         cluster.coordinator.phase
     );
     assert!(cluster.lines.is_empty(), "computed again: {:?}", cluster.lines);
+}
+
+/// A driver in virtual time goes from deadline to deadline: a tick before one does nothing, and a tick at it does.
+#[test]
+fn ticks_between_deadlines_do_nothing() {
+    let mut cluster = Cluster::new();
+    let late = cluster
+        .coordinator
+        .next_deadline_ms()
+        .expect("everybody is told to start");
+    assert_eq!(late, Timeouts::derive(10_000).start_ms + 1);
+    cluster.settle(20);
+    assert!(cluster.coordinator.is_running());
+    assert_eq!(
+        cluster.coordinator.next_deadline_ms(),
+        None,
+        "silence aside, nothing is due"
+    );
+    cluster.kill(1);
+    // One that hangs reads nothing, so the fence has to run out.
+    let fence = cluster
+        .coordinator
+        .next_deadline_ms()
+        .expect("a fence is answered in time");
+    cluster.coordinator.skip_idle_ticks(fence - 1);
+    for worker in 0..WORKERS {
+        let member = cluster.member(worker);
+        let (generation, activity) = (cluster.coordinator.generation(), String::new());
+        let step = StepsCompleted(0);
+        let heartbeat = Event::Heartbeat {
+            member,
+            generation,
+            step,
+            progress: 0,
+            activity,
+        };
+        assert_eq!(cluster.coordinator.on_event(fence - 1, heartbeat), []);
+    }
+    assert_eq!(cluster.coordinator.on_event(fence - 1, Event::Tick), []);
+    let killed = cluster.coordinator.on_event(fence, Event::Tick);
+    assert_eq!(killed.len(), 3, "{killed:?}");
+    let silent = cluster.coordinator.silence_deadline_ms(WorkerId(0)).expect("a member");
+    assert_eq!(silent, fence - 1 + 10_000 + 1);
+    assert_eq!(cluster.coordinator.silence_deadline_ms(WorkerId(1)), None, "it starts");
+    assert_eq!(cluster.coordinator.silence_deadline_ms(WorkerId(99)), None);
+}
+
+/// All members of a generation get the very same plan.
+#[test]
+fn a_plan_is_made_once_for_everybody() {
+    let mut cluster = Cluster::new();
+    while let Some(event) = cluster.pending.pop_front() {
+        cluster.now_ms += 1;
+        let effects = cluster.coordinator.on_event(cluster.now_ms, event);
+        let plans: Vec<usize> = effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Begin { plan } => Some(plan.roster.len()),
+                _ => None,
+            })
+            .collect();
+        if !plans.is_empty() {
+            assert_eq!(plans, [WORKERS as usize]);
+            return;
+        }
+        cluster.act(effects);
+    }
+    panic!("a generation begins once everybody is ready");
 }

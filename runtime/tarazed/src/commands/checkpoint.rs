@@ -212,8 +212,8 @@ pub(crate) fn try_remote(location: &str) -> Result<(), Failure> {
 /// The exit code by what the caller does next.
 pub(crate) fn failure(error: StoreError) -> Failure {
     let exit = match error {
-        StoreError::Retry { .. } | StoreError::Full { .. } => Exit::Transient,
-        StoreError::Corrupt { .. } | StoreError::Fenced { .. } => Exit::Halted,
+        StoreError::Retry { .. } => Exit::Transient,
+        StoreError::Full { .. } | StoreError::Corrupt { .. } | StoreError::Fenced { .. } => Exit::Halted,
         StoreError::Reconfigure { .. } | StoreError::NotFound { .. } | StoreError::Refused { .. } => Exit::Refused,
     };
     Failure {
@@ -332,4 +332,30 @@ fn details(manifest: &Manifest) -> String {
         );
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_store_halts_and_a_silent_one_is_worth_a_retry() {
+        let (key, cause) = ("commits/1".to_owned(), "No space left on device".to_owned());
+        let full = StoreError::Full {
+            location: "runs/a/store".to_owned(),
+            key: key.clone(),
+            cause: cause.clone(),
+        };
+        let full = failure(full);
+        assert!(
+            full.exit == Exit::Halted && full.message.contains("free space"),
+            "{full}"
+        );
+        let silent = StoreError::Retry {
+            operation: "write",
+            key,
+            cause,
+        };
+        assert_eq!(failure(silent).exit, Exit::Transient);
+    }
 }

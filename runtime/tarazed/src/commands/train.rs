@@ -4,13 +4,14 @@
 //! [`tarazed_actors::controller`]'s.
 
 use crate::exit::{Exit, Failure};
+use crate::outlet::last_words;
 use crate::screen::Screen;
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
-use tarazed_actors::run_folder::{Existing, FolderError, RunFolder};
+use tarazed_actors::run_folder::{Existing, FolderError, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
@@ -127,16 +128,20 @@ fn train(
         }),
         stop,
     });
-    screen.finish();
+    let shown = screen.finish();
     telemetry.shutdown();
     let exit = conclude(ended, heard, args.fresh)?;
-    if exit == Exit::Done
+    if !shown {
+        last_words(
+            "tarazed: standard output takes nothing, so the end of the run is not shown; its files hold everything",
+        );
+    } else if exit == Exit::Done
         && let Err(failure) = crate::finale::tell(crate::output::short(&dir), &args.config)
     {
-        eprintln!(
+        last_words(&format!(
             "tarazed: the run is done, but its end cannot be shown: {}",
             failure.message
-        );
+        ));
     }
     Ok(exit)
 }
@@ -186,13 +191,13 @@ fn stop_on_signals(heard: Arc<Heard>) -> Result<watch::Receiver<bool>, Failure> 
             if !heard.opened.load(Ordering::SeqCst) {
                 let message = "by a signal before training began; the same command begins again".to_owned();
                 let exit = Exit::Stopped;
-                eprintln!("{}", Failure { exit, message });
+                last_words(&Failure { exit, message }.to_string());
                 std::process::exit(i32::from(exit.code()));
             }
             // Nobody listens any more where the run has just ended.
             let _ = sender.send(true);
             next_signal(&mut signals).await;
-            eprintln!("tarazed: stopped at once by a second signal; the run resumes from its last checkpoint");
+            last_words("tarazed: stopped at once by a second signal; the run resumes from its last checkpoint");
             std::process::exit(i32::from(Exit::Transient.code()));
         });
     };
@@ -213,10 +218,10 @@ async fn next_signal(signals: &mut [tokio::signal::unix::Signal]) {
 }
 
 fn folder_failure(error: FolderError) -> Failure {
-    let exit = if error.transient {
-        Exit::Transient
-    } else {
-        Exit::Refused
+    let exit = match error.trouble {
+        Trouble::Unfit => Exit::Refused,
+        Trouble::Full => Exit::Halted,
+        Trouble::Failing => Exit::Transient,
     };
     Failure::new(exit, error.path, error.cause, error.remedy)
 }

@@ -3,6 +3,7 @@
 //! - Log lines go to a file in the run folder, and warnings to standard error too; `RUST_LOG` chooses others for both.
 //! - Spans and metrics go to an OTLP collector where `telemetry.otlp_endpoint` or `OTEL_EXPORTER_OTLP_ENDPOINT` names
 //!   one. Without one no exporter, no queue and no thread exists, and a span costs a level check.
+//! - The controller's lines for standard error wait in a bounded queue: a terminal that stands still blocks nobody.
 //! - A collector that is down, slow or gone costs spans, never a step: spans wait in a bounded queue and are dropped when
 //!   it is full, exports run on a thread of their own with a time limit, and the flush at exit is bounded.
 //!
@@ -15,18 +16,21 @@
 mod metrics;
 #[cfg(feature = "otlp")]
 mod otlp;
-pub mod traceparent;
 
 pub use metrics::{Metrics, StepSample};
 
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, is_full};
+use crate::outlet::{DRAIN_TIMEOUT_MS, Feed, Outlet, last_words};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 use tarazed_domain::config::TelemetryConfig;
 use tarazed_domain::{Incarnation, WorkerId};
 use tracing::Dispatch;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
 
@@ -79,12 +83,15 @@ pub fn endpoint(config: &TelemetryConfig, variable: Option<String>) -> Option<St
         .filter(|endpoint| !endpoint.is_empty())
 }
 
-/// The running exporters, if any. Call [`Telemetry::shutdown`] at exit; dropping it loses what waits.
+/// The running exporters, if any, and what waits for standard error. Call [`Telemetry::shutdown`] at exit; dropping it
+/// may lose what waits.
 #[derive(Debug, Default)]
 pub struct Telemetry {
     #[cfg(feature = "otlp")]
     exporters: Option<otlp::Exporters>,
     metrics: Metrics,
+    /// Log lines on their way to standard error; none where they are written at once.
+    stderr: Option<Outlet<Vec<u8>>>,
 }
 
 impl Telemetry {
@@ -103,11 +110,16 @@ impl Telemetry {
         return false;
     }
 
-    /// Sends what waits, for at most [`FLUSH_TIMEOUT_MS`], and stops the exporters.
+    /// Sends what waits, for at most [`FLUSH_TIMEOUT_MS`], and stops the exporters; then standard error has
+    /// [`DRAIN_TIMEOUT_MS`] to take what waits for it.
     pub fn shutdown(self) {
         #[cfg(feature = "otlp")]
         if let Some(exporters) = self.exporters {
             exporters.shutdown();
+        }
+        if let Some(stderr) = self.stderr {
+            // What it does not take stands in the log file.
+            let _ = stderr.drain(Duration::from_millis(DRAIN_TIMEOUT_MS));
         }
     }
 }
@@ -115,7 +127,7 @@ impl Telemetry {
 /// Sets up logs and exporters for the whole process.
 ///
 /// # Errors
-/// Refused where the endpoint cannot be one, or the log file cannot be opened; transient where the disk is full.
+/// Refused where the endpoint cannot be one, or the log file cannot be opened; halted where the disk is full.
 ///
 /// # Panics
 /// If it was called before: one process has one subscriber.
@@ -135,9 +147,10 @@ pub fn init(settings: &Settings) -> Result<Telemetry, Failure> {
 /// As [`init`].
 pub fn build(settings: &Settings) -> Result<(Dispatch, Telemetry), Failure> {
     let wanted = wanted_levels(std::env::var("RUST_LOG").ok().as_deref());
+    let (stderr, writer) = standard_error(settings.role)?;
     let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = vec![
         tracing_subscriber::fmt::layer()
-            .with_writer(std::io::stderr)
+            .with_writer(writer)
             .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
             .with_filter(wanted.clone().unwrap_or_else(|| on_stderr(settings.role)))
             .boxed(),
@@ -154,11 +167,47 @@ pub fn build(settings: &Settings) -> Result<(Dispatch, Telemetry), Failure> {
                 .boxed(),
         );
     }
-    let telemetry = match &settings.endpoint {
+    let mut telemetry = match &settings.endpoint {
         None => Telemetry::default(),
         Some(endpoint) => add_exporters(&mut layers, settings, endpoint)?,
     };
+    telemetry.stderr = stderr;
     Ok((Dispatch::new(tracing_subscriber::registry().with(layers)), telemetry))
+}
+
+/// Where log lines for standard error go. A rank's is a file, which takes them at once, so that they outlive whatever
+/// ends it; the controller's may be a terminal, and no thread of a run waits for one.
+fn standard_error(role: Role) -> Result<(Option<Outlet<Vec<u8>>>, BoxMakeWriter), Failure> {
+    if role != Role::Controller {
+        return Ok((None, BoxMakeWriter::new(std::io::stderr)));
+    }
+    let write = |_dropped, line: Vec<u8>| {
+        // Where standard error is gone, the log file has the line.
+        let _ = std::io::stderr().write_all(&line);
+    };
+    let outlet = Outlet::start("stderr", |_| false, write).map_err(|e| {
+        Failure::transient(
+            "threads",
+            format!("cannot be started ({e})"),
+            "free resources and try again",
+        )
+    })?;
+    let feed = outlet.feed();
+    Ok((Some(outlet), BoxMakeWriter::new(move || LineWriter(feed.clone()))))
+}
+
+/// Queues each line: a log line comes in one write.
+struct LineWriter(Feed<Vec<u8>>);
+
+impl Write for LineWriter {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        self.0.put(line.to_vec());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(feature = "otlp")]
@@ -173,6 +222,7 @@ fn add_exporters(
     Ok(Telemetry {
         metrics: Metrics::over(exporters.meter()),
         exporters: Some(exporters),
+        stderr: None,
     })
 }
 
@@ -209,7 +259,7 @@ fn own(level: LevelFilter) -> Targets {
 fn wanted_levels(variable: Option<&str>) -> Option<Targets> {
     let text = variable.filter(|text| !text.trim().is_empty())?;
     text.parse()
-        .inspect_err(|error| eprintln!("tarazed: RUST_LOG={text} is ignored: {error}"))
+        .inspect_err(|error| last_words(&format!("tarazed: RUST_LOG={text} is ignored: {error}")))
         .ok()
 }
 
@@ -218,12 +268,8 @@ fn open_log(path: &Path) -> Result<std::fs::File, Failure> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::OpenOptions::new().create(true).append(true).open(path))
         .map_err(|e| {
-            let full = matches!(
-                e.kind(),
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-            );
             Failure::new(
-                if full { Exit::Transient } else { Exit::Refused },
+                if is_full(&e) { Exit::Halted } else { Exit::Refused },
                 path.display(),
                 format!("cannot be opened for the log ({e})"),
                 "check the run folder's permissions and free space",
@@ -268,9 +314,7 @@ mod tests {
         tracing::dispatcher::with_default(&dispatch, || {
             tracing::info!(target: "tarazed_actors::root", "generation 1");
             tracing::info!(target: "h2::client", "somebody else's detail");
-            tracing::info_span!(target: "tarazed_train::step", "step").in_scope(|| {
-                assert!(traceparent::current().is_none(), "nothing to carry without a collector");
-            });
+            tracing::info_span!(target: "tarazed_train::step", "step").in_scope(|| ());
         });
         let log = std::fs::read_to_string(dir.path().join("log/controller.log")).expect("a log");
         assert!(log.contains("generation 1"), "{log}");

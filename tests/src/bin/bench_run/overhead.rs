@@ -2,21 +2,27 @@
 //! that both have.
 //!
 //! Replicas can be switched off (`optimizer.replicas = 1`): no forwarding of reduced gradients, no second update, nothing to
-//! compare. Block hashes and the barrier cannot, as the trace needs both; so the hashes are timed by themselves, over the
-//! bytes of one rank's shards on one thread, and the barrier by the run's own clock of its phases, waiting for the slowest
-//! rank included.
+//! compare. Block hashes and the barrier cannot, as the trace needs both. So the hashes are timed by themselves, as all
+//! ranks make them at once over what each holds, and the barrier by the run's own clock of its phases, waiting for the
+//! slowest rank included.
+//!
+//! The whole cost is one ratio, by round: a step with all of it over a step with none of it, that is the step with one
+//! copy less the hashes of that copy and its barrier. It is an upper bound: hashes are made in the update's own pass over
+//! the state and not in one of theirs, and gradients would have to be waited for without a barrier, too.
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use std::path::Path;
 use std::time::Instant;
 use tarazed_domain::BlockIndex;
 use tarazed_domain::config::Config;
-use tarazed_kernels::{BlockHash, Blocks, CpuDevice, Device, Precision, View};
+use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, CpuStream, Device, Precision, View};
 use tarazed_tests::figures::{Figures, Summary};
 use tarazed_tests::harness::{Project, Run};
 
 /// Steps at the start of a run that do not count.
 const WARM_UP_STEPS: u64 = 5;
+/// Times that the hashes are made in each round.
+const HASH_TURNS: usize = 15;
 
 struct Side {
     step_ms: f64,
@@ -25,7 +31,8 @@ struct Side {
 
 pub fn measure(config: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<Figures> {
     let project = Project::of(config);
-    let (mut on_ms, mut off_ms, mut barrier_ms, mut ratios) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let loaded = Config::load(config, &[])?;
+    let mut seen = Rounds::default();
     for round in 0..rounds {
         let side = |replicas: u32| run(&project, ranks, steps, replicas, round);
         // The order alternates, so that neither side always meets the warmer machine.
@@ -36,42 +43,87 @@ pub fn measure(config: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<F
             let off = side(1);
             (side(2), off)
         };
+        seen.add(&on, &off, hash_ms(&loaded, ranks, 1)?, hash_ms(&loaded, ranks, 2)?);
+    }
+    Ok(seen.report())
+}
+
+/// What each round gave.
+#[derive(Default)]
+struct Rounds {
+    on_ms: Vec<f64>,
+    off_ms: Vec<f64>,
+    barrier_ms: Vec<f64>,
+    hash_one_ms: Vec<f64>,
+    hash_two_ms: Vec<f64>,
+    /// With replicas over without.
+    ratios: Vec<f64>,
+    /// With everything over nothing.
+    whole: Vec<f64>,
+}
+
+impl Rounds {
+    fn add(&mut self, on: &Side, off: &Side, hash_one_ms: f64, hash_two_ms: f64) {
+        let ratio = on.step_ms / off.step_ms;
+        let whole = on.step_ms / (off.step_ms - hash_one_ms - off.barrier_ms);
+        self.on_ms.push(on.step_ms);
+        self.off_ms.push(off.step_ms);
+        self.barrier_ms.push(off.barrier_ms);
+        self.hash_one_ms.push(hash_one_ms);
+        self.hash_two_ms.push(hash_two_ms);
+        self.ratios.push(ratio);
+        self.whole.push(whole);
         println!(
-            "round {}: {:.1} ms with replicas, {:.1} ms without, ratio {:.4}",
-            round + 1,
+            "round {}: {:.1} ms with replicas, {:.1} ms without, ratio {ratio:.4}; hashes {hash_one_ms:.2} ms and barrier \
+             {:.2} ms of the latter, whole ratio {whole:.4}",
+            self.whole.len(),
             on.step_ms,
             off.step_ms,
-            on.step_ms / off.step_ms
+            off.barrier_ms,
         );
-        ratios.push(on.step_ms / off.step_ms);
-        barrier_ms.push(on.barrier_ms);
-        on_ms.push(on.step_ms);
-        off_ms.push(off.step_ms);
     }
-    let hash_ms = hash_ms(&Config::load(config, &[])?, ranks)?;
-    let (on, off) = (Summary::of(&on_ms), Summary::of(&off_ms));
-    let (ratio, barrier) = (Summary::of(&ratios), Summary::of(&barrier_ms));
-    let share = |ms: f64| 100.0 * ms / on.median;
-    println!("step with replicas     {on} ms");
-    println!("step without           {off} ms");
-    println!("ratio                  {ratio}");
-    println!(
-        "hashes of one rank's two copies {hash_ms:.2} ms, {:.2}% of a step",
-        share(hash_ms)
-    );
-    println!(
-        "barrier                {:.2} ms, {:.2}% of a step, waiting included",
-        barrier.median,
-        share(barrier.median)
-    );
-    Ok(Figures::new("overhead")
-        .number("hash_ms", hash_ms)
-        .number("hash_percent", share(hash_ms))
-        .number("barrier_percent", share(barrier.median))
-        .summary("with_replicas_ms", on)
-        .summary("without_replicas_ms", off)
-        .summary("ratio", ratio)
-        .summary("barrier_ms", barrier))
+
+    fn report(&self) -> Figures {
+        let (on, off) = (Summary::of(&self.on_ms), Summary::of(&self.off_ms));
+        let (ratio, barrier) = (Summary::of(&self.ratios), Summary::of(&self.barrier_ms));
+        let (hash_one, hash_two) = (Summary::of(&self.hash_one_ms), Summary::of(&self.hash_two_ms));
+        let whole = Summary::of(&self.whole);
+        let share = |ms: f64| 100.0 * ms / off.median;
+        println!("step with replicas     {on} ms");
+        println!("step without           {off} ms");
+        println!("ratio                  {ratio}");
+        println!(
+            "hashes of one copy     {hash_one} ms, {:.2}% of a step without",
+            share(hash_one.median)
+        );
+        println!("hashes of two copies   {hash_two} ms");
+        println!(
+            "barrier                {barrier} ms, {:.2}% of a step without, waiting included",
+            share(barrier.median)
+        );
+        println!(
+            "fault tolerance, whole {whole}: a step with all of it costs {:+.1}%, {:+.1}% to {:+.1}% by round",
+            percent(whole.median),
+            percent(whole.least),
+            percent(whole.most)
+        );
+        Figures::new("overhead")
+            .number("hash_percent", share(hash_one.median))
+            .number("barrier_percent", share(barrier.median))
+            .number("whole_percent", percent(whole.median))
+            .summary("with_replicas_ms", on)
+            .summary("without_replicas_ms", off)
+            .summary("ratio", ratio)
+            .summary("hash_one_copy_ms", hash_one)
+            .summary("hash_two_copies_ms", hash_two)
+            .summary("barrier_ms", barrier)
+            .summary("whole_ratio", whole)
+    }
+}
+
+/// What a ratio adds, in percent.
+fn percent(ratio: f64) -> f64 {
+    100.0 * (ratio - 1.0)
 }
 
 fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -> Side {
@@ -99,33 +151,62 @@ fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -
     }
 }
 
-/// Hashing what one of `ranks` ranks holds: its share of two copies of the state.
-fn hash_ms(config: &Config, ranks: u32) -> Result<f64> {
+/// Hashing what all of `ranks` ranks hold, each on a thread, all at once: from the first to the last, the start of the
+/// threads included. They share the processors as the ranks of a run do.
+fn hash_ms(config: &Config, ranks: u32, copies: usize) -> Result<f64> {
     let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
-    let block_count = (2 * layout.block_count()).div_ceil(ranks as usize);
-    let device = CpuDevice::new();
-    let mut stream = device.stream()?;
-    let elements = block_count * layout.block_elements();
-    let buffers = [0, 1, 2].map(|_| device.alloc(elements, Precision::Full));
-    let [master, first, second] = buffers;
-    let (master, first, second) = (master?, first?, second?);
-    let blocks = Blocks {
-        first: BlockIndex(0),
-        block_elements: layout.block_elements(),
-    };
+    let block_count = (copies * layout.block_count()).div_ceil(ranks as usize);
+    let mut held = (0..ranks)
+        .map(|_| Held::new(layout.block_elements(), block_count))
+        .collect::<Result<Vec<_>>>()?;
     let mut times_ms = Vec::new();
-    for _ in 0..15 {
-        let mut hashes = vec![BlockHash::default(); block_count];
+    for _ in 0..HASH_TURNS {
         let began = Instant::now();
-        device.block_hashes(
-            &mut stream,
-            blocks,
-            View::from(&master),
-            View::from(&first),
-            View::from(&second),
-            &mut hashes,
-        )?;
+        let hashed: Vec<Result<()>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = held.iter_mut().map(|held| scope.spawn(|| held.hash())).collect();
+            let ended = threads.into_iter().map(|thread| thread.join());
+            ended
+                .map(|ended| ended.unwrap_or_else(|_| Err(anyhow!("a thread that hashes panicked"))))
+                .collect()
+        });
         times_ms.push(began.elapsed().as_secs_f64() * 1e3);
+        hashed.into_iter().collect::<Result<()>>()?;
     }
     Ok(Summary::of(&times_ms).median)
+}
+
+/// What one rank holds: a share of the copies of the state.
+struct Held {
+    device: CpuDevice,
+    stream: CpuStream,
+    /// Master weights and both moments.
+    state: [CpuBuffer; 3],
+    block_elements: usize,
+    hashes: Vec<BlockHash>,
+}
+
+impl Held {
+    fn new(block_elements: usize, block_count: usize) -> Result<Self> {
+        let device = CpuDevice::new();
+        let alloc = || device.alloc(block_count * block_elements, Precision::Full);
+        Ok(Self {
+            device,
+            stream: device.stream()?,
+            state: [alloc()?, alloc()?, alloc()?],
+            block_elements,
+            hashes: vec![BlockHash::default(); block_count],
+        })
+    }
+
+    fn hash(&mut self) -> Result<()> {
+        let blocks = Blocks {
+            first: BlockIndex(0),
+            block_elements: self.block_elements,
+        };
+        let [master, first, second] = self.state.each_ref().map(View::from);
+        let hashes = &mut self.hashes;
+        self.device
+            .block_hashes(&mut self.stream, blocks, master, first, second, hashes)?;
+        Ok(())
+    }
 }

@@ -4,7 +4,8 @@
 //! a machine that slows down or is shared slows all three. The losses are printed side by side and must agree, or the
 //! sides did not do the same work and the numbers are refused. See `tests/bench/README.md`.
 //!
-//! What this does not measure: data, barriers, checkpoints, more than one rank.
+//! Ours is the very step of a run of one rank: block hashes, the hash of the whole state and the trace line included,
+//! though PyTorch has nothing of the kind. What this does not measure: data, checkpoints, more than one rank.
 
 mod ours;
 mod pytorch;
@@ -142,7 +143,7 @@ fn main() -> Result<()> {
 /// Runs all contenders on one config and prints its table.
 fn measure(arguments: &Arguments, name: &str, config: &BenchConfig) -> Result<Measurement> {
     let tokens = batches(config);
-    let mut ours = Ours::new(config, arguments.threads)?;
+    let mut ours = Ours::new(config, arguments.threads, &tokens)?;
     let mut others = Vec::new();
     if let Some(python) = &arguments.python {
         for mode in &arguments.modes {
@@ -161,7 +162,7 @@ fn measure(arguments: &Arguments, name: &str, config: &BenchConfig) -> Result<Me
         for turn in 0..columns.len() {
             let who = (round + turn) % columns.len();
             let step = match who {
-                0 => ours.step(&tokens[round % BATCH_COUNT])?,
+                0 => ours.step(round % BATCH_COUNT)?,
                 other => others[other - 1].step(round)?,
             };
             columns[who].steps.push(step);

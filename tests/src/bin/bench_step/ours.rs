@@ -1,97 +1,92 @@
-//! Our side: one rank whose threads take lanes, fold their gradients along the lane tree, clip and update.
+//! Our side: the step that training runs, `tarazed_train::step::run_step`, on one rank.
+//!
+//! The rank is begun as the device thread begins one: a plan that initialises every optimizer shard, a world of one, a
+//! mesh to nobody. Feeding lies outside the clock, as it does in a run, where the feeder is steps ahead.
 
 use crate::{BenchConfig, Timed};
-use anyhow::{Result, anyhow};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use anyhow::{Context, Result, ensure};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
-use tarazed_domain::config::OptimizerConfig;
-use tarazed_domain::lanes::{TreeFold, sum_over_lanes};
-use tarazed_domain::{BlockIndex, LaneIndex, LaneRange, LaneTree, Node, ParameterLayout};
-use tarazed_kernels::{
-    AdamwStep, BlockHash, Blocks, CpuBuffer, CpuDevice, CpuStream, Device, OptimizerState, Precision, View, ViewMut,
+use tarazed_domain::config::{Config, LearningRateSchedule};
+use tarazed_domain::{
+    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, ParameterLayout, Rank, StepIndex,
+    StepsCompleted, WorkerId,
 };
-use tarazed_model::{Model, Workspace, initialise, parameter_layout};
+use tarazed_fabric::{LocalMesh, local_mesh};
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
+use tarazed_train::StepError;
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, StepBatch};
+use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
+use tarazed_train::state::RankState;
+use tarazed_train::step::{Wishes, run_step};
+use tarazed_train::waiting::Waiting;
+use tarazed_train::world::World;
 
 /// Seed of the initial weights; any would do.
 const SEED: u64 = 1;
+const GENERATION: Generation = Generation(1);
 
-/// The state of a run of one rank.
+/// One rank, begun.
 pub struct Ours {
-    device: CpuDevice,
-    model: Model<CpuDevice>,
-    layout: ParameterLayout,
-    optimizer: OptimizerConfig,
-    tree: LaneTree,
-    /// Tokens of one sequence (context + 1), of one micro-batch, of one lane.
-    micro_batch_tokens: usize,
-    lane_tokens: usize,
-    predictions: usize,
+    state: RankState<CpuDevice>,
+    world: World,
+    fabric: LocalMesh,
+    batches: Vec<StepBatch>,
     initial: Vec<f32>,
-    weights: CpuBuffer,
-    master: CpuBuffer,
-    first_moment: CpuBuffer,
-    second_moment: CpuBuffer,
-    stream: CpuStream,
-    workspaces: Vec<Workspace<CpuDevice>>,
-    pool: Mutex<Vec<CpuBuffer>>,
-    steps_completed: u64,
-}
-
-/// What the threads of one step share.
-struct Lanes {
-    next: AtomicU32,
-    fold: Mutex<TreeFold<CpuBuffer>>,
-    losses: Mutex<Vec<f64>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    steps_completed: StepsCompleted,
 }
 
 impl Ours {
-    /// Initial weights and memory for `threads` threads.
-    pub fn new(config: &BenchConfig, threads: usize) -> Result<Self> {
-        let device = CpuDevice::new();
-        let layout = parameter_layout(&config.model, config.optimizer.block_elements);
-        let model = Model::new(&config.model, &layout, device)?;
-        let mut initial = vec![0.0; layout.flat_elements()];
-        initialise(&layout, &config.model, SEED, 0..layout.flat_elements(), &mut initial);
-        let mut stream = device.stream()?;
-        let zeros = |precision| device.alloc(layout.flat_elements(), precision);
-        let (mut weights, mut master) = (zeros(Precision::Working)?, zeros(Precision::Full)?);
-        let (first_moment, second_moment) = (zeros(Precision::Full)?, zeros(Precision::Full)?);
-        device.upload(&mut stream, &initial, ViewMut::from(&mut weights))?;
-        device.upload(&mut stream, &initial, ViewMut::from(&mut master))?;
-        let micro_batch = config.batch.micro_batch_sequences as usize;
-        let workspaces = (0..threads)
-            .map(|_| model.workspace(micro_batch))
-            .collect::<Result<_, _>>()?;
-        let sequence_tokens = config.model.context + 1;
+    /// A rank of `threads` threads with initial weights, and `tokens`, one global batch each, as it is fed them.
+    pub fn new(bench: &BenchConfig, threads: usize, tokens: &[Vec<u32>]) -> Result<Self> {
+        let config = Arc::new(whole_config(bench, threads)?);
+        let tree = LaneTree::new(config.batch.lanes);
+        let lanes = LaneRange {
+            start: 0,
+            end: tree.lane_count(),
+        };
+        let mut state = RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default())?;
+        let plan = plan(lanes, state.shard_layout.shard_count());
+        let world = World::new(&plan, member(), tree, state.shard_layout).context("a world without its only rank")?;
+        let mut fabric = local_mesh(1, GENERATION)
+            .pop()
+            .context("a mesh without its only rank")?;
+        let feeder = feeder(&config, tokens)?;
+        let mut means = Means {
+            fabric: &mut fabric,
+            feeder: &feeder,
+            source: &Nothing,
+            switches: &Switches::default(),
+            reporter: &Nothing,
+        };
+        generation::run(&mut state, &world, &plan, &mut means)?;
+        let count = tokens.len() as u64;
+        feeder.begin(
+            cursor(&config, count)?,
+            GENERATION,
+            lanes,
+            StepIndex(0),
+            StepsCompleted(count),
+        );
+        let batches = (0..count).map(|step| feeder.next(StepIndex(step), &AtomicBool::new(false)));
         Ok(Self {
-            tree: LaneTree::new(config.batch.lanes),
-            micro_batch_tokens: micro_batch * sequence_tokens,
-            lane_tokens: config.batch.sequences_per_lane as usize * sequence_tokens,
-            predictions: config.sequences() * config.model.context,
-            optimizer: config.optimizer.clone(),
-            pool: Mutex::default(),
-            steps_completed: 0,
-            device,
-            model,
-            layout,
-            initial,
-            weights,
-            master,
-            first_moment,
-            second_moment,
-            stream,
-            workspaces,
+            batches: batches.collect::<Result<_, _>>()?,
+            initial: state.weights.to_vec(),
+            steps_completed: StepsCompleted(0),
+            state,
+            world,
+            fabric,
         })
     }
 
     /// Where tensors lie in [`Ours::initial`].
     pub const fn layout(&self) -> &ParameterLayout {
-        &self.layout
+        &self.state.layout
     }
 
     /// The flat initial weights.
@@ -101,146 +96,165 @@ impl Ours {
 
     /// Parameters, padding not counted.
     pub const fn parameter_count(&self) -> usize {
-        self.layout.parameter_count()
+        self.state.layout.parameter_count()
     }
 
-    /// One update on the global batch `tokens`.
-    pub fn step(&mut self, tokens: &[u32]) -> Result<Timed> {
+    /// One update on the global batch of that index.
+    pub fn step(&mut self, batch: usize) -> Result<Timed> {
+        let mut batch = self.batches[batch].clone();
+        batch.step = self.steps_completed.next();
         let (start, cpu) = (Instant::now(), cpu_seconds());
-        let (loss, gradient) = self.gradient(tokens)?;
-        let gradient_norm = self.update(&gradient)?;
-        lock(&self.pool).push(gradient);
-        let seconds = start.elapsed().as_secs_f64();
+        let line = run_step(
+            &mut self.state,
+            &self.world,
+            &mut self.fabric,
+            &batch,
+            Wishes::default(),
+        )?;
+        let (seconds, cpu_seconds) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+        self.steps_completed = line.step;
+        self.state.acknowledge(line.step);
         Ok(Timed {
             seconds,
-            cpu_seconds: cpu_seconds() - cpu,
-            loss,
-            gradient_norm,
+            cpu_seconds,
+            loss: line.loss,
+            gradient_norm: line.grad_norm,
             peak_mib: peak_mib(),
         })
     }
+}
 
-    /// Mean token loss of the global batch and its gradient, folded over the lanes.
-    fn gradient(&mut self, tokens: &[u32]) -> Result<(f64, CpuBuffer)> {
-        let range = LaneRange {
-            start: 0,
-            end: self.tree.lane_count(),
-        };
-        let lanes = Lanes {
-            next: AtomicU32::new(0),
-            fold: Mutex::new(TreeFold::new(self.tree, range)),
-            losses: Mutex::new(vec![0.0; range.len()]),
-        };
-        let mut workspaces = std::mem::take(&mut self.workspaces);
-        let outcome: Result<()> = std::thread::scope(|scope| {
-            let threads: Vec<_> = workspaces
-                .iter_mut()
-                .map(|w| scope.spawn(|| self.take_lanes(&lanes, w, tokens)))
-                .collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a lane's thread panicked"))?)
-        });
-        self.workspaces = workspaces;
-        outcome?;
-        let losses = lanes.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let loss = sum_over_lanes(self.tree, losses, |left, right| left + right) / self.predictions as f64;
-        let mut nodes = lanes
-            .fold
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-            .into_nodes();
-        let (_, gradient) = nodes.pop().ok_or_else(|| anyhow!("no lane was folded"))?;
-        Ok((loss, gradient))
+/// The sections measured, in a config of one rank whose learning rate stays level, as PyTorch's does.
+fn whole_config(bench: &BenchConfig, threads: usize) -> Result<Config> {
+    let mut config: toml::Table = toml::from_str(&format!(
+        "[run]\nname = \"bench\"\nseed = {SEED}\nsteps = 1\n\
+         [[data.domains]]\nname = \"tokens\"\npath = \"tokens\"\nlanguage = \"en\"\nweight = 1.0\n\
+         [data.tokenizer]\nvocabulary = {}\n\
+         [evaluation]\ninterval_steps = 0\n\
+         [checkpoint]\ninterval_steps = 0\n\
+         [cluster]\nranks = 1\nthreads_per_rank = {threads}\n",
+        bench.model.vocabulary
+    ))?;
+    let mut optimizer = bench.optimizer.clone();
+    optimizer.schedule = LearningRateSchedule::Constant { warmup_steps: 0 };
+    optimizer.replicas = 1;
+    config.insert("model".to_owned(), toml::Value::try_from(&bench.model)?);
+    config.insert("batch".to_owned(), toml::Value::try_from(&bench.batch)?);
+    config.insert("optimizer".to_owned(), toml::Value::try_from(&optimizer)?);
+    Ok(Config::parse(&config.to_string(), "bench", &[], Path::new(""))?)
+}
+
+const fn member() -> Member {
+    Member {
+        worker: WorkerId(0),
+        incarnation: Incarnation(0),
     }
+}
 
-    fn take_lanes(&self, lanes: &Lanes, workspace: &mut Workspace<CpuDevice>, tokens: &[u32]) -> Result<()> {
-        loop {
-            let lane = lanes.next.fetch_add(1, Ordering::Relaxed);
-            if lane >= self.tree.lane_count() {
-                return Ok(());
-            }
-            let mut gradient = self.zeroed(workspace)?;
-            let mut loss = 0.0;
-            let samples = &tokens[lane as usize * self.lane_tokens..][..self.lane_tokens];
-            for part in samples.chunks(self.micro_batch_tokens) {
-                let scale = 1.0 / self.predictions as f32;
-                let abort = AtomicBool::new(false);
-                let losses =
-                    self.model
-                        .forward_backward(&self.weights, &mut gradient, workspace, part, scale, &abort)?;
-                loss += losses.iter().sum::<f64>();
-            }
-            lock(&lanes.losses)[lane as usize] = loss;
-            self.fold(lanes, workspace, Node::leaf(LaneIndex(lane)), gradient)?;
+/// A generation of one rank that holds everything, begun from the seed.
+fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
+    let holder = ShardHolder {
+        rank: Rank(0),
+        origin: ShardOrigin::Initialise,
+    };
+    BeginPlan {
+        generation: GENERATION,
+        roster: vec![RosterEntry {
+            member: member(),
+            address: String::new(),
+            lanes,
+        }],
+        base: StepsCompleted(0),
+        outcome: None,
+        shards: vec![vec![holder]; shard_count],
+        restore: None,
+        acknowledged: StepsCompleted(0),
+        decisions: Vec::new(),
+        decided: StepsCompleted(0),
+        last_step: StepsCompleted(0),
+        checkpoint_at_base: false,
+    }
+}
+
+/// One domain whose only epoch is the batches.
+fn cursor(config: &Config, batches: u64) -> Result<DataCursor> {
+    let sequences_per_step = config.batch.lanes * config.batch.sequences_per_lane;
+    let recipe = Recipe {
+        seed: SEED,
+        domains: vec![DomainRecipe {
+            name: "tokens".to_owned(),
+            train_sequences: u64::from(sequences_per_step) * batches,
+            weight: 1.0,
+        }],
+        sequences_per_step,
+        data_version: [0; 32],
+    };
+    Ok(DataCursor::new(recipe, &config.mixture)?)
+}
+
+/// A feeder whose source undoes the shuffle: batch `b` is `tokens[b]`, in order.
+fn feeder(config: &Config, tokens: &[Vec<u32>]) -> Result<Arc<Feeder>> {
+    let context = config.model.context;
+    let mut shuffled = cursor(config, tokens.len() as u64)?;
+    let mut sequences = HashMap::new();
+    for (step, batch) in (0..).zip(tokens) {
+        let samples = shuffled.plan(StepIndex(step))?.samples;
+        ensure!(
+            samples.len() * (context + 1) == batch.len(),
+            "a batch is not the global batch"
+        );
+        for (sample, tokens) in samples.iter().zip(batch.chunks(context + 1)) {
+            sequences.insert(sample.sequence, tokens.to_vec());
         }
     }
+    let rules = FeedRules {
+        context,
+        lane_count: config.batch.lanes,
+        domain_count: 1,
+        evaluation_interval_steps: 0,
+        held_out_sequences_max: 0,
+    };
+    // On this thread: there is nothing to be ahead of.
+    let alone = Waiting::GivingWay(Arc::new(|| ()));
+    Ok(Feeder::with_waiting(
+        shuffled,
+        rules,
+        Arc::new(Tokens(sequences)),
+        alone,
+    ))
+}
 
-    fn zeroed(&self, workspace: &mut Workspace<CpuDevice>) -> Result<CpuBuffer> {
-        let elements = self.layout.flat_elements();
-        let pooled = lock(&self.pool).pop();
-        let Some(mut buffer) = pooled else {
-            return Ok(self.device.alloc(elements, Precision::Full)?);
-        };
-        self.device
-            .zero(workspace.stream(), ViewMut::from(&mut buffer), elements)?;
-        Ok(buffer)
+struct Tokens(HashMap<u64, Vec<u32>>);
+
+impl SampleSource for Tokens {
+    fn held_out_sequences(&self, _: DomainIndex) -> u64 {
+        0
     }
 
-    fn fold(&self, lanes: &Lanes, workspace: &mut Workspace<CpuDevice>, node: Node, gradient: CpuBuffer) -> Result<()> {
-        let (mut node, mut value) = (node, gradient);
-        loop {
-            let offered = lock(&lanes.fold).offer(node, value);
-            let Some((mut left, right, parent)) = offered else {
-                return Ok(());
-            };
-            let len = self.device.len(&left);
-            self.device
-                .fold(workspace.stream(), ViewMut::from(&mut left), View::from(&right), len)?;
-            lock(&self.pool).push(right);
-            (node, value) = (parent, left);
-        }
+    fn training(&self, _: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
+        let tokens = self.0.get(&sequence).ok_or_else(|| format!("no sequence {sequence}"))?;
+        out.copy_from_slice(tokens);
+        Ok(())
     }
 
-    /// Clips and updates; returns the norm before clipping.
-    fn update(&mut self, gradient: &CpuBuffer) -> Result<f64> {
-        let block_elements = self.layout.block_elements();
-        let block_count = self.layout.block_count();
-        let mut sums = vec![0.0; block_count];
-        self.device
-            .square_sums(&mut self.stream, View::from(gradient), block_elements, &mut sums)?;
-        let gradient_norm = sums.iter().sum::<f64>().sqrt();
-        self.steps_completed += 1;
-        let decays = |block: &usize| self.layout.block_decays(BlockIndex(*block as u32));
-        let decayed = (0..block_count).filter(decays).count();
-        for (run, weight_decay) in [(0..decayed, self.optimizer.weight_decay), (decayed..block_count, 0.0)] {
-            let offset = run.start * block_elements;
-            let call = AdamwStep {
-                learning_rate: self.optimizer.learning_rate,
-                beta1: self.optimizer.beta1,
-                beta2: self.optimizer.beta2,
-                eps: self.optimizer.eps,
-                weight_decay,
-                gradient_scale: (self.optimizer.clip_norm / gradient_norm).min(1.0) as f32,
-                step: self.steps_completed,
-            };
-            let state = OptimizerState {
-                master: ViewMut::at(&mut self.master, offset),
-                first_moment: ViewMut::at(&mut self.first_moment, offset),
-                second_moment: ViewMut::at(&mut self.second_moment, offset),
-            };
-            let blocks = Blocks {
-                first: BlockIndex(run.start as u32),
-                block_elements,
-            };
-            let working = Some(ViewMut::at(&mut self.weights, offset));
-            let mut hashes = vec![BlockHash::default(); run.len()];
-            let gradient = View::at(gradient, offset);
-            self.device
-                .adamw(&mut self.stream, &call, blocks, gradient, state, working, &mut hashes)?;
-        }
-        Ok(gradient_norm)
+    fn held_out(&self, _: DomainIndex, sequence: u64, _: &mut [u32]) -> Result<(), String> {
+        Err(format!("no held-out sequence {sequence}"))
     }
+}
+
+/// No store, and nobody to report to.
+struct Nothing;
+
+impl ShardSource for Nothing {
+    fn read(&self, from: &RestoreFrom, _: OptimizerShardIndex, _: &AtomicBool) -> Result<[Vec<f32>; 3], StepError> {
+        Err(StepError::Data(format!("{from:?}: there is no store")))
+    }
+}
+
+impl Reporter<CpuDevice> for Nothing {
+    fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+    fn line(&self, _: StepLine) {}
+    fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}
 }
 
 /// Processor time of this process and its threads, in ticks of a hundredth of a second (proc(5), fields 14 and 15).

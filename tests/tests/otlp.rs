@@ -1,85 +1,12 @@
 //! A real OTLP collector sees the spans and metrics of a run; one that is absent or mute costs nothing but them.
-#![cfg(feature = "otlp")]
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use h2::{RecvStream, server};
-use http::{HeaderMap, HeaderValue, Request, Response};
-use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::trace::v1::Span;
-use prost::Message;
 use std::time::{Duration, Instant};
-use tarazed::telemetry::{self, FLUSH_TIMEOUT_MS, Role, Settings, StepSample, traceparent};
+use tarazed::telemetry::{self, FLUSH_TIMEOUT_MS, Role, Settings, StepSample};
 use tarazed_domain::{Incarnation, WorkerId};
+use tarazed_tests::harness::{Collector, Export};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-
-/// A gRPC message stands behind one byte (0: not compressed) and its length.
-const PREFIX_BYTES: usize = 5;
-
-enum Seen {
-    Spans(ExportTraceServiceRequest),
-    Metrics(ExportMetricsServiceRequest),
-}
-
-/// A collector on plain HTTP/2. A server out of `tonic` would do, but its features would be those of the tests alone: the
-/// first `cargo run` and the tests would build most of the tree each for themselves.
-async fn collector() -> (String, UnboundedReceiver<Seen>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = listener.local_addr().expect("an address");
-    let (sender, seen) = unbounded_channel();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            let sender = sender.clone();
-            tokio::spawn(async move {
-                let mut connection = server::handshake(socket).await.expect("HTTP/2");
-                while let Some(Ok((request, respond))) = connection.accept().await {
-                    tokio::spawn(answer(request, respond, sender.clone()));
-                }
-            });
-        }
-    });
-    (format!("http://{address}"), seen)
-}
-
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, sender: UnboundedSender<Seen>) {
-    let path = request.uri().path().to_owned();
-    let mut body = request.into_body();
-    let mut received = Vec::new();
-    while let Some(data) = body.data().await {
-        let data = data.expect("a whole request");
-        body.flow_control().release_capacity(data.len()).expect("credit");
-        received.extend_from_slice(&data);
-    }
-    let (prefix, message) = received.split_at(PREFIX_BYTES);
-    let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
-    assert_eq!((prefix[0], length as usize), (0, message.len()), "one plain message");
-    let seen = match path.as_str() {
-        "/opentelemetry.proto.collector.trace.v1.TraceService/Export" => {
-            Seen::Spans(Message::decode(message).expect("spans"))
-        }
-        "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export" => {
-            Seen::Metrics(Message::decode(message).expect("metrics"))
-        }
-        other => panic!("{other} is no OTLP export"),
-    };
-    // An error means that the test is over.
-    let _ = sender.send(seen);
-    let head = Response::builder().header("content-type", "application/grpc");
-    let mut stream = respond
-        .send_response(head.body(()).expect("a response"), false)
-        .expect("sent");
-    stream
-        .send_data(Bytes::from_static(&[0; PREFIX_BYTES]), false)
-        .expect("an empty message");
-    let trailers = HeaderMap::from_iter([(
-        http::HeaderName::from_static("grpc-status"),
-        HeaderValue::from_static("0"),
-    )]);
-    stream.send_trailers(trailers).expect("sent");
-}
 
 fn settings(endpoint: String, worker: u32) -> Settings {
     Settings {
@@ -97,22 +24,17 @@ fn attribute(attributes: &[KeyValue], key: &str) -> Option<Value> {
         .and_then(|a| a.value.clone()?.value)
 }
 
-/// A step on one rank, and a recovery that another process began.
+/// A step on one rank, and a span within it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_sees_spans_metrics_and_who_sent_them() {
-    let (endpoint, mut seen) = collector().await;
-    let (dispatch, telemetry) = telemetry::build(&settings(endpoint, 3)).expect("built");
+    let collector = Collector::start();
+    let (dispatch, telemetry) = telemetry::build(&settings(collector.endpoint().to_owned(), 3)).expect("built");
     assert!(telemetry.exports());
-    let carried = tracing::dispatcher::with_default(&dispatch, || {
-        let step = tracing::info_span!(target: "tarazed_train::step", "step", step = 7);
-        let carried = step.in_scope(|| {
+    tracing::dispatcher::with_default(&dispatch, || {
+        tracing::info_span!(target: "tarazed_train::step", "step", step = 7).in_scope(|| {
             tracing::info_span!(target: "h2::client", "not ours").in_scope(|| ());
-            traceparent::current().expect("an exported span has an identity")
+            tracing::info_span!(target: "tarazed_train::step", "barrier").in_scope(|| ());
         });
-        let child = tracing::info_span!(target: "tarazed_actors::recovery", "recovery");
-        assert!(traceparent::adopt(&child, &carried));
-        child.in_scope(|| ());
-        carried
     });
     telemetry.metrics().step(&StepSample {
         step: 7,
@@ -129,9 +51,9 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
 
     let mut spans: Vec<Span> = Vec::new();
     let mut metrics: Vec<String> = Vec::new();
-    while let Ok(request) = seen.try_recv() {
-        match request {
-            Seen::Spans(request) => {
+    for export in collector.take() {
+        match export {
+            Export::Spans(request) => {
                 for sent in request.resource_spans {
                     let resource = sent.resource.expect("a resource").attributes;
                     let text = |key| attribute(&resource, key);
@@ -142,7 +64,7 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
                     spans.extend(sent.scope_spans.into_iter().flat_map(|scope| scope.spans));
                 }
             }
-            Seen::Metrics(request) => {
+            Export::Metrics(request) => {
                 let scopes = request.resource_metrics.into_iter().flat_map(|sent| sent.scope_metrics);
                 metrics.extend(scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name));
             }
@@ -150,14 +72,12 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
     }
     let mut names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
     names.sort_unstable();
-    assert_eq!(names, ["recovery", "step"], "our spans, and not the transport's");
+    assert_eq!(names, ["barrier", "step"], "our spans, and not the transport's");
     let find = |name: &str| spans.iter().find(|span| span.name == name).expect("seen");
-    let (step, recovery) = (find("step"), find("recovery"));
+    let (step, barrier) = (find("step"), find("barrier"));
     assert_eq!(attribute(&step.attributes, "step"), Some(Value::IntValue(7)));
-    assert_eq!(recovery.trace_id, step.trace_id);
-    assert_eq!(recovery.parent_span_id, step.span_id);
-    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-    assert_eq!(carried, format!("00-{}-{}-01", hex(&step.trace_id), hex(&step.span_id)));
+    assert_eq!(barrier.trace_id, step.trace_id);
+    assert_eq!(barrier.parent_span_id, step.span_id);
     metrics.sort_unstable();
     assert_eq!(
         metrics,

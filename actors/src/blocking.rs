@@ -1,0 +1,30 @@
+//! Work that blocks, beside the actors (SUP-4).
+//!
+//! On a runtime with one thread there is nothing to run beside: the work is done in place, so that a simulation in virtual
+//! time stays a function of its seed.
+
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+/// Runs `work` where it holds up nobody and waits for its result.
+///
+/// # Errors
+/// A message if it panicked.
+pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    if is_alone() {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())
+}
+
+/// Runs `work` where it holds up nobody, and does not wait.
+pub fn detach(work: impl FnOnce() + Send + 'static) {
+    if is_alone() {
+        work();
+    } else {
+        tokio::task::spawn_blocking(work);
+    }
+}
+
+fn is_alone() -> bool {
+    matches!(Handle::current().runtime_flavor(), RuntimeFlavor::CurrentThread)
+}

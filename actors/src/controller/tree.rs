@@ -1,0 +1,260 @@
+//! The controller's tree of actors, without its edges: the same one stands between real processes and in a simulation.
+//!
+//! The edges are what touches the world outside: the way to the ranks, the processes, the trace's file. They come with
+//! [`Tree::begin`], and what happens out there is told to the [`Ear`].
+
+use super::appender::{Appended, JsonLines, TraceSink};
+use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
+use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
+use super::loops::{LookAt, Loop, LoopRules};
+use super::observatory::{Observatory, ObservatoryArguments, ObservatoryMessage};
+use super::root::{Adopt, End, Root, RootMessage, RootState};
+use super::sharder::{OptimizerSharder, SharderMessage};
+use super::{Notify, RunError};
+use crate::link::{HubEvent, ToRanks};
+use crate::node::{NodeEvent, Processes};
+use crate::run_folder::RunPaths;
+use ractor::{Actor, ActorCell, ActorRef};
+use std::sync::Arc;
+use std::time::Duration;
+use tarazed_domain::config::Config;
+use tarazed_domain::{LaneTree, StepsCompleted};
+use tarazed_protocol::checkpoint::CheckpointTracker;
+use tarazed_protocol::coordinator::{Coordinator as Machine, Options};
+use tarazed_protocol::ledger::Ledger;
+use tarazed_protocol::trace::TraceLine;
+use tokio::sync::oneshot;
+
+/// What a tree is made of.
+pub struct TreeParts {
+    /// The resolved config.
+    pub config: Arc<Config>,
+    /// The run ends with this count.
+    pub last_step: StepsCompleted,
+    /// The committed trace so far.
+    pub lines: Vec<TraceLine>,
+    /// Where the trace lies, to be read again after a restore.
+    pub paths: RunPaths,
+    /// The store, claimed.
+    pub claimed: Claimed,
+    /// What every manifest says.
+    pub facts: ManifestFacts,
+    /// What the closed loop is made from.
+    pub rules: LoopRules,
+    /// Measurements.
+    pub metrics: JsonLines,
+    /// Incidents.
+    pub events: JsonLines,
+    /// What people see.
+    pub notify: Notify,
+}
+
+/// The way to the world outside.
+pub struct Edges {
+    /// The ranks.
+    pub ranks: Box<dyn ToRanks>,
+    /// Their processes.
+    pub processes: Box<dyn Processes>,
+    /// The trace.
+    pub trace: Box<dyn TraceSink>,
+}
+
+/// What happens outside is told to it; telling never waits. Clones tell the same controller.
+#[derive(Clone)]
+pub struct Ear(pub(super) ActorRef<CoordinatorMessage>);
+
+impl Ear {
+    /// From the link to the ranks.
+    pub fn hub(&self, event: HubEvent) {
+        self.tell(CoordinatorMessage::Hub(event));
+    }
+
+    /// From the node agent.
+    pub fn node(&self, event: NodeEvent) {
+        self.tell(CoordinatorMessage::Node(event));
+    }
+
+    /// From the trace's writer.
+    pub fn appended(&self, appended: Appended) {
+        self.tell(CoordinatorMessage::Appended(appended));
+    }
+
+    /// Somebody asks for a last checkpoint and the end.
+    pub fn stop(&self) {
+        self.tell(CoordinatorMessage::Stop);
+    }
+
+    fn tell(&self, message: CoordinatorMessage) {
+        // An error means that the run ends.
+        let _ = self.0.cast(message);
+    }
+}
+
+/// A tree that stands and has not begun.
+pub struct Tree {
+    root: ActorRef<RootMessage>,
+    pub(super) coordinator: ActorRef<CoordinatorMessage>,
+    observatory: ActorRef<ObservatoryMessage>,
+    checkpointer: ActorRef<CheckpointerMessage>,
+    pub(super) sharder: ActorRef<SharderMessage>,
+    entry: ActorRef<LookAt>,
+    end: oneshot::Receiver<End>,
+}
+
+/// A tree that runs.
+pub struct Begun {
+    root: ActorRef<RootMessage>,
+    coordinator: ActorRef<CoordinatorMessage>,
+    end: oneshot::Receiver<End>,
+}
+
+impl Tree {
+    /// Starts all actors but those of the edges.
+    ///
+    /// # Errors
+    /// A [`RunError`] if one cannot be started, or the trace does not fit the closed loop.
+    pub async fn start(parts: TreeParts) -> Result<Self, RunError> {
+        let actors = |e: ractor::SpawnErr| RunError::actors(&e);
+        let (machine, ledger, tracker) = machines(&parts);
+        let TreeParts {
+            config, lines, rules, ..
+        } = parts;
+        let (end_sender, end) = oneshot::channel();
+        let state = RootState::new(end_sender, config.fault.restarts_max, parts.paths.clone());
+        let (root, _) = Actor::spawn(None, Root, state).await.map_err(actors)?;
+        let parent = root.get_cell();
+        let coordinator_arguments = CoordinatorArguments {
+            machine,
+            ledger,
+            tracker,
+            root: root.clone(),
+            checkpoint_interval_steps: config.checkpoint.interval_steps,
+        };
+        let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())
+            .await
+            .map_err(actors)?;
+        let observatory_arguments = ObservatoryArguments {
+            metrics: parts.metrics,
+            events: parts.events,
+            notify: Arc::clone(&parts.notify),
+            tokens_per_step: config.tokens_per_step(),
+            last_step: parts.last_step,
+        };
+        let (observatory, _) = Actor::spawn_linked(None, Observatory, observatory_arguments, parent.clone())
+            .await
+            .map_err(actors)?;
+        let checkpointer_arguments = CheckpointerArguments {
+            claimed: parts.claimed,
+            trace: parts.paths.trace(),
+            facts: parts.facts,
+            keep_last: config.checkpoint.keep_last,
+            coordinator: coordinator.clone(),
+        };
+        let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, checkpointer_arguments, parent.clone())
+            .await
+            .map_err(actors)?;
+        let copies = config.optimizer.replicas.min(config.cluster.ranks) as usize;
+        let (sharder, _) = Actor::spawn_linked(None, OptimizerSharder, (copies, parts.notify), parent.clone())
+            .await
+            .map_err(actors)?;
+        let closed_loop = Loop::start(&rules, &lines, coordinator.clone(), parent)
+            .await
+            .map_err(RunError::Refused)?;
+        let entry = closed_loop.entry.clone();
+        let adopt = Adopt {
+            coordinator: coordinator.clone(),
+            closed_loop,
+            rules,
+        };
+        root.cast(RootMessage::Adopt(Box::new(adopt)))
+            .map_err(|e| RunError::Refused(e.to_string()))?;
+        Ok(Self {
+            root,
+            coordinator,
+            observatory,
+            checkpointer,
+            sharder,
+            entry,
+            end,
+        })
+    }
+
+    /// Who becomes the parent of the edges' actors (SUP-1).
+    #[must_use]
+    pub fn parent(&self) -> ActorCell {
+        self.root.get_cell()
+    }
+
+    /// Where to tell what happens outside.
+    #[must_use]
+    pub fn ear(&self) -> Ear {
+        Ear(self.coordinator.clone())
+    }
+
+    /// Everybody is there: the run begins.
+    #[must_use]
+    pub fn begin(self, edges: Edges) -> Begun {
+        let peers = Peers {
+            hub: edges.ranks,
+            node: edges.processes,
+            observatory: self.observatory,
+            checkpointer: self.checkpointer,
+            sharder: self.sharder,
+            entry: self.entry,
+            trace: edges.trace,
+        };
+        // An error means that the coordinator died already, which the root says.
+        let _ = self.coordinator.cast(CoordinatorMessage::Begin(Box::new(peers)));
+        Begun {
+            root: self.root,
+            coordinator: self.coordinator,
+            end: self.end,
+        }
+    }
+}
+
+impl Begun {
+    /// Waits until the run ends.
+    pub async fn end(&mut self) -> End {
+        (&mut self.end).await.unwrap_or_else(|_| End {
+            code: 3,
+            diagnosis: "the root actor ended without a word; report this as a bug".to_owned(),
+        })
+    }
+
+    /// Ends the tree in order: its node agent kills and reaps what is left of the ranks.
+    pub async fn close(self) {
+        let patience = Some(Duration::from_secs(10));
+        if self.coordinator.stop_and_wait(None, patience).await.is_err() {
+            tracing::warn!("the coordinator did not stop in time");
+        }
+        self.root.stop(None);
+    }
+
+    /// Ends it as a crash would: nothing more is handled.
+    pub fn kill(&self) {
+        self.coordinator.kill();
+        self.root.kill();
+    }
+}
+
+/// The pure machines of a run whose trace so far is known.
+fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
+    let config = &parts.config;
+    let written = parts.lines.last().map_or(StepsCompleted(0), |line| line.step);
+    let shard_count = parts.facts.shards.shard_count();
+    let options = Options {
+        workers: config.cluster.ranks,
+        lanes: LaneTree::new(config.batch.lanes),
+        shard_count,
+        replicas: config.optimizer.replicas as usize,
+        timeouts: config.timeouts(),
+        restarts_max: config.fault.restarts_max,
+        restart_backoff_ms: config.fault.restart_backoff_ms,
+        last_step: parts.last_step,
+    };
+    let machine = Machine::new(options, parts.claimed.fence.generation, written);
+    let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+    let ledger = Ledger::new(names, config.tokens_per_step(), parts.lines.clone());
+    (machine, ledger, CheckpointTracker::new(shard_count, written))
+}

@@ -1,0 +1,120 @@
+//! What is done to a run: one fault after another, of the kinds and at the times that the seed says.
+
+use super::process::Process;
+use super::random::Random;
+use super::scenario::Fault;
+use super::world::World;
+use std::sync::Arc;
+use std::time::Duration;
+use tarazed_actors::node::ExitCause;
+use tokio::time::Instant;
+
+/// Does what the scenario says until its fault phase is over.
+pub async fn disturb(world: Arc<World>) {
+    let mut random = world.random("faults", 0);
+    let until = Instant::now() + Duration::from_millis(world.scenario.fault_phase_ms);
+    let kinds: Vec<Fault> = world
+        .scenario
+        .faults
+        .iter()
+        .copied()
+        .filter(|kind| *kind != Fault::KillInRecovery)
+        .collect();
+    while !kinds.is_empty() {
+        let wait = Duration::from_millis(random.waiting_ms(world.scenario.fault_every_ms));
+        if Instant::now() + wait >= until {
+            break;
+        }
+        tokio::time::sleep(wait).await;
+        let kind = random.pick(&kinds);
+        strike(&world, kind, &mut random);
+    }
+    tokio::time::sleep_until(until).await;
+    world.history.note("the faults are over");
+    world.calm_down();
+}
+
+fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
+    let Some(life) = world.life().filter(|life| life.is_alive()) else {
+        return;
+    };
+    let processes = life.processes();
+    let one = |random: &mut Random| -> Option<Arc<Process>> {
+        let last = processes.len().checked_sub(1)?;
+        Some(Arc::clone(&processes[random.between(0, last as u64) as usize]))
+    };
+    let timeout_ms = world.scenario.timeout_ms;
+    let a_while = Duration::from_millis(random.between(1, timeout_ms * 3));
+    let Some(target) = one(random) else {
+        return strike_controller(world, kind);
+    };
+    world.history.note(&format!("fault: {kind:?}, {} first", target.member));
+    let kill = |process: &Arc<Process>| process.end(world, ExitCause::Signal(9), None);
+    match kind {
+        Fault::KillRank => kill(&target),
+        Fault::KillSeveral => {
+            kill(&target);
+            for _ in 0..random.between(1, 2) {
+                if let Some(other) = one(random) {
+                    kill(&other);
+                }
+            }
+        }
+        Fault::KillAll => processes.iter().for_each(kill),
+        Fault::Hang => target.hang(),
+        Fault::FreezeRank => target.stand_still(a_while),
+        Fault::CutControl => {
+            let (up, down) = random.pick(&[(true, true), (true, false), (false, true)]);
+            if up {
+                world.cut(target.pid, 0, a_while);
+            }
+            if down {
+                world.cut(0, target.pid, a_while);
+            }
+        }
+        Fault::CutData => {
+            let (there, back) = random.pick(&[(true, true), (true, false), (false, true)]);
+            let others: Vec<u32> = processes
+                .iter()
+                .map(|p| p.pid)
+                .filter(|pid| *pid != target.pid)
+                .collect();
+            if others.is_empty() {
+                return;
+            }
+            let other = random.pick(&others);
+            if there {
+                world.cut(target.pid, other, a_while);
+            }
+            if back {
+                world.cut(other, target.pid, a_while);
+            }
+        }
+        Fault::SpoilFrames => {
+            world.spoil_frames(true);
+            let world = Arc::clone(world);
+            tokio::spawn(async move {
+                tokio::time::sleep(a_while).await;
+                world.spoil_frames(false);
+            });
+        }
+        Fault::StoreErrors => world.weather.errors(a_while),
+        Fault::StoreSlow => world.weather.slow(a_while),
+        Fault::KillController | Fault::Stop | Fault::KillInRecovery => strike_controller(world, kind),
+    }
+}
+
+fn strike_controller(world: &Arc<World>, kind: Fault) {
+    let Some(life) = world.life() else { return };
+    match kind {
+        Fault::KillController => {
+            world.history.note("fault: the controller is killed");
+            life.kill();
+        }
+        Fault::Stop => {
+            world.history.note("fault: a signal asks for the end");
+            life.stop();
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,187 @@
+//! A deterministic simulator: whole runs on one thread, in virtual time, from a seed.
+//!
+//! ```text
+//! seed → scenario → undisturbed run (one rank, no actor)                         the lines that must come
+//!                 → lives of a controller, each with its ranks ← faults          the lines that come
+//!                   until the fault phase is over, then to the end of the run
+//!                 → checks                                                       after each line, and at the end
+//! ```
+//!
+//! What runs is production code: the pure machines, the actors around them (`tarazed-actors`: the controller's tree and
+//! each rank's), the start of a generation and the step itself (`tarazed-train`), on a tiny model whose every parameter
+//! depends on every micro-batch before it; the store's protocol over an object store in memory. Simulated are the
+//! processes ([`process`]), the ways between them ([`mesh`], `controller`), the store's behaviour ([`store`]) and time: a
+//! paused tokio clock, on which nothing waits in earnest. A device thread is a coroutine ([`coroutine`]).
+//!
+//! Safety is checked while faults happen: each line once, in order, and bit for bit that of the undisturbed run. Liveness
+//! after: once nothing is done to the run any more, it comes to its end, with a last checkpoint that restores.
+//!
+//! What it does not show: real sockets, signals, disks and clocks (end-to-end tests have those), threads inside a step,
+//! and a controller that stands still.
+
+pub mod command;
+pub mod coroutine;
+pub mod history;
+pub mod random;
+pub mod scenario;
+pub mod store;
+
+mod controller;
+mod faults;
+mod mesh;
+mod process;
+mod reference;
+mod world;
+
+use controller::LifeEnd;
+use history::History;
+use scenario::{Fault, Scenario};
+use std::path::Path;
+use std::time::Duration;
+use tarazed_actors::run_folder::RunPaths;
+use tarazed_domain::StepsCompleted;
+use tarazed_store::{Depth, Select};
+use world::World;
+
+/// After the last fault the run must end within this many of its timeouts, whatever was done to it.
+const LIVENESS_TIMEOUTS: u64 = 120;
+/// And within this many times the time that its steps take alone.
+const LIVENESS_STEPS: u64 = 40;
+
+/// How a simulation ended.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its seed.
+    pub seed: u64,
+    /// What must never happen and did; none: all is well.
+    pub failure: Option<String>,
+    /// Hash of everything that happened: the same for each run of a seed.
+    pub digest: String,
+    /// How many events that was.
+    pub events: u64,
+    /// Virtual time from the first start to the end (milliseconds).
+    pub virtual_ms: u64,
+    /// Lives of the controller.
+    pub lives: u64,
+    /// The events as lines, where they were asked for.
+    pub history: Vec<String>,
+}
+
+/// Runs the simulation of a seed.
+///
+/// # Errors
+/// If it cannot be set up; what goes wrong in it stands in the report.
+pub fn run(seed: u64, keep_history: bool) -> Result<Report, String> {
+    run_scenario(Scenario::of(seed), keep_history)
+}
+
+/// Runs a simulation.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_scenario(scenario: Scenario, keep_history: bool) -> Result<Report, String> {
+    let memory = Path::new("/dev/shm");
+    let folder = if memory.is_dir() {
+        tempfile::tempdir_in(memory)
+    } else {
+        tempfile::tempdir()
+    };
+    let folder = folder.map_err(|e| format!("no temporary folder: {e}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .map_err(|e| format!("no runtime: {e}"))?;
+    let paths = RunPaths::new(folder.path());
+    runtime.block_on(simulate(scenario, paths, keep_history))
+}
+
+async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Result<Report, String> {
+    let history = History::new(keep_history);
+    history.note(&format!("{scenario:?}"));
+    let world = World::new(scenario, paths, history.clone())?;
+    let disturbing = tokio::spawn(faults::disturb(world.clone()));
+    let scenario = &world.scenario;
+    let alone_ms = scenario.steps * u64::from(scenario.lanes) * scenario.lane_ms;
+    let bound_ms = scenario.fault_phase_ms + LIVENESS_TIMEOUTS * scenario.timeout_ms + LIVENESS_STEPS * alone_ms;
+    let mut lives = 0;
+    if tokio::time::timeout(Duration::from_millis(bound_ms), live_on(&world, &mut lives))
+        .await
+        .is_err()
+    {
+        world.fail(&format!("the run did not come to its end within {bound_ms} ms"));
+    }
+    disturbing.abort();
+    if world.failure().is_none() {
+        check_end(&world).await;
+    }
+    let (digest, events) = history.digest();
+    Ok(Report {
+        seed: scenario.seed,
+        failure: world.failure(),
+        digest,
+        events,
+        virtual_ms: history.now_ms(),
+        lives,
+        history: history.lines(),
+    })
+}
+
+/// One controller after another, as a scheduler starts them, until the run is done.
+async fn live_on(world: &std::sync::Arc<World>, lives: &mut u64) {
+    let mut random = world.random("lives", 0);
+    loop {
+        *lives += 1;
+        let resizes = *lives > 1 && world.scenario.has(Fault::Stop);
+        let ranks = if resizes {
+            random.between(1, u64::from(world.scenario.lanes)) as u32
+        } else {
+            world.scenario.ranks
+        };
+        match controller::live(world, *lives, ranks).await {
+            LifeEnd::Code(0, _) => return,
+            LifeEnd::Code(33 | 34, _) | LifeEnd::Killed => {}
+            LifeEnd::Code(code, diagnosis) => {
+                world.fail(&format!("the controller ended with {code}: {diagnosis}"));
+            }
+        }
+        if world.failure().is_some() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(random.between(1, 400))).await;
+    }
+}
+
+/// The trace is that of the undisturbed run, whole, and the store holds a checkpoint of its end that restores.
+async fn check_end(world: &World) {
+    let last = StepsCompleted(world.scenario.steps);
+    let lines = match std::fs::read_to_string(world.paths.trace()) {
+        Ok(text) => text,
+        Err(error) => return world.fail(&format!("no trace: {error}")),
+    };
+    let expected: String = (1..=last.0)
+        .filter_map(|step| world.reference.line(StepsCompleted(step)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    if lines != expected {
+        world.fail("the trace's file is not that of the undisturbed run");
+    }
+    let store = world.store_itself();
+    match store.verify(Select::All, Depth::Full).await {
+        Ok(report) if report.is_clean() => {
+            if report.checkpoints.is_empty() {
+                world.fail("no checkpoint is left");
+            }
+        }
+        Ok(report) => world.fail(&format!("the store is not clean: {report:?}")),
+        Err(error) => world.fail(&format!("the store cannot be verified: {error}")),
+    }
+    match store.newest_verified(None).await {
+        Ok(Some(found)) if found.manifest.step == last => {}
+        Ok(found) => {
+            let step = found.map(|found| found.manifest.step);
+            world.fail(&format!("the newest checkpoint is {step:?}, not of step {last}"));
+        }
+        Err(error) => world.fail(&format!("the newest checkpoint cannot be read: {error}")),
+    }
+}

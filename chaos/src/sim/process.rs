@@ -1,0 +1,418 @@
+//! A rank's process: the production actors and device thread, with a life that can be ended, stopped or made to hang.
+//!
+//! What a dead process would have done no longer reaches anybody: its ways out are closed at the moment of its death. A
+//! stopped process keeps running inside, unseen, but nothing comes in or out until it goes on; its device thread stands
+//! still.
+
+use super::controller::Life;
+use super::coroutine::{Coroutine, wait_for};
+use super::mesh::{Generational, SimPlane};
+use super::world::World;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tarazed_actors::link::{LinkError, ToController};
+use tarazed_actors::node::{Exit, ExitCause, NodeEvent};
+use tarazed_actors::rank::{RankError, RankExit, RankParts, RankTree, StoreSource};
+use tarazed_domain::OptimizerShardIndex;
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::cursor::DataCursor;
+use tarazed_protocol::message::{FromRank, Member, RestoreFrom};
+use tarazed_train::StepError;
+use tarazed_train::device_thread::{Command, DeviceThread};
+use tarazed_train::feeder::Feeder;
+use tarazed_train::generation::ShardSource;
+use tarazed_train::state::RankState;
+use tarazed_train::waiting::{GiveWay, Waiting};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+/// Between two looks at something that does not announce itself.
+const GIVE_WAY: Duration = Duration::from_millis(1);
+
+/// Where a process stands.
+#[derive(Default)]
+struct State {
+    stopped: bool,
+    dead: bool,
+    tree: Option<RankTree>,
+    tasks: Vec<JoinHandle<()>>,
+    device_waker: Option<Arc<Notify>>,
+    parts: Vec<(Weak<Generational>, usize)>,
+    up: Option<mpsc::UnboundedSender<Up>>,
+    /// What it said and the controller has not read is lost with it.
+    unheard: bool,
+}
+
+/// One rank's process.
+pub struct Process {
+    /// Its number, as the system would give it.
+    pub pid: u32,
+    /// Whose life it is.
+    pub member: Member,
+    /// The controller that started it.
+    pub life: Arc<Life>,
+    /// Its device thread hangs.
+    stuck: Arc<AtomicBool>,
+    state: Mutex<State>,
+    /// Something about the above changed.
+    changed: Notify,
+}
+
+/// What goes up to the controller.
+enum Up {
+    Message(Vec<u8>),
+    Closed(String),
+}
+
+impl Process {
+    /// Starts a process: in a while it is there, and later it says that it is ready.
+    pub fn start(world: &Arc<World>, life: &Arc<Life>, pid: u32, member: Member) -> Arc<Self> {
+        let process = Arc::new(Self {
+            pid,
+            member,
+            life: Arc::clone(life),
+            stuck: Arc::default(),
+            state: Mutex::default(),
+            changed: Notify::new(),
+        });
+        let boot = tokio::spawn(boot(Arc::clone(world), Arc::clone(&process)));
+        process.lock().tasks.push(boot);
+        process
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is there at all.
+    pub fn is_alive(&self) -> bool {
+        !self.lock().dead
+    }
+
+    /// Notes that it is a rank of a generation, whose others must hear of its death.
+    pub fn takes_part(&self, shared: &Arc<Generational>, rank: usize) {
+        self.lock().parts.push((Arc::downgrade(shared), rank));
+    }
+
+    /// Its device thread hangs from now on; the rest of it lives.
+    pub fn hang(&self) {
+        self.stuck.store(true, Ordering::Relaxed);
+    }
+
+    /// SIGSTOP, and SIGCONT after a while.
+    pub fn stand_still(self: &Arc<Self>, time: Duration) {
+        if std::mem::replace(&mut self.lock().stopped, true) {
+            return;
+        }
+        let was_stuck = self.stuck.swap(true, Ordering::Relaxed);
+        let me = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(time).await;
+            me.lock().stopped = false;
+            me.stuck.store(was_stuck, Ordering::Relaxed);
+            me.changed.notify_waiters();
+            if let Some(device) = me.lock().device_waker.clone() {
+                device.notify_one();
+            }
+        });
+    }
+
+    /// Waits while it is stopped.
+    async fn until_it_runs(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if !self.lock().stopped {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// It ends, as the system sees it, and its controller hears of it.
+    pub fn end(self: &Arc<Self>, world: &Arc<World>, cause: ExitCause, killed: Option<String>) {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.dead, true) {
+            return;
+        }
+        let (tree, tasks) = (state.tree.take(), std::mem::take(&mut state.tasks));
+        let (parts, up) = (std::mem::take(&mut state.parts), state.up.take());
+        drop(state);
+        world.history.note(&format!("{} ends: {cause}", self.member));
+        for task in tasks {
+            task.abort();
+        }
+        if let Some(tree) = tree {
+            tree.kill();
+        }
+        self.stuck.store(true, Ordering::Relaxed);
+        let (mut random, me, world) = (
+            world.random("death", u64::from(self.pid)),
+            Arc::clone(self),
+            Arc::clone(world),
+        );
+        self.lock().unheard = random.chance(0.5);
+        if let Some(up) = up {
+            let _ = up.send(Up::Closed("the connection was closed".to_owned()));
+        }
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_micros(random.between(50, 1_500))).await;
+            for (shared, rank) in parts {
+                if let Some(shared) = shared.upgrade() {
+                    shared.lose(rank);
+                }
+            }
+            tokio::time::sleep(Duration::from_micros(random.between(50, 3_000))).await;
+            world.forget(&me);
+            me.life.hear_of(&me, cause, killed);
+        });
+    }
+
+    /// What the controller said arrives.
+    pub async fn told(&self, message: Vec<u8>) {
+        self.until_it_runs().await;
+        if let Some(tree) = self.lock().tree.clone() {
+            tree.told(message);
+        }
+    }
+
+    /// The controller is gone.
+    pub async fn controller_lost(&self) {
+        self.until_it_runs().await;
+        if let Some(tree) = self.lock().tree.clone() {
+            tree.controller_lost("the controller closed the connection".to_owned());
+        }
+    }
+}
+
+/// From the program's start to its end.
+async fn boot(world: Arc<World>, process: Arc<Process>) {
+    let mut random = world.random("boot", u64::from(process.pid));
+    let (life, member) = (Arc::clone(&process.life), process.member);
+    tokio::time::sleep(Duration::from_micros(random.between(500, 2_000))).await;
+    life.hear(NodeEvent::Started {
+        worker: member.worker,
+        incarnation: member.incarnation,
+        pid: process.pid,
+    });
+    let start_us_max = world.scenario.start_ms_max * 1000;
+    tokio::time::sleep(Duration::from_micros(random.between(1_000, start_us_max))).await;
+    process.until_it_runs().await;
+    let (exit_sender, exit) = oneshot::channel();
+    let tree = match assemble(&world, &process, exit_sender).await {
+        Ok(tree) => tree,
+        Err(error) => return world.fail(&format!("{member} could not start: {error}")),
+    };
+    process.lock().tree = Some(tree.clone());
+    let (up, messages) = mpsc::unbounded_channel();
+    if !life.connect(&world, &process) {
+        return process.end(&world, ExitCause::Code(1), None);
+    }
+    process.lock().up = Some(up.clone());
+    tokio::spawn(carry_up(Arc::clone(&world), Arc::clone(&process), messages));
+    let uplink = SimUplink {
+        world: Arc::clone(&world),
+        process: Arc::clone(&process),
+        up,
+    };
+    tree.linked(Box::new(uplink), format!("process {}", process.pid), process.pid);
+    let cause = match exit.await {
+        Ok(Ok(RankExit::Left)) => ExitCause::Code(0),
+        Ok(Ok(RankExit::ControllerLost)) => ExitCause::Code(1),
+        Ok(Err(RankError(cause))) => {
+            if cause.contains("panicked") {
+                world.fail(&format!("{member}: {cause}"));
+            }
+            world.history.note(&format!("{member} fails: {cause}"));
+            ExitCause::Code(1)
+        }
+        Err(_) => ExitCause::Code(1),
+    };
+    process.end(&world, cause, None);
+}
+
+/// The tree and the device thread of a rank, as `tarazed rank` puts them together.
+async fn assemble(
+    world: &Arc<World>,
+    process: &Arc<Process>,
+    exit: oneshot::Sender<Result<RankExit, RankError>>,
+) -> Result<RankTree, String> {
+    let config = process.life.config();
+    let give_way: GiveWay = Arc::new(|| wait_for(tokio::time::sleep(GIVE_WAY)));
+    let waiting = Waiting::GivingWay(give_way);
+    let cursor = DataCursor::new(world.recipe.clone(), &config.mixture).map_err(|e| e.to_string())?;
+    let feeder = Feeder::with_waiting(cursor, world.feed_rules(), world.samples(), waiting.clone());
+    let store = StoreSource::over(world.store(u64::from(process.pid)), tokio::runtime::Handle::current());
+    let parts = RankParts {
+        member: process.member,
+        config: Arc::clone(&config),
+        recipe: world.recipe.clone(),
+        feeder: Arc::clone(&feeder),
+        progress: Arc::default(),
+        store: store.clone(),
+        exit,
+    };
+    let progress = Arc::clone(&parts.progress);
+    let tree = RankTree::start(parts).await.map_err(|e| e.to_string())?;
+    let state = RankState::new(config, CpuDevice::new(), progress).map_err(|e| e.to_string())?;
+    let device = DeviceThread {
+        state: state.with_waiting(waiting),
+        member: process.member,
+        data_plane: Box::new(SimPlane {
+            world: Arc::clone(world),
+            process: Arc::clone(process),
+        }),
+        feeder,
+        source: Box::new(SimSource(store)),
+        events: tree.device_events(),
+    };
+    start_device(world, process, &tree, device);
+    Ok(tree)
+}
+
+fn start_device(world: &Arc<World>, process: &Arc<Process>, tree: &RankTree, device: DeviceThread<CpuDevice>) {
+    let commands: Arc<Mutex<VecDeque<Command>>> = Arc::default();
+    let arrived = Arc::new(Notify::new());
+    let (sink, rings) = (Arc::clone(&commands), Arc::clone(&arrived));
+    tree.attach(Arc::new(move |command| {
+        sink.lock().unwrap_or_else(PoisonError::into_inner).push_back(command);
+        rings.notify_one();
+        true
+    }));
+    let next = move || {
+        wait_for(async {
+            loop {
+                let command = commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                if command.is_some() {
+                    return command;
+                }
+                arrived.notified().await;
+            }
+        })
+    };
+    let freed = Arc::new(Notify::new());
+    let coroutine = Coroutine::new(Arc::clone(&process.stuck), move || device.serve(next));
+    let (world, member, on_thaw) = (Arc::clone(world), process.member, Arc::clone(&freed));
+    let task = tokio::spawn(async move {
+        let work = tokio::spawn(thawed(coroutine, on_thaw));
+        let ends_with_this = AbortOnDrop(work.abort_handle());
+        if work.await.is_err_and(|error| error.is_panic()) {
+            world.fail(&format!("the device thread of {member} panicked"));
+        }
+        drop(ends_with_this);
+    });
+    let mut state = process.lock();
+    state.tasks.push(task);
+    state.device_waker = Some(freed);
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Runs the coroutine, and looks at it again whenever its process goes on after a stop.
+async fn thawed(coroutine: Coroutine, freed: Arc<Notify>) {
+    let mut coroutine = std::pin::pin!(coroutine);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut coroutine => return,
+            () = freed.notified() => {}
+        }
+    }
+}
+
+struct SimSource(StoreSource);
+
+impl ShardSource for SimSource {
+    fn read(
+        &self,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
+        abort: &AtomicBool,
+    ) -> Result<[Vec<f32>; 3], StepError> {
+        wait_for(self.0.fetch(from, shard, abort))
+    }
+}
+
+/// A rank's way to its controller.
+struct SimUplink {
+    world: Arc<World>,
+    process: Arc<Process>,
+    up: mpsc::UnboundedSender<Up>,
+}
+
+#[async_trait::async_trait]
+impl ToController for SimUplink {
+    fn send(&self, body: Vec<u8>) -> Result<(), LinkError> {
+        if self.process.is_alive() {
+            // An error means that the connection is over, which the rank hears by itself.
+            let _ = self.up.send(Up::Message(body));
+        }
+        Ok(())
+    }
+
+    async fn close(self: Box<Self>) {
+        let way = Duration::from_micros(self.world.scenario.link_us_max * 2);
+        let _ = self.up.send(Up::Closed("it left".to_owned()));
+        tokio::time::sleep(way).await;
+    }
+}
+
+/// Carries messages to the controller: each takes its time, none overtakes another.
+async fn carry_up(world: Arc<World>, process: Arc<Process>, mut messages: mpsc::UnboundedReceiver<Up>) {
+    let (member, life) = (process.member, Arc::clone(&process.life));
+    let mut random = world.random("up", u64::from(process.pid));
+    while let Some(message) = messages.recv().await {
+        process.until_it_runs().await;
+        tokio::time::sleep(Duration::from_micros(random.between(20, world.scenario.link_us_max))).await;
+        world.until_open(process.pid, 0).await;
+        match message {
+            Up::Message(_) if process.lock().unheard => {}
+            Up::Message(body) => {
+                world.history.note(&format!("{member} says {}", name_of(&body)));
+                life.deliver(&process, body);
+            }
+            Up::Closed(reason) => return life.disconnected(&process, reason),
+        }
+    }
+}
+
+/// What kind of message it is, for the history: its bytes hold times of the real world.
+fn name_of(body: &[u8]) -> String {
+    match FromRank::decode(body) {
+        Ok(FromRank::Line { generation, line, .. }) => format!("line {} of generation {generation}", line.step),
+        Ok(FromRank::Heartbeat { step, .. }) => format!("heartbeat at {step}"),
+        Ok(FromRank::State { generation, report }) => {
+            let passed = report.passed.map(|outcome| outcome.step.0);
+            format!(
+                "state for {generation}: {} shards, passed {passed:?}",
+                report.shards.len()
+            )
+        }
+        Ok(FromRank::Ready { .. }) => "ready".to_owned(),
+        Ok(FromRank::Running { generation, base, .. }) => format!("generation {generation} runs from {base}"),
+        Ok(FromRank::Failed { generation, cause, .. }) => format!("failed in {generation}: {cause}"),
+        Ok(FromRank::Paused { step, saving, .. }) => format!("paused at {step}, saving: {saving}"),
+        Ok(FromRank::ShardSaved { step, shard, .. }) => format!("shard {shard} of {step} saved"),
+        Ok(FromRank::ShardLost { step, shard, cause, .. }) => format!("shard {shard} of {step} lost: {cause}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// How an end looks to the node agent.
+pub fn exit_of(cause: ExitCause, killed: Option<String>) -> Exit {
+    Exit {
+        cause,
+        killed,
+        tail: Vec::new(),
+        log: std::path::PathBuf::from("simulated"),
+        at: std::time::Instant::now(),
+        ran: Duration::ZERO,
+    }
+}

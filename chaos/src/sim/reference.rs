@@ -1,0 +1,244 @@
+//! The undisturbed run: one rank, no actor, no network, no store. What any other run of the scenario must write.
+
+use super::scenario::Scenario;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use tarazed_actors::run_folder::RunPaths;
+use tarazed_domain::config::{Config, DomainConfig};
+use tarazed_domain::{
+    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
+    WorkerId,
+};
+use tarazed_fabric::local_mesh;
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::DomainFacts;
+use tarazed_protocol::data::controller::Ate;
+use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::signals::Tsm;
+use tarazed_protocol::ledger::{Ledger, LedgerEffect};
+use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
+use tarazed_train::StepError;
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
+use tarazed_train::state::RankState;
+use tarazed_train::waiting::Waiting;
+use tarazed_train::world::World as Ranks;
+
+/// Training sequences of each domain: enough that no run comes to an end of them, few enough for several epochs.
+const TRAIN_SEQUENCES: u64 = 90;
+
+/// The lines of the undisturbed run.
+pub struct Reference(BTreeMap<StepsCompleted, String>);
+
+/// Tokens that are a function of their place.
+struct MadeUpTokens;
+
+impl SampleSource for MadeUpTokens {
+    fn held_out_sequences(&self, _domain: DomainIndex) -> u64 {
+        3
+    }
+
+    fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
+        for (index, token) in (0..).zip(out) {
+            *token = ((sequence * 31 + index * 7 + u64::from(domain.0)) % 264) as u32;
+        }
+        Ok(())
+    }
+
+    fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
+        self.training(domain, sequence + 1_000, out)
+    }
+}
+
+/// Where samples come from.
+pub fn samples() -> Arc<dyn SampleSource> {
+    Arc::new(MadeUpTokens)
+}
+
+/// How ranks are fed; as the scenario's config says.
+pub const fn feed_rules(lane_count: u32) -> FeedRules {
+    FeedRules {
+        context: 4,
+        lane_count,
+        domain_count: 2,
+        evaluation_interval_steps: 4,
+        held_out_sequences_max: 2,
+    }
+}
+
+/// The data recipe and what the closed loop knows of the domains.
+pub fn data_of(config: &Config) -> (Recipe, Vec<DomainFacts>) {
+    let recipe = |domain: &DomainConfig| DomainRecipe {
+        name: domain.name.clone(),
+        train_sequences: TRAIN_SEQUENCES,
+        weight: domain.weight,
+    };
+    let facts = |domain: &DomainConfig| DomainFacts {
+        name: domain.name.clone(),
+        language: domain.language,
+        weight: domain.weight,
+        train_tokens: TRAIN_SEQUENCES * 4,
+    };
+    let recipe = Recipe {
+        seed: config.run.seed,
+        domains: config.data.domains.iter().map(recipe).collect(),
+        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        data_version: [1; 32],
+    };
+    (recipe, config.data.domains.iter().map(facts).collect())
+}
+
+impl Reference {
+    /// The line of a step.
+    #[must_use]
+    pub fn line(&self, step: StepsCompleted) -> Option<&str> {
+        self.0.get(&step).map(String::as_str)
+    }
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What went wrong: a bug of the step or of this module.
+    pub fn compute(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
+        let config = Arc::new(scenario.config(1, paths.dir()).map_err(|e| e.to_string())?);
+        let (recipe, facts) = data_of(&config);
+        let cursor = || DataCursor::new(recipe.clone(), &config.mixture).map_err(|e| e.to_string());
+        let alone = Waiting::GivingWay(Arc::new(|| panic!("nobody is there to be waited for")));
+        let rules = feed_rules(scenario.lanes);
+        let feeder = Feeder::with_waiting(cursor()?, rules, samples(), alone.clone());
+        let state = RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).map_err(|e| e.to_string())?;
+        let mut state = state.with_waiting(alone);
+        let plan = plan(&config, state.shard_layout.shard_count());
+        let tree = LaneTree::new(scenario.lanes);
+        let world = Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
+        feeder.begin(
+            cursor()?,
+            plan.generation,
+            world.my_lanes(),
+            StepIndex(0),
+            plan.last_step,
+        );
+        let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+        let teller = Teller {
+            feeder: &feeder,
+            inner: Mutex::new(Told {
+                ledger: Ledger::new(names, config.tokens_per_step(), Vec::new()),
+                monitor: Tsm::new(facts.clone()),
+                engine: Ate::new(&config.mixture, &facts),
+                lines: BTreeMap::new(),
+                failure: None,
+            }),
+        };
+        let switches = Switches::default();
+        let mut mesh = local_mesh(1, plan.generation).remove(0);
+        let mut means = Means {
+            fabric: &mut mesh,
+            feeder: &feeder,
+            source: &NoStore,
+            switches: &switches,
+            reporter: &teller,
+        };
+        generation::run(&mut state, &world, &plan, &mut means).map_err(|e| e.to_string())?;
+        let told = teller.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match told.failure {
+            Some(failure) => Err(failure),
+            None => Ok(Self(told.lines)),
+        }
+    }
+}
+
+/// One rank that holds everything and begins from the seed.
+fn plan(config: &Config, shard_count: usize) -> BeginPlan {
+    let member = Member {
+        worker: WorkerId(0),
+        incarnation: Incarnation(0),
+    };
+    let lanes = LaneRange {
+        start: 0,
+        end: config.batch.lanes,
+    };
+    let holder = ShardHolder {
+        rank: Rank(0),
+        origin: ShardOrigin::Initialise,
+    };
+    BeginPlan {
+        generation: Generation(1),
+        roster: vec![RosterEntry {
+            member,
+            address: String::new(),
+            lanes,
+        }],
+        base: StepsCompleted(0),
+        outcome: None,
+        shards: vec![vec![holder]; shard_count],
+        restore: None,
+        acknowledged: StepsCompleted(0),
+        decisions: Vec::new(),
+        decided: StepsCompleted(0),
+        last_step: StepsCompleted(config.run.steps),
+        checkpoint_at_base: false,
+    }
+}
+
+struct Told {
+    ledger: Ledger,
+    monitor: Tsm,
+    engine: Ate,
+    lines: BTreeMap<StepsCompleted, String>,
+    failure: Option<String>,
+}
+
+/// Makes each line's decisions at once, with the production machines, and feeds them back.
+struct Teller<'a> {
+    feeder: &'a Feeder,
+    inner: Mutex<Told>,
+}
+
+impl Told {
+    fn line(&mut self, feeder: &Feeder, line: &StepLine) -> Result<(), String> {
+        let mut effects = self.ledger.on_line(line);
+        while let Some(effect) = effects.pop() {
+            match effect {
+                LedgerEffect::Decide(line) => {
+                    let signals = self.monitor.on_line(&line).map_err(|e| e.to_string())?;
+                    let decisions = self.engine.on_line(&line, &signals);
+                    effects.extend(self.ledger.on_decided(line.step, decisions));
+                }
+                LedgerEffect::Write(line) => {
+                    self.lines.insert(line.step, line.print());
+                    effects.extend(self.ledger.on_written(line.step));
+                }
+                LedgerEffect::Acknowledge { through, decisions } => feeder.record(through, &decisions)?,
+                LedgerEffect::Checked(_) => {}
+                LedgerEffect::Mismatch(diagnosis) => return Err(diagnosis),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Reporter<CpuDevice> for Teller<'_> {
+    fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+
+    fn line(&self, line: StepLine) {
+        let mut told = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(failure) = told.line(self.feeder, &line) {
+            told.failure.get_or_insert(failure);
+        }
+    }
+
+    fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}
+}
+
+struct NoStore;
+
+impl ShardSource for NoStore {
+    fn read(
+        &self,
+        _: &RestoreFrom,
+        _: OptimizerShardIndex,
+        _: &std::sync::atomic::AtomicBool,
+    ) -> Result<[Vec<f32>; 3], StepError> {
+        Err(StepError::Restore("the undisturbed run restores nothing".to_owned()))
+    }
+}

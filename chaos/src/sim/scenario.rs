@@ -1,0 +1,241 @@
+//! What one simulation is like: sizes, speeds and faults, all drawn from its seed.
+//!
+//! Swarm testing (Groce et al., ISSTA 2012): each seed leaves out about half of the kinds of fault, so that some seeds are
+//! full of one kind, which a mixture of all would hide.
+
+use super::random::Random;
+use std::path::Path;
+use tarazed_domain::config::{Config, ConfigError};
+
+/// A kind of fault.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Fault {
+    /// One rank's process is killed.
+    KillRank,
+    /// Two or three at the same moment: primary and replica among them.
+    KillSeveral,
+    /// Every rank at the same moment.
+    KillAll,
+    /// A rank is killed while the recovery from something else is under way.
+    KillInRecovery,
+    /// A device thread never comes back; the process around it lives.
+    Hang,
+    /// A rank's process stands still for a while.
+    FreezeRank,
+    /// Control messages between a rank and the controller do not arrive for a while, one way or both.
+    CutControl,
+    /// Frames between two ranks do not arrive for a while, one way or both.
+    CutData,
+    /// Frames are changed, doubled, lost or swapped for a while.
+    SpoilFrames,
+    /// The controller's process is killed.
+    KillController,
+    /// A signal asks for a last checkpoint and the end; the run is started again, at another world size.
+    Stop,
+    /// The store answers with errors for a while; half of the requests were carried out all the same.
+    StoreErrors,
+    /// The store is slow for a while.
+    StoreSlow,
+}
+
+impl Fault {
+    /// Every kind.
+    pub const ALL: [Self; 13] = [
+        Self::KillRank,
+        Self::KillSeveral,
+        Self::KillAll,
+        Self::KillInRecovery,
+        Self::Hang,
+        Self::FreezeRank,
+        Self::CutControl,
+        Self::CutData,
+        Self::SpoilFrames,
+        Self::KillController,
+        Self::Stop,
+        Self::StoreErrors,
+        Self::StoreSlow,
+    ];
+}
+
+/// Everything about one simulation that its seed decides.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// The seed.
+    pub seed: u64,
+    /// Lanes of the global batch.
+    pub lanes: u32,
+    /// Rank processes at first.
+    pub ranks: u32,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Optimizer shards at most.
+    pub shards: u32,
+    /// Copies of each.
+    pub replicas: u32,
+    /// Steps between checkpoints; 0 for the last only.
+    pub checkpoint_interval_steps: u64,
+    /// Checkpoints kept.
+    pub keep_last: u32,
+    /// The mixture adapts.
+    pub adaptive: bool,
+    /// `fault.timeout_ms`.
+    pub timeout_ms: u64,
+    /// One lane's forward and backward (milliseconds).
+    pub lane_ms: u64,
+    /// Longest way of a message (microseconds).
+    pub link_us_max: u64,
+    /// Payload bytes of a data-plane frame at most.
+    pub frame_bytes: usize,
+    /// A process from its start to its first word, at most (milliseconds).
+    pub start_ms_max: u64,
+    /// A store request at most (milliseconds).
+    pub store_ms_max: u64,
+    /// Kinds of fault that happen.
+    pub faults: Vec<Fault>,
+    /// Mean time between faults (milliseconds).
+    pub fault_every_ms: f64,
+    /// Faults happen for this long; then the run must come to its end.
+    pub fault_phase_ms: u64,
+}
+
+impl Scenario {
+    /// The scenario of a seed.
+    #[must_use]
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::of(seed, "scenario", 0);
+        let lanes = random.pick(&[1, 2, 3, 4, 4, 5, 6, 8]);
+        let ranks = random.between(1, u64::from(lanes.min(5))) as u32;
+        let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
+        let faults = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
+        Self {
+            seed,
+            lanes,
+            ranks,
+            steps: random.between(10, 30),
+            shards: random.between(1, 6) as u32,
+            replicas: random.between(1, u64::from(ranks.min(3))) as u32,
+            checkpoint_interval_steps: random.pick(&[0, 2, 3, 5, 8]),
+            keep_last: random.between(1, 3) as u32,
+            adaptive: random.chance(0.5),
+            timeout_ms,
+            lane_ms: random.between(2, 20),
+            link_us_max: random.pick(&[200, 2_000, 10_000]),
+            frame_bytes: random.pick(&[256, 1024, 4096]),
+            start_ms_max: random.pick(&[20, 60, 200]),
+            store_ms_max: random.pick(&[3, 20, 80]),
+            faults,
+            fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
+            fault_phase_ms: random.between(500, 6_000),
+        }
+    }
+
+    /// Whether a kind of fault happens.
+    #[must_use]
+    pub fn has(&self, fault: Fault) -> bool {
+        self.faults.contains(&fault)
+    }
+
+    /// The run's config, at a world size.
+    ///
+    /// # Errors
+    /// If the scenario makes no valid config: a bug of this module.
+    pub fn config(&self, ranks: u32, dir: &Path) -> Result<Config, ConfigError> {
+        let controller = if self.adaptive { "ado" } else { "static" };
+        let (replicas, timeout_ms) = (self.replicas.min(ranks), self.timeout_ms);
+        let Self {
+            seed,
+            lanes,
+            steps,
+            shards,
+            checkpoint_interval_steps,
+            keep_last,
+            ..
+        } = self;
+        // A seed of the run is a signed number of its file.
+        let run_seed = seed & 0xffff;
+        let text = format!(
+            r#"
+[run]
+name = "simulated"
+seed = {run_seed}
+steps = {steps}
+[model]
+layers = 1
+hidden = 8
+ffn = 8
+heads = 2
+kv_heads = 1
+context = 4
+vocabulary = 264
+init_std = 0.1
+[batch]
+lanes = {lanes}
+sequences_per_lane = 2
+micro_batch_sequences = 1
+[optimizer]
+learning_rate = 1e-2
+block_elements = 64
+shards = {shards}
+replicas = {replicas}
+[optimizer.schedule]
+kind = "cosine"
+warmup_steps = 2
+decay_steps = 0
+final_fraction = 0.1
+[mixture]
+controller = "{controller}"
+start_steps = 4
+interval_steps = 4
+lag_steps = 3
+[[data.domains]]
+name = "one"
+path = "one"
+language = "en"
+weight = 1.0
+[[data.domains]]
+name = "two"
+path = "two"
+language = "zh"
+weight = 2.0
+[evaluation]
+interval_steps = 4
+sequences_per_domain_max = 2
+[checkpoint]
+interval_steps = {checkpoint_interval_steps}
+keep_last = {keep_last}
+[cluster]
+ranks = {ranks}
+[fault]
+timeout_ms = {timeout_ms}
+restarts_max = 1000
+restart_backoff_ms = 20
+"#
+        );
+        let mut config = Config::parse(&text, "scenario", &[], Path::new(""))?;
+        config.set_dir(dir)?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_seed_makes_a_valid_config() {
+        for seed in 0..500 {
+            let scenario = Scenario::of(seed);
+            for ranks in 1..=scenario.lanes {
+                scenario.config(ranks, Path::new("/tmp")).expect("valid");
+            }
+        }
+    }
+
+    #[test]
+    fn some_seeds_have_one_kind_of_fault_that_others_lack() {
+        for fault in Fault::ALL {
+            let with = (0..200).filter(|&seed| Scenario::of(seed).has(fault)).count();
+            assert!((40..160).contains(&with), "{fault:?} in {with} of 200 seeds");
+        }
+    }
+}

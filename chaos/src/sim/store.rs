@@ -1,0 +1,259 @@
+//! The store's way to its users: requests take time, get lost before or after they were carried out, and go on without the
+//! process that sent them. What is behind is an object store in memory, atomic per key.
+
+use super::random::Random;
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult, Result, UploadPart,
+};
+use std::fmt;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How the store behaves towards everybody; faults change it while a simulation runs.
+#[derive(Debug)]
+pub struct Weather {
+    inner: Mutex<WeatherNow>,
+}
+
+#[derive(Debug)]
+struct WeatherNow {
+    request_ms_max: u64,
+    slow_until: Option<Instant>,
+    errors_until: Option<Instant>,
+    random: Random,
+}
+
+/// What becomes of one request.
+struct Fate {
+    before: Duration,
+    after: Duration,
+    lost_before: bool,
+    lost_after: bool,
+}
+
+impl Weather {
+    /// Fair weather: requests take up to `request_ms_max` and succeed.
+    #[must_use]
+    pub fn new(request_ms_max: u64, random: Random) -> Self {
+        Self {
+            inner: Mutex::new(WeatherNow {
+                request_ms_max,
+                slow_until: None,
+                errors_until: None,
+                random,
+            }),
+        }
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut WeatherNow) -> T) -> T {
+        work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Requests take fifty times as long, for a while.
+    pub fn slow(&self, time: Duration) {
+        self.with(|now| now.slow_until = Some(Instant::now() + time));
+    }
+
+    /// A third of the requests fails, for a while.
+    pub fn errors(&self, time: Duration) {
+        self.with(|now| now.errors_until = Some(Instant::now() + time));
+    }
+
+    /// Fair weather again.
+    pub fn clear(&self) {
+        self.with(|now| (now.slow_until, now.errors_until) = (None, None));
+    }
+
+    fn fate(&self) -> Fate {
+        self.with(|now| {
+            let instant = Instant::now();
+            let slow = now.slow_until.is_some_and(|until| instant < until);
+            let failing = now.errors_until.is_some_and(|until| instant < until);
+            let most_us = now.request_ms_max * if slow { 50_000 } else { 1000 };
+            let total = now.random.between(100, most_us.max(200));
+            let before = now.random.between(0, total);
+            let lost = failing && now.random.chance(0.33);
+            let lost_before = lost && now.random.chance(0.5);
+            Fate {
+                before: Duration::from_micros(before),
+                after: Duration::from_micros(total - before),
+                lost_before,
+                lost_after: lost && !lost_before,
+            }
+        })
+    }
+}
+
+fn lost() -> object_store::Error {
+    object_store::Error::Generic {
+        store: "simulated",
+        source: "connection reset".into(),
+    }
+}
+
+/// One process's handle.
+#[derive(Clone)]
+pub struct SimStore {
+    behind: Arc<dyn ObjectStore>,
+    weather: Arc<Weather>,
+}
+
+impl SimStore {
+    /// A handle on the store `behind`.
+    #[must_use]
+    pub fn new(behind: Arc<dyn ObjectStore>, weather: Arc<Weather>) -> Arc<Self> {
+        Arc::new(Self { behind, weather })
+    }
+
+    /// Carries a request out on its own: it goes on when the process that sent it dies.
+    async fn request<T, F>(&self, work: impl FnOnce(Arc<dyn ObjectStore>) -> F + Send + 'static) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send,
+    {
+        let (fate, behind) = (self.weather.fate(), Arc::clone(&self.behind));
+        let request = tokio::spawn(async move {
+            tokio::time::sleep(fate.before).await;
+            if fate.lost_before {
+                return Err(lost());
+            }
+            let answer = work(behind).await;
+            tokio::time::sleep(fate.after).await;
+            if fate.lost_after { Err(lost()) } else { answer }
+        });
+        request.await.unwrap_or_else(|_| Err(lost()))
+    }
+}
+
+impl fmt::Display for SimStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("simulated store")
+    }
+}
+
+impl fmt::Debug for SimStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for SimStore {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let location = location.clone();
+        self.request(move |behind| async move { behind.put_opts(&location, payload, options).await })
+            .await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        let to = location.clone();
+        let upload = self
+            .request(move |behind| async move { behind.put_multipart_opts(&to, options).await })
+            .await?;
+        Ok(Box::new(SimUpload {
+            behind: upload,
+            weather: Arc::clone(&self.weather),
+        }))
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        let location = location.clone();
+        self.request(move |behind| async move { behind.get_opts(&location, options).await })
+            .await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        let me = self.clone();
+        let one = move |location: Result<Path>| {
+            let me = me.clone();
+            async move {
+                let location = location?;
+                me.request(move |behind| async move {
+                    let one = futures::stream::once(async move { Ok(location) }).boxed();
+                    let deleted: Vec<Path> = behind.delete_stream(one).try_collect().await?;
+                    deleted.into_iter().next().ok_or_else(lost)
+                })
+                .await
+            }
+        };
+        locations.then(one).boxed()
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        let (me, prefix) = (self.clone(), prefix.cloned());
+        let listing = async move {
+            me.request(move |behind| async move {
+                let listed: Result<Vec<ObjectMeta>> = behind.list(prefix.as_ref()).try_collect().await;
+                listed
+            })
+            .await
+        };
+        let flat = listing.map(|listed| match listed {
+            Ok(listed) => listed.into_iter().map(Ok).collect::<Vec<_>>(),
+            Err(error) => vec![Err(error)],
+        });
+        flat.map(futures::stream::iter).flatten_stream().boxed()
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        let prefix = prefix.cloned();
+        self.request(move |behind| async move { behind.list_with_delimiter(prefix.as_ref()).await })
+            .await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        let (from, to) = (from.clone(), to.clone());
+        self.request(move |behind| async move { behind.copy_opts(&from, &to, options).await })
+            .await
+    }
+}
+
+/// A multipart upload whose parts get lost; one that is not completed leaves nothing to be seen.
+#[derive(Debug)]
+struct SimUpload {
+    behind: Box<dyn MultipartUpload>,
+    weather: Arc<Weather>,
+}
+
+#[async_trait]
+impl MultipartUpload for SimUpload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let (fate, part) = (self.weather.fate(), self.behind.put_part(data));
+        async move {
+            tokio::time::sleep(fate.before).await;
+            if fate.lost_before {
+                return Err(lost());
+            }
+            let done = part.await;
+            tokio::time::sleep(fate.after).await;
+            if fate.lost_after { Err(lost()) } else { done }
+        }
+        .boxed()
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        let fate = self.weather.fate();
+        tokio::time::sleep(fate.before).await;
+        if fate.lost_before {
+            return Err(lost());
+        }
+        let done = self.behind.complete().await;
+        tokio::time::sleep(fate.after).await;
+        if fate.lost_after { Err(lost()) } else { done }
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.behind.abort().await
+    }
+}

@@ -1,0 +1,287 @@
+//! What everything in a simulation shares: the scenario, the way between processes, the store, the trace, and the checks.
+
+use super::controller::Life;
+use super::history::History;
+use super::mesh::Generational;
+use super::process::Process;
+use super::random::Random;
+use super::reference::{self, Reference};
+use super::scenario::{Fault, Scenario};
+use super::store::{SimStore, Weather};
+use object_store::ObjectStore;
+use object_store::memory::InMemory;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tarazed_actors::controller::ManifestFacts;
+use tarazed_actors::run_folder::RunPaths;
+use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::data::DomainFacts;
+use tarazed_protocol::data::cursor::Recipe;
+use tarazed_protocol::message::Member;
+use tarazed_store::{BinaryId, CheckpointStore, WriterId, WriterNonce};
+use tarazed_train::feeder::{FeedRules, SampleSource};
+use tokio::time::Instant;
+
+/// Everything shared.
+pub struct World {
+    /// What this simulation is like.
+    pub scenario: Scenario,
+    /// What happened.
+    pub history: History,
+    /// Run folder; only its trace is used.
+    pub paths: RunPaths,
+    /// The data recipe.
+    pub recipe: Recipe,
+    /// What is known of each domain.
+    pub domains: Vec<DomainFacts>,
+    /// What every manifest says.
+    pub facts: ManifestFacts,
+    /// The undisturbed run.
+    pub reference: Reference,
+    /// How the store behaves.
+    pub weather: Arc<Weather>,
+    behind: Arc<dyn ObjectStore>,
+    pids: AtomicU32,
+    spoiled: AtomicBool,
+    cuts: Mutex<BTreeMap<(u32, u32), Instant>>,
+    meetings: Mutex<BTreeMap<(u64, Generation), Arc<Generational>>>,
+    life: Mutex<Option<Arc<Life>>>,
+    faults_over: AtomicBool,
+    compute: Mutex<Random>,
+    written: Mutex<StepsCompleted>,
+    failure: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl World {
+    /// A world in which nothing has happened yet.
+    ///
+    /// # Errors
+    /// If the scenario's undisturbed run cannot be computed: a bug of the simulator or of the step.
+    pub fn new(scenario: Scenario, paths: RunPaths, history: History) -> Result<Arc<Self>, String> {
+        let config = scenario
+            .config(scenario.ranks, paths.dir())
+            .map_err(|e| e.to_string())?;
+        let (recipe, domains) = reference::data_of(&config);
+        let binary = BinaryId {
+            version: "simulated".to_owned(),
+            build: "simulated".to_owned(),
+            libraries: Vec::new(),
+        };
+        let facts = ManifestFacts::of_program(&config, "simulated", binary, || 0);
+        let reference = Reference::compute(&scenario, &paths)?;
+        let seed = scenario.seed;
+        let weather = Weather::new(scenario.store_ms_max, Random::of(seed, "store", 0));
+        Ok(Arc::new(Self {
+            history,
+            paths,
+            recipe,
+            domains,
+            facts,
+            reference,
+            weather: Arc::new(weather),
+            behind: Arc::new(InMemory::new()),
+            pids: AtomicU32::new(1),
+            spoiled: AtomicBool::new(false),
+            cuts: Mutex::default(),
+            meetings: Mutex::default(),
+            life: Mutex::default(),
+            faults_over: AtomicBool::new(false),
+            compute: Mutex::new(Random::of(seed, "compute", 0)),
+            written: Mutex::default(),
+            failure: Mutex::default(),
+            scenario,
+        }))
+    }
+
+    /// A stream of random numbers of its own.
+    pub fn random(&self, label: &str, number: u64) -> Random {
+        Random::of(self.scenario.seed, label, number)
+    }
+
+    /// Something that must never happen has happened; the first one counts.
+    pub fn fail(&self, what: &str) {
+        self.history.note(&format!("FAILURE: {what}"));
+        lock(&self.failure).get_or_insert_with(|| what.to_owned());
+    }
+
+    /// What has gone wrong, if anything.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.failure).clone()
+    }
+
+    // Data.
+
+    /// How ranks are fed.
+    pub fn feed_rules(&self) -> FeedRules {
+        reference::feed_rules(self.scenario.lanes)
+    }
+
+    /// Where samples come from.
+    pub fn samples(&self) -> Arc<dyn SampleSource> {
+        reference::samples()
+    }
+
+    // The store.
+
+    /// A process's own handle on the store.
+    pub fn store(&self, writer: u64) -> CheckpointStore {
+        let mut nonce = [0; 16];
+        nonce[..8].copy_from_slice(&writer.to_be_bytes());
+        let writer = WriterId {
+            nonce: WriterNonce(nonce),
+            generation: Generation(0),
+        };
+        let handle = SimStore::new(Arc::clone(&self.behind), Arc::clone(&self.weather));
+        CheckpointStore::with_object_store(handle, "", writer)
+    }
+
+    /// The store as it is, without the way to it.
+    pub fn store_itself(&self) -> CheckpointStore {
+        let writer = WriterId {
+            nonce: WriterNonce([0xff; 16]),
+            generation: Generation(0),
+        };
+        CheckpointStore::with_object_store(Arc::clone(&self.behind), "", writer)
+    }
+
+    // Processes and the way between them.
+
+    /// Starts a rank's process.
+    pub fn new_process(self: &Arc<Self>, life: &Arc<Life>, member: Member) -> Arc<Process> {
+        let pid = self.pids.fetch_add(1, Ordering::Relaxed);
+        Process::start(self, life, pid, member)
+    }
+
+    /// A controller lives.
+    pub fn begin_life(&self, life: &Arc<Life>) {
+        *lock(&self.life) = Some(Arc::clone(life));
+    }
+
+    /// The present controller.
+    pub fn life(&self) -> Option<Arc<Life>> {
+        lock(&self.life).clone()
+    }
+
+    /// The meeting point of a generation's ranks.
+    pub fn meet(&self, process: &Process, generation: Generation, world_size: usize) -> Arc<Generational> {
+        let mut meetings = lock(&self.meetings);
+        let key = (process.life.number, generation);
+        let numbers = (process.life.number << 32) + generation.0;
+        let random = self.random("mesh", numbers);
+        Arc::clone(
+            meetings
+                .entry(key)
+                .or_insert_with(|| Generational::new(generation, world_size, random)),
+        )
+    }
+
+    /// A process is gone: nothing is cut off from it any more.
+    pub fn forget(&self, process: &Process) {
+        lock(&self.cuts).retain(|&(from, to), _| from != process.pid && to != process.pid);
+    }
+
+    /// From now on, and for a while, nothing that one process sends reaches another; 0 is the controller.
+    pub fn cut(&self, from: u32, to: u32, time: Duration) {
+        let until = Instant::now() + time;
+        let mut cuts = lock(&self.cuts);
+        let cut = cuts.entry((from, to)).or_insert(until);
+        *cut = until.max(*cut);
+    }
+
+    fn cut_until(&self, from: u32, to: u32) -> Option<Instant> {
+        let until = lock(&self.cuts).get(&(from, to)).copied();
+        until.filter(|until| *until > Instant::now())
+    }
+
+    /// Waits until something sent from one process to another arrives again.
+    pub async fn until_open(&self, from: u32, to: u32) {
+        while let Some(until) = self.cut_until(from, to) {
+            tokio::time::sleep_until(until).await;
+        }
+    }
+
+    /// Whether nothing comes from one rank to another.
+    pub fn is_cut(&self, shared: &Generational, from: usize, to: usize) -> bool {
+        let pair = shared.pair(from, to);
+        pair.is_some_and(|(from, to)| self.cut_until(from.pid, to.pid).is_some())
+    }
+
+    /// When a frame arrives that would have arrived at this time.
+    pub fn arrival(&self, shared: &Generational, from: usize, to: usize, arrives: Instant) -> Instant {
+        let until = shared
+            .pair(from, to)
+            .and_then(|(from, to)| self.cut_until(from.pid, to.pid));
+        until.map_or(arrives, |until| until.max(arrives))
+    }
+
+    /// How long a rank of a world of this size computes in a step.
+    pub fn compute_time(&self, world_size: usize) -> Duration {
+        let lanes = u64::from(self.scenario.lanes).div_ceil(world_size as u64);
+        let usual_us = lanes * self.scenario.lane_ms * 1000;
+        Duration::from_micros(lock(&self.compute).between(usual_us * 7 / 10, usual_us * 13 / 10))
+    }
+
+    /// Whether frames are being spoiled.
+    pub fn spoils_frames(&self) -> bool {
+        self.spoiled.load(Ordering::Relaxed)
+    }
+
+    /// Whether frames are spoiled from now on.
+    pub fn spoil_frames(&self, spoil: bool) {
+        self.spoiled.store(spoil, Ordering::Relaxed);
+    }
+
+    /// From now on nothing is done to the run any more.
+    pub fn calm_down(&self) {
+        self.faults_over.store(true, Ordering::Relaxed);
+        self.weather.clear();
+        self.spoil_frames(false);
+        lock(&self.cuts).clear();
+    }
+
+    /// A recovery takes its next move: the moment for a second fault.
+    pub fn in_recovery(self: &Arc<Self>, life: &Arc<Life>, random: &mut Random) {
+        let strikes = self.scenario.has(Fault::KillInRecovery) && random.chance(0.06);
+        if !strikes || self.faults_over.load(Ordering::Relaxed) {
+            return;
+        }
+        let after = Duration::from_micros(random.between(0, 30_000));
+        let choice = random.bits();
+        let (world, life) = (Arc::clone(self), Arc::clone(life));
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            let processes = life.processes();
+            if let Some(process) = processes.get(choice as usize % processes.len().max(1)) {
+                world
+                    .history
+                    .note(&format!("fault: {} is killed in a recovery", process.member));
+                process.end(&world, tarazed_actors::node::ExitCause::Signal(9), None);
+            }
+        });
+    }
+
+    // Checks.
+
+    /// Each line once, in order, and exactly that of the undisturbed run (STEP-3, STEP-5, DET-1, LOOP-1).
+    pub fn check_line(&self, step: StepsCompleted, text: &str) {
+        self.history.note(&format!("line {step}"));
+        let mut written = lock(&self.written);
+        if step != written.next().completed() {
+            self.fail(&format!("line {step} follows line {written}", written = *written));
+        }
+        *written = step;
+        let expected = self.reference.line(step);
+        if expected != Some(text) {
+            let expected = expected.unwrap_or("none");
+            self.fail(&format!(
+                "line {step} differs:\n  undisturbed {expected}\n  here        {text}"
+            ));
+        }
+    }
+}
