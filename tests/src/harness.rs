@@ -19,6 +19,7 @@
 //!
 //! It uses the program as a person does, through its command line and its files; it knows nothing of what is inside.
 
+mod collector;
 mod processes;
 mod program;
 mod project;
@@ -26,6 +27,7 @@ mod run;
 mod texts;
 mod trace;
 
+pub use collector::{Collector, Export};
 pub use processes::Processes;
 pub use program::tarazed;
 pub use project::{Project, Train};

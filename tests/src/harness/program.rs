@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// A test of the program's own package: building it builds the program, and with all of the workspace's tests selected
-/// it is the very build of `cargo test --workspace`. A plain `cargo build` resolves other features and compiles anew.
+/// it is the very build of `cargo test --workspace`.
 const PROGRAM_TEST: &str = "cli";
 
 /// Names another program to test, e.g. an installed one.

@@ -1,25 +1,12 @@
 //! What a collector sees of a run: the spans of its steps, its checkpoints and its recoveries, and its metrics.
 
 use crate::common::assert_undisturbed;
-use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
-    MetricsService, MetricsServiceServer,
-};
-use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::trace::v1::Span;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
-use tarazed_tests::harness::{Project, Run};
-use tokio::runtime::Runtime;
-use tonic::{Request, Response, Status};
+use tarazed_tests::harness::{Collector, Export, Project, Run};
 
 const STEPS: u64 = 120;
-
-/// What every collector of OTLP/gRPC gets, kept.
-#[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Seen>>);
 
 #[derive(Default)]
 struct Seen {
@@ -28,63 +15,29 @@ struct Seen {
     metrics: BTreeSet<String>,
 }
 
-impl Collector {
-    /// Serves on a free port as long as the runtime lives; the endpoint.
-    fn serve(&self) -> (Runtime, String) {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let listener = runtime
-            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
-            .expect("a port");
-        let address = listener.local_addr().expect("an address");
-        runtime.spawn(
-            tonic::transport::Server::builder()
-                .add_service(TraceServiceServer::new(self.clone()))
-                .add_service(MetricsServiceServer::new(self.clone()))
-                .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)),
-        );
-        (runtime, format!("http://{address}"))
-    }
-
-    fn take(&self) -> Seen {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for sent in request.into_inner().resource_spans {
-            let resource = sent.resource.unwrap_or_default();
-            let Some(Value::StringValue(process)) = attribute(&resource.attributes, "tarazed.process") else {
-                return Err(Status::invalid_argument("spans of an unnamed process"));
-            };
-            let spans = sent.scope_spans.into_iter().flat_map(|scope| scope.spans);
-            seen.spans.entry(process).or_default().extend(spans);
+/// What a collector of OTLP/gRPC got, by process and name.
+fn seen(exports: Vec<Export>) -> Seen {
+    let mut seen = Seen::default();
+    for export in exports {
+        match export {
+            Export::Spans(request) => {
+                for sent in request.resource_spans {
+                    let resource = sent.resource.unwrap_or_default();
+                    let Some(Value::StringValue(process)) = attribute(&resource.attributes, "tarazed.process") else {
+                        panic!("spans of an unnamed process: {resource:?}");
+                    };
+                    let spans = sent.scope_spans.into_iter().flat_map(|scope| scope.spans);
+                    seen.spans.entry(process).or_default().extend(spans);
+                }
+            }
+            Export::Metrics(request) => {
+                let sent = request.resource_metrics.into_iter();
+                let metrics = sent.flat_map(|sent| sent.scope_metrics).flat_map(|scope| scope.metrics);
+                seen.metrics.extend(metrics.map(|metric| metric.name));
+            }
         }
-        Ok(Response::new(Default::default()))
     }
-}
-
-#[tonic::async_trait]
-impl MetricsService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = request.into_inner().resource_metrics.into_iter();
-        let metrics = sent.flat_map(|sent| sent.scope_metrics).flat_map(|scope| scope.metrics);
-        seen.metrics.extend(metrics.map(|metric| metric.name));
-        Ok(Response::new(Default::default()))
-    }
+    seen
 }
 
 fn attribute(attributes: &[KeyValue], key: &str) -> Option<Value> {
@@ -117,8 +70,8 @@ fn assert_within(spans: &[Span], name: &str, parent: &str) {
 /// the loss to the first line after it; and the trace is the one of a run that nobody watches.
 #[test]
 fn a_collector_sees_steps_checkpoints_and_a_recovery() {
-    let collector = Collector::default();
-    let (_serving, endpoint) = collector.serve();
+    let collector = Collector::start();
+    let endpoint = collector.endpoint();
     let project = Project::tiny_with(&[("telemetry.otlp_endpoint", &format!("\"{endpoint}\""))]);
     let mut run = Run::start(&project.train("watched").ranks(2).steps(STEPS));
     run.wait_for_step(10);
@@ -127,7 +80,7 @@ fn a_collector_sees_steps_checkpoints_and_a_recovery() {
     let recovered = run.events("recovered");
     assert_eq!(recovered.len(), 1, "{}", run.tail());
 
-    let seen = collector.take();
+    let seen = seen(collector.take());
     let controller = &seen.spans["controller"];
     let survivor = &seen.spans["worker-0"];
     for phase in ["compute", "reduce", "forward", "barrier", "update", "gather"] {

@@ -1,68 +1,12 @@
 //! A real OTLP collector sees the spans and metrics of a run; one that is absent or mute costs nothing but them.
-#![cfg(feature = "otlp")]
 
-use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
-    MetricsService, MetricsServiceServer,
-};
-use opentelemetry_proto::tonic::collector::metrics::v1::{ExportMetricsServiceRequest, ExportMetricsServiceResponse};
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
 use opentelemetry_proto::tonic::trace::v1::Span;
 use std::time::{Duration, Instant};
 use tarazed::telemetry::{self, FLUSH_TIMEOUT_MS, Role, Settings, StepSample};
 use tarazed_domain::{Incarnation, WorkerId};
+use tarazed_tests::harness::{Collector, Export};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tonic::{Request, Response, Status};
-
-#[derive(Clone)]
-struct Collector(UnboundedSender<Seen>);
-
-enum Seen {
-    Spans(ExportTraceServiceRequest),
-    Metrics(ExportMetricsServiceRequest),
-}
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        self.0
-            .send(Seen::Spans(request.into_inner()))
-            .map_err(|_| Status::cancelled("test over"))?;
-        Ok(Response::new(Default::default()))
-    }
-}
-
-#[tonic::async_trait]
-impl MetricsService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        self.0
-            .send(Seen::Metrics(request.into_inner()))
-            .map_err(|_| Status::cancelled("test over"))?;
-        Ok(Response::new(Default::default()))
-    }
-}
-
-async fn collector() -> (String, UnboundedReceiver<Seen>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = listener.local_addr().expect("an address");
-    let (sender, seen) = unbounded_channel();
-    let collector = Collector(sender);
-    tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(TraceServiceServer::new(collector.clone()))
-            .add_service(MetricsServiceServer::new(collector))
-            .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener)),
-    );
-    (format!("http://{address}"), seen)
-}
 
 fn settings(endpoint: String, worker: u32) -> Settings {
     Settings {
@@ -83,8 +27,8 @@ fn attribute(attributes: &[KeyValue], key: &str) -> Option<Value> {
 /// A step on one rank, and a span within it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_sees_spans_metrics_and_who_sent_them() {
-    let (endpoint, mut seen) = collector().await;
-    let (dispatch, telemetry) = telemetry::build(&settings(endpoint, 3)).expect("built");
+    let collector = Collector::start();
+    let (dispatch, telemetry) = telemetry::build(&settings(collector.endpoint().to_owned(), 3)).expect("built");
     assert!(telemetry.exports());
     tracing::dispatcher::with_default(&dispatch, || {
         tracing::info_span!(target: "tarazed_train::step", "step", step = 7).in_scope(|| {
@@ -107,9 +51,9 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
 
     let mut spans: Vec<Span> = Vec::new();
     let mut metrics: Vec<String> = Vec::new();
-    while let Ok(request) = seen.try_recv() {
-        match request {
-            Seen::Spans(request) => {
+    for export in collector.take() {
+        match export {
+            Export::Spans(request) => {
                 for sent in request.resource_spans {
                     let resource = sent.resource.expect("a resource").attributes;
                     let text = |key| attribute(&resource, key);
@@ -120,7 +64,7 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
                     spans.extend(sent.scope_spans.into_iter().flat_map(|scope| scope.spans));
                 }
             }
-            Seen::Metrics(request) => {
+            Export::Metrics(request) => {
                 let scopes = request.resource_metrics.into_iter().flat_map(|sent| sent.scope_metrics);
                 metrics.extend(scopes.flat_map(|scope| scope.metrics).map(|metric| metric.name));
             }
