@@ -4,7 +4,6 @@ use super::process::{Process, exit_of};
 use super::random::Random;
 use super::world::World;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -417,7 +416,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         Ok(tree) => tree,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };
-    let trace = match TraceFile::open(PathBuf::from(world.paths.trace())) {
+    let trace = match TraceFile::open(world.paths.trace()) {
         Ok(file) => file,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };

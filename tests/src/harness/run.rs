@@ -314,6 +314,24 @@ impl Run {
         self.processes.signal(found.pid, Signal::KILL).then_some(found.pid)
     }
 
+    /// From now on a worker's process can open no further file or socket; false where it has no process just now.
+    ///
+    /// # Panics
+    /// If the process is gone meanwhile.
+    pub fn starve_of_descriptors(&self, worker: u32) -> bool {
+        let Some(status) = self.try_status() else { return false };
+        let Some(found) = status.workers.iter().find(|candidate| candidate.worker == worker) else {
+            return false;
+        };
+        let limit = Rlimit {
+            current: Some(1),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        let set = prlimit(Pid::from_raw(found.pid as i32), Resource::Nofile, limit);
+        assert!(set.is_ok(), "{set:?}: no limit for worker {worker}\n{}", self.tail());
+        true
+    }
+
     /// From now on no file of the run can grow beyond `bytes`; for a run [`Train::on_small_disk`].
     ///
     /// # Panics
