@@ -10,7 +10,7 @@
 //! What runs is production code: the pure machines, the actors around them (`tarazed-actors`: the controller's tree and
 //! each rank's), the start of a generation and the step itself (`tarazed-train`), on a tiny model whose every parameter
 //! depends on every micro-batch before it; the store's protocol over an object store in memory. Simulated are the
-//! processes ([`process`]), the ways between them ([`mesh`], `controller`), the store's behaviour ([`store`]) and time: a
+//! processes (`process`), the ways between them (`mesh`, `controller`), the store's behaviour ([`store`]) and time: a
 //! paused tokio clock, on which nothing waits in earnest. A device thread is a coroutine ([`coroutine`]).
 //!
 //! Safety is checked while faults happen: each line once, in order, and bit for bit that of the undisturbed run. Liveness
