@@ -58,7 +58,7 @@ pub enum WorkerPhase {
     Left,
 }
 
-/// One worker slot: what every generation touches. The rest of it is in [`Workers`].
+/// One worker slot: what every generation touches. The rest of it is in `Workers`.
 #[derive(Debug)]
 pub struct Worker {
     incarnation: Incarnation,
