@@ -11,6 +11,7 @@ use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
 use super::root::{End, RootMessage};
 use super::sharder::SharderMessage;
+use super::tree::Past;
 use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -53,6 +54,10 @@ pub enum CoordinatorMessage {
     Fatal(String),
     /// To be shown.
     Warn(String),
+    /// The world is to have this many ranks.
+    Resize(u32),
+    /// Another controller took over.
+    Deposed,
     /// A signal.
     Stop,
     /// Time passed.
@@ -71,6 +76,7 @@ pub struct Peers {
     pub sharder: ActorRef<SharderMessage>,
     pub entry: ActorRef<LookAt>,
     pub trace: Box<dyn TraceSink>,
+    pub past: Past,
 }
 
 pub struct CoordinatorArguments {
@@ -128,11 +134,20 @@ impl Actor for CoordinatorActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CoordinatorMessage::Begin(peers) => {
+            CoordinatorMessage::Begin(mut peers) => {
+                let Past { lives, heads } = std::mem::take(&mut peers.past);
                 state.peers = Some(peers);
+                state.heads = heads;
                 let now_ms = state.now_ms();
-                let effects = state.arguments.machine.start(now_ms);
+                let effects = state.arguments.machine.start(now_ms, &lives);
                 state.act(effects)
+            }
+            CoordinatorMessage::Resize(ranks) => state.event(Event::Resize { ranks }),
+            CoordinatorMessage::Deposed => {
+                if let Some(peers) = &state.peers {
+                    peers.node.command(NodeCommand::LetGo)?;
+                }
+                state.halt(33, "another controller took over this run; it goes on there".to_owned())
             }
             CoordinatorMessage::Hub(event) => state.hub(event),
             CoordinatorMessage::Node(event) => state.node(event),
@@ -221,6 +236,10 @@ impl CoordinatorState {
                         incarnation,
                         after,
                     })?;
+                }
+                Effect::Adopt { member } => {
+                    let Member { worker, incarnation } = member;
+                    self.peers()?.node.command(NodeCommand::Adopt { worker, incarnation })?;
                 }
                 Effect::Kill { member, reason } => {
                     let Member { worker, incarnation } = member;
@@ -355,9 +374,14 @@ impl CoordinatorState {
             return Ok(());
         }
         match message {
-            FromRank::Ready { address, pid } => {
+            FromRank::Ready { address, pid, newest } => {
                 self.observe(ObservatoryMessage::Ready(member))?;
-                self.event(Event::Ready { member, address, pid })
+                self.event(Event::Ready {
+                    member,
+                    address,
+                    pid,
+                    newest,
+                })
             }
             FromRank::State { generation, report } => {
                 for line in &report.lines {
@@ -630,7 +654,7 @@ impl CoordinatorState {
             })
             .collect();
         serde_json::json!({
-            "live": true, "generation": machine.generation(), "step": self.arguments.ledger.written(),
+            "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(), "step": self.arguments.ledger.written(),
             "refused": machine.refused_count(), "workers": workers,
         })
     }

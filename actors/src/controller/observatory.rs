@@ -198,6 +198,11 @@ impl ObservatoryState {
                     restored,
                 });
             }
+            Incident::Adopted { members } => {
+                let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
+                self.event("adopted", &json!({"workers": workers}));
+                self.notify(Notice::Adopted { ranks: members.len() });
+            }
             Incident::StateLost { shards_missing } => {
                 self.event("state_lost", &json!({"shards_missing": shards_missing}));
                 self.notify(Notice::Warning(format!(

@@ -48,13 +48,15 @@ pub fn open(paths: &RunPaths, token: &str) -> std::io::Result<UnixListener> {
 pub async fn serve(
     listener: UnixListener,
     token: String,
+    lanes: u32,
     coordinator: ActorRef<CoordinatorMessage>,
     sharder: ActorRef<SharderMessage>,
 ) {
     while let Ok((stream, _)) = listener.accept().await {
         let (token, coordinator, sharder) = (token.clone(), coordinator.clone(), sharder.clone());
         tokio::spawn(async move {
-            let answered = tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, &coordinator, &sharder)).await;
+            let answered =
+                tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, lanes, &coordinator, &sharder)).await;
             if let Ok(Err(error)) = answered {
                 tracing::debug!("a status request broke off: {error}");
             }
@@ -65,6 +67,7 @@ pub async fn serve(
 async fn answer(
     mut stream: UnixStream,
     token: &str,
+    lanes: u32,
     coordinator: &ActorRef<CoordinatorMessage>,
     sharder: &ActorRef<SharderMessage>,
 ) -> std::io::Result<()> {
@@ -80,10 +83,27 @@ async fn answer(
         json!({"error": "the token is not this run's"})
     } else if field("command") == "status" {
         status(coordinator, sharder).await
+    } else if field("command") == "resize" {
+        resize(&request, lanes, coordinator)
     } else {
         json!({"error": format!("there is no command '{}'", field("command"))})
     };
     write.write_all(format!("{value}\n").as_bytes()).await
+}
+
+/// Asks for another number of ranks; that it was understood is all that the answer says.
+fn resize(request: &Value, lanes: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
+    let ranks = request
+        .get("ranks")
+        .and_then(Value::as_u64)
+        .and_then(|ranks| u32::try_from(ranks).ok());
+    match ranks {
+        Some(ranks) if (1..=lanes).contains(&ranks) => match coordinator.cast(CoordinatorMessage::Resize(ranks)) {
+            Ok(()) => json!({"ranks": ranks}),
+            Err(_) => json!({"error": "the controller is ending"}),
+        },
+        _ => json!({"error": format!("a world has 1 to {lanes} ranks, one for each of its lanes at most")}),
+    }
 }
 
 async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<SharderMessage>) -> Value {

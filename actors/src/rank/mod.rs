@@ -1,18 +1,21 @@
 //! A rank process: its actors around one device thread.
 //!
 //! `RankRoot` is the parent of all. A rank is replaced as a whole: whatever of it fails ends the process with the cause on
-//! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it.
+//! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it; it outlives its
+//! controller for a while ([`home`]), so that a new one may go on with what it holds.
 
 mod actor;
 mod feeder;
+mod home;
 mod restore;
 mod root;
 mod shard;
 mod writer;
 
-use crate::link::{PeerId, UplinkConfig, UplinkEvent, connect_uplink};
+use crate::link::PeerId;
 use crate::run_folder::RunPaths;
 pub use actor::CommandSink;
+use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
 use std::path::PathBuf;
@@ -66,7 +69,7 @@ impl RankError {
 pub enum RankExit {
     /// Told to leave.
     Left,
-    /// The controller is gone: nothing more can be committed in this life.
+    /// The controller is gone and no other has come: nothing more can be committed in this life.
     ControllerLost,
 }
 
@@ -203,29 +206,20 @@ async fn serve(
         events: tree.device_events(),
     };
     tree.start_device(device)?;
-    let heard = tree.clone();
-    let uplink = connect_uplink(
-        UplinkConfig {
-            address: args.controller.clone(),
-            token,
-            peer: PeerId {
-                worker: member.worker,
-                incarnation: member.incarnation,
-            },
-            connect: Duration::from_millis(config.timeouts().connect_ms),
-            failure: Duration::from_millis(config.timeouts().failure_ms),
-            supervisor: Some(tree.cell()),
+    let home = Home {
+        paths,
+        token,
+        peer: PeerId {
+            worker: member.worker,
+            incarnation: member.incarnation,
         },
-        move |event| match event {
-            UplinkEvent::Message(body) => heard.told(body.into_vec()),
-            UplinkEvent::Lost(reason) => heard.controller_lost(reason),
-        },
-    )
-    .await
-    .map_err(|e| RankError::because("control plane")(&e))?;
-    tree.linked(Box::new(uplink), address, std::process::id());
-    match exit.await {
-        Ok(result) => result,
-        Err(_) => Err(RankError("the rank's root ended without a word".to_owned())),
-    }
+        timeouts: config.timeouts(),
+        listener: address,
+        tree,
+    };
+    let linked = home.first(&args.controller).await?;
+    let staying = tokio::spawn(home.stay(linked));
+    let result = exit.await;
+    staying.abort();
+    result.unwrap_or_else(|_| Err(RankError("the rank's root ended without a word".to_owned())))
 }

@@ -100,6 +100,11 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         }
         Fault::StoreErrors => world.weather.errors(a_while),
         Fault::StoreSlow => world.weather.slow(a_while),
+        Fault::Resize => {
+            let ranks = random.between(1, u64::from(world.scenario.lanes)) as u32;
+            world.history.note(&format!("{ranks} ranks are wanted"));
+            life.resize(ranks);
+        }
         Fault::KillController | Fault::Stop | Fault::KillInRecovery => strike_controller(world, kind),
     }
 }

@@ -201,12 +201,14 @@ mod envelopes {
     /// Rank to controller.
     #[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
     pub enum FromRank {
-        /// A new process is ready and holds nothing yet.
+        /// The session is new: a new process is ready and holds nothing yet, or one that lost its controller is back.
         Ready {
             /// Address of its data plane listener.
             address: String,
             /// Process id, for people.
             pid: u32,
+            /// The newest generation it took part in or heard of; 0 for a new process.
+            newest: Generation,
         },
         /// Answer to a fence.
         State {

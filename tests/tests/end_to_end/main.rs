@@ -17,6 +17,7 @@ mod resume;
 mod status;
 mod storm;
 mod surroundings;
+mod takeover;
 mod telemetry;
 mod terminal;
 mod worlds;

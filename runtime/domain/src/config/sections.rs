@@ -423,6 +423,8 @@ impl Default for CheckpointConfig {
 pub struct ClusterConfig {
     /// Rank processes.
     pub ranks: u32,
+    /// Processes held ready beside them, to take a lost rank's place at once.
+    pub spares: u32,
     /// Compute threads of each rank; results do not depend on it.
     pub threads_per_rank: u32,
 }
@@ -431,6 +433,7 @@ impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
             ranks: 1,
+            spares: 0,
             threads_per_rank: 1,
         }
     }

@@ -223,6 +223,12 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         "raise batch.lanes (a new run: lanes decide numbers) or run fewer ranks"
     );
     within(
+        "cluster.spares",
+        u64::from(c.spares),
+        0..=u64::from(RANKS_MAX),
+        "a few are enough: each is a process that waits",
+    )?;
+    within(
         "cluster.threads_per_rank",
         u64::from(c.threads_per_rank),
         1..=THREADS_PER_RANK_MAX,

@@ -8,8 +8,10 @@ use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
 /// Fixed facts of a run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Worker slots.
-    pub workers: u32,
+    /// Ranks of a whole world.
+    pub ranks: u32,
+    /// Processes held ready beside them.
+    pub spares: u32,
     /// Lanes of the global batch.
     pub lanes: LaneTree,
     /// Optimizer shards.
@@ -26,10 +28,19 @@ pub struct Options {
     pub last_step: StepsCompleted,
 }
 
+/// The newest life of a worker that an earlier controller started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PastLife {
+    /// Who.
+    pub member: Member,
+    /// Its process is still there, and is waited for.
+    pub lives: bool,
+}
+
 /// A fact.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A process is ready and holds nothing.
+    /// A process is ready: a new one, or one that an earlier controller started and that holds what it held.
     Ready {
         /// Who.
         member: Member,
@@ -37,6 +48,8 @@ pub enum Event {
         address: String,
         /// Process id.
         pid: u32,
+        /// The newest generation it heard of; 0 for a new process.
+        newest: Generation,
     },
     /// A process ended, or could not be started.
     Exited {
@@ -117,6 +130,11 @@ pub enum Event {
         /// Why.
         cause: String,
     },
+    /// The world is to have this many ranks from now on (1 to the number of lanes).
+    Resize {
+        /// How many.
+        ranks: u32,
+    },
     /// A signal asks for a last checkpoint and an end.
     StopRequested,
     /// Time passed.
@@ -132,6 +150,11 @@ pub enum Effect {
         member: Member,
         /// Wait first.
         after_ms: u64,
+    },
+    /// Watch a process that an earlier controller started; its exit comes as an event.
+    Adopt {
+        /// Who.
+        member: Member,
     },
     /// End a process; its exit comes back as an event.
     Kill {
@@ -182,6 +205,11 @@ pub enum Incident {
         rank: Option<Rank>,
         /// Why.
         cause: String,
+    },
+    /// Ranks that an earlier controller left behind are back, with what they hold.
+    Adopted {
+        /// Who.
+        members: Vec<Member>,
     },
     /// A generation begins.
     GenerationBegan {

@@ -5,7 +5,7 @@ use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
 use crate::commit::{Holders, Survey};
 use crate::message::{Member, RestoreFrom, ToRank};
 use crate::restart::Verdict;
-use tarazed_domain::{Mutant, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Mutant, Rank, StepsCompleted};
 
 impl Coordinator {
     /// One fact in, effects out.
@@ -14,7 +14,12 @@ impl Coordinator {
             return Vec::new();
         }
         match event {
-            Event::Ready { member, address, pid } => self.on_ready(now_ms, member, address, pid),
+            Event::Ready {
+                member,
+                address,
+                pid,
+                newest,
+            } => self.on_ready(now_ms, member, address, pid, newest),
             Event::Exited { member, cause, orderly } => self.on_exited(now_ms, member, cause, orderly),
             Event::State {
                 member,
@@ -98,6 +103,7 @@ impl Coordinator {
                 self.save_failed = Some((step, cause));
                 self.save_again(now_ms)
             }
+            Event::Resize { ranks } => self.on_resize(now_ms, ranks),
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
@@ -109,25 +115,70 @@ impl Coordinator {
         }
     }
 
-    fn on_ready(&mut self, now_ms: u64, member: Member, address: String, pid: u32) -> Vec<Effect> {
+    fn on_ready(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
         if !self.knows(member) {
             return vec![Effect::Kill {
                 member,
                 reason: "a life that was given up".to_owned(),
             }];
         }
+        self.heard(now_ms, member);
+        if newest == Generation(0) && !self.is_wanted(member.worker) {
+            return vec![Effect::Kill {
+                member,
+                reason: "the world has shrunk".to_owned(),
+            }];
+        }
+        if newest != Generation(0) {
+            return self.on_back(now_ms, member, address, pid, newest);
+        }
         self.workers.set_phase(member.worker, WorkerPhase::Ready);
         self.workers.set_process(member.worker, address, pid);
-        self.heard(now_ms, member);
-        match self.phase {
+        match &mut self.phase {
+            // It was only just started when its controller died.
+            Phase::Adopting { awaiting, .. } => {
+                awaiting.remove(member.worker);
+                self.settle_adoption(now_ms)
+            }
             Phase::Forming => self.try_form(),
-            Phase::Running { .. } => self.ask_to_pause(false),
-            _ => Vec::new(),
+            Phase::Running { .. } if self.roster.len() < self.options.ranks as usize => self.ask_to_pause(false),
+            _ => Vec::new(), // a spare, or admitted by the generation that is being agreed on
         }
     }
 
-    fn try_form(&mut self) -> Vec<Effect> {
-        if self.workers.all_ready() {
+    /// A rank that holds what it held under an earlier controller, or under this one before its session was cut.
+    fn on_back(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
+        let Phase::Adopting { awaiting, .. } = &mut self.phase else {
+            // What it holds may be of a world that is over, and messages between it and this controller are lost.
+            let reason = "its control session was interrupted".to_owned();
+            return vec![Effect::Kill { member, reason }];
+        };
+        if awaiting.remove(member.worker) {
+            self.workers.set_phase(member.worker, WorkerPhase::Member);
+            self.workers.set_process(member.worker, address, pid);
+            // A fence must be newer than all that any of them heard of, or they would take it for an old one.
+            self.generation = self.generation.max(newest);
+        }
+        self.settle_adoption(now_ms)
+    }
+
+    /// Once everybody who was left behind is back or has ended: those who are back agree on the step, as survivors do.
+    fn settle_adoption(&mut self, now_ms: u64) -> Vec<Effect> {
+        if !matches!(&self.phase, Phase::Adopting { awaiting, .. } if awaiting.is_empty()) {
+            return Vec::new();
+        }
+        let members = self.workers.members();
+        if members.is_empty() {
+            self.phase = Phase::Forming;
+            return self.try_form();
+        }
+        let mut effects = vec![Effect::Note(Incident::Adopted { members })];
+        effects.extend(self.fence(now_ms, "a new controller took over".to_owned(), None));
+        effects
+    }
+
+    pub(super) fn try_form(&mut self) -> Vec<Effect> {
+        if self.workers.ready_count() >= self.options.ranks as usize {
             self.phase = Phase::Locating;
             vec![Effect::FindCheckpoint]
         } else {
@@ -137,7 +188,7 @@ impl Coordinator {
 
     /// Asks every member to pause together at the next boundary; the barrier spreads the wish, so one that hears it
     /// late does not run ahead.
-    fn ask_to_pause(&mut self, checkpoint: bool) -> Vec<Effect> {
+    pub(super) fn ask_to_pause(&mut self, checkpoint: bool) -> Vec<Effect> {
         let generation = self.generation;
         let Phase::Running { pause_sent, .. } = &mut self.phase else {
             return Vec::new();
@@ -163,6 +214,9 @@ impl Coordinator {
             self.workers.set_phase(member.worker, WorkerPhase::Left);
             return self.settle_leaving();
         }
+        if self.workers.is(member.worker, &WorkerPhase::Released) {
+            return self.on_released(now_ms, member);
+        }
         let cause = if orderly {
             format!("{cause} before it was told to leave")
         } else {
@@ -176,6 +230,7 @@ impl Coordinator {
         })];
         let start_ms = self.options.timeouts.start_ms;
         match self.workers.on_death(member.worker, format!("{member}: {cause}")) {
+            _ if !self.is_wanted(member.worker) => self.workers.set_phase(member.worker, WorkerPhase::Left),
             Verdict::Restart { after_ms } => {
                 let deadline_ms = now_ms + after_ms + start_ms;
                 let successor = self.workers.restart(now_ms, member.worker, deadline_ms);
@@ -198,6 +253,10 @@ impl Coordinator {
             }
         }
         match &mut self.phase {
+            Phase::Adopting { awaiting, .. } => {
+                awaiting.remove(member.worker);
+                effects.extend(self.settle_adoption(now_ms));
+            }
             Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
             Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
             Phase::Fencing {

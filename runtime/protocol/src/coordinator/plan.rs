@@ -1,5 +1,6 @@
 //! How a generation begins: lanes and shards spread over survivors and newcomers, in one plan for all of them.
 
+use super::resize::Cast;
 use super::{Coordinator, Effect, Ground, Incident, Phase, WorkerSet};
 use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin};
 use crate::sharder;
@@ -39,10 +40,13 @@ impl Whole {
 impl Coordinator {
     /// Spreads lanes and shards over survivors and newcomers, and starts the generation.
     pub(super) fn begin(&mut self, now_ms: u64, ground: Ground, survivors: Vec<Member>) -> Vec<Effect> {
-        let mut members = survivors;
-        members.extend(self.workers.ready());
-        // Two runs in order, as a rule, which a stable sort merges.
-        members.sort();
+        let Cast {
+            staying: mut members,
+            leaving,
+            released,
+        } = self.cast(&ground, survivors);
+        let holders = members.len();
+        members.extend(&leaving);
         let mut lanes = self.options.lanes.assign(&vec![1; members.len()]);
         if Mutant::LaneLost.is_on()
             && members.len() > 1
@@ -58,7 +62,7 @@ impl Coordinator {
         }
         let restored = ground.holders.is_empty();
         let Remains { mut roster, mut shards } = Remains::of(self.plan.take());
-        let copies = self.place_shards(&ground, &mut shards);
+        let copies = self.place_shards(&ground, holders, &mut shards);
         self.fill_roster(&mut roster);
 
         let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
@@ -99,7 +103,12 @@ impl Coordinator {
         };
         let plan = Arc::new(plan);
         self.plan = Some(Arc::clone(&plan));
-        vec![Effect::Note(note), Effect::Begin { plan }]
+        let mut effects = vec![Effect::Note(note), Effect::Begin { plan }];
+        effects.extend(self.release(released));
+        if !leaving.is_empty() {
+            effects.extend(self.ask_to_pause(false));
+        }
+        effects
     }
 
     fn fill_roster(&self, entries: &mut Vec<RosterEntry>) {
@@ -120,11 +129,11 @@ impl Coordinator {
         }));
     }
 
-    /// Gives every shard its holders in the new roster and says how many copies that takes.
-    fn place_shards(&mut self, ground: &Ground, shards: &mut Vec<Vec<ShardHolder>>) -> usize {
-        let (shard_count, world_size) = (self.options.shard_count, self.roster.len());
+    /// Gives every shard its holders among the first ranks of the new roster, and says how many copies that takes.
+    fn place_shards(&mut self, ground: &Ground, holders: usize, shards: &mut Vec<Vec<ShardHolder>>) -> usize {
+        let shard_count = self.options.shard_count;
         let whole = self.whole_ranks(ground);
-        let placed = sharder::place(shard_count, world_size, self.options.replicas, |shard| whole.of(shard));
+        let placed = sharder::place(shard_count, holders, self.options.replicas, |shard| whole.of(shard));
         shards.resize_with(shard_count, Vec::new);
         self.primaries.clear();
         let mut copies = 0;
