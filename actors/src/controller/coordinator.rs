@@ -49,7 +49,12 @@ pub enum CoordinatorMessage {
     /// A checkpoint exists.
     Committed(StepsCompleted),
     /// A checkpoint could not be committed.
-    CommitFailed(StepsCompleted, String),
+    CommitFailed {
+        step: StepsCompleted,
+        cause: String,
+        /// The store has no room left.
+        full: bool,
+    },
     /// Nothing can go on.
     Fatal(String),
     /// To be shown.
@@ -176,9 +181,9 @@ impl Actor for CoordinatorActor {
                 state.heads = state.heads.split_off(&step);
                 state.event(Event::CheckpointCommitted { step })
             }
-            CoordinatorMessage::CommitFailed(step, cause) => {
+            CoordinatorMessage::CommitFailed { step, cause, full } => {
                 state.arguments.tracker.on_commit_failed(step);
-                state.checkpoint_failed(step, cause)
+                state.checkpoint_failed(step, cause, full)
             }
             CoordinatorMessage::Fatal(cause) => state.halt(3, cause),
             CoordinatorMessage::Warn(text) => state.observe(ObservatoryMessage::Warning(text)),
@@ -251,10 +256,10 @@ impl CoordinatorState {
                 }
                 Effect::Send { member, message } => self.send(member, &message)?,
                 Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
-                Effect::FindCheckpoint => {
+                Effect::FindCheckpoint { below } => {
                     self.arguments.tracker.on_locating();
                     self.syncing.clear();
-                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate)?;
+                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate { below })?;
                 }
                 Effect::Note(incident) => self.note(incident)?,
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
@@ -299,6 +304,9 @@ impl CoordinatorState {
                 shards: self.arguments.machine.placement().to_vec(),
             };
             self.peers()?.sharder.cast(placed)?;
+        }
+        if let Incident::Adopted { .. } = &incident {
+            self.peers()?.checkpointer.cast(CheckpointerMessage::Inherit)?;
         }
         self.observe(ObservatoryMessage::Incident(incident))
     }
@@ -402,7 +410,7 @@ impl CoordinatorState {
                     return Ok(());
                 }
                 match self.arguments.ledger.check_base(base, state) {
-                    Some(diagnosis) => self.halt(3, diagnosis),
+                    Some(diagnosis) => self.event(Event::BaseDiffers { diagnosis }),
                     None => Ok(()),
                 }
             }
@@ -418,13 +426,25 @@ impl CoordinatorState {
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
             } => self.event(Event::Failed {
                 member,
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
+            }),
+            FromRank::Settled {
+                generation,
+                step,
+                digest,
+            } => self.event(Event::Settled {
+                member,
+                generation,
+                step,
+                digest,
             }),
             FromRank::Paused {
                 generation,
@@ -465,9 +485,10 @@ impl CoordinatorState {
                 generation,
                 step,
                 cause,
+                full,
                 ..
             } => {
-                let effects = self.arguments.tracker.on_shard_lost(generation, step, cause);
+                let effects = self.arguments.tracker.on_shard_lost(generation, step, cause, full);
                 self.checkpoint(effects)
             }
         }
@@ -573,7 +594,7 @@ impl CoordinatorState {
                     self.syncing.insert(step, shards);
                     self.peers()?.trace.sync(step);
                 }
-                CheckpointEffect::GivenUp { step, cause } => self.checkpoint_failed(step, cause)?,
+                CheckpointEffect::GivenUp { step, cause, full } => self.checkpoint_failed(step, cause, full)?,
             }
         }
         Ok(())
@@ -586,7 +607,7 @@ impl CoordinatorState {
         };
         let Some(head) = self.heads.get(&step).cloned() else {
             self.arguments.tracker.on_commit_failed(step);
-            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned());
+            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned(), false);
         };
         let decisions = self.arguments.ledger.decisions().iter();
         let commit = CheckpointerMessage::Commit {
@@ -600,11 +621,11 @@ impl CoordinatorState {
         Ok(())
     }
 
-    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String) -> Result<(), ActorProcessingErr> {
+    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String, full: bool) -> Result<(), ActorProcessingErr> {
         self.observe(ObservatoryMessage::Warning(format!(
             "no checkpoint of step {step}: {cause}"
         )))?;
-        self.event(Event::CheckpointFailed { step, cause })
+        self.event(Event::CheckpointFailed { step, cause, full })
     }
 
     fn located(&mut self, located: Result<Located, (u8, String)>) -> Result<(), ActorProcessingErr> {

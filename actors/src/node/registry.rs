@@ -125,12 +125,12 @@ mod tests {
             ..own.clone()
         };
         assert!(!reused.lives(), "another process of that number");
-        assert!(!Entry { pid: 0, ..own }.lives(), "never started");
         let init = Entry {
             pid: 1,
             started_ticks: started_ticks(1).unwrap_or_default(),
-            ..own()
+            ..own.clone()
         };
+        assert!(!Entry { pid: 0, ..own }.lives(), "never started");
         assert!(!init.lives(), "another program");
     }
 

@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tarazed_domain::config::Config;
-use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
+use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::data::decision::Decision;
-use tarazed_protocol::message::{BeginPlan, FromRank, Member, StateReport, StepLine, ToRank};
+use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateReport, StepLine, ToRank};
 use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
-use tarazed_train::feeder::Feeder;
+use tarazed_train::feeder::{Feeder, Share};
 use tarazed_train::generation::{Paused, ShardToSave};
 use tarazed_train::progress::Progress;
 
@@ -101,12 +101,20 @@ impl DeviceEvents<CpuDevice> for DeviceReports {
     }
 
     fn failed(&self, generation: Generation, error: &StepError) {
-        let (suspects, corruption) = (error.suspects(), error.is_corruption());
         self.tell(FromRank::Failed {
             generation,
             cause: error.to_string(),
-            suspects,
-            corruption,
+            suspects: error.suspects(),
+            fatal: error.is_fatal(),
+            dispute: error.dispute(),
+        });
+    }
+
+    fn settled(&self, generation: Generation, step: StepsCompleted, digest: ItemDigest) {
+        self.tell(FromRank::Settled {
+            generation,
+            step,
+            digest,
         });
     }
 
@@ -311,7 +319,7 @@ impl RankActorState {
             .ok_or("the plan's roster does not name this rank")?;
         let feed = Feed {
             generation: plan.generation,
-            lanes: plan.roster[rank].lanes,
+            share: Share::of(&plan, Rank(rank as u32)),
             base: plan.base,
             last_step: plan.last_step,
             decided: plan.decided,
@@ -387,6 +395,7 @@ impl RankActorState {
                     step,
                     shard: index,
                     cause: "the shard has moved to another rank".to_owned(),
+                    full: false,
                 })?,
             }
         }

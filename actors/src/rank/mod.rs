@@ -30,6 +30,7 @@ use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+pub use tarazed_train::harm::Harm;
 use tarazed_train::progress::Progress;
 use tarazed_train::state::RankState;
 
@@ -51,6 +52,8 @@ pub struct RankArgs {
     pub worker: u32,
     /// Which life of it.
     pub incarnation: u32,
+    /// Harm to be done to it on purpose.
+    pub harm: Option<Harm>,
 }
 
 /// A rank that could not start or could not go on.
@@ -172,6 +175,7 @@ async fn serve(
         domain_count: config.data.domains.len(),
         evaluation_interval_steps: config.evaluation.interval_steps,
         held_out_sequences_max: config.evaluation.sequences_per_domain_max,
+        audit_interval_steps: config.fault.audit_interval_steps,
     };
     let feeder = Feeder::new(cursor, rules, Arc::new(TokenSamples(tokens)));
     let transport = Transport::Unix {
@@ -195,7 +199,8 @@ async fn serve(
     let tree = RankTree::start(parts).await?;
     let device = DeviceThread {
         state: RankState::new(Arc::clone(&config), CpuDevice::new(), progress)
-            .map_err(|e| RankError::because("device")(&e))?,
+            .map_err(|e| RankError::because("device")(&e))?
+            .harmed(args.harm),
         member,
         data_plane: Box::new(Sockets {
             listener,

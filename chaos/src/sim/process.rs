@@ -6,6 +6,7 @@
 
 use super::controller::Life;
 use super::coroutine::{Coroutine, wait_for};
+use super::faults::flip;
 use super::mesh::{Generational, SimPlane};
 use super::world::World;
 use std::collections::VecDeque;
@@ -296,7 +297,7 @@ async fn assemble(
     let tree = RankTree::start(parts).await.map_err(|e| e.to_string())?;
     let state = RankState::new(config, CpuDevice::new(), progress).map_err(|e| e.to_string())?;
     let device = DeviceThread {
-        state: state.with_waiting(waiting),
+        state: state.with_waiting(waiting).harmed(flip(world, process.pid)),
         member: process.member,
         data_plane: Box::new(SimPlane {
             world: Arc::clone(world),
@@ -445,6 +446,7 @@ fn name_of(body: &[u8]) -> String {
         Ok(FromRank::Ready { .. }) => "ready".to_owned(),
         Ok(FromRank::Running { generation, base, .. }) => format!("generation {generation} runs from {base}"),
         Ok(FromRank::Failed { generation, cause, .. }) => format!("failed in {generation}: {cause}"),
+        Ok(FromRank::Settled { step, .. }) => format!("step {step} settled"),
         Ok(FromRank::Paused { step, saving, .. }) => format!("paused at {step}, saving: {saving}"),
         Ok(FromRank::ShardSaved { step, shard, .. }) => format!("shard {shard} of {step} saved"),
         Ok(FromRank::ShardLost { step, shard, cause, .. }) => format!("shard {shard} of {step} lost: {cause}"),

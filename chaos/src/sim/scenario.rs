@@ -34,6 +34,8 @@ pub enum Fault {
     Stop,
     /// Somebody asks for another number of ranks.
     Resize,
+    /// One bit of a rank's optimizer state is flipped.
+    FlipBit,
     /// The store answers with errors for a while; half of the requests were carried out all the same.
     StoreErrors,
     /// The store is slow for a while.
@@ -42,7 +44,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -55,6 +57,7 @@ impl Fault {
         Self::KillController,
         Self::Stop,
         Self::Resize,
+        Self::FlipBit,
         Self::StoreErrors,
         Self::StoreSlow,
     ];

@@ -270,6 +270,11 @@ impl World {
         lock(&self.cuts).clear();
     }
 
+    /// Whether nothing is done to the run any more.
+    pub fn is_calm(&self) -> bool {
+        self.faults_over.load(Ordering::Relaxed)
+    }
+
     /// A recovery takes its next move: the moment for a second fault.
     pub fn in_recovery(self: &Arc<Self>, life: &Arc<Life>, random: &mut Random) {
         let strikes = self.scenario.has(Fault::KillInRecovery) && random.chance(0.06);

@@ -47,6 +47,10 @@ mutants! {
     OutcomeKept,
     /// Whoever is one step behind counts as a holder, reduced gradient or not (STEP-1).
     StaleHolder,
+    /// Primary and replica of a shard are not compared (DET-3).
+    ReplicasUncompared,
+    /// A rank whose result was wrong is not replaced (DET-3).
+    CulpritKept,
     /// The barrier is entered before replicas hold the reduced gradient (STEP-1).
     BarrierBeforeReplicas,
     /// A shard whose copy was cut short is reported as whole.

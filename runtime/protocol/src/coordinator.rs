@@ -31,6 +31,7 @@ mod plan;
 mod resize;
 #[cfg(test)]
 mod tests;
+mod trial;
 mod workers;
 
 use alarm::Alarm;
@@ -42,6 +43,7 @@ use crate::restart::RestartLimiter;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tarazed_domain::{Generation, Incarnation, Mutant, Rank, StepsCompleted, WorkerId};
+use trial::Trial;
 use workers::{WorkerSet, Workers};
 
 /// Tries of the run's last checkpoint; then the run ends for now, to be started again.
@@ -144,8 +146,8 @@ pub struct Coordinator {
     plan: Option<Arc<BeginPlan>>,
     written: StepsCompleted,
     checkpointed: Option<StepsCompleted>,
-    /// A checkpoint that could not be made, and why; looked at where it is the last one.
-    save_failed: Option<(StepsCompleted, String)>,
+    /// A checkpoint that could not be made, why, and whether the store was full; looked at where it is the last one.
+    save_failed: Option<(StepsCompleted, String, bool)>,
     /// Tries of the last checkpoint that failed.
     last_saves: RestartLimiter,
     /// When the last tick came: a gap is this process's own absence.
@@ -158,6 +160,12 @@ pub struct Coordinator {
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
     fruitless: RestartLimiter,
     refused_count: u64,
+    /// What ranks differ in, until it is settled.
+    trial: Option<Trial>,
+    /// What the survivors hold is not to be believed: the state comes from a checkpoint.
+    distrusted: bool,
+    /// Checkpoints of this step and later ones are not to be believed either.
+    refuted: Option<StepsCompleted>,
     /// When a member's device thread last did anything, as heard.
     progressed_ms: u64,
     /// How long nobody may make any progress before all are asked. Doubles with each alarm that was false.
@@ -191,6 +199,9 @@ impl Coordinator {
             verdict: None,
             fruitless,
             refused_count: 0,
+            trial: None,
+            distrusted: false,
+            refuted: None,
             progressed_ms: 0,
             stall_ms,
             strikes: BTreeMap::new(),

@@ -1,9 +1,10 @@
 //! Why a device thread left a step, and what its caller does next.
 
-use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_domain::{Rank, StepsCompleted};
 use tarazed_fabric::FabricError;
 use tarazed_kernels::DeviceError;
 use tarazed_model::ModelError;
+use tarazed_protocol::message::{Dispute, DisputedItem};
 
 /// A step, or the start of a generation, that did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -14,22 +15,10 @@ pub enum StepError {
     /// A peer is gone, slow or wrong: report it and wait for the next plan.
     #[error("data plane: {0}")]
     Fabric(FabricError),
-    /// The state of this rank or of a peer is wrong (DET-3): halt.
-    #[error(
-        "optimizer shard {shard} differs between its primary, rank {primary}, and its replica, rank {replica}, after \
-         step {step}: silent data corruption on one of the two"
-    )]
-    Diverged {
-        /// The shard.
-        shard: OptimizerShardIndex,
-        /// Its primary.
-        primary: Rank,
-        /// The replica that compared.
-        replica: Rank,
-        /// After which step.
-        step: StepsCompleted,
-    },
-    /// Loss or gradient norm is not a number (or infinite): halt, the same would come again.
+    /// The state of this rank or of a peer is wrong (DET-3): every rank sees the same claims. Restore, and do it again.
+    #[error("{} differs between ranks after step {}: silent data corruption on one of them", .0.item, .0.step)]
+    Disputed(Dispute),
+    /// Loss or gradient norm is not a number (or infinite): restore, and do it again; where the same comes again, halt.
     #[error("step {step} gives loss {loss} and gradient norm {grad_norm}; lower the learning rate or look at its data")]
     NotFinite {
         /// The step.
@@ -66,19 +55,30 @@ impl StepError {
     pub fn suspects(&self) -> Vec<Rank> {
         match self {
             Self::Fabric(error) => error.peer().into_iter().collect(),
-            Self::Diverged { primary, replica, .. } => vec![*primary, *replica],
+            Self::Disputed(dispute) => dispute.claims.iter().map(|claim| claim.rank).collect(),
             Self::Malformed { from, .. } => vec![*from],
             _ => Vec::new(),
         }
     }
 
-    /// Whether the state itself is in doubt, so that going on would be wrong.
+    /// The state itself is in doubt, so that going on would be wrong.
     #[must_use]
-    pub const fn is_corruption(&self) -> bool {
-        matches!(
-            self,
-            Self::Diverged { .. } | Self::NotFinite { .. } | Self::Malformed { .. }
-        )
+    pub fn dispute(&self) -> Option<Dispute> {
+        match self {
+            Self::Disputed(dispute) => Some(dispute.clone()),
+            Self::NotFinite { step, .. } => Some(Dispute {
+                step: *step,
+                item: DisputedItem::Finite,
+                claims: Vec::new(),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Whether no other try can help.
+    #[must_use]
+    pub const fn is_fatal(&self) -> bool {
+        matches!(self, Self::Malformed { .. })
     }
 
     /// Whether this process must end and be replaced.

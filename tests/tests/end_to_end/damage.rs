@@ -1,6 +1,7 @@
 //! Files of a run that were damaged, and disks that are full: nothing good is lost, and the message says what to do.
 
 use crate::common::{assert_halted, assert_undisturbed, damage, files, files_with_ending, truncate};
+use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use tarazed_tests::harness::{Project, Run, assert_same_trace, line_count, undisturbed};
 
@@ -114,6 +115,21 @@ fn a_torn_trace_line_is_cut_off_and_written_again() {
         60,
         "a torn line",
     );
+}
+
+/// A stop whose last checkpoint finds no room needs a person, whatever a scheduler would try again; with room again the
+/// run goes on.
+#[test]
+fn a_last_checkpoint_on_a_full_disk_needs_a_person() {
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "0"), ("optimizer.shards", "2")]);
+    let train = project.train("last").ranks(2).steps(400).on_small_disk();
+    let mut run = Run::start(&train);
+    run.wait_for_step(5);
+    // Room for some fifty lines, and none for a shard.
+    run.fill_disk(10 * run.trace().len() as u64);
+    run.signal(Signal::TERM);
+    assert_halted(&run.finish(), &["no space left", "free space"]);
+    assert_undisturbed(&mut Run::start(&train), 400, "with room again");
 }
 
 /// STEP-3, CKPT-1: a disk that fills up costs checkpoints, said aloud, and at last halts the run with the file and the

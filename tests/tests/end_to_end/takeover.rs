@@ -98,7 +98,12 @@ fn a_controller_that_wakes_up_finds_itself_replaced() {
     first.wait_for_status("all ranks", |status| status.all_train(3));
     let before = pids(&first);
     first.signal(Signal::STOP);
-    let refused = project.train("two").ranks(3).steps(steps).finish();
+    let refused = project.tarazed(&[
+        "train".as_ref(),
+        project.config().as_os_str(),
+        "--run-dir".as_ref(),
+        first.dir().as_os_str(),
+    ]);
     refused.assert_code(2);
     refused.assert_says("--take-over");
     let mut second = Run::start(&train.arg("--take-over"));
@@ -135,7 +140,7 @@ fn ranks_that_nobody_comes_for_end() {
 #[test]
 fn a_live_run_grows_and_shrinks() {
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "0"), ("cluster.spares", "1")]);
-    let steps = 1_500;
+    let steps = 1_100;
     let mut run = Run::start(&project.train("sizes").ranks(2).steps(steps));
     run.wait_for_step(10);
     let dir = run.dir().to_string_lossy().into_owned();

@@ -449,6 +449,8 @@ pub struct FaultConfig {
     pub restarts_max: u32,
     /// First wait before a restart; doubles with each further one.
     pub restart_backoff_ms: u64,
+    /// Steps between audits: another rank computes one lane again and compares (DET-3); 0 for none.
+    pub audit_interval_steps: u64,
 }
 
 impl Default for FaultConfig {
@@ -457,6 +459,7 @@ impl Default for FaultConfig {
             timeout_ms: 10_000,
             restarts_max: 5,
             restart_backoff_ms: 100,
+            audit_interval_steps: 50,
         }
     }
 }

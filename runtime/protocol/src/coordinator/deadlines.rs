@@ -84,7 +84,7 @@ impl Coordinator {
             }
             &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
                 let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
-                self.save_failed = Some((step, cause));
+                self.save_failed = Some((step, cause, false));
                 effects.extend(self.save_again(now_ms));
             }
             Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),

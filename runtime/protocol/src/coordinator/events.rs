@@ -1,6 +1,6 @@
 //! What the membership machine hears and what it asks for.
 
-use crate::message::{BeginPlan, Member, RestoreFrom, StateReport, ToRank};
+use crate::message::{BeginPlan, Dispute, DisputedItem, ItemDigest, Member, RestoreFrom, StateReport, ToRank};
 use std::sync::Arc;
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
@@ -79,8 +79,26 @@ pub enum Event {
         cause: String,
         /// Peers it names.
         suspects: Vec<Rank>,
+        /// No other try can help.
+        fatal: bool,
         /// The state itself is in doubt.
-        corruption: bool,
+        dispute: Option<Dispute>,
+    },
+    /// A disputed step was done again, and all agree on this result.
+    Settled {
+        /// Who says so.
+        member: Member,
+        /// In which generation.
+        generation: Generation,
+        /// The step.
+        step: StepsCompleted,
+        /// The result.
+        digest: ItemDigest,
+    },
+    /// What a generation began from is not what the trace says of it (STEP-5).
+    BaseDiffers {
+        /// How.
+        diagnosis: String,
     },
     /// A rank stands at a boundary.
     Paused {
@@ -129,6 +147,8 @@ pub enum Event {
         step: StepsCompleted,
         /// Why.
         cause: String,
+        /// The store has no room left: no retry makes some.
+        full: bool,
     },
     /// The world is to have this many ranks from now on (1 to the number of lanes).
     Resize {
@@ -177,7 +197,10 @@ pub enum Effect {
         plan: Arc<BeginPlan>,
     },
     /// Find the newest valid checkpoint; comes back as [`Event::Located`].
-    FindCheckpoint,
+    FindCheckpoint {
+        /// Of a step before this one, whose own turned out to be bad.
+        below: Option<StepsCompleted>,
+    },
     /// Something people will want to know.
     Note(Incident),
     /// End the run with this exit code and diagnosis; kill what is left.
@@ -223,6 +246,31 @@ pub enum Incident {
         restored: bool,
         /// Shard copies made to get there.
         copies: usize,
+    },
+    /// Ranks differ in what they computed: the state is restored, and the step done again.
+    Disputed {
+        /// After which step.
+        step: StepsCompleted,
+        /// In what.
+        item: DisputedItem,
+        /// Who takes part in the dispute.
+        members: Vec<Member>,
+    },
+    /// The step was done again: these had it wrong, and are replaced; none where nobody can be named.
+    Convicted {
+        /// After which step.
+        step: StepsCompleted,
+        /// In what.
+        item: DisputedItem,
+        /// Who.
+        members: Vec<Member>,
+    },
+    /// A checkpoint's bytes are as recorded and its state is not what the trace says: an older one is looked for.
+    CheckpointRefuted {
+        /// Its step.
+        step: StepsCompleted,
+        /// How it shows.
+        diagnosis: String,
     },
     /// The state must come from a checkpoint.
     StateLost {

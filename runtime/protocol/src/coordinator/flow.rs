@@ -45,13 +45,31 @@ impl Coordinator {
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
             } => {
                 if !self.is_current(member, generation) {
                     return Vec::new();
                 }
-                self.on_failed(now_ms, member, cause, &suspects, corruption)
+                self.heard(now_ms, member);
+                match dispute {
+                    _ if fatal => self.halt(3, format!("{member}: {cause}")),
+                    Some(dispute) => self.on_disputed(now_ms, dispute, cause),
+                    None => self.on_failed(now_ms, member, cause, &suspects),
+                }
             }
+            Event::Settled {
+                member,
+                generation,
+                step,
+                digest,
+            } => {
+                if !self.is_current(member, generation) {
+                    return Vec::new();
+                }
+                self.on_settled(step, digest)
+            }
+            Event::BaseDiffers { diagnosis } => self.on_base_differs(now_ms, diagnosis),
             Event::Paused {
                 member,
                 generation,
@@ -90,6 +108,7 @@ impl Coordinator {
             Event::Located { checkpoint } => self.on_located(now_ms, checkpoint),
             Event::CheckpointCommitted { step } => {
                 self.checkpointed = self.checkpointed.max(Some(step));
+                self.refuted = None;
                 self.leave_when_saved(now_ms)
             }
             Event::ShardSaved => {
@@ -98,9 +117,9 @@ impl Coordinator {
                 }
                 Vec::new()
             }
-            Event::CheckpointFailed { step, cause } => {
+            Event::CheckpointFailed { step, cause, full } => {
                 // Training goes on, and the next checkpoint may succeed; the last one is tried again.
-                self.save_failed = Some((step, cause));
+                self.save_failed = Some((step, cause, full));
                 self.save_again(now_ms)
             }
             Event::Resize { ranks } => self.on_resize(now_ms, ranks),
@@ -124,10 +143,7 @@ impl Coordinator {
         }
         self.heard(now_ms, member);
         if newest == Generation(0) && !self.is_wanted(member.worker) {
-            return vec![Effect::Kill {
-                member,
-                reason: "the world has shrunk".to_owned(),
-            }];
+            return self.release(vec![member]);
         }
         if newest != Generation(0) {
             return self.on_back(now_ms, member, address, pid, newest);
@@ -180,7 +196,7 @@ impl Coordinator {
     pub(super) fn try_form(&mut self) -> Vec<Effect> {
         if self.workers.ready_count() >= self.options.ranks as usize {
             self.phase = Phase::Locating;
-            vec![Effect::FindCheckpoint]
+            vec![self.find_checkpoint()]
         } else {
             Vec::new()
         }
@@ -346,6 +362,13 @@ impl Coordinator {
             effects.extend(self.try_form());
             return effects;
         }
+        if self.distrusted {
+            if let Some((code, diagnosis)) = self.verdict.take() {
+                return self.halt(code, diagnosis);
+            }
+            self.phase = Phase::Locating;
+            return vec![self.find_checkpoint()];
+        }
         match survey.resolve(self.options.shard_count) {
             Ok(agreement) => self.begin(now_ms, agreement.into(), survivors),
             Err(missing) => {
@@ -357,7 +380,7 @@ impl Coordinator {
                     Effect::Note(Incident::StateLost {
                         shards_missing: missing.len(),
                     }),
-                    Effect::FindCheckpoint,
+                    self.find_checkpoint(),
                 ]
             }
         }
@@ -388,18 +411,7 @@ impl Coordinator {
         self.begin(now_ms, ground, members)
     }
 
-    fn on_failed(
-        &mut self,
-        now_ms: u64,
-        member: Member,
-        cause: String,
-        suspects: &[Rank],
-        corruption: bool,
-    ) -> Vec<Effect> {
-        self.heard(now_ms, member);
-        if corruption {
-            return self.halt(3, format!("{member}: {cause}"));
-        }
+    fn on_failed(&mut self, now_ms: u64, member: Member, cause: String, suspects: &[Rank]) -> Vec<Effect> {
         let roster = &self.roster;
         let named = suspects
             .iter()
@@ -512,7 +524,7 @@ impl Coordinator {
         let Phase::Finishing { step, .. } = self.phase else {
             return Vec::new();
         };
-        let Some((_, cause)) = self.save_failed.take_if(|(failed, _)| *failed == step) else {
+        let Some((_, cause, full)) = self.save_failed.take_if(|(failed, ..)| *failed == step) else {
             return Vec::new();
         };
         match self.last_saves.on_death(cause.clone()) {
@@ -524,7 +536,7 @@ impl Coordinator {
                     causes.len(),
                     causes.join("; ")
                 );
-                self.halt(33, what)
+                self.halt(if full { 3 } else { 33 }, what)
             }
         }
     }

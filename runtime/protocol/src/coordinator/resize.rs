@@ -38,7 +38,7 @@ impl Coordinator {
         }
         let idle = self.workers.starting().into_iter().chain(self.workers.ready());
         let unwanted: Vec<Member> = idle.filter(|member| !self.is_wanted(member.worker)).collect();
-        effects.extend(unwanted.into_iter().map(released));
+        effects.extend(self.release(unwanted));
         match self.phase {
             Phase::Forming => effects.extend(self.try_form()),
             Phase::Running { .. } if self.is_of_another_size() => effects.extend(self.ask_to_pause(false)),
@@ -99,15 +99,11 @@ impl Coordinator {
     pub(super) fn release(&mut self, members: Vec<Member>) -> Vec<Effect> {
         let release = |member: Member| {
             self.workers.set_phase(member.worker, WorkerPhase::Released);
-            released(member)
+            Effect::Kill {
+                member,
+                reason: "the world has shrunk".to_owned(),
+            }
         };
         members.into_iter().map(release).collect()
-    }
-}
-
-fn released(member: Member) -> Effect {
-    Effect::Kill {
-        member,
-        reason: "the world has shrunk".to_owned(),
     }
 }

@@ -135,7 +135,7 @@ impl Cluster {
                         self.deliver(entry.member, ToRank::Begin(Box::new(BeginPlan::clone(&plan))));
                     }
                 }
-                Effect::FindCheckpoint => {
+                Effect::FindCheckpoint { .. } => {
                     self.floor = 0;
                     let checkpoint = self.saved.map(|step| RestoreFrom {
                         step: StepsCompleted(step),
@@ -575,7 +575,7 @@ fn an_absent_controller_kills_nobody() {
 /// The last checkpoint may fail before all stand still; it is then saved again, and given up for now after some tries.
 #[test]
 fn a_last_checkpoint_that_fails_is_saved_again() {
-    for failures in [1, LAST_SAVES_MAX] {
+    for (failures, full, expected) in [(1, false, 33), (LAST_SAVES_MAX, false, 33), (LAST_SAVES_MAX, true, 3)] {
         let mut cluster = Cluster::new();
         cluster.settle(20);
         let members: Vec<Member> = (0..WORKERS).map(|worker| cluster.member(worker)).collect();
@@ -593,6 +593,7 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
             cluster.event(Event::CheckpointFailed {
                 step: last,
                 cause: format!("disk full {failure}"),
+                full,
             });
             assert!(cluster.end.is_none() && cluster.coordinator.is_running());
             members[1..].iter().for_each(|&member| cluster.event(paused(member)));
@@ -618,7 +619,8 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
         }
         if failures == LAST_SAVES_MAX {
             assert!(
-                matches!(&cluster.end, Some(Effect::Halt { code: 33, diagnosis }) if diagnosis.contains("disk full 0")),
+                matches!(&cluster.end, Some(Effect::Halt { code, diagnosis })
+                    if *code == expected && diagnosis.contains("disk full 0")),
                 "{:?}",
                 cluster.end
             );
