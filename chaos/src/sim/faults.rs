@@ -123,6 +123,7 @@ pub fn flip(world: &World, pid: u32) -> Option<Harm> {
         shard: random.between(0, 5) as usize,
         element: random.between(0, 63) as usize,
         bit: random.between(12, 30) as u8,
+        stuck: false,
     })
 }
 

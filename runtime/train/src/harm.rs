@@ -33,12 +33,14 @@ pub struct Harm {
     pub element: usize,
     /// Which bit of it.
     pub bit: u8,
+    /// It is stuck: each time that very step is done.
+    pub stuck: bool,
 }
 
 impl std::str::FromStr for Harm {
     type Err = String;
 
-    /// `STEP:PLACE:SHARD:ELEMENT:BIT`, with places `weight`, `master`, `first`, `second`.
+    /// `STEP:PLACE:SHARD:ELEMENT:BIT`, with places `weight`, `master`, `first`, `second`; `STEP+` for a stuck one.
     fn from_str(text: &str) -> Result<Self, String> {
         let fields: Vec<&str> = text.split(':').collect();
         let [step, place, shard, element, bit] = fields[..] else {
@@ -46,7 +48,8 @@ impl std::str::FromStr for Harm {
         };
         let number = |field: &str| field.parse::<u64>().map_err(|e| format!("'{field}' in '{text}': {e}"));
         Ok(Self {
-            step: StepIndex(number(step)?),
+            stuck: step.ends_with('+'),
+            step: StepIndex(number(step.trim_end_matches('+'))?),
             place: match place {
                 "weight" => Place::Weight,
                 "master" => Place::Master,
@@ -64,10 +67,18 @@ impl std::str::FromStr for Harm {
 /// Flips the bit that is due, once. State that has no other copy is spared: nothing could tell.
 pub(crate) fn strike<D: Device>(state: &mut RankState<D>, world: &World, step: StepIndex) {
     let copies = world.holders.iter().map(Vec::len).min().unwrap_or(0);
-    let due = |harm: &mut Harm| step >= harm.step && (harm.place == Place::Weight || copies > 1);
-    let Some(harm) = state.harm.take_if(due) else {
+    let due = |harm: &Harm| {
+        let now = if harm.stuck {
+            step == harm.step
+        } else {
+            step >= harm.step
+        };
+        now && (harm.place == Place::Weight || copies > 1)
+    };
+    let Some(harm) = state.harm.filter(due) else {
         return;
     };
+    state.harm = state.harm.filter(|harm| harm.stuck);
     tracing::warn!(?harm, "a bit is flipped on purpose");
     let device = &state.device;
     if harm.place == Place::Weight {
@@ -120,8 +131,10 @@ mod tests {
             shard: 3,
             element: 70,
             bit: 1,
+            stuck: false,
         };
         assert_eq!(harm, expected);
+        assert!("12+:second:3:70:33".parse::<Harm>().expect("a harm").stuck);
         for wrong in ["", "1:2", "1:nowhere:0:0:0", "x:weight:0:0:0", "1:weight:0:0:0:0"] {
             assert!(wrong.parse::<Harm>().is_err(), "{wrong}");
         }

@@ -9,6 +9,7 @@
 
 mod bad_input;
 mod common;
+mod corruption;
 mod damage;
 mod double_loss;
 mod kills;

@@ -143,7 +143,12 @@ impl Coordinator {
         }
         self.heard(now_ms, member);
         if newest == Generation(0) && !self.is_wanted(member.worker) {
-            return self.release(vec![member]);
+            let mut effects = self.release(vec![member]);
+            if let Phase::Adopting { awaiting } = &mut self.phase {
+                awaiting.remove(member.worker);
+                effects.extend(self.settle_adoption(now_ms));
+            }
+            return effects;
         }
         if newest != Generation(0) {
             return self.on_back(now_ms, member, address, pid, newest);

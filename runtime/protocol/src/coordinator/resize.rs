@@ -37,7 +37,11 @@ impl Coordinator {
             }
         }
         let idle = self.workers.starting().into_iter().chain(self.workers.ready());
-        let unwanted: Vec<Member> = idle.filter(|member| !self.is_wanted(member.worker)).collect();
+        // Those of an earlier controller that are still waited for hold what nobody else may hold.
+        let awaited = |worker| matches!(&self.phase, Phase::Adopting { awaiting } if awaiting.contains(worker));
+        let unwanted: Vec<Member> = idle
+            .filter(|member| !self.is_wanted(member.worker) && !awaited(member.worker))
+            .collect();
         effects.extend(self.release(unwanted));
         match self.phase {
             Phase::Forming => effects.extend(self.try_form()),
