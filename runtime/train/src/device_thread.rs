@@ -232,6 +232,7 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
         self.state.abort = Arc::clone(&control.compute);
         self.state.progress.enter(Phase::Connecting);
         let timeouts: Timeouts = self.state.config.timeouts();
+        generation::forget_old_course(&mut self.state, plan);
         *mesh = None; // ours of the generation before; everybody is past it
         let fabric = mesh.insert(self.data_plane.connect(plan, world.rank, control, &timeouts)?);
         let reporter = GenerationReporter {

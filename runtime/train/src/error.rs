@@ -1,6 +1,6 @@
 //! Why a device thread left a step, and what its caller does next.
 
-use tarazed_domain::{Rank, StepsCompleted};
+use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::FabricError;
 use tarazed_kernels::DeviceError;
 use tarazed_model::ModelError;
@@ -41,6 +41,16 @@ pub enum StepError {
     /// The device failed: this rank must be replaced.
     #[error("device: {0}")]
     Device(#[from] DeviceError),
+    /// This rank's own memory has changed by itself: it must be replaced (DET-3).
+    #[error(
+        "silent data corruption in this process: optimizer shard {shard}, as of step {step}, has changed by itself"
+    )]
+    Rotten {
+        /// The shard.
+        shard: OptimizerShardIndex,
+        /// As of which step.
+        step: StepsCompleted,
+    },
     /// Samples could not be read or planned: this rank must be replaced; halt if it comes again.
     #[error("data: {0}")]
     Data(String),
@@ -84,7 +94,10 @@ impl StepError {
     /// Whether this process must end and be replaced.
     #[must_use]
     pub const fn is_own_fault(&self) -> bool {
-        matches!(self, Self::Device(_) | Self::Data(_) | Self::Restore(_))
+        matches!(
+            self,
+            Self::Device(_) | Self::Data(_) | Self::Restore(_) | Self::Rotten { .. }
+        )
     }
 }
 

@@ -207,18 +207,8 @@ fn start<D: HostVisible>(
     let _span = tracing::info_span!("begin", generation = plan.generation.0, base = plan.base.0).entered();
     state.progress.enter(Phase::Recovering);
     state.gate.wait();
-    let fresh = plan
-        .shards
-        .iter()
-        .flatten()
-        .any(|h| matches!(h.origin, ShardOrigin::Initialise | ShardOrigin::Restore));
-    if fresh {
-        // Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up.
-        state.shards.clear();
-        state.passed = None;
-        state.facts = None;
-        state.lines.clear();
-    }
+    forget_old_course(state, plan);
+    check_memory(state)?;
     if let Some(outcome) = &plan.outcome {
         state.apply(outcome)?;
         state.passed = Some(outcome.clone());
@@ -250,6 +240,35 @@ fn start<D: HostVisible>(
     state.shards.retain(|&shard, _| world.holds(world.rank, shard));
     complete_base_line(state, plan, hash, means)?;
     Ok(hash)
+}
+
+/// Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up, and may be wrong. It goes
+/// before anything else is tried: a start that is cut short must not report it again.
+pub(crate) fn forget_old_course<D: Device>(state: &mut RankState<D>, plan: &BeginPlan) {
+    let from_elsewhere = |origin| matches!(origin, ShardOrigin::Initialise | ShardOrigin::Restore);
+    if plan.shards.iter().flatten().any(|holder| from_elsewhere(holder.origin)) {
+        state.shards.clear();
+        state.passed = None;
+        state.facts = None;
+        state.lines.clear();
+    }
+}
+
+/// A survivor's memory is hashed again before anybody copies from it: a bit that flipped since the last update would spread
+/// (DET-3).
+fn check_memory<D: Device>(state: &mut RankState<D>) -> Result<(), StepError> {
+    for (&index, shard) in &mut state.shards {
+        if state.abort.load(Ordering::Relaxed) {
+            return Err(StepError::Aborted);
+        }
+        let step = shard.read_steps();
+        let before = shard.read().hashes.clone();
+        shard.rehash(&state.device, &mut state.stream, &state.layout)?;
+        if shard.read().hashes != before {
+            return Err(StepError::Rotten { shard: index, step });
+        }
+    }
+    Ok(())
 }
 
 fn check_abort<D: Device>(state: &RankState<D>) -> Result<(), StepError> {
