@@ -150,7 +150,11 @@ mod tests {
         for (cause, count) in CAUSES.iter().zip(counts) {
             let expected = cause.per_million_hours / total_per_million_hours() * f64::from(draws);
             let off = (f64::from(count) - expected).abs();
-            assert!(off < 5.0 * expected.sqrt(), "{}: {count}, expected {expected}", cause.name);
+            assert!(
+                off < 5.0 * expected.sqrt(),
+                "{}: {count}, expected {expected}",
+                cause.name
+            );
         }
     }
 }

@@ -6,7 +6,7 @@ use super::fleet::Layout;
 use super::ledger::{CHARGE_ADMISSION, CHARGE_START, CHARGES};
 use super::report::Report;
 use super::setup::Setup;
-use super::{figure, run};
+use super::{figure, run, sweep};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -101,7 +101,10 @@ fn carry_out(args: &Args) -> Result<bool, String> {
     let measured = drawn.transpose()?.unwrap_or_default();
     // The figure's many small worlds run beside the large one.
     let (report, points, wall) = std::thread::scope(|scope| {
-        let sweep = args.figure.as_ref().map(|_| scope.spawn(|| figure::sweep(&setup)));
+        let sweep = args
+            .figure
+            .as_ref()
+            .map(|_| scope.spawn(|| sweep::sweep(setup.seed, &setup.cost)));
         let report = run(setup.clone());
         let wall = began.elapsed();
         let points = match sweep.map(std::thread::ScopedJoinHandle::join) {
@@ -118,14 +121,18 @@ fn carry_out(args: &Args) -> Result<bool, String> {
         print!("{}", to_table(&report, wall));
     }
     if let Some(path) = &args.figure {
-        let svg = figure::draw(&setup, &report, &points, &measured);
+        let svg = figure::draw(&report, &points, &measured);
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
         }
         std::fs::write(path, svg).map_err(|e| format!("{}: {e}", path.display()))?;
         if !args.json {
             let seconds = began.elapsed().as_secs_f64();
-            println!("figure: {}, {} points, {seconds:.1} s with it", path.display(), points.len());
+            println!(
+                "figure: {}, {} points, {seconds:.1} s with it",
+                path.display(),
+                points.len()
+            );
         }
     }
     Ok(report.failure.is_none())
@@ -189,7 +196,10 @@ fn rows(report: &Report) -> Vec<Row> {
 /// What the product of today would refuse or not carry.
 fn limits(report: &Report) -> Vec<String> {
     let mut limits = Vec::new();
-    let (ranks, lanes) = (report.setup.ranks, report.setup.ranks * report.setup.cost.lanes_per_rank);
+    let (ranks, lanes) = (
+        report.setup.ranks,
+        report.setup.ranks * report.setup.cost.lanes_per_rank,
+    );
     if ranks > RANKS_MAX {
         limits.push(format!("{ranks} ranks: the config refuses more than {RANKS_MAX}"));
     }
@@ -248,19 +258,43 @@ fn to_table(report: &Report, wall: Duration) -> String {
     let percent = |seconds: f64| 100.0 * seconds / horizon_s;
     let mut text = format!(
         "{} ranks on {} hosts and {} spares, {:?} layout, {} replicas, {:.1} days, seed {}; checkpoint every {} steps of {} s\n\n",
-        setup.ranks, setup.ranks / RANKS_PER_HOST, setup.spare_hosts, setup.protection.layout, setup.protection.replicas,
-        horizon_s / 86_400.0, setup.seed, setup.every_steps(), setup.cost.step_ms as f64 / 1e3,
+        setup.ranks,
+        setup.ranks / RANKS_PER_HOST,
+        setup.spare_hosts,
+        setup.protection.layout,
+        setup.protection.replicas,
+        horizon_s / 86_400.0,
+        setup.seed,
+        setup.every_steps(),
+        setup.cost.step_ms as f64 / 1e3,
     );
     text += &format!(
         "{:<24}{:>7}{:>6}{:>10}{:>11}{:>12}{:>10}{:>9}{:>9}{:>9}\n",
-        "cause", "faults", "hung", "processes", "detected s", "recovered s", "restores", "down %", "partial%", "replay %"
+        "cause",
+        "faults",
+        "hung",
+        "processes",
+        "detected s",
+        "recovered s",
+        "restores",
+        "down %",
+        "partial%",
+        "replay %"
     );
     let shown = |time: Option<f64>| time.map_or_else(|| "-".to_owned(), |time| format!("{time:.2}"));
     for row in rows(report) {
         text += &format!(
             "{:<24}{:>7}{:>6}{:>10}{:>11}{:>12}{:>10}{:>9.3}{:>9.3}{:>9.3}\n",
-            row.name, row.faults, row.hung, row.struck, shown(row.detected_s), shown(row.recovered_s), row.restores,
-            percent(row.down_s), percent(row.partial_s), percent(row.replayed_s),
+            row.name,
+            row.faults,
+            row.hung,
+            row.struck,
+            shown(row.detected_s),
+            shown(row.recovered_s),
+            row.restores,
+            percent(row.down_s),
+            percent(row.partial_s),
+            percent(row.replayed_s),
         );
     }
     let snapshot = percent(ledger.snapshot_ms as f64 / 1e3);
@@ -268,7 +302,8 @@ fn to_table(report: &Report, wall: Duration) -> String {
     text += &format!(
         "\ngoodput {:.2} %; snapshots {snapshot:.3} %, slower steps while ranks are missing {short_handed:.3} %; \
          restoring after every failure, Young and Daly expect {:.2} %\n",
-        100.0 * report.goodput(), 100.0 * setup.terms(report.plan_bytes).best_goodput(setup.mtbf_ms()),
+        100.0 * report.goodput(),
+        100.0 * setup.terms(report.plan_bytes).best_goodput(setup.mtbf_ms()),
     );
     text += &format!(
         "steps: {} committed, each once; {} given up for a checkpoint, {} computed again; {} finished for the dead\n",
@@ -277,12 +312,21 @@ fn to_table(report: &Report, wall: Duration) -> String {
     text += &format!(
         "time between failures {:.0} s drawn, {:.0} s expected; {} struck nothing, {} starts found no host, {} checkpoints \
          lost in upload, {} halts\n",
-        report.mtbf_ms() / 1e3, setup.mtbf_ms() / 1e3, tally.struck_nothing, tally.waits_for_spare, tally.saves_lost,
+        report.mtbf_ms() / 1e3,
+        setup.mtbf_ms() / 1e3,
+        tally.struck_nothing,
+        tally.waits_for_spare,
+        tally.saves_lost,
         tally.halts.len(),
     );
     text += &format!(
         "machine: {} events, {} effects, {} generations, {} pauses, {} shard copies; wall {:.1} s, peak memory {}\n",
-        tally.events, tally.effects, tally.generations, tally.pauses, tally.copies, wall.as_secs_f64(),
+        tally.events,
+        tally.effects,
+        tally.generations,
+        tally.pauses,
+        tally.copies,
+        wall.as_secs_f64(),
         peak_memory_bytes().map_or_else(|| "unknown".to_owned(), |bytes| format!("{} MiB", bytes >> 20)),
     );
     for limit in limits(report) {

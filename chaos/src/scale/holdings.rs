@@ -19,10 +19,10 @@ impl BySlot {
     }
 
     /// Those of a plan, counted first and then put in their places.
-    fn fill(&mut self, plan: &BeginPlan, slots: usize) {
+    fn fill(&mut self, plan: &BeginPlan, slot_of_rank: &[u32], slots: usize) {
         self.starts.clear();
         self.starts.resize(slots + 1, 0);
-        let slot_of = |rank: usize| plan.roster[rank].member.worker.index();
+        let slot_of = |rank: usize| slot_of_rank[rank] as usize;
         for holder in plan.shards.iter().flatten() {
             self.starts[slot_of(holder.rank.index()) + 1] += 1;
         }
@@ -51,8 +51,8 @@ pub struct Holdings {
     coming: BySlot,
     /// Whether the slot's process has what `held` says.
     whole: Vec<bool>,
-    /// Those to be whole with the generation that begins.
     shard_count: usize,
+    slot_of_rank: Vec<u32>,
 }
 
 impl Holdings {
@@ -64,6 +64,7 @@ impl Holdings {
             coming: BySlot::default(),
             whole: vec![false; slots as usize],
             shard_count,
+            slot_of_rank: Vec::new(),
         }
     }
 
@@ -99,7 +100,11 @@ impl Holdings {
     /// # Errors
     /// What is wrong with the plan.
     pub fn begin(&mut self, plan: &BeginPlan) -> Result<Begun, String> {
-        let slot_of = |rank: usize| plan.roster[rank].member.worker.0;
+        // Each holder is looked up by rank, and a plan's entries lie far apart.
+        self.slot_of_rank.clear();
+        self.slot_of_rank
+            .extend(plan.roster.iter().map(|entry| entry.member.worker.0));
+        let slot_of = |rank: usize| self.slot_of_rank[rank];
         let (mut takes, mut gives) = (vec![0_u32; plan.roster.len()], vec![0_u32; plan.roster.len()]);
         let mut begun = Begun::default();
         if plan.shards.len() != self.shard_count {
@@ -132,7 +137,7 @@ impl Holdings {
             }
         }
         begun.most_copies = takes.iter().chain(&gives).copied().max().unwrap_or_default();
-        self.coming.fill(plan, self.whole.len());
+        self.coming.fill(plan, &self.slot_of_rank, self.whole.len());
         if begun.restored || begun.initialised {
             // Whatever is held belongs to a course that is given up.
             self.whole.fill(false);

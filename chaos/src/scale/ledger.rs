@@ -109,7 +109,8 @@ impl Stretch {
         let spent_ms = now_ms.saturating_sub(self.from_ms);
         let (mut low, mut high) = (0, spent_ms / self.step_ms);
         // The most steps whose own end, snapshots before them included, has come.
-        let end_ms = |steps: u64| steps * self.step_ms + self.snapshots_within(steps.saturating_sub(1)) * self.snapshot_ms;
+        let end_ms =
+            |steps: u64| steps * self.step_ms + self.snapshots_within(steps.saturating_sub(1)) * self.snapshot_ms;
         while low < high {
             let middle = (low + high).div_ceil(2);
             if end_ms(middle) <= spent_ms {
@@ -282,7 +283,11 @@ mod tests {
         };
         ledger.stretch(3_150, &again, 2);
         ledger.finish_cut_step(2);
-        assert_eq!(ledger.charged[2], Charged::default(), "its cut step is committed, as a replay");
+        assert_eq!(
+            ledger.charged[2],
+            Charged::default(),
+            "its cut step is committed, as a replay"
+        );
         ledger.down(3_200, 2);
         let on = Stretch {
             from_ms: 3_200,

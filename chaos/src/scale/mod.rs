@@ -31,6 +31,7 @@ pub mod fleet;
 pub mod ledger;
 pub mod report;
 pub mod setup;
+pub mod sweep;
 pub mod young_daly;
 
 mod holdings;

@@ -4,10 +4,10 @@ use super::causes::{CAUSES, Drawn, Reach, Seen};
 use super::fleet::{Stage, Trouble};
 use super::ledger::CHARGE_ADMISSION;
 use super::world::{Happening, World};
+use std::cmp::Reverse;
 use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted, WorkerId};
 use tarazed_protocol::coordinator::Event;
 use tarazed_protocol::message::{BarrierOutcome, Member, ShardHolding, StateReport};
-use std::cmp::Reverse;
 
 /// So many peers say that they cannot connect before the generation is given up.
 const COMPLAINTS: u32 = 3;
@@ -150,7 +150,10 @@ impl World<'_> {
             if matches!(trouble, Some(Trouble::Hung | Trouble::Silent)) {
                 continue;
             }
-            let waits_for = waits.iter().find(|(waiting, _)| *waiting == slot).map(|&(_, rank)| rank);
+            let waits_for = waits
+                .iter()
+                .find(|(waiting, _)| *waiting == slot)
+                .map(|&(_, rank)| rank);
             let report = self.report(slot, waits_for);
             let member = self.fleet.member(slot);
             let event = Event::State {
@@ -203,7 +206,13 @@ impl World<'_> {
     /// In a generation that begins with one that is cut off, its peers fail to connect to it.
     pub fn expect_refusals(&mut self, now_ms: u64, generation: Generation) {
         let connect_ms = self.setup.cost.timeouts.connect_ms;
-        let cut: Vec<u32> = self.fleet.troubles().iter().filter(|(_, t)| **t == Trouble::Cut).map(|(&s, _)| s).collect();
+        let cut: Vec<u32> = self
+            .fleet
+            .troubles()
+            .iter()
+            .filter(|(_, t)| **t == Trouble::Cut)
+            .map(|(&s, _)| s)
+            .collect();
         for slot in cut {
             self.at(now_ms + connect_ms, Happening::Refused(generation, slot));
         }
@@ -283,9 +292,8 @@ impl World<'_> {
             }
         }
         self.faults_of.clear();
-        let lives_on = |happening: &Happening| {
-            matches!(happening, Happening::Fault | Happening::Mended(_) | Happening::Horizon)
-        };
+        let lives_on =
+            |happening: &Happening| matches!(happening, Happening::Fault | Happening::Mended(_) | Happening::Horizon);
         self.queue.retain(|Reverse((_, _, happening))| lives_on(happening));
         for (slot, repair_ms) in std::mem::take(&mut self.drains) {
             self.drain(now_ms, self.fleet.berth_of(slot), repair_ms);

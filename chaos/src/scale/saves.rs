@@ -83,7 +83,11 @@ mod tests {
             saves.stretch(700, &stretch, 250);
             assert_eq!(saves.newest(), Some(2));
             if dies {
-                assert_eq!(saves.interrupt(700), 1, "that of step 4 is whole at 670, that of step 6 is not");
+                assert_eq!(
+                    saves.interrupt(700),
+                    1,
+                    "that of step 4 is whole at 670, that of step 6 is not"
+                );
             }
             saves.settle(900);
             assert_eq!(saves.newest(), Some(if dies { 4 } else { 6 }));

@@ -81,8 +81,13 @@ impl Setup {
             upload_ms,
             ..
         } = self.protection;
-        self.cost
-            .terms(self.ranks as usize, plan_bytes, replicas as usize, snapshot_ms, upload_ms)
+        self.cost.terms(
+            self.ranks as usize,
+            plan_bytes,
+            replicas as usize,
+            snapshot_ms,
+            upload_ms,
+        )
     }
 
     /// Steps between checkpoints: the formula's best interval in whole steps.
@@ -98,7 +103,10 @@ impl Setup {
     /// In words for the one who asked.
     pub fn check(&self) -> Result<(), String> {
         if self.ranks == 0 || !self.ranks.is_multiple_of(RANKS_PER_HOST) {
-            return Err(format!("ranks must be a multiple of {RANKS_PER_HOST}, not {}", self.ranks));
+            return Err(format!(
+                "ranks must be a multiple of {RANKS_PER_HOST}, not {}",
+                self.ranks
+            ));
         }
         if self.ranks.checked_mul(self.cost.lanes_per_rank).is_none() {
             return Err("too many lanes".to_owned());

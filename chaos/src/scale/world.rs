@@ -254,25 +254,26 @@ impl<'a> World<'a> {
     fn act(&mut self, now_ms: u64, effects: Vec<Effect>) {
         self.tally.effects += effects.len() as u64;
         let (mut fence, mut pause, mut leaving) = (None, None, Vec::new());
-        for effect in effects {
+        // By reference: nearly all are one message to a member each, and there are as many as ranks.
+        for effect in &effects {
             match effect {
-                Effect::Start { member, after_ms } => self.start(now_ms, member, after_ms),
-                Effect::Kill { member, .. } => self.kill(now_ms, member),
+                &Effect::Start { member, after_ms } => self.start(now_ms, member, after_ms),
+                &Effect::Kill { member, .. } => self.kill(now_ms, member),
                 Effect::Send { member, message } => match message {
-                    ToRank::Fence { generation } => fence = Some(generation),
-                    ToRank::Pause { generation, checkpoint } => pause = Some((generation, checkpoint)),
-                    ToRank::Shutdown => leaving.push(member),
+                    &ToRank::Fence { generation } => fence = Some(generation),
+                    &ToRank::Pause { generation, checkpoint } => pause = Some((generation, checkpoint)),
+                    ToRank::Shutdown => leaving.push(*member),
                     ToRank::Begin(_) | ToRank::Acknowledge { .. } => {}
                 },
-                Effect::Begin { plan } => self.begin(now_ms, &plan),
+                Effect::Begin { plan } => self.begin(now_ms, plan),
                 Effect::FindCheckpoint => {
                     let locate_ms = self.saves.newest().map_or(1, |_| self.setup.cost.locate_ms());
                     self.at(now_ms + locate_ms, Happening::Located);
                 }
-                Effect::Note(Incident::StateLost { shards_missing }) => self.state_lost(shards_missing),
+                &Effect::Note(Incident::StateLost { shards_missing }) => self.state_lost(shards_missing),
                 Effect::Note(_) => {}
-                Effect::Halt { code, diagnosis } => self.halted(now_ms, code, diagnosis),
-                Effect::Done { code } => self.end = Some(Ok(code)),
+                Effect::Halt { code, diagnosis } => self.halted(now_ms, *code, diagnosis.clone()),
+                &Effect::Done { code } => self.end = Some(Ok(code)),
             }
         }
         if let Some(generation) = fence {
@@ -422,7 +423,8 @@ impl<'a> World<'a> {
     /// A plan leaves the controller.
     fn begin(&mut self, now_ms: u64, plan: &Arc<BeginPlan>) {
         self.tally.generations += 1;
-        let finished = plan.base.0 == self.stand.step + 1 && plan.restore.is_none() && self.stand.passed_below.is_some();
+        let finished =
+            plan.base.0 == self.stand.step + 1 && plan.restore.is_none() && self.stand.passed_below.is_some();
         if finished {
             self.ledger.finish_cut_step(self.ledger.blame());
             self.tally.finished_steps += 1;
@@ -460,7 +462,12 @@ impl<'a> World<'a> {
         let replicas = self.setup.protection.replicas as usize;
         let cost = &self.setup.cost;
         let from_ms = now_ms + cost.begin_ms(plan.roster.len(), bytes, from, shards, replicas);
-        let most_lanes = plan.roster.iter().map(|entry| entry.lanes.len()).max().unwrap_or_default();
+        let most_lanes = plan
+            .roster
+            .iter()
+            .map(|entry| entry.lanes.len())
+            .max()
+            .unwrap_or_default();
         let stretch = Stretch {
             from_ms,
             base: plan.base.0,
@@ -504,7 +511,10 @@ impl<'a> World<'a> {
         let base = plan.base.0;
         let from_copies = plan.restore.is_none() && base > 0;
         if from_copies && base != self.stand.step + u64::from(finished) {
-            return Some(format!("begins with {base}, its survivors stand at {}", self.stand.step));
+            return Some(format!(
+                "begins with {base}, its survivors stand at {}",
+                self.stand.step
+            ));
         }
         if !from_copies && plan.restore.as_ref().map_or(0, |from| from.step.0) != self.saves.newest().unwrap_or(0) {
             return Some(format!("restores {base}, the store has {:?}", self.saves.newest()));
@@ -528,6 +538,10 @@ impl<'a> World<'a> {
         self.tally.restores[blame] += 1;
         let base = self.saves.newest().unwrap_or_default();
         self.ledger.restore(base, self.stand.step);
+        self.stand = Stand {
+            step: base,
+            passed_below: None,
+        };
     }
 
     fn plan_boundary(&mut self, now_ms: u64, generation: Generation, saving: bool) {
@@ -554,7 +568,11 @@ impl<'a> World<'a> {
         let failure_ms = self.setup.cost.timeouts.failure_ms;
         let stalled = self.machine.is_running() && self.fleet.is_stuck();
         let of_stall = stalled.then(|| self.ticked_ms + failure_ms / 2);
-        let silent = self.fleet.troubles().iter().filter(|(_, trouble)| **trouble == Trouble::Silent);
+        let silent = self
+            .fleet
+            .troubles()
+            .iter()
+            .filter(|(_, trouble)| **trouble == Trouble::Silent);
         let of_silence = if self.fleet.has_silent() {
             silent
                 .filter_map(|(&slot, _)| self.machine.silence_deadline_ms(WorkerId(slot)))
@@ -615,7 +633,6 @@ impl<'a> World<'a> {
             record.detected_ms.get_or_insert(now_ms - record.at_ms);
         }
     }
-
 }
 
 fn restore_from(step: u64) -> RestoreFrom {
