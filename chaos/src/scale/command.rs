@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use tarazed_domain::limits::{CONTROL_MESSAGE_BYTES_MAX, LANES_MAX, RANKS_MAX, Timeouts};
 
 const MS_PER_DAY: f64 = 86_400_000.0;
+/// Simulated days, a century.
+const DAYS_MAX: f64 = 36_500.0;
 
 /// What to simulate.
 #[derive(clap::Args, Clone, Debug)]
@@ -65,7 +67,7 @@ pub struct Args {
 impl Args {
     fn setup(&self) -> Result<Setup, String> {
         let horizon_ms = self.days * MS_PER_DAY;
-        if !(horizon_ms >= 1.0 && horizon_ms < MS_PER_DAY * 36_500.0) {
+        if !(1.0..MS_PER_DAY * DAYS_MAX).contains(&horizon_ms) {
             return Err(format!("{} days cannot be simulated", self.days));
         }
         let mut setup = Setup::new(self.ranks, horizon_ms as u64, self.seed);

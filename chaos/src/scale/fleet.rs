@@ -4,6 +4,7 @@
 //! and waits as a spare; the berth takes the next spare there is, or waits for one.
 
 use super::cost::{HOSTS_PER_SWITCH, RANKS_PER_HOST};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use tarazed_domain::{Incarnation, WorkerId};
 use tarazed_protocol::message::Member;
@@ -173,8 +174,8 @@ impl Fleet {
 
     /// Gives it a trouble, unless it has one.
     pub fn afflict(&mut self, slot: u32, trouble: Trouble) {
-        if !self.troubles.contains_key(&slot) {
-            self.troubles.insert(slot, trouble);
+        if let Entry::Vacant(entry) = self.troubles.entry(slot) {
+            entry.insert(trouble);
             self.silent_count += usize::from(trouble == Trouble::Silent);
         }
     }

@@ -60,8 +60,9 @@ pub struct Ledger {
     blame: usize,
     /// What replays are charged to.
     replay_blame: usize,
-    /// The step under way when the last stretch was cut: its time, and whether it would have been a replay.
-    cut: (u64, bool),
+    /// The step under way when the last stretch was cut: what its time was charged to, that time, and whether it would have
+    /// been a replay.
+    cut: (usize, u64, bool),
 }
 
 /// A stretch of steps as it was computed.
@@ -158,7 +159,7 @@ impl Ledger {
             until_ms: 0,
             blame: CHARGE_START,
             replay_blame: CHARGE_START,
-            cut: (0, false),
+            cut: (CHARGE_START, 0, false),
         }
     }
 
@@ -188,13 +189,13 @@ impl Ledger {
         self.short_handed_ms += new * (stretch.step_ms - stretch.full_step_ms);
         self.snapshot_ms += reached.snapshot_ms;
         self.charged[blame].partial_ms += reached.rest_ms;
-        self.cut = (reached.rest_ms, stretch.base + reached.steps < self.steps);
+        self.cut = (blame, reached.rest_ms, stretch.base + reached.steps < self.steps);
         self.until_ms = now_ms;
     }
 
-    /// The survivors agreed that the step under way when the last stretch was cut is committed. `blame` had cut it.
-    pub fn finish_cut_step(&mut self, blame: usize) {
-        let (rest_ms, replay) = std::mem::take(&mut self.cut);
+    /// The survivors agreed that the step under way when the last stretch was cut is committed.
+    pub fn finish_cut_step(&mut self) {
+        let (blame, rest_ms, replay) = std::mem::take(&mut self.cut);
         self.charged[blame].partial_ms -= rest_ms;
         if replay {
             self.charged[self.replay_blame].replayed_ms += rest_ms;
@@ -282,7 +283,7 @@ mod tests {
             ..STRETCH
         };
         ledger.stretch(3_150, &again, 2);
-        ledger.finish_cut_step(2);
+        ledger.finish_cut_step();
         assert_eq!(
             ledger.charged[2],
             Charged::default(),

@@ -48,7 +48,10 @@ impl Saves {
     /// Time passed: whether the newest is another one now.
     pub fn settle(&mut self, now_ms: u64) -> bool {
         let before = self.newest;
-        while let Some((step, _)) = self.under_way.pop_front_if(|(_, due_ms)| *due_ms <= now_ms) {
+        while let Some(&(step, due_ms)) = self.under_way.front()
+            && due_ms <= now_ms
+        {
+            self.under_way.pop_front();
             self.newest = self.newest.max(Some(step));
         }
         self.newest != before

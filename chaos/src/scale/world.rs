@@ -4,6 +4,7 @@
 //! committed is arithmetic ([`Stretch`]). Whatever the machine must be told it is told, message by message.
 
 use super::causes::{self, Drawn};
+use super::cost::From;
 use super::fleet::{Fleet, Stage, Start, Trouble};
 use super::holdings::Holdings;
 use super::ledger::{CHARGE_ADMISSION, Ledger, Stretch};
@@ -426,14 +427,13 @@ impl<'a> World<'a> {
         let finished =
             plan.base.0 == self.stand.step + 1 && plan.restore.is_none() && self.stand.passed_below.is_some();
         if finished {
-            self.ledger.finish_cut_step(self.ledger.blame());
+            self.ledger.finish_cut_step();
             self.tally.finished_steps += 1;
         }
-        if let Some(wrong) = self.wrong_with(plan, finished) {
-            self.end = Some(Err(format!("generation {}: {wrong}", plan.generation)));
-            return;
-        }
-        let begun = match self.holdings.begin(plan) {
+        let begun = match self
+            .wrong_with(plan, finished)
+            .map_or_else(|| self.holdings.begin(plan), Err)
+        {
             Ok(begun) => begun,
             Err(wrong) => {
                 self.end = Some(Err(format!("generation {}: {wrong}", plan.generation)));
@@ -454,28 +454,8 @@ impl<'a> World<'a> {
                 stuck = true;
             }
         }
-        let bytes = *self.plan_bytes.get_or_insert_with(|| encoded_bytes(plan));
-        let bytes = bytes * plan.roster.len() as f64 / f64::from(self.setup.ranks);
         self.tally.note_generation(now_ms, plan, &begun);
-        let from = begun.source();
-        let shards = plan.shards.len();
-        let replicas = self.setup.protection.replicas as usize;
-        let cost = &self.setup.cost;
-        let from_ms = now_ms + cost.begin_ms(plan.roster.len(), bytes, from, shards, replicas);
-        let most_lanes = plan
-            .roster
-            .iter()
-            .map(|entry| entry.lanes.len())
-            .max()
-            .unwrap_or_default();
-        let stretch = Stretch {
-            from_ms,
-            base: plan.base.0,
-            step_ms: cost.step_with_ms(most_lanes as u32),
-            full_step_ms: cost.step_ms,
-            every: self.every,
-            snapshot_ms: self.setup.protection.snapshot_ms,
-        };
+        let stretch = self.stretch_of(now_ms, plan, begun.source());
         stuck |= self.fleet.is_stuck();
         self.running = Some(Running {
             generation: plan.generation,
@@ -491,13 +471,31 @@ impl<'a> World<'a> {
         } else if plan.last_step <= plan.base {
             let (generation, step, saving) = (plan.generation, plan.base.0, plan.checkpoint_at_base);
             self.at(
-                from_ms,
+                stretch.from_ms,
                 Happening::Boundary {
                     generation,
                     step,
                     saving,
                 },
             );
+        }
+    }
+
+    /// The steps of a generation whose plan leaves the controller now, as long as nothing happens.
+    fn stretch_of(&mut self, now_ms: u64, plan: &Arc<BeginPlan>, from: From) -> Stretch {
+        let bytes = *self.plan_bytes.get_or_insert_with(|| encoded_bytes(plan));
+        let ranks = plan.roster.len();
+        let bytes = bytes * ranks as f64 / f64::from(self.setup.ranks);
+        let replicas = self.setup.protection.replicas as usize;
+        let cost = &self.setup.cost;
+        let lanes = plan.roster.iter().map(|entry| entry.lanes.len());
+        Stretch {
+            from_ms: now_ms + cost.begin_ms(ranks, bytes, from, plan.shards.len(), replicas),
+            base: plan.base.0,
+            step_ms: cost.step_with_ms(lanes.max().unwrap_or_default() as u32),
+            full_step_ms: cost.step_ms,
+            every: self.every,
+            snapshot_ms: self.setup.protection.snapshot_ms,
         }
     }
 
