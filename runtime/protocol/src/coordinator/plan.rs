@@ -5,7 +5,7 @@ use super::{Coordinator, Effect, Ground, Incident, Phase, WorkerSet};
 use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin};
 use crate::sharder;
 use std::sync::Arc;
-use tarazed_domain::{Mutant, Rank};
+use tarazed_domain::{LaneRange, Mutant, Rank};
 
 /// What of the last plan can be filled anew: a large world's plan is a few hundred thousand small pieces of memory.
 #[derive(Default)]
@@ -61,9 +61,9 @@ impl Coordinator {
             }
         }
         let restored = ground.holders.is_empty();
-        let Remains { mut roster, mut shards } = Remains::of(self.plan.take());
+        let Remains { roster, mut shards } = Remains::of(self.plan.take());
         let copies = self.place_shards(&ground, holders, &mut shards);
-        self.fill_roster(&mut roster);
+        let roster = self.fill_roster(roster);
 
         let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
         let plan = BeginPlan {
@@ -112,22 +112,18 @@ impl Coordinator {
         effects
     }
 
-    fn fill_roster(&self, entries: &mut Vec<RosterEntry>) {
-        entries.truncate(self.roster.len());
-        let reused = entries.len();
-        for (entry, &(member, lanes)) in entries.iter_mut().zip(&self.roster) {
-            entry.member = member;
-            entry.lanes = lanes;
-            let address = self.workers.address(member.worker);
-            if entry.address != address {
-                address.clone_into(&mut entry.address);
-            }
-        }
-        entries.extend(self.roster[reused..].iter().map(|&(member, lanes)| RosterEntry {
-            member,
-            address: self.workers.address(member.worker).to_owned(),
-            lanes,
-        }));
+    /// Entries of the last plan are moved, not compared: both rosters are in order, and an address belongs to a life.
+    fn fill_roster(&self, last: Vec<RosterEntry>) -> Vec<RosterEntry> {
+        let mut last = last.into_iter().peekable();
+        let entry = |&(member, lanes): &(Member, LaneRange)| {
+            while last.next_if(|entry| entry.member < member).is_some() {}
+            let address = last.next_if(|entry| entry.member == member).map_or_else(
+                || self.workers.address(member.worker).to_owned(),
+                |RosterEntry { address, .. }| address,
+            );
+            RosterEntry { member, address, lanes }
+        };
+        self.roster.iter().map(entry).collect()
     }
 
     /// Gives every shard its holders among the first ranks of the new roster, and says how many copies that takes.
@@ -164,9 +160,14 @@ impl Coordinator {
         for shard in 0..shard_count {
             let holders = ground.holders.of(shard);
             let primary = self.primaries.get(shard);
-            for first in [true, false] {
-                let these = holders.iter().filter(|&member| (Some(member) == primary) == first);
-                ranks.extend(these.filter_map(|&member| self.rank_of(member)));
+            let first = ranks.len();
+            for member in holders {
+                let Some(rank) = self.rank_of(*member) else { continue };
+                if Some(member) == primary {
+                    ranks.insert(first, rank);
+                } else {
+                    ranks.push(rank);
+                }
             }
             starts.push(ranks.len() as u32);
         }
