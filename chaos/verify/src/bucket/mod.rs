@@ -301,3 +301,6 @@ fn claimed_state(manifest: &Manifest) -> Result<[u8; 32], String> {
     }
     line.get("state")?.hex()
 }
+
+#[cfg(test)]
+mod tests;
