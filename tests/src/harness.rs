@@ -29,7 +29,7 @@ mod trace;
 
 pub use collector::{Collector, Export};
 pub use processes::Processes;
-pub use program::tarazed;
+pub use program::{tarazed, verifier};
 pub use project::{Project, Train};
 pub use run::{Outcome, Run, Status, WorkerStatus};
 pub use trace::{assert_same_trace, first_lines, line_count, lines, undisturbed};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use tarazed_domain::config::Config;
 
 /// Floor and folder of every crate (DESIGN.md section 12). A dependency points to a strictly lower floor.
-const FLOORS: [(&str, u8, &str); 12] = [
+const FLOORS: [(&str, u8, &str); 13] = [
     ("tarazed-domain", 0, "runtime/domain"),
     ("tarazed-protocol", 1, "runtime/protocol"),
     ("tarazed-kernels", 1, "kernels"),
@@ -22,8 +22,14 @@ const FLOORS: [(&str, u8, &str); 12] = [
     ("tarazed-actors", 4, "actors"),
     ("tarazed", 5, "runtime/tarazed"),
     ("tarazed-chaos", 5, "chaos"),
+    ("tarazed-verify", 5, "chaos/verify"),
     ("tarazed-tests", 6, "tests"),
 ];
+
+/// Judges what runs leave behind, and so shares nothing with them: neither a crate of the workspace nor the serializer of
+/// their formats.
+const INDEPENDENT: &str = "tarazed-verify";
+const SERIALIZERS: [&str; 5] = ["bytecheck", "rkyv", "rkyv_derive", "safetensors", "serde"];
 
 /// Entries of the root folder that must be there.
 const ROOT_REQUIRED: [&str; 17] = [
@@ -250,6 +256,51 @@ fn links_up_and_sideways_are_found() {
             .iter()
             .any(|c| c.starts_with("tarazed-domain stands in the table"))
     );
+}
+
+/// What the verifier asks for that it must not have, by name: crates of the workspace, and serializers.
+fn independence_complaints(crates: &Crates, asked_for: &[String]) -> Vec<String> {
+    let shared = |name: &&String| crates.contains_key(*name) || SERIALIZERS.contains(&name.as_str());
+    let complain = |name: &String| format!("{INDEPENDENT} depends on {name}: it judges by code of its own");
+    asked_for.iter().filter(shared).map(complain).collect()
+}
+
+#[test]
+fn the_verifier_shares_no_code_with_what_it_judges() {
+    let crates = workspace_crates();
+    let (folder, _) = crates.get(INDEPENDENT).expect("the verifier");
+    let manifest = std::fs::read_to_string(root().join(folder).join("Cargo.toml")).expect("its manifest");
+    let manifest: toml::Table = toml::from_str(&manifest).expect("TOML");
+    let mut asked_for = Vec::new();
+    for (section, table) in &manifest {
+        assert_ne!(
+            section, "target",
+            "dependencies of one target alone are not looked at here"
+        );
+        if let (true, Some(table)) = (section.ends_with("dependencies"), table.as_table()) {
+            asked_for.extend(table.keys().cloned());
+            let renamed = table.values().any(|value| value.get("package").is_some());
+            assert!(!renamed, "a renamed dependency would hide what it is");
+        }
+    }
+    assert!(asked_for.contains(&"blake3".to_owned()), "{asked_for:?}");
+    assert_tidy(&independence_complaints(&crates, &asked_for));
+    // And no source of another crate is read in as text or module.
+    for file in files(&[".rs"])
+        .iter()
+        .filter(|file| file.path.starts_with("chaos/verify/"))
+    {
+        for line in code_lines(&file.text) {
+            assert!(
+                !line.contains("include!") && !line.contains("#[path"),
+                "{}: {line}",
+                file.path
+            );
+        }
+    }
+    for bad in ["tarazed-store", "rkyv"] {
+        assert_eq!(independence_complaints(&crates, &[bad.to_owned()]).len(), 1, "{bad}");
+    }
 }
 
 // --- folders and sizes ----------------------------------------------------------------------------------------------

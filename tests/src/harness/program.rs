@@ -1,43 +1,75 @@
-//! The `tarazed` program under test: the one beside the running test, built first where it is missing or old.
+//! The programs under test: those beside the running test, built first where they are missing or old.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// A test of the program's own package: building it builds the program, and with all of the workspace's tests selected
-/// it is the very build of `cargo test --workspace`.
+/// A test of each program's own package: building them builds the programs, and with all of the workspace's tests
+/// selected they are the very build of `cargo test --workspace`.
 const PROGRAM_TEST: &str = "cli";
 
-/// Names another program to test, e.g. an installed one.
-const PROGRAM_VARIABLE: &str = "TARAZED_TEST_PROGRAM";
+/// A program of the workspace.
+struct Program {
+    name: &'static str,
+    /// Names another program to test, e.g. an installed one.
+    variable: &'static str,
+    /// Where the sources of the crates lie that it is made of.
+    folders: &'static [&'static str],
+}
 
-/// Path of the program. `cargo test --workspace` has built it; a run of one package's tests builds it here, once.
+/// Path of `tarazed`. `cargo test --workspace` has built it; a run of one package's tests builds it here, once.
 ///
 /// # Panics
 /// If it cannot be built.
 #[must_use]
 pub fn tarazed() -> &'static Path {
     static PROGRAM: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    match PROGRAM.get_or_init(find) {
-        Ok(program) => program,
-        Err(cause) => panic!("{cause}"),
-    }
+    let program = Program {
+        name: "tarazed",
+        variable: "TARAZED_TEST_PROGRAM",
+        folders: &["actors", "kernels", "runtime"],
+    };
+    program.path(&PROGRAM)
 }
 
-fn find() -> Result<PathBuf, String> {
-    if let Some(named) = std::env::var_os(PROGRAM_VARIABLE) {
-        return std::fs::canonicalize(&named).map_err(|e| format!("{PROGRAM_VARIABLE}: {}: {e}", named.display()));
+/// Path of `tarazed-verify`, as [`tarazed`].
+///
+/// # Panics
+/// If it cannot be built.
+#[must_use]
+pub fn verifier() -> &'static Path {
+    static PROGRAM: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let program = Program {
+        name: "tarazed-verify",
+        variable: "TARAZED_TEST_VERIFIER",
+        folders: &["chaos/verify"],
+    };
+    program.path(&PROGRAM)
+}
+
+impl Program {
+    fn path(&self, found: &'static OnceLock<Result<PathBuf, String>>) -> &'static Path {
+        match found.get_or_init(|| self.find()) {
+            Ok(program) => program,
+            Err(cause) => panic!("{cause}"),
+        }
     }
-    let profile_dir = profile_dir();
-    let program = profile_dir.join("tarazed");
-    if !is_current(&program) {
-        build(&profile_dir)?;
-    }
-    if program.is_file() {
-        Ok(program)
-    } else {
-        Err(format!("{} was not built", program.display()))
+
+    fn find(&self) -> Result<PathBuf, String> {
+        if let Some(named) = std::env::var_os(self.variable) {
+            return std::fs::canonicalize(&named).map_err(|e| format!("{}: {}: {e}", self.variable, named.display()));
+        }
+        let profile_dir = profile_dir();
+        let program = profile_dir.join(self.name);
+        if !is_current(&program, self.folders) {
+            build(&profile_dir)?;
+        }
+        if program.is_file() {
+            Ok(program)
+        } else {
+            Err(format!("{} was not built", program.display()))
+        }
     }
 }
 
@@ -53,9 +85,9 @@ fn profile_dir() -> PathBuf {
 }
 
 /// Whether the program is newer than every source of the crates it is made of.
-fn is_current(program: &Path) -> bool {
+fn is_current(program: &Path, folders: &[&str]) -> bool {
     let Some(built) = modified(program) else { return false };
-    let mut folders: Vec<PathBuf> = ["actors", "kernels", "runtime"].map(|name| root().join(name)).to_vec();
+    let mut folders: Vec<PathBuf> = folders.iter().map(|name| root().join(name)).collect();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).expect("a readable folder").flatten() {
             let path = entry.path();
@@ -102,5 +134,5 @@ fn build(profile_dir: &Path) -> Result<(), String> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("tarazed cannot be built:\n{said}"))
+    Err(format!("the programs cannot be built:\n{said}"))
 }

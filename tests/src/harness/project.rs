@@ -1,6 +1,6 @@
 //! A temporary folder with texts, a config and the run folders of a test, and the command lines it starts.
 
-use super::program::tarazed;
+use super::program::{tarazed, verifier};
 use super::run::{Outcome, Run};
 use super::texts;
 use std::path::{Path, PathBuf};
@@ -190,7 +190,20 @@ impl Project {
     /// If it cannot be started.
     #[must_use]
     pub fn tarazed<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Outcome {
-        let output = command(tarazed(), self.path())
+        self.complete(tarazed(), args)
+    }
+
+    /// Runs the verifier, which shares no code with the program, to its end.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn verify<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Outcome {
+        self.complete(verifier(), args)
+    }
+
+    fn complete<S: AsRef<std::ffi::OsStr>>(&self, program: &Path, args: &[S]) -> Outcome {
+        let output = command(program, self.path())
             .args(args)
             .output()
             .expect("the program runs");

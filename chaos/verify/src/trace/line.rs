@@ -1,0 +1,229 @@
+//! A line of `trace.jsonl`: its keys, their order, and what must agree within it.
+
+use crate::json::Json;
+
+/// Name and value, in the order of the config's domains.
+pub type ByDomain<T> = Vec<(String, T)>;
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct DomainLoss {
+    pub loss: f64,
+    pub tokens: u64,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Decision {
+    pub id: u64,
+    pub line: u64,
+    pub effective: u64,
+    /// New weights; none for a decision that changes no weight.
+    pub weights: Option<Vec<f64>>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Line {
+    pub step: u64,
+    pub tokens: u64,
+    pub data: [u8; 32],
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub mixture: ByDomain<f64>,
+    pub domains: ByDomain<DomainLoss>,
+    pub heldout: Option<ByDomain<DomainLoss>>,
+    pub decisions: Vec<Decision>,
+}
+
+impl Line {
+    /// Reads a line without its end.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let json = Json::parse(bytes)?;
+        if json.print().as_bytes() != bytes {
+            return Err("it is not in its shortest form".into());
+        }
+        let heldout = json.get("heldout").ok();
+        let without = Json::Object(
+            json.object()?
+                .iter()
+                .filter(|(key, _)| key != "heldout")
+                .cloned()
+                .collect(),
+        );
+        let at = json.object()?.iter().position(|(key, _)| key == "heldout");
+        if at.is_some_and(|at| at != 11) {
+            return Err("its held-out losses do not stand behind its domains".into());
+        }
+        let keys = [
+            "step",
+            "tokens",
+            "data",
+            "loss",
+            "loss_bits",
+            "grad_norm",
+            "grad_norm_bits",
+            "state",
+            "lr",
+            "mixture",
+            "domains",
+            "decisions",
+        ];
+        let [
+            step,
+            tokens,
+            data,
+            loss,
+            loss_bits,
+            norm,
+            norm_bits,
+            state,
+            lr,
+            mixture,
+            domains,
+            decisions,
+        ] = without.exactly(keys)?;
+        state.hex::<32>().map_err(|why| format!("state: {why}"))?;
+        Ok(Self {
+            step: step.count()?,
+            tokens: tokens.count()?,
+            data: data.hex().map_err(|why| format!("data: {why}"))?,
+            loss: with_bits("loss", loss, loss_bits)?,
+            grad_norm: with_bits("grad_norm", norm, norm_bits)?,
+            lr: lr.float().map_err(|why| format!("lr: {why}"))?,
+            mixture: by_domain(mixture, Json::float).map_err(|why| format!("mixture: {why}"))?,
+            domains: by_domain(domains, domain_loss).map_err(|why| format!("domains: {why}"))?,
+            heldout: heldout
+                .map(|json| by_domain(json, domain_loss))
+                .transpose()
+                .map_err(|why| format!("heldout: {why}"))?,
+            decisions: decisions
+                .list()?
+                .iter()
+                .map(decision)
+                .collect::<Result<_, _>>()
+                .map_err(|why| format!("decisions: {why}"))?,
+        })
+    }
+}
+
+/// A value that stands twice, once to read (null if it is not finite) and once as bits.
+fn with_bits(key: &str, value: &Json, bits: &Json) -> Result<f64, String> {
+    let digits = bits.text()?.strip_prefix("0x").filter(|digits| digits.len() == 16);
+    let digits = digits.ok_or_else(|| format!("{key}_bits is not 0x and 16 digits"))?;
+    let bits: [u8; 8] = crate::json::from_hex(digits)?;
+    let exact = f64::from_bits(u64::from_be_bytes(bits));
+    let agrees = match value {
+        Json::Null => !exact.is_finite(),
+        shown => shown.float().map_err(|why| format!("{key}: {why}"))?.to_bits() == exact.to_bits(),
+    };
+    if agrees {
+        Ok(exact)
+    } else {
+        Err(format!(
+            "{key} {} does not agree with its bits, {exact:e}",
+            value.print()
+        ))
+    }
+}
+
+fn by_domain<T>(json: &Json, read: impl Fn(&Json) -> Result<T, String>) -> Result<ByDomain<T>, String> {
+    let fields = json.object()?.iter();
+    fields
+        .map(|(name, value)| Ok((name.clone(), read(value).map_err(|why| format!("{name}: {why}"))?)))
+        .collect()
+}
+
+fn domain_loss(json: &Json) -> Result<DomainLoss, String> {
+    if let Ok([loss, tokens]) = json.exactly(["loss", "tokens"]) {
+        return Ok(DomainLoss {
+            loss: loss.float()?,
+            tokens: tokens.count()?,
+        });
+    }
+    let [loss, tokens, bits] = json.exactly(["loss", "tokens", "loss_bits"])?;
+    let exact = with_bits("loss", loss, bits)?;
+    if exact.is_finite() {
+        return Err("bits of a finite loss".into());
+    }
+    Ok(DomainLoss {
+        loss: exact,
+        tokens: tokens.count()?,
+    })
+}
+
+fn decision(json: &Json) -> Result<Decision, String> {
+    let [id, line, effective, kind, by, reason] = json.exactly(["id", "line", "effective", "kind", "by", "reason"])?;
+    reason.text()?;
+    match by.object()? {
+        [(who, name)] if who == "controller" || who == "person" => name.text()?,
+        _ => return Err("it is neither a controller's nor a person's".into()),
+    };
+    let weights = match kind {
+        Json::Text(name) if name == "pin" || name == "release" => None,
+        mixture => {
+            let [body] = mixture.exactly(["mixture"])?;
+            let [weights] = body.exactly(["weights"])?;
+            Some(weights.list()?.iter().map(Json::float).collect::<Result<_, _>>()?)
+        }
+    };
+    Ok(Decision {
+        id: id.count()?,
+        line: line.count()?,
+        effective: effective.count()?,
+        weights,
+    })
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    pub fn handmade(step: u64, tokens: u64, data: &str, rest: &str) -> String {
+        let zeros = "00".repeat(32);
+        format!(
+            r#"{{"step":{step},"tokens":{tokens},"data":"{data}","loss":2.5,"loss_bits":"0x4004000000000000","grad_norm":1.0,"grad_norm_bits":"0x3ff0000000000000","state":"{zeros}","lr":0.001,{rest}}}"#
+        )
+    }
+
+    const REST: &str = r#""mixture":{"b":0.75,"a":0.25},"domains":{"b":{"loss":2.5,"tokens":64}},"heldout":{"b":{"loss":null,"tokens":1,"loss_bits":"0x7ff8000000000000"}},"decisions":[{"id":1,"line":3,"effective":9,"kind":{"mixture":{"weights":[1.0,0.0]}},"by":{"controller":"ado"},"reason":"r"},{"id":2,"line":3,"effective":9,"kind":"pin","by":{"person":"p"},"reason":""}]"#;
+
+    #[test]
+    fn a_line_is_read_whole() {
+        let line = Line::parse(handmade(3, 96, &"ab".repeat(32), REST).as_bytes()).unwrap();
+        assert_eq!((line.step, line.tokens, line.data, line.loss), (3, 96, [0xab; 32], 2.5));
+        assert_eq!(line.mixture, [("b".to_owned(), 0.75), ("a".to_owned(), 0.25)]);
+        assert!(line.heldout.unwrap()[0].1.loss.is_nan());
+        assert_eq!(line.decisions[0].weights, Some(vec![1.0, 0.0]));
+        assert_eq!(line.decisions[1].weights, None);
+    }
+
+    #[test]
+    fn edits_are_noticed() {
+        let good = handmade(3, 96, &"ab".repeat(32), REST);
+        for (from, to, part) in [
+            (
+                "\"loss\":2.5,\"loss_bits\"",
+                "\"loss\":2.6,\"loss_bits\"",
+                "does not agree with its bits",
+            ),
+            ("0x4004", "0x4005", "does not agree with its bits"),
+            (
+                "\"loss\":2.5,\"loss_bits\"",
+                "\"loss\":null,\"loss_bits\"",
+                "does not agree",
+            ),
+            ("\"lr\":0.001", "\"lr\":0.00100", "shortest"),
+            ("\"lr\":0.001", "\"lr\": 0.001", "shortest form"),
+            ("\"step\":3,\"tokens\":96", "\"tokens\":96,\"step\":3", "its keys are"),
+            ("\"pin\"", "\"pins\"", "decisions"),
+            ("\"person\"", "\"nobody\"", "decisions"),
+            ("abab", "ABab", "data"),
+            ("\"state\":\"00", "\"state\":\"0", "state"),
+            ("\"step\":3", "\"step\":-3", "no whole number"),
+        ] {
+            assert!(good.contains(from));
+            let said = Line::parse(good.replacen(from, to, 1).as_bytes()).unwrap_err();
+            assert!(said.contains(part), "{from} to {to}: {said}");
+        }
+        assert!(Line::parse(&good.as_bytes()[..good.len() - 1]).is_err());
+    }
+}
