@@ -13,13 +13,14 @@ use crate::rank::{TOKEN_VARIABLE, recipe};
 use crate::run_folder::{RunFolder, RunPaths};
 use crate::supervision::death;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterTransport, Config};
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::restart::{RestartLimiter, Verdict};
 use tokio::sync::oneshot;
@@ -137,7 +138,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let sockets = SocketFolder::create(&text)
         .map_err(|e| system("socket folder", "check the system's temporary folder")(e.to_string()))?;
     let hub = start_hub_for(&config, token, &sockets.0, &parent, &ear).await?;
-    let spec = launch_spec(program, &paths, &prepared, &hub.address(), &sockets.0, &text);
+    let spec = launch_spec(program, &paths, &prepared, &dialed(&config, &hub), &sockets.0, &text);
     let heard = ear.clone();
     let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
         .await
@@ -199,15 +200,30 @@ async fn start_hub_for(
     ear: &Ear,
 ) -> Result<crate::link::Hub, RunError> {
     let heard = ear.clone();
+    let bind = match config.cluster.transport {
+        ClusterTransport::Unix => Bind::near(sockets),
+        ClusterTransport::Tcp => Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, config.cluster.control_port))),
+    };
     let hub_config = HubConfig {
         token,
-        bind: Bind::near(sockets),
+        bind,
         failure: Duration::from_millis(config.timeouts().failure_ms),
         supervisor: Some(parent.clone()),
     };
-    start_hub(hub_config, move |event| heard.hub(event))
-        .await
-        .map_err(|e| system("control plane", "check the system's temporary folder")(e.to_string()))
+    start_hub(hub_config, move |event| heard.hub(event)).await.map_err(|e| {
+        system(
+            "control plane",
+            "check the system's temporary folder and cluster.control_port",
+        )(e.to_string())
+    })
+}
+
+/// What ranks dial: the hub, or what forwards to it.
+fn dialed(config: &Config, hub: &crate::link::Hub) -> String {
+    match config.cluster.control_advertise_port {
+        0 => hub.address(),
+        port => format!("tcp:{}", SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+    }
 }
 
 fn launch_spec(
