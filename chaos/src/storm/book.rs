@@ -5,9 +5,9 @@
 //! - **detection**: from `t` to the first incident that fits in `events.jsonl`: `rank_lost` of the life that was hit, or, where
 //!   no process was hit, `rank_lost`, `generation`, `state_lost` or `warning` of anybody. For a controller: to its exit, as
 //!   whoever started it sees it. A fault that was borne has none.
-//! - **recovery**: from `t` to the first line that is *new* after the generation that answered the incident (after the
-//!   restart, for a controller). Lines that a replay only checks do not count. Where there was no incident: to the end of the
-//!   longest pause between new lines that the fault's time overlaps.
+//! - **recovery**: from `t` to the first line that is *new* and that the generation which answered the incident has computed
+//!   (the next controller's first, where the controller was lost). Lines that a replay only checks do not count. Where there
+//!   was no incident: to the end of the longest pause between new lines that the fault's time overlaps.
 //!
 //! Faults that fall into each other's recovery share incidents.
 
@@ -63,9 +63,12 @@ pub struct Record {
     pub recovery_ms: Option<u64>,
     /// Nothing more is waited for.
     pub closed: bool,
-    /// A generation that answers the incident has begun (or a controller was started).
+    /// The controller that it was done under is gone, and whatever it saw.
     #[serde(skip)]
-    answered: bool,
+    taken_over: bool,
+    /// Base of the first generation that began after the incident: lines up to it were computed before.
+    #[serde(skip)]
+    answered: Option<u64>,
     /// Length and end of the longest pause so far.
     #[serde(skip)]
     pause: Option<(u64, u64)>,
@@ -126,7 +129,8 @@ impl Book {
             incident: None,
             recovery_ms: None,
             closed: false,
-            answered: false,
+            taken_over: false,
+            answered: None,
             pause: None,
         });
         number
@@ -182,8 +186,9 @@ impl Book {
                     .unwrap_or_default();
                 record.incident = Some(format!("{kind}{cause}"));
             }
-            if kind == "generation" && record.detection_ms.is_some_and(|ms| time >= record.at_ms + ms) {
-                record.answered = true;
+            let seen = record.taken_over || record.detection_ms.is_some_and(|ms| time >= record.at_ms + ms);
+            if kind == "generation" && seen && record.answered.is_none() {
+                record.answered = event["base"].as_u64();
             }
         }
     }
@@ -201,7 +206,7 @@ impl Book {
     /// A controller was started. What was under way with the last one ends with this one's first new line.
     pub fn controller_started(&mut self) {
         for record in self.open() {
-            record.answered = true;
+            record.taken_over = true;
         }
     }
 
@@ -217,7 +222,7 @@ impl Book {
         self.newest_step = step;
         self.lines += 1;
         for record in self.open().filter(|record| time >= record.at_ms) {
-            if record.answered && record.detection_ms.is_none_or(|ms| time >= record.at_ms + ms) {
+            if record.answered.is_some_and(|base| step > base) {
                 record.recovery_ms = Some(time - record.at_ms);
                 record.closed = true;
                 continue;
@@ -349,9 +354,11 @@ mod tests {
         assert_eq!(book.records()[0].detection_ms, None, "another's");
         event(&mut book, "rank_lost", 1_004, 1);
         line(&mut book, 3, 1_005);
-        event(&mut book, "generation", 1_020, 9);
+        book.event(&json!({"kind": "generation", "time_unix_ms": 1_020, "base": 4}));
         assert!(!line(&mut book, 3, 1_030), "a replay");
-        line(&mut book, 4, 1_040);
+        line(&mut book, 4, 1_030);
+        assert!(!book.is_settled(), "computed before");
+        line(&mut book, 5, 1_040);
         let record = &book.records()[0];
         assert_eq!((record.detection_ms, record.recovery_ms), (Some(4), Some(40)));
         assert!(book.is_settled());
@@ -380,7 +387,7 @@ mod tests {
         book.enter(1_000, entry(Kind::KillController, &[], 0));
         book.controller_ended(1_003, "signal 9");
         book.controller_started();
-        event(&mut book, "generation", 1_200, 0);
+        book.event(&json!({"kind": "generation", "time_unix_ms": 1_200, "base": 5}));
         assert!(!line(&mut book, 6, 1_300));
         line(&mut book, 8, 1_400);
         let record = &book.records()[0];
