@@ -438,6 +438,8 @@ pub(crate) fn is_named(file: &File, path: &Path) -> bool {
 /// The controller in charge of a run folder, as ranks look it up.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct InCharge {
+    /// What it claimed the store with: the next controller has a higher one.
+    pub generation: u64,
     /// Where it listens.
     pub address: String,
     /// The run's secret. A controller that goes on with living ranks keeps it.

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use tarazed_chaos::{scale, sim};
+use tarazed_chaos::{scale, sim, storm};
 
 /// Proves by harm that a run computes what it would have computed in peace.
 #[derive(Parser)]
@@ -18,6 +18,8 @@ enum Command {
     Sim(sim::command::Args),
     /// Simulates a hundred thousand ranks over weeks: the membership machine alone, failures by published rates.
     Scale(scale::command::Args),
+    /// Harms real processes as a scenario says, and compares the trace with that of one undisturbed rank.
+    Storm(storm::command::Args),
     /// Puts seeded bugs into the product and sees whether the simulator finds them.
     #[cfg(feature = "mutants")]
     Mutants(sim::mutants::Args),
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Sim(args) => sim::command::run_command(&args),
         Command::Scale(args) => scale::command::run_command(&args),
+        Command::Storm(args) => storm::command::run_command(&args),
         #[cfg(feature = "mutants")]
         Command::Mutants(args) => sim::mutants::run(&args),
     }

@@ -13,13 +13,14 @@ use crate::rank::{TOKEN_VARIABLE, recipe};
 use crate::run_folder::{InCharge, RunFolder, RunPaths, Tenure};
 use crate::supervision::death;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterTransport, Config};
 use tarazed_protocol::coordinator::PastLife;
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::message::Member;
@@ -214,10 +215,12 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
 
     // A name of its own: one that stands still may hold that of the controller before.
     let name = format!("link-{generation}.sock");
-    let hub = start_hub_for(&config, token, Bind::near(&sockets.path, &name), &parent, &ear).await?;
-    let spec = launch_spec(program, &paths, &prepared, &hub.address(), &sockets.path, &text);
+    let hub = start_hub_for(&config, token, bind_of(&config, &sockets.path, &name), &parent, &ear).await?;
+    let address = dialed(&config, &hub);
+    let spec = launch_spec(program, &paths, &prepared, &address, &sockets.path, &text);
     let in_charge = InCharge {
-        address: hub.address(),
+        generation: generation.0,
+        address,
         token,
         sockets: sockets.path.clone(),
     };
@@ -304,9 +307,28 @@ async fn start_hub_for(
         failure: Duration::from_millis(config.timeouts().failure_ms),
         supervisor: Some(parent.clone()),
     };
-    start_hub(hub_config, move |event| heard.hub(event))
-        .await
-        .map_err(|e| system("control plane", "check the system's temporary folder")(e.to_string()))
+    start_hub(hub_config, move |event| heard.hub(event)).await.map_err(|e| {
+        system(
+            "control plane",
+            "check the system's temporary folder and cluster.control_port",
+        )(e.to_string())
+    })
+}
+
+/// Where the hub listens: at the configured port, or at a socket of this name.
+fn bind_of(config: &Config, sockets: &Path, name: &str) -> Bind {
+    match config.cluster.transport {
+        ClusterTransport::Unix => Bind::near(sockets, name),
+        ClusterTransport::Tcp => Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, config.cluster.control_port))),
+    }
+}
+
+/// What ranks dial: the hub, or what forwards to it.
+fn dialed(config: &Config, hub: &crate::link::Hub) -> String {
+    match config.cluster.control_advertise_port {
+        0 => hub.address(),
+        port => format!("tcp:{}", SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+    }
 }
 
 fn launch_spec(

@@ -28,7 +28,8 @@ pub(super) struct Home {
 
 /// A session, and where its end is heard.
 pub(super) struct Linked {
-    address: String,
+    /// That of the controller; none where the folder did not say.
+    generation: Option<u64>,
     ended: mpsc::UnboundedReceiver<String>,
 }
 
@@ -36,12 +37,13 @@ impl Home {
     /// Dials the controller that started this process.
     pub(super) async fn first(&self, address: &str) -> Result<Linked, RankError> {
         let patience = Duration::from_millis(self.timeouts.connect_ms);
-        self.dial(address, patience)
+        let generation = self.named().await.map(|named| named.generation);
+        self.dial(address, generation, patience)
             .await
             .map_err(|e| RankError::because("control plane")(&e))
     }
 
-    async fn dial(&self, address: &str, patience: Duration) -> Result<Linked, LinkError> {
+    async fn dial(&self, address: &str, generation: Option<u64>, patience: Duration) -> Result<Linked, LinkError> {
         let (end, ended) = mpsc::unbounded_channel();
         let heard = self.tree.clone();
         let config = UplinkConfig {
@@ -60,10 +62,7 @@ impl Home {
         .await?;
         self.tree
             .linked(Box::new(uplink), self.listener.clone(), std::process::id());
-        Ok(Linked {
-            address: address.to_owned(),
-            ended,
-        })
+        Ok(Linked { generation, ended })
     }
 
     /// Stays linked to whoever is in charge, until the process ends.
@@ -86,7 +85,7 @@ impl Home {
                 reason = linked.ended.recv() => return Some(reason.unwrap_or_default()),
                 () = tokio::time::sleep(LOOK_WHEN_LINKED) => {}
             }
-            if self.named().await.is_some_and(|named| named.address != linked.address) {
+            if self.named().await.is_some_and(|named| Some(named.generation) > linked.generation) {
                 return None;
             }
         }
@@ -105,7 +104,7 @@ impl Home {
                 if named.token != self.token {
                     return Err("another controller runs on without this rank".to_owned());
                 }
-                match self.dial(&named.address, LOOK_WHEN_LOST * 4).await {
+                match self.dial(&named.address, Some(named.generation), LOOK_WHEN_LOST * 4).await {
                     Ok(linked) => return Ok(linked),
                     Err(LinkError::Retry { .. }) => {}
                     Err(error) => return Err(error.to_string()),

@@ -18,11 +18,12 @@ pub use actor::CommandSink;
 use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Split, TokenStore};
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterTransport, Config};
 use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
 use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
@@ -155,6 +156,24 @@ pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
     exit
 }
 
+/// Where the data plane of this worker listens. Config validation keeps the ports of all workers within range.
+fn transport(config: &Config, args: &RankArgs) -> Transport {
+    let cluster = &config.cluster;
+    let of_worker = |port: u16| match port {
+        0 => 0,
+        first => first.saturating_add(u16::try_from(args.worker).unwrap_or(u16::MAX)),
+    };
+    match cluster.transport {
+        ClusterTransport::Unix => Transport::Unix {
+            dir: args.sockets.clone(),
+        },
+        ClusterTransport::Tcp => Transport::TcpAt {
+            at: SocketAddr::from((Ipv4Addr::LOCALHOST, of_worker(cluster.mesh_port))),
+            advertised_port: of_worker(cluster.mesh_advertise_port),
+        },
+    }
+}
+
 async fn serve(
     args: &RankArgs,
     paths: RunPaths,
@@ -178,10 +197,7 @@ async fn serve(
         audit_interval_steps: config.fault.audit_interval_steps,
     };
     let feeder = Feeder::new(cursor, rules, Arc::new(TokenSamples(tokens)));
-    let transport = Transport::Unix {
-        dir: args.sockets.clone(),
-    };
-    let listener = Listener::bind(&transport).map_err(|e| RankError::because("data plane")(&e))?;
+    let listener = Listener::bind(&transport(&config, args)).map_err(|e| RankError::because("data plane")(&e))?;
     let address = listener.address();
     let progress: Arc<Progress> = Arc::default();
     let store = StoreSource::new(paths.store_location(&config), handle);

@@ -299,6 +299,13 @@ mod tests {
             &["--ranks", "8"],
             &["--steps", "10"],
             &["--run-dir", "elsewhere"],
+            &[
+                "--set=cluster.transport=tcp",
+                "--set=cluster.mesh_port=7000",
+                "--set=cluster.mesh_advertise_port=7100",
+                "--set=cluster.control_port=7200",
+                "--set=cluster.control_advertise_port=7201",
+            ],
         ] {
             assert_eq!(resolve(more).expect("a good config").identity(), plain, "{more:?}");
         }
