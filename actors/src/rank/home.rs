@@ -85,7 +85,11 @@ impl Home {
                 reason = linked.ended.recv() => return Some(reason.unwrap_or_default()),
                 () = tokio::time::sleep(LOOK_WHEN_LINKED) => {}
             }
-            if self.named().await.is_some_and(|named| Some(named.generation) > linked.generation) {
+            if self
+                .named()
+                .await
+                .is_some_and(|named| Some(named.generation) > linked.generation)
+            {
                 return None;
             }
         }
@@ -104,7 +108,10 @@ impl Home {
                 if named.token != self.token {
                     return Err("another controller runs on without this rank".to_owned());
                 }
-                match self.dial(&named.address, Some(named.generation), LOOK_WHEN_LOST * 4).await {
+                match self
+                    .dial(&named.address, Some(named.generation), LOOK_WHEN_LOST * 4)
+                    .await
+                {
                     Ok(linked) => return Ok(linked),
                     Err(LinkError::Retry { .. }) => {}
                     Err(error) => return Err(error.to_string()),

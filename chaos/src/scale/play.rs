@@ -89,7 +89,8 @@ impl World<'_> {
         }
     }
 
-    /// Primary and replica differ: the rank that sees it says so, and the run halts for a person.
+    /// Primary and replica differ. Modelled at its dearest: the corruption comes again after the restore, and the run halts
+    /// for a person.
     fn corrupt(&mut self, now_ms: u64, slot: u32, cause: usize) {
         if self.fleet.stage(slot) != Stage::Member {
             return;
@@ -103,7 +104,8 @@ impl World<'_> {
                 generation: self.machine.generation(),
                 cause: "primary and replica of a shard differ".to_owned(),
                 suspects: Vec::new(),
-                corruption: true,
+                fatal: true,
+                dispute: None,
             },
         );
     }
@@ -240,7 +242,8 @@ impl World<'_> {
                     generation,
                     cause: "cannot connect".to_owned(),
                     suspects: vec![Rank(rank as u32)],
-                    corruption: false,
+                    fatal: false,
+                    dispute: None,
                 },
             );
         }

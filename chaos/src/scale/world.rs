@@ -106,7 +106,8 @@ pub(super) struct World<'a> {
 
 fn options(setup: &Setup) -> Options {
     Options {
-        workers: setup.ranks,
+        ranks: setup.ranks,
+        spares: 0,
         lanes: LaneTree::new(setup.ranks * setup.cost.lanes_per_rank),
         shard_count: setup.ranks as usize,
         replicas: setup.protection.replicas as usize,
@@ -157,7 +158,7 @@ impl<'a> World<'a> {
         world.at(setup.horizon_ms, Happening::Horizon);
         let first_ms = world.next_fault_ms(0);
         world.at(first_ms, Happening::Fault);
-        let effects = world.machine.start(0);
+        let effects = world.machine.start(0, &[]);
         world.act(0, effects);
         world
     }
@@ -259,6 +260,7 @@ impl<'a> World<'a> {
         for effect in &effects {
             match effect {
                 &Effect::Start { member, after_ms } => self.start(now_ms, member, after_ms),
+                Effect::Adopt { .. } => {} // its controllers leave nobody behind
                 &Effect::Kill { member, .. } => self.kill(now_ms, member),
                 Effect::Send { member, message } => match message {
                     &ToRank::Fence { generation } => fence = Some(generation),
@@ -267,7 +269,7 @@ impl<'a> World<'a> {
                     ToRank::Begin(_) | ToRank::Acknowledge { .. } => {}
                 },
                 Effect::Begin { plan } => self.begin(now_ms, plan),
-                Effect::FindCheckpoint => {
+                Effect::FindCheckpoint { .. } => {
                     let locate_ms = self.saves.newest().map_or(1, |_| self.setup.cost.locate_ms());
                     self.at(now_ms + locate_ms, Happening::Located);
                 }
@@ -326,7 +328,16 @@ impl<'a> World<'a> {
         let berth = self.fleet.berth_of(member.worker.0);
         let address = format!("10.{}.{}.{}:29500", berth >> 16, (berth >> 8) & 255, berth & 255);
         let pid = member.worker.0 + 1;
-        self.tell(now_ms, Event::Ready { member, address, pid });
+        let newest = Generation(0);
+        self.tell(
+            now_ms,
+            Event::Ready {
+                member,
+                address,
+                pid,
+                newest,
+            },
+        );
     }
 
     /// SIGKILL by the node agent, or the end of a host that is given up.
@@ -608,7 +619,7 @@ impl<'a> World<'a> {
         let written = StepsCompleted(self.ledger.steps);
         self.machine = Coordinator::new(options(self.setup), generation, written);
         self.watch(now_ms);
-        let effects = self.machine.start(now_ms);
+        let effects = self.machine.start(now_ms, &[]);
         self.act(now_ms, effects);
     }
 
