@@ -461,12 +461,14 @@ impl CoordinatorState {
                 step,
                 progress,
                 phase,
+                lane_us,
             } => self.event(Event::Heartbeat {
                 member,
                 generation,
                 step,
                 progress,
                 activity: phase,
+                lane_us,
             }),
             FromRank::ShardSaved {
                 step,

@@ -203,6 +203,17 @@ impl ObservatoryState {
                 self.event("adopted", &json!({"workers": workers}));
                 self.notify(Notice::Adopted { ranks: members.len() });
             }
+            Incident::Straggler {
+                member,
+                lane_us,
+                usual_us,
+            } => {
+                let fields = json!({"worker": member.worker, "lane_us": lane_us, "usual_us": usual_us});
+                self.event("straggler", &fields);
+                self.notify(Notice::Warning(format!(
+                    "{member} takes {lane_us} us for a lane, the others {usual_us}: it gets fewer lanes"
+                )));
+            }
             Incident::Disputed { step, item, members } => {
                 let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
                 let fields = json!({"after_step": step, "item": item.to_string(), "workers": workers});

@@ -412,6 +412,7 @@ impl RankActorState {
             step: progress.step(),
             progress: progress.work(),
             phase: progress.phase().name().to_owned(),
+            lane_us: progress.lane_us(),
         })
     }
 

@@ -120,6 +120,7 @@ impl World<'_> {
             step,
             progress: 0,
             activity,
+            lane_us: 0,
         };
         self.tell(now_ms, event);
     }

@@ -27,6 +27,7 @@ mod alarm;
 mod deadlines;
 mod events;
 mod flow;
+mod pace;
 mod plan;
 mod resize;
 #[cfg(test)]
@@ -76,6 +77,8 @@ pub struct Worker {
     step: StepsCompleted,
     /// Work of its device thread, as last heard.
     progress: u64,
+    /// Its time for a lane, as last heard; 0 where it is not known.
+    lane_us: u64,
     /// Whom its data plane waited for at the last fence.
     waits_for: Option<Rank>,
     /// Where in the roster it was last; the roster tells whether it still is.
@@ -166,6 +169,11 @@ pub struct Coordinator {
     distrusted: bool,
     /// Checkpoints of this step and later ones are not to be believed either.
     refuted: Option<StepsCompleted>,
+    /// Relative speeds of those that are not as fast as the rest.
+    slow: BTreeMap<Member, u32>,
+    /// Since when other lanes would make steps much shorter, and when that was last looked at.
+    uneven_since_ms: Option<u64>,
+    looked_at_pace_ms: u64,
     /// When a member's device thread last did anything, as heard.
     progressed_ms: u64,
     /// How long nobody may make any progress before all are asked. Doubles with each alarm that was false.
@@ -202,6 +210,9 @@ impl Coordinator {
             trial: None,
             distrusted: false,
             refuted: None,
+            slow: BTreeMap::new(),
+            uneven_since_ms: None,
+            looked_at_pace_ms: 0,
             progressed_ms: 0,
             stall_ms,
             strikes: BTreeMap::new(),

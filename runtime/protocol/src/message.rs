@@ -332,6 +332,8 @@ mod envelopes {
             progress: u64,
             /// What it does now.
             phase: String,
+            /// Microseconds of one lane as of late; 0 where it is not known.
+            lane_us: u64,
         },
         /// One checkpoint shard lies in the store.
         ShardSaved {

@@ -19,6 +19,7 @@ use crate::host::HostVisible;
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
+use std::time::Instant;
 use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
@@ -122,7 +123,12 @@ fn compute_lanes<D: HostVisible>(
         progress: &state.progress,
         digest: gradient_digest::<D>,
     };
+    let began = Instant::now();
     let results = state.engine.run(inputs, world.tree, world.my_lanes())?;
+    // In a simulation this clock is not the one that runs.
+    if !state.waiting.is_alone() {
+        state.progress.computed(world.my_lanes().len(), began.elapsed());
+    }
     let again = batch.to_audit.as_ref();
     let audit = Audit {
         lane: batch.audited,

@@ -17,6 +17,7 @@ mod restart_limit;
 mod resume;
 mod status;
 mod storm;
+mod straggler;
 mod surroundings;
 mod takeover;
 mod telemetry;

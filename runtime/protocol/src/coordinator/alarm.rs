@@ -192,6 +192,7 @@ mod tests {
                         step: StepsCompleted(0),
                         progress,
                         activity: String::new(),
+                        lane_us: 0,
                     });
                 }
                 self.event(Event::Tick);

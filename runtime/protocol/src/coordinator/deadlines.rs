@@ -87,6 +87,7 @@ impl Coordinator {
                 self.save_failed = Some((step, cause, false));
                 effects.extend(self.save_again(now_ms));
             }
+            Phase::Running { failed: None, .. } => effects.extend(self.watch_pace(now_ms)),
             Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),
             _ => {}
         }

@@ -123,6 +123,8 @@ pub enum Event {
         progress: u64,
         /// Doing what.
         activity: String,
+        /// Microseconds of one lane as of late; 0 where it is not known.
+        lane_us: u64,
     },
     /// A trace line was written (or checked, on replay).
     LineWritten {
@@ -246,6 +248,15 @@ pub enum Incident {
         restored: bool,
         /// Shard copies made to get there.
         copies: usize,
+    },
+    /// A rank is slow, and lanes move to others; it is not replaced for it.
+    Straggler {
+        /// Who.
+        member: Member,
+        /// Its time for a lane.
+        lane_us: u64,
+        /// The others' (their median).
+        usual_us: u64,
     },
     /// Ranks differ in what they computed: the state is restored, and the step done again.
     Disputed {

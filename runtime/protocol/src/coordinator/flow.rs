@@ -88,6 +88,7 @@ impl Coordinator {
                 step,
                 progress,
                 activity,
+                lane_us,
             } => {
                 if self.knows(member)
                     && let Some(worker) = self.workers.get_mut(member.worker)
@@ -95,6 +96,7 @@ impl Coordinator {
                     worker.heard_ms = now_ms;
                     if generation == self.generation {
                         worker.step = step;
+                        worker.lane_us = lane_us;
                         if worker.progress != progress {
                             worker.progress = progress;
                             self.progressed_ms = now_ms;

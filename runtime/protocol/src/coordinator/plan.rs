@@ -47,7 +47,7 @@ impl Coordinator {
         } = self.cast(&ground, survivors);
         let holders = members.len();
         members.extend(&leaving);
-        let mut lanes = self.options.lanes.assign(&vec![1; members.len()]);
+        let mut lanes = self.options.lanes.assign(&self.speeds(&members));
         if Mutant::LaneLost.is_on()
             && members.len() > 1
             && let Some(last) = lanes.last_mut()

@@ -45,6 +45,7 @@ impl Workers {
             heard_ms: now_ms,
             step: StepsCompleted(0),
             progress: 0,
+            lane_us: 0,
             waits_for: None,
             seat: usize::MAX,
         });
@@ -108,6 +109,7 @@ impl Workers {
         let slot = &mut self.slots[worker.index()];
         slot.incarnation = slot.incarnation.next();
         slot.heard_ms = now_ms;
+        slot.lane_us = 0;
         self.lives[worker.index()].pid = 0;
         self.member(worker)
     }
