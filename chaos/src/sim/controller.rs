@@ -440,7 +440,14 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
                     world.check_loss();
                 }
             }
-            Notice::Warning(text) => shown.note(&format!("warning: {text}")),
+            Notice::Warning(text) => {
+                shown.note(&format!("warning: {text}"));
+                // What ranks hold is given up on purpose.
+                let in_doubt = text.contains("silent data corruption") || text.contains("another state than the trace");
+                if let Some(world) = checked.upgrade().filter(|_| in_doubt) {
+                    world.losses.new_life();
+                }
+            }
             Notice::Checkpoint { step, .. } => shown.note(&format!("checkpoint of {step}")),
             Notice::Decided(decisions) => shown.note(&format!("{} decisions", decisions.len())),
             _ => {}

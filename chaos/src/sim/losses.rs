@@ -26,7 +26,7 @@ impl Losses {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A controller begins: no rank holds anything.
+    /// A controller begins and no rank holds anything, or what they hold is not believed any more.
     pub fn new_life(&self) {
         *self.lock() = Count {
             unknown: true,
