@@ -151,7 +151,7 @@ fn a_replay_that_differs_from_its_line_halts() {
     run.wait_for_step(20);
     run.signal(Signal::KILL);
     run.finish();
-    wait_for_no_ranks(&mut run);
+    lose_ranks(&mut run);
     let trace = String::from_utf8(run.trace()).expect("UTF-8");
     let state = trace.match_indices("\"state\":\"").nth(11).expect("line 12").0 + 9;
     let digit = if &trace[state..=state] == "a" { "b" } else { "a" };

@@ -15,7 +15,7 @@ fn pids(run: &Run) -> BTreeSet<u32> {
 fn a_new_controller_goes_on_with_the_living_ranks() {
     // Without checkpoints, a restore would begin from the seed.
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
-    let steps = 600;
+    let steps = 1_100;
     let train = project.train("orphans").ranks(3).steps(steps);
     let mut first = Run::start(&train);
     first.wait_for_step(40);
@@ -58,7 +58,7 @@ fn a_new_controller_goes_on_with_the_living_ranks() {
 #[test]
 fn ranks_that_died_meanwhile_are_replaced_and_the_world_takes_its_new_size() {
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
-    let steps = 900;
+    let steps = 1_100;
     let mut step = 0;
     for (ranks, victims) in [(4, 1), (4, 1), (2, 0), (5, 1), (3, 0)] {
         let mut run = Run::start(&project.train("again").ranks(ranks).steps(steps));
@@ -91,7 +91,7 @@ fn ranks_that_died_meanwhile_are_replaced_and_the_world_takes_its_new_size() {
 #[test]
 fn a_controller_that_wakes_up_finds_itself_replaced() {
     let project = Project::tiny();
-    let steps = 700;
+    let steps = 1_100;
     let train = project.train("two").ranks(3).steps(steps);
     let mut first = Run::start(&train);
     first.wait_for_step(40);
