@@ -49,6 +49,10 @@ mutants! {
     StaleHolder,
     /// Primary and replica of a shard are not compared (DET-3).
     ReplicasUncompared,
+    /// What survivors hold after a dispute is believed all the same (DET-3).
+    DisputedStateKept,
+    /// Those who leave a smaller world leave before the others have copied from them.
+    LeaversDropped,
     /// A rank whose result was wrong is not replaced (DET-3).
     CulpritKept,
     /// The barrier is entered before replicas hold the reduced gradient (STEP-1).

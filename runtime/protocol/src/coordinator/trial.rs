@@ -59,7 +59,7 @@ impl Coordinator {
             }
             None => {
                 self.trial = Some(trial);
-                self.distrusted = true;
+                self.distrusted = !Mutant::DisputedStateKept.is_on();
                 effects.extend(self.fence(now_ms, cause, None));
             }
         }
