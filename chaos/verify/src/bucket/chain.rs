@@ -37,7 +37,7 @@ pub struct Verdict {
 pub fn judge(mut places: BTreeMap<u64, Place>, findings: &mut Findings) -> Verdict {
     let linked = drop_contradicted(&mut places, findings);
     let mut verdict = Verdict::default();
-    let mut fence: Option<(u64, [u8; 16], u64)> = None;
+    let mut fence: Option<Fence> = None;
     let (mut retired, mut pinned) = (BTreeSet::new(), BTreeSet::new());
     let mut commits: BTreeMap<u64, Acknowledged> = BTreeMap::new();
     let mut next = 0;
@@ -47,29 +47,18 @@ pub fn judge(mut places: BTreeMap<u64, Place>, findings: &mut Findings) -> Verdi
             fence = None;
         }
         next = sequence + 1;
-        if let Some((at, holder, generation)) = fence {
-            let needs_fence = matches!(record.kind, Kind::Commit(_) | Kind::Retire(_));
-            if needs_fence && record.writer != holder {
-                let problem = format!(
-                    "written behind the fence {} by a writer that does not hold it; it does not count",
-                    key(at)
-                );
-                findings.add(key(sequence), problem);
-                continue;
-            }
-            if record.generation < generation {
-                let problem = format!(
-                    "of generation {}, behind the fence of generation {generation}",
-                    record.generation
-                );
-                findings.add(key(sequence), problem);
-            }
+        if fence.as_ref().is_some_and(|fence| !fence.admits(&record, findings)) {
+            continue;
         }
         verdict.digests.insert(sequence, digest);
         match record.kind {
             Kind::Fence => {
                 verdict.fence_count += 1;
-                fence = Some((sequence, record.writer, record.generation));
+                fence = Some(Fence {
+                    sequence,
+                    holder: record.writer,
+                    generation: record.generation,
+                });
             }
             Kind::Commit(commit) => {
                 let acknowledged = Acknowledged {
@@ -107,6 +96,33 @@ pub fn judge(mut places: BTreeMap<u64, Place>, findings: &mut Findings) -> Verdi
         acknowledged.pinned = pinned.contains(&acknowledged.sequence);
     }
     verdict
+}
+
+/// The newest fence before a record.
+struct Fence {
+    sequence: u64,
+    holder: [u8; 16],
+    generation: u64,
+}
+
+impl Fence {
+    /// Whether a record behind it counts; one that does may still be wrong.
+    fn admits(&self, record: &Record, findings: &mut Findings) -> bool {
+        let needs_fence = matches!(record.kind, Kind::Commit(_) | Kind::Retire(_));
+        if needs_fence && record.writer != self.holder {
+            let fence = key(self.sequence);
+            let problem =
+                format!("written behind the fence {fence} by a writer that does not hold it; it does not count");
+            findings.add(key(record.sequence), problem);
+            return false;
+        }
+        if record.generation < self.generation {
+            let (own, fence) = (record.generation, self.generation);
+            let problem = format!("of generation {own}, behind the fence of generation {fence}");
+            findings.add(key(record.sequence), problem);
+        }
+        true
+    }
 }
 
 /// From the newest down: what is missing, broken, or not the record that the one behind it names, is a finding.

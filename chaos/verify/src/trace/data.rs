@@ -24,25 +24,29 @@ pub struct Domain {
     pub held_out_sequences: u64,
 }
 
+/// One data set, as its `data.json` describes it.
 #[derive(Debug)]
 pub struct DataSet {
     pub folder: PathBuf,
     pub domains: Vec<Domain>,
     /// BLAKE3 of the version's text: what goes into every line's `data`.
     pub version: [u8; 32],
-    /// Token shards: file name, length, BLAKE3 of the header, tokens in the split's list so far.
-    shards: Vec<Shard>,
-    files: Vec<(String, u64, [u8; 32])>,
     vocabulary: u64,
-    /// Per split of each domain: its name and tokens, in the order of the shards' groups.
+    shards: Vec<Shard>,
+    /// All other files: name, length, BLAKE3.
+    files: Vec<(String, u64, [u8; 32])>,
+    /// Every split of every domain: its name, and its tokens.
     splits: Vec<(String, u64)>,
 }
 
+/// One token shard, as `data.json` names it.
 #[derive(Debug)]
 struct Shard {
     name: String,
     bytes: u64,
+    /// BLAKE3 of its header.
     header: [u8; 32],
+    /// Index of the split that it is a part of.
     split: usize,
 }
 
@@ -125,22 +129,22 @@ impl DataSet {
                 Err(why) => findings.add(name, why),
             }
         }
-        let mut tokens = vec![0_u64; self.splits.len()];
+        // None where a shard is bad: that is reported, and its tokens cannot be counted.
+        let mut tokens = vec![Some(0_u64); self.splits.len()];
         for shard in &self.shards {
             match check_shard(&self.folder.join(&shard.name), shard, self.vocabulary) {
                 Ok(count) => {
-                    tokens[shard.split] += count;
+                    tokens[shard.split] = tokens[shard.split].map(|sum| sum + count);
                     hashed += shard.bytes;
                 }
                 Err(why) => {
                     findings.add(&shard.name, why);
-                    // Reported already: its tokens cannot be counted.
-                    tokens[shard.split] = u64::MAX / 2;
+                    tokens[shard.split] = None;
                 }
             }
         }
         for ((name, stated), counted) in self.splits.iter().zip(tokens) {
-            if counted < u64::MAX / 2 && counted != *stated {
+            if let Some(counted) = counted.filter(|counted| counted != stated) {
                 findings.add(DATA_FILE, format!("{name}: {stated} tokens, its shards hold {counted}"));
             }
         }
@@ -183,81 +187,85 @@ fn hash_file(path: &Path) -> Result<(u64, [u8; 32]), String> {
     }
 }
 
+/// What a shard's header says, once it is known to be the one that `data.json` names.
+struct ShardHeader {
+    width: u64,
+    tokens: u64,
+    payload: u64,
+    table: [u8; 32],
+}
+
+impl ShardHeader {
+    fn decode(header: &[u8; HEADER_BYTES], shard: &Shard, vocabulary: u64) -> Result<Self, String> {
+        let digest = blake3::hash(&header[..96]);
+        if &header[..8] != MAGIC || header[96..] != *digest.as_bytes() || shard.header != *digest.as_bytes() {
+            return Err("its header is not the one that data.json names".into());
+        }
+        let number = |at: usize, bytes: usize| little_endian(&header[at..at + bytes]);
+        let (version, width, tokens, payload) = (number(8, 4), number(12, 2), number(16, 8), number(24, 8));
+        let chunks = payload.div_ceil(CHUNK_BYTES);
+        let file_bytes = payload.checked_add(HEADER_BYTES as u64 + chunks * 32);
+        let right = version == 1
+            && (width == 2 || width == 4)
+            && tokens.checked_mul(width) == Some(payload)
+            && number(32, 4) == CHUNK_BYTES
+            && number(36, 4) == chunks
+            && number(40, 4) == vocabulary
+            && number(14, 2) == 0
+            && header[44..64].iter().all(|byte| *byte == 0)
+            && file_bytes == Some(shard.bytes);
+        if !right {
+            return Err("its header holds sizes that do not fit each other or data.json".into());
+        }
+        let mut table = [0; 32];
+        table.copy_from_slice(&header[64..96]);
+        Ok(Self {
+            width,
+            tokens,
+            payload,
+            table,
+        })
+    }
+}
+
 /// Checks a shard from its first byte to its last; returns its tokens.
 fn check_shard(path: &Path, shard: &Shard, vocabulary: u64) -> Result<u64, String> {
     let mut reader = File::open(path).map_err(|why| why.to_string())?;
     let mut header = [0; HEADER_BYTES];
-    reader
-        .read_exact(&mut header)
-        .map_err(|why| format!("its header: {why}"))?;
-    let digest = blake3::hash(&header[..96]);
-    if &header[..8] != MAGIC || header[96..] != *digest.as_bytes() || shard.header != *digest.as_bytes() {
-        return Err("its header is not the one that data.json names".into());
-    }
-    let number = |at: usize, bytes: usize| {
-        header[at..at + bytes]
-            .iter()
-            .rev()
-            .fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte))
-    };
-    let (version, width, tokens, payload) = (number(8, 4), number(12, 2), number(16, 8), number(24, 8));
-    let chunks = payload.div_ceil(CHUNK_BYTES);
-    let right = version == 1
-        && (width == 2 || width == 4)
-        && tokens.checked_mul(width) == Some(payload)
-        && number(32, 4) == CHUNK_BYTES
-        && number(36, 4) == chunks
-        && number(40, 4) == vocabulary
-        && header[44..64].iter().all(|byte| *byte == 0)
-        && (HEADER_BYTES as u64)
-            .checked_add(payload)
-            .and_then(|sum| sum.checked_add(chunks * 32))
-            == Some(shard.bytes);
-    if !right {
-        return Err("its header holds sizes that do not fit each other or data.json".into());
-    }
-    let mut table = blake3::Hasher::new();
+    let cut = |what: &str, why: std::io::Error| format!("its {what}: {why}");
+    reader.read_exact(&mut header).map_err(|why| cut("header", why))?;
+    let header = ShardHeader::decode(&header, shard, vocabulary)?;
     let mut hashes = Vec::new();
-    let mut rest = payload;
+    let mut rest = header.payload;
     while rest > 0 {
         let mut chunk = vec![0; rest.min(CHUNK_BYTES) as usize];
-        reader
-            .read_exact(&mut chunk)
-            .map_err(|why| format!("its tokens: {why}"))?;
+        reader.read_exact(&mut chunk).map_err(|why| cut("tokens", why))?;
         rest -= chunk.len() as u64;
         hashes.extend_from_slice(blake3::hash(&chunk).as_bytes());
-        let foreign = chunk
-            .chunks_exact(width as usize)
-            .find(|token| token_of(token) >= vocabulary);
-        if let Some(token) = foreign {
-            return Err(format!("it holds token {}, beyond the vocabulary", token_of(token)));
+        let mut tokens = chunk.chunks_exact(header.width as usize).map(little_endian);
+        if let Some(token) = tokens.find(|token| *token >= vocabulary) {
+            return Err(format!("it holds token {token}, beyond the vocabulary"));
         }
     }
     let mut stored = vec![0; hashes.len()];
-    reader
-        .read_exact(&mut stored)
-        .map_err(|why| format!("its chunk table: {why}"))?;
-    table.update(&stored);
-    if *table.finalize().as_bytes() != header[64..96] {
+    reader.read_exact(&mut stored).map_err(|why| cut("chunk table", why))?;
+    if *blake3::hash(&stored).as_bytes() != header.table {
         return Err("its chunk table does not have the hash of its header".into());
     }
-    if let Some(chunk) = stored
-        .chunks_exact(32)
-        .zip(hashes.chunks_exact(32))
-        .position(|(a, b)| a != b)
-    {
+    let mut both = stored.chunks_exact(32).zip(hashes.chunks_exact(32));
+    if let Some(chunk) = both.position(|(a, b)| a != b) {
         return Err(format!(
             "chunk {chunk} of its tokens does not have the hash of the table"
         ));
     }
     match reader.read(&mut [0]) {
-        Ok(0) => Ok(tokens),
+        Ok(0) => Ok(header.tokens),
         Ok(_) => Err("something stands behind its chunk table".into()),
         Err(why) => Err(why.to_string()),
     }
 }
 
-fn token_of(bytes: &[u8]) -> u64 {
+fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
 }
 

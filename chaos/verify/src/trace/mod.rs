@@ -122,7 +122,7 @@ struct Lines {
     number: u64,
 }
 
-enum Read1 {
+enum NextLine {
     Whole(Vec<u8>),
     /// The last line has no end.
     Torn,
@@ -140,7 +140,7 @@ impl Lines {
         })
     }
 
-    fn next(&mut self) -> Result<Read1, Unusable> {
+    fn next(&mut self) -> Result<NextLine, Unusable> {
         let unusable = |why: String| Unusable(format!("{} line {}: {why}", self.path.display(), self.number + 1));
         let mut bytes = Vec::new();
         let limit = LINE_BYTES_MAX as u64 + 1;
@@ -152,12 +152,12 @@ impl Lines {
             return Err(unusable(format!("more than {LINE_BYTES_MAX} bytes")));
         }
         if bytes.is_empty() {
-            return Ok(Read1::End);
+            return Ok(NextLine::End);
         }
         self.number += 1;
         Ok(match bytes.pop() {
-            Some(b'\n') => Read1::Whole(bytes),
-            _ => Read1::Torn,
+            Some(b'\n') => NextLine::Whole(bytes),
+            _ => NextLine::Torn,
         })
     }
 }
@@ -166,7 +166,7 @@ impl Lines {
 fn compare(a: &Path, b: &Path) -> Result<(u64, Option<u64>), Unusable> {
     let (mut a, mut b) = (Lines::open(a)?, Lines::open(b)?);
     let (mut common, mut first) = (0, None);
-    while let (Read1::Whole(one), Read1::Whole(other)) = (a.next()?, b.next()?) {
+    while let (NextLine::Whole(one), NextLine::Whole(other)) = (a.next()?, b.next()?) {
         common += 1;
         if one != other && first.is_none() {
             first = Some(common);
@@ -189,15 +189,15 @@ fn verify_run(run_dir: &Path) -> Result<RunReport, Unusable> {
     let mut lines = Lines::open(run_dir)?;
     loop {
         match lines.next()? {
-            Read1::Whole(bytes) => {
+            NextLine::Whole(bytes) => {
                 if !check.line(lines.number, &bytes) {
                     break;
                 }
             }
-            Read1::Torn => check
+            NextLine::Torn => check
                 .findings
                 .add(name(lines.number), "it breaks off: its writer died within it"),
-            Read1::End => break,
+            NextLine::End => break,
         }
     }
     if lines.number == 0 {
@@ -217,7 +217,7 @@ fn verify_run(run_dir: &Path) -> Result<RunReport, Unusable> {
 /// The data set that the first line was made from; where none was, the first that can be read, whose lines then fail.
 fn choose(run_dir: &Path, config: &Config, findings: &mut Findings) -> Result<DataSet, Unusable> {
     let first = match Lines::open(run_dir)?.next()? {
-        Read1::Whole(bytes) => Line::parse(&bytes).ok(),
+        NextLine::Whole(bytes) => Line::parse(&bytes).ok(),
         _ => None,
     };
     let mut fallback = None;
@@ -534,8 +534,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("trace.jsonl"), "{}\n{\"st").unwrap();
         let mut lines = Lines::open(folder.path()).unwrap();
-        assert!(matches!(lines.next(), Ok(Read1::Whole(bytes)) if bytes == b"{}"));
-        assert!(matches!(lines.next(), Ok(Read1::Torn)));
-        assert!(matches!(lines.next(), Ok(Read1::End)));
+        assert!(matches!(lines.next(), Ok(NextLine::Whole(bytes)) if bytes == b"{}"));
+        assert!(matches!(lines.next(), Ok(NextLine::Torn)));
+        assert!(matches!(lines.next(), Ok(NextLine::End)));
     }
 }
