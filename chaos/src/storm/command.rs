@@ -7,7 +7,7 @@ use super::machine::{Cage, Disk};
 use super::network::Network;
 use super::report::{self, Counts, Machine, Report, Traces};
 use super::run::{Ground, Outcome, blow};
-use super::scenario::Scenario;
+use super::scenario::{Goal, Scenario};
 use super::store::{BUCKET, Store};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,10 +30,10 @@ pub struct Args {
     /// Another seed than the scenario's.
     #[arg(long)]
     seed: Option<u64>,
-    /// End after so many faults, whatever the scenario says.
+    /// End after so many faults instead; the scenario's goals that are counts do not hold then.
     #[arg(long)]
     faults: Option<u64>,
-    /// End after so many minutes, whatever the scenario says.
+    /// End after so many minutes instead; likewise.
     #[arg(long)]
     minutes: Option<f64>,
     /// Leave the fault-free stretches out: no goodput.
@@ -97,6 +97,12 @@ pub fn run(args: &Args) -> Result<(Report, PathBuf), String> {
     if args.faults.is_some() || args.minutes.is_some() {
         scenario.until.faults = args.faults;
         scenario.until.minutes = args.minutes;
+        // Counts belong to the length that the scenario has; shares and rates do not.
+        scenario.goal = Goal {
+            goodput_min: scenario.goal.goodput_min,
+            per_hour_min: scenario.goal.per_hour_min,
+            ..Goal::default()
+        };
     }
     let program = program(args)?;
     let absolute = |path: &Path| std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()));
@@ -340,7 +346,7 @@ fn counts(outcome: &Outcome, calm_before: Calms, calm_after: Calms) -> Counts {
         lines_replayed: outcome.replayed,
         controllers_killed: killed.count() as u64,
         transient_ends: outcome.transient_ends,
-        goodput: worth_ms / 1e3 / wall_s.max(1e-9),
+        goodput: (!calm_before.is_empty()).then(|| worth_ms / 1e3 / wall_s.max(1e-9)),
         calm_before,
         calm_after,
     }

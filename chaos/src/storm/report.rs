@@ -78,8 +78,8 @@ pub struct Counts {
     pub controllers_killed: u64,
     /// Lives that ended with 33.
     pub transient_ends: u64,
-    /// Time that as many fault-free lines take, over the wall time.
-    pub goodput: f64,
+    /// Time that as many fault-free lines take, over the wall time; none where no fault-free stretch was made.
+    pub goodput: Option<f64>,
     /// Rates of the stretches before and after.
     pub calm_before: Calms,
     /// After.
@@ -188,7 +188,11 @@ impl Report {
             counts.controllers_killed as f64,
             goal.controller_kills_min as f64,
         );
-        least("goodput", counts.goodput, goal.goodput_min.unwrap_or(0.0));
+        least(
+            "goodput",
+            counts.goodput.unwrap_or(0.0),
+            goal.goodput_min.unwrap_or(0.0),
+        );
         let per_hour = self.done as f64 * 3600.0 / counts.wall_s.max(1.0);
         least("faults an hour", per_hour, goal.per_hour_min.unwrap_or(0.0));
         if goal.no_rank_immune {
@@ -232,12 +236,14 @@ impl Report {
             self.scenario.worlds,
             self.workers_hit
         )?;
+        let goodput = counts.goodput.map_or_else(
+            || "not measured".to_owned(),
+            |goodput| format!("{:.1} % of fault-free steps", goodput * 100.0),
+        );
         writeln!(
             out,
-            "  {} new lines, {} computed again; goodput {:.1} % of fault-free steps",
-            counts.lines,
-            counts.lines_replayed,
-            counts.goodput * 100.0
+            "  {} new lines, {} computed again; goodput {goodput}",
+            counts.lines, counts.lines_replayed
         )?;
         for (world, calm) in &counts.calm_before {
             let after = counts.calm_after.get(world).map_or(f64::NAN, |calm| calm.step_ms);

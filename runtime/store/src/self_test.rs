@@ -5,7 +5,7 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{PROBE_BYTES_MAX, SELF_TEST_CREATES_MAX, SELF_TEST_ROUNDS, SELF_TEST_WRITERS};
+use crate::limits::{PROBE_BYTES_MAX, RECORD_READS_MAX, SELF_TEST_CREATES_MAX, SELF_TEST_ROUNDS, SELF_TEST_WRITERS};
 use crate::store::{CheckpointStore, Failure};
 use crate::writer::WriterNonce;
 use bytes::Bytes;
@@ -101,22 +101,37 @@ impl CheckpointStore {
                 }
                 Err(failure) => return Err(self.sort("create", key, failure)),
             }
-            match self.get_small(key, PROBE_BYTES_MAX).await {
-                Ok(found) => return Ok(found.as_ref() == body),
+            match self.holds(key, body).await {
                 Err(StoreError::NotFound { .. }) => {}
-                Err(error) => return Err(error),
+                settled => return settled,
             }
         }
         Ok(false)
     }
 
     async fn expect(&self, key: &str, body: &[u8]) -> Result<(), StoreError> {
-        match self.get_small(key, PROBE_BYTES_MAX).await {
-            Ok(found) if found.as_ref() == body => Ok(()),
-            Ok(_) => Err(self.unfit("it ignores conditional writes: an object that was there has been replaced")),
+        match self.holds(key, body).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.unfit("it ignores conditional writes: an object that was there has been replaced")),
             Err(StoreError::NotFound { .. }) => Err(self.unfit("an object just written cannot be read")),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether an object has this body. One that was garbled on its way is read again: what lies in the store reads the same
+    /// each time, and a good store must not be refused for one flipped bit.
+    async fn holds(&self, key: &str, body: &[u8]) -> Result<bool, StoreError> {
+        let mut other: Option<Bytes> = None;
+        for _ in 0..RECORD_READS_MAX {
+            let found = self.get_small(key, PROBE_BYTES_MAX).await?;
+            if found.as_ref() == body {
+                return Ok(true);
+            }
+            if other.replace(found.clone()) == Some(found) {
+                break;
+            }
+        }
+        Ok(false)
     }
 
     fn unfit(&self, cause: &str) -> StoreError {

@@ -256,6 +256,7 @@ async fn a_bit_flipped_on_the_way_costs_no_record() {
         checkpoint(&first, &fence, 10).await;
         let faulty = Faulty::new(objects.clone(), fail_at, Fault::Garbles, false);
         let second = CheckpointStore::with_object_store(faulty.clone(), "", writer(2));
+        second.self_test().await.unwrap();
         let fence = second.claim(Generation(0)).await.unwrap();
         checkpoint(&second, &fence, 20).await;
         let clean = CheckpointStore::with_object_store(objects.clone(), "", writer(3));

@@ -19,6 +19,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener as StdListener};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -28,6 +29,12 @@ const PORT_SETS: u16 = 8;
 const PORTS_PER_SET: u16 = 32;
 /// Ports are looked for here: below those that the system gives to dialing sockets, which could be in the way of a restart.
 const PORTS: std::ops::Range<u16> = 12_000..30_000;
+/// A caller of the hub must have named itself by then.
+const GREETING_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at a greeting that is not whole yet.
+const GREETING_POLL: Duration = Duration::from_millis(1);
+/// Pause where nobody can be accepted (out of descriptors, which pass), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of a dialing worker's first message on the control link up to and with its worker: magic, worker.
 const LINK_HELLO_BYTES: usize = 12;
 
@@ -212,8 +219,7 @@ fn find_ports(ranks: u16) -> Result<(u16, Vec<StdListener>), String> {
 async fn serve(shared: Arc<Shared>, listener: TcpListener, mesh: Option<u32>) {
     loop {
         let Ok((dialer, from)) = listener.accept().await else {
-            // Out of descriptors, which pass; without a pause this would spin.
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
         tokio::spawn(connect(Arc::clone(&shared), dialer, from.port(), mesh));
@@ -234,7 +240,10 @@ async fn connect(shared: Arc<Shared>, dialer: TcpStream, port: u16, mesh: Option
             let found = tokio::task::spawn_blocking(move || processes.owner_of_port(port)).await;
             found.ok().flatten().map(|rank| Way::Mesh(rank.worker, to))
         }
-        None => hub_caller(&dialer).await.map(Way::Up),
+        None => {
+            let named = tokio::time::timeout(GREETING_MAX, hub_caller(&dialer)).await;
+            named.ok().flatten().map(Way::Up)
+        }
     };
     let (Ok(goal), Some(way)) = (goal, way) else {
         // Both ends close with an error.
@@ -256,7 +265,7 @@ async fn hub_caller(dialer: &TcpStream) -> Option<u32> {
         } else if seen == 0 {
             return None;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        tokio::time::sleep(GREETING_POLL).await;
     }
     hello.starts_with(b"tarazed").then_some(())?;
     let worker: [u8; 4] = hello[8..].try_into().ok()?;

@@ -42,9 +42,11 @@ impl Connection {
         let mut back = Pump::new(&self.shared, back(self.way), from_goal, to_dialer, reset);
         let (left, right) = tokio::join!(there.run(), back.run());
         if left == Ending::Broken || right == Ending::Broken {
-            // Closed without lingering, each end sees a reset.
-            let _ = there.sink.as_ref().set_zero_linger();
-            let _ = back.sink.as_ref().set_zero_linger();
+            // Closed without lingering, and without the goodbye that a half says when it is dropped, each end sees a reset.
+            for sink in [there.sink, back.sink] {
+                let _ = sink.as_ref().set_zero_linger();
+                sink.forget();
+            }
         }
         lock(&self.shared.live).remove(&number);
     }

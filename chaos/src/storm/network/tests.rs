@@ -3,7 +3,7 @@
 use super::*;
 use std::io::{Read, Write};
 use std::net::TcpStream as StdStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Longest wait for bytes that must come.
 const WAIT: Duration = Duration::from_secs(20);

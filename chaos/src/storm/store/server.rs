@@ -6,13 +6,14 @@ use super::http::{Message, decode};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Result;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 
-/// Objects named by one page of a listing: small, so that clients have to go on.
-pub(super) const PAGE_OBJECTS: usize = 50;
+/// Objects named by one page of a listing, as S3 has it.
+pub(super) const PAGE_OBJECTS: usize = 1_000;
 
 struct Object {
     bytes: Arc<Vec<u8>>,
@@ -204,11 +205,14 @@ fn list(query: &BTreeMap<String, String>, state: &State) -> Message {
     let text = |name: &str| query.get(name).cloned().unwrap_or_default();
     let (prefix, delimiter) = (text("prefix"), text("delimiter"));
     let after = text("continuation-token").max(text("start-after"));
-    let found = state.objects.range(prefix.clone()..);
-    let mut found = found
-        .take_while(|(key, _)| key.starts_with(&prefix))
-        .filter(|(key, _)| **key > after)
-        .peekable();
+    // A page begins where the last one ended: long listings must not cost the square of their length.
+    let from = if after > prefix {
+        Bound::Excluded(after)
+    } else {
+        Bound::Included(prefix.clone())
+    };
+    let found = state.objects.range((from, Bound::Unbounded));
+    let mut found = found.take_while(|(key, _)| key.starts_with(&prefix)).peekable();
     let (mut entries, mut folders, mut last) = (String::new(), Vec::new(), String::new());
     for (key, object) in found.by_ref().take(PAGE_OBJECTS) {
         last.clone_from(key);
