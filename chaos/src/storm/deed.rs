@@ -52,6 +52,8 @@ pub struct Field<'a> {
     pub program: &'a Path,
     /// The run folder.
     pub run_dir: &'a Path,
+    /// The largest world of the storm: others have no proxies.
+    pub ranks_max: u32,
     /// The store is in somebody's hands already.
     pub store_is_harmed: bool,
     /// The controller stands still.
@@ -139,6 +141,7 @@ pub fn perform(kind: Kind, field: &mut Field) -> Result<Deed, No> {
     match kind {
         Kind::KillRank => field.signal_rank(Signal::KILL),
         Kind::TermRank => field.signal_rank(Signal::TERM),
+        Kind::Resize => field.resize(),
         Kind::KillPair => field.kill_pair(),
         Kind::KillAllRanks => field.kill_all(),
         Kind::KillController => field.signal_controller(Signal::KILL),
@@ -250,6 +253,23 @@ impl Field<'_> {
             format!("{} ranks", hit.len()),
             hit.into_iter().map(victim).collect(),
         ))
+    }
+
+    /// No harm, but a change of everything at a moment that nobody chose.
+    fn resize(&mut self) -> Result<Deed, No> {
+        if self.controller_is_stopped {
+            return Err(now("the controller stands still"));
+        }
+        let ranks = self.random.between(1, u64::from(self.ranks_max));
+        let asked = Command::new(self.program)
+            .args(["resize", &ranks.to_string(), "--run-dir"])
+            .arg(self.run_dir)
+            .output();
+        match asked {
+            Ok(output) if output.status.success() => Ok(over(format!("{ranks} ranks"), Vec::new())),
+            Ok(_) => Err(now("the controller does not answer")),
+            Err(error) => Err(no("tarazed resize", &error)),
+        }
     }
 
     fn signal_controller(&mut self, signal: Signal) -> Result<Deed, No> {

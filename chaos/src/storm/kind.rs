@@ -55,6 +55,8 @@ kinds! {
     TermRank = "term_rank", Lethal;
     /// SIGTERM to the controller: a last checkpoint, and another life.
     TermController = "term_controller", Lethal;
+    /// `tarazed resize`: another number of ranks, while it trains.
+    Resize = "resize", Bearable;
     /// SIGSTOP to one rank; SIGCONT comes too late or in time.
     StopRank = "stop_rank", Bearable;
     /// SIGSTOP to the controller, SIGCONT later.

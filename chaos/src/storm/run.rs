@@ -322,6 +322,7 @@ impl<'a> Storm<'a> {
             timeout_ms: self.ground.timeout_ms,
             program: &self.ground.launch.program,
             run_dir: &self.ground.launch.run_dir,
+            ranks_max: self.ground.scenario.largest(),
             store_is_harmed: harmed,
             controller_is_stopped: stopped,
         }

@@ -23,7 +23,8 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Lives of the controller whose ports differ: a rank that outlives its controller keeps its port for a while.
+/// Lives of the controller whose own ports differ: one that is just ending keeps its port for a while. The workers' ports
+/// stay: a rank that outlives its controller goes on under the next.
 const PORT_SETS: u16 = 8;
 /// Between the first ports of two sets.
 const PORTS_PER_SET: u16 = 32;
@@ -71,7 +72,7 @@ struct Shared {
     live: Mutex<BTreeMap<u64, (Way, watch::Sender<bool>)>>,
     next: AtomicU64,
     /// First port of the workers' own listeners, and the hub's.
-    mesh: AtomicU16,
+    mesh: u16,
     control: AtomicU16,
     /// Pieces that a condition has changed, by way.
     hits: Mutex<BTreeMap<Way, u64>>,
@@ -104,7 +105,7 @@ impl Network {
             changes: watch::Sender::new(0),
             live: Mutex::default(),
             next: AtomicU64::new(0),
-            mesh: AtomicU16::new(first + PORTS_PER_SET),
+            mesh: first + PORTS_PER_SET,
             control: AtomicU16::new(first + PORTS_PER_SET + ranks),
             hits: Mutex::default(),
         });
@@ -126,10 +127,9 @@ impl Network {
     #[must_use]
     pub fn lead_to(&self, life: u64, run_dir: &Path) -> Vec<String> {
         let set = u16::try_from(life % u64::from(PORT_SETS)).unwrap_or(0);
-        let mesh = self.first + PORTS_PER_SET * (1 + set);
-        let control = mesh + self.ranks;
+        let mesh = self.first + PORTS_PER_SET;
+        let control = mesh + PORTS_PER_SET * set + self.ranks;
         *lock(&self.shared.processes) = Processes::of(run_dir);
-        self.shared.mesh.store(mesh, Ordering::SeqCst);
         self.shared.control.store(control, Ordering::SeqCst);
         let front = self.front;
         vec![
@@ -230,7 +230,7 @@ async fn serve(shared: Arc<Shared>, listener: TcpListener, mesh: Option<u32>) {
 /// what it would see without a proxy.
 async fn connect(shared: Arc<Shared>, dialer: TcpStream, port: u16, mesh: Option<u32>) {
     let base = match mesh {
-        Some(worker) => shared.mesh.load(Ordering::SeqCst) + u16::try_from(worker).unwrap_or(0),
+        Some(worker) => shared.mesh + u16::try_from(worker).unwrap_or(0),
         None => shared.control.load(Ordering::SeqCst),
     };
     let goal = TcpStream::connect((Ipv4Addr::LOCALHOST, base)).await;
