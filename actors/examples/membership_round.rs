@@ -154,9 +154,13 @@ impl Bench {
             let mut next = Vec::new();
             for effect in queue {
                 match effect {
-                    Effect::Send { member, message } => self.hub.send(peer_of(member), message.encode().map_err(text)?)?,
+                    Effect::Send { member, message } => {
+                        self.hub.send(peer_of(member), message.encode().map_err(text)?)?
+                    }
                     Effect::Begin { plan } => {
-                        let body = ToRank::Begin(Box::new(BeginPlan::clone(&plan))).encode().map_err(text)?;
+                        let body = ToRank::Begin(Box::new(BeginPlan::clone(&plan)))
+                            .encode()
+                            .map_err(text)?;
                         for entry in &plan.roster {
                             self.hub.send(peer_of(entry.member), body.clone())?;
                         }

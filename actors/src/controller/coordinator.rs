@@ -152,7 +152,10 @@ impl Actor for CoordinatorActor {
                 if let Some(peers) = &state.peers {
                     peers.node.command(NodeCommand::LetGo)?;
                 }
-                state.halt(33, "another controller took over this run; it goes on there".to_owned())
+                state.halt(
+                    33,
+                    "the run folder is in other hands: another controller took over, or it was moved".to_owned(),
+                )
             }
             CoordinatorMessage::Hub(event) => state.hub(event),
             CoordinatorMessage::Node(event) => state.node(event),

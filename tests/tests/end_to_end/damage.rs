@@ -21,8 +21,8 @@ fn assert_kept(folder: &Path, before: &std::collections::BTreeMap<PathBuf, Vec<u
     let after = files(folder);
     for (name, bytes) in before {
         let text = name.to_string_lossy();
-        let is_log =
-            text.starts_with("log/") || text.starts_with("control.") || text == "lock" || text == "events.jsonl";
+        let changes = ["log/", "control", "ranks/"];
+        let is_log = changes.iter().any(|start| text.starts_with(start)) || text == "lock" || text == "events.jsonl";
         let kept = after.get(name) == Some(bytes);
         assert!(is_log || kept, "{text} in {} was changed or removed", folder.display());
     }

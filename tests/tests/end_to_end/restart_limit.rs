@@ -68,7 +68,7 @@ fn a_rank_that_fails_at_work_says_why() {
     run.wait_for_step(25);
     run.wait_for("a worker to starve", |run| run.starve_of_descriptors(0).then_some(()));
     run.wait_for("a worker to kill", |run| run.kill_rank(1));
-    assert_undisturbed(&mut run, 600, "after a rank without descriptors");
+    assert_undisturbed(&mut run, 1_100, "after a rank without descriptors");
     let lost = run.events("rank_lost");
     let starved = lost
         .iter()

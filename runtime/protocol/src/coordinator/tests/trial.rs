@@ -1,0 +1,167 @@
+//! Silent corruption: disputes, verdicts, checkpoints that are not believed.
+
+use super::*;
+
+impl Cluster {
+    /// Everybody of the generation reports the same claims on shard 0; returns its holders.
+    fn dispute(&mut self, step: u64, digests: &[u8]) -> Vec<Member> {
+        let ranks: Vec<Rank> = self.coordinator.placement()[0]
+            .iter()
+            .map(|holder| holder.rank)
+            .collect();
+        let holders: Vec<Member> = ranks
+            .iter()
+            .map(|rank| self.coordinator.roster()[rank.index()].0)
+            .collect();
+        let claims = ranks.iter().zip(digests).map(|(&rank, &digest)| Claim {
+            rank,
+            digest: [digest; 16],
+        });
+        let dispute = Dispute {
+            step: StepsCompleted(step),
+            item: DisputedItem::Shard(OptimizerShardIndex(0)),
+            claims: claims.collect(),
+        };
+        let generation = self.coordinator.generation();
+        for (member, _) in self.coordinator.roster().to_vec() {
+            self.event(Event::Failed {
+                member,
+                generation,
+                cause: "shard 0 differs".to_owned(),
+                suspects: vec![],
+                fatal: false,
+                dispute: Some(dispute.clone()),
+            });
+        }
+        holders
+    }
+}
+
+/// DET-3: nobody's state is believed until the step has been done again; then the one that had it wrong is replaced.
+#[test]
+fn a_dispute_is_settled_by_doing_the_step_again() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[1, 2]);
+    assert_eq!(holders.len(), 2);
+    let mut restored = false;
+    for _ in 0..40 {
+        cluster.settle(1);
+        restored |= cluster.coordinator.plan.as_ref().is_some_and(|plan| {
+            plan.disputed == Some((StepsCompleted(step), DisputedItem::Shard(OptimizerShardIndex(0))))
+        });
+        if restored {
+            break;
+        }
+    }
+    assert!(restored, "the plan says what to look at");
+    let event = Event::Settled {
+        member: cluster.coordinator.roster()[0].0,
+        generation: cluster.coordinator.generation(),
+        step: StepsCompleted(step),
+        digest: [1; 16],
+    };
+    cluster.event(event);
+    let wrong = holders[1];
+    cluster.settle(300);
+    assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+    for holder in holders {
+        let expected = if holder == wrong {
+            holder.incarnation.next()
+        } else {
+            holder.incarnation
+        };
+        assert_eq!(cluster.started[&holder.worker.0], expected, "{holder}");
+    }
+}
+
+/// DET-3: what differs again after a restore halts the run, with everybody named who was part of it.
+#[test]
+fn a_dispute_that_comes_again_halts() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[1, 2]);
+    while !cluster.coordinator.is_running() {
+        cluster.settle(1);
+    }
+    cluster.dispute(step, &[1, 2]);
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    for holder in holders {
+        assert!(diagnosis.contains(&holder.to_string()), "{diagnosis}");
+    }
+}
+
+/// DET-3: two of three agree: nothing is restored, and what the third holds counts for nothing.
+#[test]
+fn a_majority_overrules_one() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.replicas = 3;
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.kill(3); // a generation with three copies
+    cluster.settle(30);
+    cluster.saved = None; // a restore would begin from the seed
+    let floor = cluster.floor;
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[7, 9, 7]);
+    assert_eq!(holders.len(), 3);
+    let wrong = holders[1];
+    cluster.settle(40);
+    assert!(cluster.floor >= floor && cluster.coordinator.is_running());
+    assert_eq!(cluster.started[&wrong.worker.0], wrong.incarnation.next());
+    assert!(
+        cluster
+            .coordinator
+            .plan
+            .as_ref()
+            .is_some_and(|plan| plan.restore.is_none())
+    );
+}
+
+/// CKPT-4: a checkpoint whose state is not what the trace says of its step is passed over for an older one.
+#[test]
+fn a_checkpoint_that_restores_another_state_is_refuted() {
+    let mut cluster = Cluster::new();
+    cluster.settle(25);
+    (0..SLOTS).for_each(|worker| cluster.kill(worker));
+    while !cluster.coordinator.is_running() {
+        cluster.settle(1);
+    }
+    let bad = cluster
+        .coordinator
+        .plan
+        .as_ref()
+        .and_then(|plan| plan.restore.clone())
+        .expect("restored");
+    let effects = cluster.coordinator.on_event(
+        cluster.now_ms,
+        Event::BaseDiffers {
+            diagnosis: "another state".to_owned(),
+        },
+    );
+    let refuted =
+        |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step, .. }) if *step == bad.step);
+    assert!(effects.iter().any(refuted), "{effects:?}");
+    cluster.act(effects);
+    let mut below = None;
+    for worker in 0..SLOTS {
+        if let Some(process) = cluster.processes.get(&worker)
+            && let Some(ToRank::Fence { generation }) = process.inbox.back()
+        {
+            let event = Event::State {
+                member: cluster.member(worker),
+                generation: *generation,
+                report: StateReport::default(),
+            };
+            for effect in cluster.coordinator.on_event(cluster.now_ms, event) {
+                if let Effect::FindCheckpoint { below: asked } = effect {
+                    below = asked;
+                }
+            }
+        }
+    }
+    assert_eq!(below, Some(bad.step));
+}
