@@ -103,6 +103,8 @@ pub struct CoordinatorState {
     syncing: BTreeMap<StepsCompleted, Vec<StoredShard>>,
     /// Ranks without a session that have not ended yet, since when, and why.
     cut_off: Vec<(Instant, Member, String)>,
+    /// What came before the beginning: a word of each rank of the controller before, at most a few.
+    early: Vec<HubEvent>,
     ended: bool,
 }
 
@@ -128,6 +130,7 @@ impl Actor for CoordinatorActor {
             writing: None,
             syncing: BTreeMap::new(),
             cut_off: Vec::new(),
+            early: Vec::new(),
             ended: false,
         })
     }
@@ -139,13 +142,17 @@ impl Actor for CoordinatorActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CoordinatorMessage::Begin(mut peers) => {
-                let Past { lives, heads } = std::mem::take(&mut peers.past);
-                state.peers = Some(peers);
-                state.heads = heads;
-                let now_ms = state.now_ms();
-                let effects = state.arguments.machine.start(now_ms, &lives);
-                state.act(effects)
+            CoordinatorMessage::Begin(peers) => {
+                state.begin_with(peers)?;
+                for event in std::mem::take(&mut state.early) {
+                    state.hub(event)?;
+                }
+                Ok(())
+            }
+            // Ranks of the controller before may be back before everything here stands.
+            CoordinatorMessage::Hub(event) if state.peers.is_none() => {
+                state.early.push(event);
+                Ok(())
             }
             CoordinatorMessage::Resize(ranks) => state.event(Event::Resize { ranks }),
             CoordinatorMessage::Deposed => {
@@ -208,6 +215,15 @@ impl Actor for CoordinatorActor {
 }
 
 impl CoordinatorState {
+    fn begin_with(&mut self, mut peers: Box<Peers>) -> Result<(), ActorProcessingErr> {
+        let Past { lives, heads } = std::mem::take(&mut peers.past);
+        self.peers = Some(peers);
+        self.heads = heads;
+        let now_ms = self.now_ms();
+        let effects = self.arguments.machine.start(now_ms, &lives);
+        self.act(effects)
+    }
+
     fn now_ms(&self) -> u64 {
         self.began.elapsed().as_millis() as u64
     }

@@ -464,6 +464,10 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
     let (sink, to_write) = mpsc::unbounded_channel();
     tokio::spawn(write_trace(Arc::clone(world), Arc::clone(life), trace, to_write));
     let ear = tree.ear();
+    // Ranks of the life before may be back before the tree has begun.
+    while let Ok(word) = heard.try_recv() {
+        word(&ear);
+    }
     let begun = tree.begin(Edges {
         ranks: Box::new(SimHub {
             world: Arc::clone(world),
