@@ -33,6 +33,16 @@ pub(super) struct Linked {
     ended: mpsc::UnboundedReceiver<String>,
 }
 
+/// How a session ended.
+enum Over {
+    /// The other side is gone, and why.
+    Lost(String),
+    /// Another controller is in charge.
+    Superseded,
+    /// This rank closed it: it leaves.
+    Closed,
+}
+
 impl Home {
     /// Dials the controller that started this process.
     pub(super) async fn first(&self, address: &str) -> Result<Linked, RankError> {
@@ -68,8 +78,10 @@ impl Home {
     /// Stays linked to whoever is in charge, until the process ends.
     pub(super) async fn stay(self, mut linked: Linked) {
         loop {
-            if let Some(reason) = self.until_over(&mut linked).await {
-                self.tree.controller_lost(reason);
+            match self.until_over(&mut linked).await {
+                Over::Lost(reason) => self.tree.controller_lost(reason),
+                Over::Superseded => {}
+                Over::Closed => return,
             }
             match self.find().await {
                 Ok(found) => linked = found,
@@ -78,11 +90,11 @@ impl Home {
         }
     }
 
-    /// Waits until the session ends, for this reason, or until another controller is in charge.
-    async fn until_over(&self, linked: &mut Linked) -> Option<String> {
+    /// Waits until the session ends, or until another controller is in charge.
+    async fn until_over(&self, linked: &mut Linked) -> Over {
         loop {
             tokio::select! {
-                reason = linked.ended.recv() => return Some(reason.unwrap_or_default()),
+                reason = linked.ended.recv() => return reason.map_or(Over::Closed, Over::Lost),
                 () = tokio::time::sleep(LOOK_WHEN_LINKED) => {}
             }
             if self
@@ -90,7 +102,7 @@ impl Home {
                 .await
                 .is_some_and(|named| Some(named.generation) > linked.generation)
             {
-                return None;
+                return Over::Superseded;
             }
         }
     }

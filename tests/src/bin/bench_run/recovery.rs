@@ -17,6 +17,7 @@ pub fn measure(config: &Path, ranks: u32, kills: usize) -> Figures {
         &project
             .train("recovery")
             .ranks(ranks)
+            .set("mixture.controller", "static")
             .set("evaluation.interval_steps", "0"),
     );
     let seed = Random::seed();

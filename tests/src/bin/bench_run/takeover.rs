@@ -17,6 +17,7 @@ pub fn measure(config: &Path, ranks: u32, rounds: usize) -> Figures {
     let train = project
         .train("takeover")
         .ranks(ranks)
+        .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("checkpoint.interval_steps", "5");
     let mut run = Run::start(&train);
