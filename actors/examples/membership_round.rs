@@ -126,6 +126,10 @@ async fn start(ranks: u32, folder: &Path) -> Result<Bench, Failure> {
         _uplinks: uplinks,
         has_plan,
     };
+    // A rank's end is open a moment before the hub's.
+    while bench.hub.peers().len() < ranks as usize {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     drop(bench.machine.start(0, &[]));
     let mut effects = Vec::new();
     for worker in 0..ranks {

@@ -132,6 +132,7 @@ fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -
         .ranks(ranks)
         .steps(steps)
         .set("optimizer.replicas", &replicas.to_string())
+        .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("checkpoint.interval_steps", "0");
     let mut run = Run::start(&train);
