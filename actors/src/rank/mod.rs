@@ -2,7 +2,7 @@
 //!
 //! `RankRoot` is the parent of all. A rank is replaced as a whole: whatever of it fails ends the process with the cause on
 //! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it; it outlives its
-//! controller for a while ([`home`]), so that a new one may go on with what it holds.
+//! controller for a while (`rank/home.rs`), so that a new one may go on with what it holds.
 
 mod actor;
 mod feeder;
