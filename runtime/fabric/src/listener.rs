@@ -300,11 +300,12 @@ mod tests {
             Listener::bind(&Transport::TcpAt { at, advertised_port })
         };
         let again = || {
-            let first = bind(0, 0).expect("any port");
-            let address = first.address();
+            let address = bind(0, 0).expect("any port").address();
             let Ok(Address::Tcp(at)) = Address::parse(&address) else {
                 panic!("{address}")
             };
+            // A life whose port was chosen, too: only then may the next one share it with what lingers.
+            let first = bind(at.port(), 0).ok()?;
             let dialed = std::net::TcpStream::connect(at).expect("connected");
             assert!(bind(at.port(), 0).is_err(), "a living listener keeps its port");
             let accepted = loop {
