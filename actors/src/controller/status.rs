@@ -62,6 +62,34 @@ pub async fn serve(
     }
 }
 
+/// What a request line asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// It does not hold the run's token; whatever else it says is not looked at.
+    Stranger,
+    /// The status.
+    Status,
+    /// A command that does not exist.
+    Unknown(String),
+}
+
+impl Request {
+    /// Reads a line, whatever it holds.
+    #[must_use]
+    pub fn read(line: &str, token: &str) -> Self {
+        let request: Value = serde_json::from_str(line).unwrap_or(Value::Null);
+        let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
+        // Compared as hashes, so that the time it takes says nothing of the token.
+        if blake3::hash(field("token").as_bytes()) != blake3::hash(token.as_bytes()) {
+            return Self::Stranger;
+        }
+        match field("command") {
+            "status" => Self::Status,
+            other => Self::Unknown(other.to_owned()),
+        }
+    }
+}
+
 async fn answer(
     mut stream: UnixStream,
     token: &str,
@@ -73,15 +101,10 @@ async fn answer(
     BufReader::new(read.take(REQUEST_BYTES_MAX))
         .read_line(&mut line)
         .await?;
-    let request: Value = serde_json::from_str(&line).unwrap_or(Value::Null);
-    let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    // Compared as keyed hashes, so that the time it takes says nothing of the token.
-    let value = if blake3::hash(field("token").as_bytes()) != blake3::hash(token.as_bytes()) {
-        json!({"error": "the token is not this run's"})
-    } else if field("command") == "status" {
-        status(coordinator, sharder).await
-    } else {
-        json!({"error": format!("there is no command '{}'", field("command"))})
+    let value = match Request::read(&line, token) {
+        Request::Stranger => json!({"error": "the token is not this run's"}),
+        Request::Status => status(coordinator, sharder).await,
+        Request::Unknown(command) => json!({"error": format!("there is no command '{command}'")}),
     };
     write.write_all(format!("{value}\n").as_bytes()).await
 }
