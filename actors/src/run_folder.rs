@@ -4,11 +4,12 @@
 //! its process, however that ends. A run folder of another config is refused before anything in it changes, and a new run
 //! that is refused leaves nothing behind ([`Attempt::undo`]).
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tarazed_domain::config::Config;
@@ -162,6 +163,18 @@ impl RunPaths {
         self.0.join("control.token")
     }
 
+    /// Which controller is in charge, for ranks that lost theirs.
+    #[must_use]
+    pub fn controller(&self) -> PathBuf {
+        self.0.join("controller.json")
+    }
+
+    /// Which rank processes were started, for a controller that takes over.
+    #[must_use]
+    pub fn ranks(&self) -> PathBuf {
+        self.0.join("ranks")
+    }
+
     /// Logs of the processes.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
@@ -199,14 +212,27 @@ impl RunFolder {
     /// # Errors
     /// A [`FolderError`] where the folder is in use, holds another run, or cannot be read.
     pub fn open(config: &Config, existing: Existing) -> Result<Self, FolderError> {
+        Self::open_as(config, existing, Occupied::Refuse)
+    }
+
+    /// As [`Self::open`]; where another controller holds the folder, as `occupied` says.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_as(config: &Config, existing: Existing, occupied: Occupied) -> Result<Self, FolderError> {
         let paths = RunPaths::new(&config.run.dir);
         let before = paths.config().exists();
         check_existing(&paths, before, existing)?;
-        let attempt = Attempt::begin(&paths, config, before)?;
+        let attempt = Attempt::begin(&paths, config, before, occupied)?;
         let lines = before
             .then(|| check_same_run(&paths, config))
             .transpose()
-            .and_then(|_| read_trace(&paths.trace()))
+            .map(drop)
+            .and_then(|_| match occupied {
+                Occupied::Refuse => Ok(()),
+                Occupied::TakeOver => move_trace(&paths.trace()),
+            })
+            .and_then(|()| read_trace(&paths.trace()))
             .inspect_err(|_| attempt.undo())?;
         Ok(Self {
             paths,
@@ -214,6 +240,15 @@ impl RunFolder {
             resumed: before,
             attempt,
         })
+    }
+
+    /// Tells whether this process still owns the folder: another controller may have taken it over.
+    #[must_use]
+    pub fn tenure(&self) -> Tenure {
+        Tenure {
+            lock: Arc::clone(&self.attempt.lock),
+            path: lock_path(&self.paths),
+        }
     }
 
     /// What is to be undone if the run is refused. It shares the folder's lock.
@@ -253,7 +288,7 @@ impl RunFolder {
 const TRACE_TAIL_BYTES: u64 = 256 * 1024;
 
 /// Everything that a run puts into its folder but the lock, by name.
-const ENTRIES: [&str; 10] = [
+const ENTRIES: [&str; 12] = [
     "config.toml",
     "config.toml.new",
     "trace.jsonl",
@@ -264,6 +299,8 @@ const ENTRIES: [&str; 10] = [
     "log",
     "control.sock",
     "control.token",
+    "controller.json",
+    "ranks",
 ];
 
 /// What a start has changed around the run folder, so that a refusal can undo it.
@@ -276,18 +313,18 @@ pub struct Attempt {
     before: BTreeSet<OsString>,
     /// Folders that were not there before, the outermost first: the run folder, and a store outside it.
     made: Vec<PathBuf>,
-    _lock: Arc<File>,
+    lock: Arc<File>,
 }
 
 impl Attempt {
-    fn begin(paths: &RunPaths, config: &Config, resumed: bool) -> Result<Self, FolderError> {
+    fn begin(paths: &RunPaths, config: &Config, resumed: bool, occupied: Occupied) -> Result<Self, FolderError> {
         let mut made = absent(paths.dir());
         made.extend(absent(Path::new(&paths.store_location(config))));
         let entries = std::fs::read_dir(paths.dir()).into_iter().flatten().flatten();
         let before = entries.map(|entry| entry.file_name()).collect();
         let lock = std::fs::create_dir_all(paths.dir())
             .map_err(|e| FolderError::io(paths.dir(), &e))
-            .and_then(|()| take_lock(paths))
+            .and_then(|()| take_lock(paths, occupied))
             // Whoever holds the lock may just be filling the folders within.
             .inspect_err(|_| made.iter().rev().for_each(|folder| drop(std::fs::remove_dir(folder))))?;
         Ok(Self {
@@ -295,7 +332,7 @@ impl Attempt {
             resumed,
             before,
             made,
-            _lock: Arc::new(lock),
+            lock: Arc::new(lock),
         })
     }
 
@@ -366,7 +403,97 @@ fn lock_path(paths: &RunPaths) -> PathBuf {
     paths.dir().join("lock")
 }
 
-fn take_lock(paths: &RunPaths) -> Result<File, FolderError> {
+/// What to do where another controller holds the folder.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Occupied {
+    /// Leave it alone.
+    Refuse,
+    /// It stands still, or is about to be replaced: put it out of charge.
+    TakeOver,
+}
+
+/// A controller's hold on its run folder.
+#[derive(Clone, Debug)]
+pub struct Tenure {
+    lock: Arc<File>,
+    path: PathBuf,
+}
+
+impl Tenure {
+    /// Whether the folder's lock is still the one that this process took.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        is_named(&self.lock, &self.path)
+    }
+}
+
+/// Whether `path` names this very file.
+pub(crate) fn is_named(file: &File, path: &Path) -> bool {
+    let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    file.metadata()
+        .and_then(|held| Ok(same(held, std::fs::metadata(path)?)))
+        .unwrap_or(false)
+}
+
+/// The controller in charge of a run folder, as ranks look it up.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct InCharge {
+    /// What it claimed the store with: the next controller has a higher one.
+    pub generation: u64,
+    /// Where it listens.
+    pub address: String,
+    /// The run's secret. A controller that goes on with living ranks keeps it.
+    pub token: [u8; 32],
+    /// Folder of the sockets; on the same terms.
+    pub sockets: PathBuf,
+}
+
+impl InCharge {
+    /// Reads it; none where there is none that can be read.
+    #[must_use]
+    pub fn read(paths: &RunPaths) -> Option<Self> {
+        let bytes = std::fs::read(paths.controller()).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Writes it, for this user alone, in one piece.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, paths: &RunPaths) -> std::io::Result<()> {
+        let fresh = paths.controller().with_extension("json.new");
+        // One that an earlier start left behind may have other permissions.
+        let _ = std::fs::remove_file(&fresh);
+        let mut file = OpenOptions::new()
+            .create_new(true)
+            .write(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        std::fs::rename(&fresh, paths.controller())
+    }
+}
+
+/// Gives the trace's name to a copy: what a controller that was put out of charge still writes goes into the old file, and
+/// [`crate::controller::TraceFile`] acknowledges nothing that was written there since. What it did acknowledge before is
+/// in the copy.
+fn move_trace(path: &Path) -> Result<(), FolderError> {
+    let failed = |e: std::io::Error| FolderError::io(path, &e);
+    let mut old = match File::open(path) {
+        Ok(old) => old,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(e)),
+    };
+    let fresh = path.with_extension("jsonl.new");
+    let mut copy = File::create(&fresh).map_err(|e| FolderError::io(&fresh, &e))?;
+    let mut rest = |copy: &mut File| std::io::copy(&mut old, copy);
+    rest(&mut copy).and_then(|_| copy.sync_all()).map_err(failed)?;
+    std::fs::rename(&fresh, path).map_err(failed)?;
+    // Written between the copy and the renaming.
+    rest(&mut copy).and_then(|_| copy.sync_all()).map_err(failed)
+}
+
+fn take_lock(paths: &RunPaths, occupied: Occupied) -> Result<File, FolderError> {
     let path = lock_path(paths);
     let failed = |e: std::io::Error| FolderError::io(&path, &e);
     loop {
@@ -378,18 +505,28 @@ fn take_lock(paths: &RunPaths) -> Result<File, FolderError> {
             .map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => {}
+            Err(TryLockError::WouldBlock) if occupied == Occupied::TakeOver => {
+                // A new file under the lock's name: whoever holds the old one finds that it has lost its own.
+                let fresh = path.with_extension("new");
+                let lock = File::create(&fresh).map_err(failed)?;
+                lock.lock().map_err(failed)?;
+                std::fs::rename(&fresh, &path).map_err(failed)?;
+                if is_named(&lock, &path) {
+                    return Ok(lock);
+                }
+                continue;
+            }
             Err(TryLockError::WouldBlock) => {
                 return Err(FolderError::new(
                     paths.dir(),
                     "is in use by another run",
-                    "wait for it, stop it, or name another --run-dir",
+                    "wait for it, stop it, name another --run-dir, or put it out of charge with --take-over",
                 ));
             }
             Err(TryLockError::Error(e)) => return Err(failed(e)),
         }
         // Its holder before may have given the folder up: a file without a name keeps nobody out.
-        let held = lock.metadata().map_err(failed)?;
-        if std::fs::metadata(&path).is_ok_and(|named| (named.dev(), named.ino()) == (held.dev(), held.ino())) {
+        if is_named(&lock, &path) {
             return Ok(lock);
         }
     }

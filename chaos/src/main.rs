@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use tarazed_chaos::sim;
+use tarazed_chaos::{scale, sim, storm};
 
 /// Proves by harm that a run computes what it would have computed in peace.
 #[derive(Parser)]
@@ -16,6 +16,10 @@ struct Arguments {
 enum Command {
     /// Simulates whole runs in virtual time, one for each seed.
     Sim(sim::command::Args),
+    /// Simulates a hundred thousand ranks over weeks: the membership machine alone, failures by published rates.
+    Scale(scale::command::Args),
+    /// Harms real processes as a scenario says, and compares the trace with that of one undisturbed rank.
+    Storm(storm::command::Args),
     /// Puts seeded bugs into the product and sees whether the simulator finds them.
     #[cfg(feature = "mutants")]
     Mutants(sim::mutants::Args),
@@ -24,6 +28,8 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Sim(args) => sim::command::run_command(&args),
+        Command::Scale(args) => scale::command::run_command(&args),
+        Command::Storm(args) => storm::command::run_command(&args),
         #[cfg(feature = "mutants")]
         Command::Mutants(args) => sim::mutants::run(&args),
     }

@@ -148,10 +148,15 @@ impl TraceFile {
     /// Appends a line, in one write.
     ///
     /// # Errors
-    /// If not all of it could be written.
+    /// If not all of it could be written, or the trace is another controller's by now: then nobody may rely on the line.
     pub fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
         text.push('\n');
         self.file.write_all(text.as_bytes())?;
+        if !crate::run_folder::is_named(&self.file, &self.path) {
+            return Err(std::io::Error::other(
+                "another controller took over this run, or the file was moved away",
+            ));
+        }
         self.hasher.update(text.as_bytes());
         self.length += text.len() as u64;
         Ok(Appended::Written(TraceHead {

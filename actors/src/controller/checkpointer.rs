@@ -35,8 +35,10 @@ pub struct Located {
 }
 
 pub enum CheckpointerMessage {
-    /// Find the newest checkpoint whose every byte is good.
-    Locate,
+    /// Find the newest checkpoint whose every byte is good, of a step before `below`.
+    Locate { below: Option<StepsCompleted> },
+    /// Ranks of the controller before live on: so does their lineage.
+    Inherit,
     /// Everything is stored: make it a checkpoint.
     Commit {
         step: StepsCompleted,
@@ -192,7 +194,8 @@ impl Actor for Checkpointer {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         let answer = match message {
-            CheckpointerMessage::Locate => CoordinatorMessage::Located(Box::new(state.locate().await)),
+            CheckpointerMessage::Locate { below } => CoordinatorMessage::Located(Box::new(state.locate(below).await)),
+            CheckpointerMessage::Inherit => return state.inherit().await,
             CheckpointerMessage::Commit {
                 step,
                 generation,
@@ -211,9 +214,9 @@ impl Actor for Checkpointer {
 
 impl CheckpointerState {
     #[tracing::instrument(name = "locate", skip_all)]
-    async fn locate(&mut self) -> Result<Located, (u8, String)> {
+    async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
-        let found = patiently(|| store.newest_verified(None)).await.map_err(judge)?;
+        let found = patiently(|| store.newest_verified(below)).await.map_err(judge)?;
         let mut from = None;
         if let Some(found) = found {
             for warning in found.warnings {
@@ -241,6 +244,21 @@ impl CheckpointerState {
             .and_then(|read| read)
             .map_err(|e| (3, e))?;
         Ok(Located { from, lines, heads })
+    }
+
+    /// What the newest checkpoint says of the processes that made it is true of these ranks.
+    async fn inherit(&mut self) -> Result<(), ActorProcessingErr> {
+        match self.arguments.claimed.store.newest_valid(None).await {
+            Ok(Some(newest)) if self.arguments.facts.refuses(&newest.manifest).is_none() => {
+                self.lineage = Lineage {
+                    parent: Some(newest.reference),
+                    ..newest.manifest.lineage
+                };
+            }
+            Ok(_) => {}
+            Err(error) => self.warn(format!("the lineage of the next checkpoints begins anew: {error}")),
+        }
+        Ok(())
     }
 
     fn warn(&self, text: String) {
@@ -312,7 +330,11 @@ impl CheckpointerState {
                 CoordinatorMessage::Committed(step)
             }
             Err(error @ StoreError::Fenced { .. }) => CoordinatorMessage::Fatal(error.to_string()),
-            Err(error) => CoordinatorMessage::CommitFailed(step, error.to_string()),
+            Err(error) => CoordinatorMessage::CommitFailed {
+                step,
+                full: matches!(error, StoreError::Full { .. }),
+                cause: error.to_string(),
+            },
         }
     }
 }

@@ -11,6 +11,7 @@ use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
 use super::root::{End, RootMessage};
 use super::sharder::SharderMessage;
+use super::tree::Past;
 use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -48,11 +49,20 @@ pub enum CoordinatorMessage {
     /// A checkpoint exists.
     Committed(StepsCompleted),
     /// A checkpoint could not be committed.
-    CommitFailed(StepsCompleted, String),
+    CommitFailed {
+        step: StepsCompleted,
+        cause: String,
+        /// The store has no room left.
+        full: bool,
+    },
     /// Nothing can go on.
     Fatal(String),
     /// To be shown.
     Warn(String),
+    /// The world is to have this many ranks.
+    Resize(u32),
+    /// Another controller took over.
+    Deposed,
     /// A signal.
     Stop,
     /// Time passed.
@@ -71,6 +81,7 @@ pub struct Peers {
     pub sharder: ActorRef<SharderMessage>,
     pub entry: ActorRef<LookAt>,
     pub trace: Box<dyn TraceSink>,
+    pub past: Past,
 }
 
 pub struct CoordinatorArguments {
@@ -128,11 +139,20 @@ impl Actor for CoordinatorActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CoordinatorMessage::Begin(peers) => {
+            CoordinatorMessage::Begin(mut peers) => {
+                let Past { lives, heads } = std::mem::take(&mut peers.past);
                 state.peers = Some(peers);
+                state.heads = heads;
                 let now_ms = state.now_ms();
-                let effects = state.arguments.machine.start(now_ms);
+                let effects = state.arguments.machine.start(now_ms, &lives);
                 state.act(effects)
+            }
+            CoordinatorMessage::Resize(ranks) => state.event(Event::Resize { ranks }),
+            CoordinatorMessage::Deposed => {
+                if let Some(peers) = &state.peers {
+                    peers.node.command(NodeCommand::LetGo)?;
+                }
+                state.halt(33, "another controller took over this run; it goes on there".to_owned())
             }
             CoordinatorMessage::Hub(event) => state.hub(event),
             CoordinatorMessage::Node(event) => state.node(event),
@@ -161,9 +181,9 @@ impl Actor for CoordinatorActor {
                 state.heads = state.heads.split_off(&step);
                 state.event(Event::CheckpointCommitted { step })
             }
-            CoordinatorMessage::CommitFailed(step, cause) => {
+            CoordinatorMessage::CommitFailed { step, cause, full } => {
                 state.arguments.tracker.on_commit_failed(step);
-                state.checkpoint_failed(step, cause)
+                state.checkpoint_failed(step, cause, full)
             }
             CoordinatorMessage::Fatal(cause) => state.halt(3, cause),
             CoordinatorMessage::Warn(text) => state.observe(ObservatoryMessage::Warning(text)),
@@ -222,6 +242,10 @@ impl CoordinatorState {
                         after,
                     })?;
                 }
+                Effect::Adopt { member } => {
+                    let Member { worker, incarnation } = member;
+                    self.peers()?.node.command(NodeCommand::Adopt { worker, incarnation })?;
+                }
                 Effect::Kill { member, reason } => {
                     let Member { worker, incarnation } = member;
                     self.peers()?.node.command(NodeCommand::Kill {
@@ -232,10 +256,10 @@ impl CoordinatorState {
                 }
                 Effect::Send { member, message } => self.send(member, &message)?,
                 Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
-                Effect::FindCheckpoint => {
+                Effect::FindCheckpoint { below } => {
                     self.arguments.tracker.on_locating();
                     self.syncing.clear();
-                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate)?;
+                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate { below })?;
                 }
                 Effect::Note(incident) => self.note(incident)?,
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
@@ -280,6 +304,9 @@ impl CoordinatorState {
                 shards: self.arguments.machine.placement().to_vec(),
             };
             self.peers()?.sharder.cast(placed)?;
+        }
+        if let Incident::Adopted { .. } = &incident {
+            self.peers()?.checkpointer.cast(CheckpointerMessage::Inherit)?;
         }
         self.observe(ObservatoryMessage::Incident(incident))
     }
@@ -355,9 +382,14 @@ impl CoordinatorState {
             return Ok(());
         }
         match message {
-            FromRank::Ready { address, pid } => {
+            FromRank::Ready { address, pid, newest } => {
                 self.observe(ObservatoryMessage::Ready(member))?;
-                self.event(Event::Ready { member, address, pid })
+                self.event(Event::Ready {
+                    member,
+                    address,
+                    pid,
+                    newest,
+                })
             }
             FromRank::State { generation, report } => {
                 for line in &report.lines {
@@ -378,7 +410,7 @@ impl CoordinatorState {
                     return Ok(());
                 }
                 match self.arguments.ledger.check_base(base, state) {
-                    Some(diagnosis) => self.halt(3, diagnosis),
+                    Some(diagnosis) => self.event(Event::BaseDiffers { diagnosis }),
                     None => Ok(()),
                 }
             }
@@ -394,13 +426,25 @@ impl CoordinatorState {
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
             } => self.event(Event::Failed {
                 member,
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
+            }),
+            FromRank::Settled {
+                generation,
+                step,
+                digest,
+            } => self.event(Event::Settled {
+                member,
+                generation,
+                step,
+                digest,
             }),
             FromRank::Paused {
                 generation,
@@ -417,12 +461,14 @@ impl CoordinatorState {
                 step,
                 progress,
                 phase,
+                lane_us,
             } => self.event(Event::Heartbeat {
                 member,
                 generation,
                 step,
                 progress,
                 activity: phase,
+                lane_us,
             }),
             FromRank::ShardSaved {
                 step,
@@ -441,9 +487,10 @@ impl CoordinatorState {
                 generation,
                 step,
                 cause,
+                full,
                 ..
             } => {
-                let effects = self.arguments.tracker.on_shard_lost(generation, step, cause);
+                let effects = self.arguments.tracker.on_shard_lost(generation, step, cause, full);
                 self.checkpoint(effects)
             }
         }
@@ -549,7 +596,7 @@ impl CoordinatorState {
                     self.syncing.insert(step, shards);
                     self.peers()?.trace.sync(step);
                 }
-                CheckpointEffect::GivenUp { step, cause } => self.checkpoint_failed(step, cause)?,
+                CheckpointEffect::GivenUp { step, cause, full } => self.checkpoint_failed(step, cause, full)?,
             }
         }
         Ok(())
@@ -562,7 +609,7 @@ impl CoordinatorState {
         };
         let Some(head) = self.heads.get(&step).cloned() else {
             self.arguments.tracker.on_commit_failed(step);
-            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned());
+            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned(), false);
         };
         let decisions = self.arguments.ledger.decisions().iter();
         let commit = CheckpointerMessage::Commit {
@@ -576,11 +623,11 @@ impl CoordinatorState {
         Ok(())
     }
 
-    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String) -> Result<(), ActorProcessingErr> {
+    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String, full: bool) -> Result<(), ActorProcessingErr> {
         self.observe(ObservatoryMessage::Warning(format!(
             "no checkpoint of step {step}: {cause}"
         )))?;
-        self.event(Event::CheckpointFailed { step, cause })
+        self.event(Event::CheckpointFailed { step, cause, full })
     }
 
     fn located(&mut self, located: Result<Located, (u8, String)>) -> Result<(), ActorProcessingErr> {
@@ -630,7 +677,7 @@ impl CoordinatorState {
             })
             .collect();
         serde_json::json!({
-            "live": true, "generation": machine.generation(), "step": self.arguments.ledger.written(),
+            "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(), "step": self.arguments.ledger.written(),
             "refused": machine.refused_count(), "workers": workers,
         })
     }

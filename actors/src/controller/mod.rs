@@ -17,7 +17,7 @@ pub use appender::{Appended, JsonLines, TraceFile, TraceSink};
 pub use checkpointer::{Claimed, ManifestFacts};
 pub use loops::LoopRules;
 pub use root::End;
-pub use tree::{Begun, Ear, Edges, Tree, TreeParts};
+pub use tree::{Begun, Ear, Edges, Past, Tree, TreeParts};
 
 use crate::rank::recipe;
 use crate::run_folder::{self, FolderError, RunFolder};
@@ -79,6 +79,11 @@ pub enum Notice {
         member: Member,
         /// Why.
         cause: String,
+    },
+    /// Ranks of an earlier controller are back.
+    Adopted {
+        /// How many.
+        ranks: usize,
     },
     /// A generation begins.
     Generation {

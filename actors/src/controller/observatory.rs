@@ -198,6 +198,48 @@ impl ObservatoryState {
                     restored,
                 });
             }
+            Incident::Adopted { members } => {
+                let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
+                self.event("adopted", &json!({"workers": workers}));
+                self.notify(Notice::Adopted { ranks: members.len() });
+            }
+            Incident::Straggler {
+                member,
+                lane_us,
+                usual_us,
+            } => {
+                let fields = json!({"worker": member.worker, "lane_us": lane_us, "usual_us": usual_us});
+                self.event("straggler", &fields);
+                self.notify(Notice::Warning(format!(
+                    "{member} takes {lane_us} us for a lane, the others {usual_us}: it gets fewer lanes"
+                )));
+            }
+            Incident::Disputed { step, item, members } => {
+                let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
+                let fields = json!({"after_step": step, "item": item.to_string(), "workers": workers});
+                self.event("disputed", &fields);
+                self.notify(Notice::Warning(format!(
+                    "{item} differs between ranks after step {step}: silent data corruption; doing it again"
+                )));
+            }
+            Incident::Convicted { step, item, members } => {
+                let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
+                let fields = json!({"after_step": step, "item": item.to_string(), "workers": workers});
+                self.event("convicted", &fields);
+                let names: Vec<String> = members.iter().map(ToString::to_string).collect();
+                let who = if names.is_empty() {
+                    "nobody can be named".to_owned()
+                } else {
+                    names.join(", ")
+                };
+                self.notify(Notice::Warning(format!("{item} was wrong after step {step} on: {who}")));
+            }
+            Incident::CheckpointRefuted { step, diagnosis } => {
+                self.event("checkpoint_refuted", &json!({"of_step": step, "cause": diagnosis}));
+                self.notify(Notice::Warning(format!(
+                    "the checkpoint of step {step} restores another state than the trace says: {diagnosis}"
+                )));
+            }
             Incident::StateLost { shards_missing } => {
                 self.event("state_lost", &json!({"shards_missing": shards_missing}));
                 self.notify(Notice::Warning(format!(

@@ -5,24 +5,30 @@ use super::appender::{JsonLines, TraceAppender};
 use super::checkpointer::{self, ManifestFacts};
 use super::coordinator::CoordinatorMessage;
 use super::loops::{Loop, LoopRules};
-use super::tree::{Ear, Edges, Tree, TreeParts};
+use super::tree::{Ear, Edges, Past, Tree, TreeParts};
 use super::{Notice, Notify, RunError, status};
 use crate::link::{Bind, HubConfig, start_hub};
-use crate::node::{LaunchSpec, start_node_agent};
+use crate::node::{LaunchSpec, NodeAgent, NodeCommand, NodeError, Processes, registry, start_node_agent};
 use crate::rank::{TOKEN_VARIABLE, recipe};
-use crate::run_folder::{RunFolder, RunPaths};
+use crate::run_folder::{InCharge, RunFolder, RunPaths, Tenure};
 use crate::supervision::death;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterTransport, Config};
+use tarazed_protocol::coordinator::PastLife;
 use tarazed_protocol::data::DomainFacts;
+use tarazed_protocol::message::Member;
 use tarazed_protocol::restart::{RestartLimiter, Verdict};
 use tokio::sync::oneshot;
+
+/// Between looks whether this controller is still in charge.
+const TENURE_LOOK: Duration = Duration::from_millis(50);
 
 /// How a run ended.
 #[derive(Debug)]
@@ -62,26 +68,96 @@ pub struct RootState {
     paths: RunPaths,
 }
 
-/// A folder for sockets that only this user can enter, removed at the end.
-struct SocketFolder(PathBuf);
+/// A folder for sockets that only this user can enter, removed at the end by the controller that is then in charge.
+struct SocketFolder {
+    path: PathBuf,
+    tenure: Tenure,
+}
 
 impl SocketFolder {
-    fn create(token: &str) -> std::io::Result<Self> {
+    fn create(token: &str, tenure: Tenure) -> std::io::Result<Self> {
         let path = std::env::temp_dir().join(format!("tarazed-{}", &token[..16]));
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
+        Ok(Self { path, tenure })
     }
 }
 
 impl Drop for SocketFolder {
     fn drop(&mut self) {
-        // What cannot be removed is an empty folder in the system's temporary folder.
-        let _ = std::fs::remove_dir_all(&self.0);
+        if self.tenure.holds() {
+            remove_sockets(&self.path);
+        }
     }
+}
+
+fn remove_sockets(folder: &Path) {
+    // What cannot be removed is an empty folder in the system's temporary folder.
+    let _ = std::fs::remove_dir_all(folder);
+}
+
+/// What the controller before left behind, and the secret and the sockets that its living ranks know.
+struct Legacy {
+    lives: Vec<PastLife>,
+    token: [u8; 32],
+    sockets: SocketFolder,
+}
+
+impl Legacy {
+    /// Looks for ranks that are still there. Without any, secret and sockets are new, and what is left of the old ones goes.
+    fn find(paths: &RunPaths, tenure: Tenure) -> Result<Self, RunError> {
+        let entries = registry::read(&paths.ranks()).map_err(disk("ranks of an earlier start"))?;
+        let before = InCharge::read(paths).filter(|before| before.sockets.is_dir());
+        let lives: Vec<PastLife> = entries
+            .iter()
+            .map(|entry| PastLife {
+                member: Member {
+                    worker: entry.worker(),
+                    incarnation: entry.incarnation(),
+                },
+                lives: before.is_some() && entry.lives(),
+            })
+            .collect();
+        if let Some(InCharge { token, sockets, .. }) = before {
+            if lives.iter().any(|life| life.lives) {
+                let sockets = SocketFolder { path: sockets, tenure };
+                return Ok(Self { lives, token, sockets });
+            }
+            remove_sockets(&sockets);
+        }
+        let token = random_token().map_err(|e| system("random token", "check /dev/urandom")(e.to_string()))?;
+        let sockets = SocketFolder::create(&hex(&token), tenure)
+            .map_err(|e| system("socket folder", "check the system's temporary folder")(e.to_string()))?;
+        Ok(Self { lives, token, sockets })
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn system(what: &'static str, remedy: &'static str) -> impl Fn(String) -> RunError {
     move |cause| RunError::System { what, cause, remedy }
+}
+
+fn disk(what: &'static str) -> impl Fn(std::io::Error) -> RunError {
+    move |e| system(what, "check the run folder's permissions and its disk")(e.to_string())
+}
+
+/// The node agent, as long as this controller is in charge: a kill or a start by one that has just woken up would hit
+/// its successor's ranks.
+struct WhileInCharge {
+    node: NodeAgent,
+    tenure: Tenure,
+}
+
+impl Processes for WhileInCharge {
+    fn command(&self, command: NodeCommand) -> Result<(), NodeError> {
+        if self.tenure.holds() || command == NodeCommand::LetGo {
+            self.node.command(command)
+        } else {
+            Ok(()) // it is about to hear that it is deposed
+        }
+    }
 }
 
 /// Runs the tree until the run ends.
@@ -101,6 +177,11 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let paths = folder.paths.clone();
     let location = paths.store_location(&config);
     let claimed = checkpointer::claim(&location).await?;
+    let generation = claimed.fence.generation;
+    let tenure = folder.tenure();
+    let Legacy { lives, token, sockets } = Legacy::find(&paths, tenure.clone())?;
+    let text = hex(&token);
+    let past = Past::new(lives, &paths.trace(), &lines).map_err(disk("trace.jsonl"))?;
     let facts = ManifestFacts::new(&config, &prepared.manifest.version);
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let rules = LoopRules {
@@ -132,33 +213,50 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     .await?;
     let (parent, ear) = (tree.parent(), tree.ear());
 
-    let token = random_token().map_err(|e| system("random token", "check /dev/urandom")(e.to_string()))?;
-    let text: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
-    let sockets = SocketFolder::create(&text)
-        .map_err(|e| system("socket folder", "check the system's temporary folder")(e.to_string()))?;
-    let hub = start_hub_for(&config, token, &sockets.0, &parent, &ear).await?;
-    let spec = launch_spec(program, &paths, &prepared, &hub.address(), &sockets.0, &text);
+    // A name of its own: one that stands still may hold that of the controller before.
+    let name = format!("link-{generation}.sock");
+    let hub = start_hub_for(&config, token, bind_of(&config, &sockets.path, &name), &parent, &ear).await?;
+    let address = dialed(&config, &hub);
+    let spec = launch_spec(program, &paths, &prepared, &address, &sockets.path, &text);
+    let in_charge = InCharge {
+        generation: generation.0,
+        address,
+        token,
+        sockets: sockets.path.clone(),
+    };
+    in_charge.write(&paths).map_err(disk("controller.json"))?;
     let heard = ear.clone();
     let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
         .await
         .map_err(|e| system("actors", "raise the limits of the process")(e.to_string()))?;
-    let listener = status::open(&paths, &text)
-        .map_err(|e| system("control socket", "check the run folder's permissions and its disk")(e.to_string()))?;
+    let listener = status::open(&paths, &text).map_err(disk("control socket"))?;
     let serving = tokio::spawn(status::serve(
         listener,
         text,
+        config.batch.lanes,
         tree.coordinator.clone(),
         tree.sharder.clone(),
     ));
     let heard = ear.clone();
-    let trace = TraceAppender::open(paths.trace(), move |appended| heard.appended(appended))
-        .map_err(|e| system("trace.jsonl", "check the run folder's permissions and its disk")(e.to_string()))?;
+    let trace =
+        TraceAppender::open(paths.trace(), move |appended| heard.appended(appended)).map_err(disk("trace.jsonl"))?;
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
-        processes: Box::new(node),
+        processes: Box::new(WhileInCharge {
+            node,
+            tenure: tenure.clone(),
+        }),
         trace: Box::new(trace),
+        past,
     });
 
+    let (deposed, watched) = (ear.clone(), tenure.clone());
+    let guarding = tokio::spawn(async move {
+        while watched.holds() {
+            tokio::time::sleep(TENURE_LOOK).await;
+        }
+        deposed.deposed();
+    });
     let watching = tokio::spawn(async move {
         if stop.wait_for(|stop| *stop).await.is_ok() {
             ear.stop();
@@ -166,9 +264,13 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     });
     let end = begun.end().await;
     watching.abort();
+    guarding.abort();
     serving.abort();
     begun.close().await;
-    let _ = std::fs::remove_file(paths.control_socket());
+    if tenure.holds() {
+        let _ = std::fs::remove_file(paths.control_socket());
+        let _ = std::fs::remove_file(paths.controller());
+    }
     drop(folder);
     Ok(end)
 }
@@ -194,20 +296,39 @@ fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
 async fn start_hub_for(
     config: &Config,
     token: [u8; 32],
-    sockets: &Path,
+    bind: Bind,
     parent: &ActorCell,
     ear: &Ear,
 ) -> Result<crate::link::Hub, RunError> {
     let heard = ear.clone();
     let hub_config = HubConfig {
         token,
-        bind: Bind::near(sockets),
+        bind,
         failure: Duration::from_millis(config.timeouts().failure_ms),
         supervisor: Some(parent.clone()),
     };
-    start_hub(hub_config, move |event| heard.hub(event))
-        .await
-        .map_err(|e| system("control plane", "check the system's temporary folder")(e.to_string()))
+    start_hub(hub_config, move |event| heard.hub(event)).await.map_err(|e| {
+        system(
+            "control plane",
+            "check the system's temporary folder and cluster.control_port",
+        )(e.to_string())
+    })
+}
+
+/// Where the hub listens: at the configured port, or at a socket of this name.
+fn bind_of(config: &Config, sockets: &Path, name: &str) -> Bind {
+    match config.cluster.transport {
+        ClusterTransport::Unix => Bind::near(sockets, name),
+        ClusterTransport::Tcp => Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, config.cluster.control_port))),
+    }
+}
+
+/// What ranks dial: the hub, or what forwards to it.
+fn dialed(config: &Config, hub: &crate::link::Hub) -> String {
+    match config.cluster.control_advertise_port {
+        0 => hub.address(),
+        port => format!("tcp:{}", SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+    }
 }
 
 fn launch_spec(
@@ -231,6 +352,7 @@ fn launch_spec(
         args: args.into_iter().chain(more).collect(),
         env: vec![(TOKEN_VARIABLE.into(), token.into())],
         log_dir: paths.logs(),
+        registry: paths.ranks(),
     }
 }
 

@@ -48,13 +48,15 @@ pub fn open(paths: &RunPaths, token: &str) -> std::io::Result<UnixListener> {
 pub async fn serve(
     listener: UnixListener,
     token: String,
+    lanes: u32,
     coordinator: ActorRef<CoordinatorMessage>,
     sharder: ActorRef<SharderMessage>,
 ) {
     while let Ok((stream, _)) = listener.accept().await {
         let (token, coordinator, sharder) = (token.clone(), coordinator.clone(), sharder.clone());
         tokio::spawn(async move {
-            let answered = tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, &coordinator, &sharder)).await;
+            let answered =
+                tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, lanes, &coordinator, &sharder)).await;
             if let Ok(Err(error)) = answered {
                 tracing::debug!("a status request broke off: {error}");
             }
@@ -69,6 +71,8 @@ pub enum Request {
     Stranger,
     /// The status.
     Status,
+    /// Another number of ranks; none if what stands there is no number of ranks.
+    Resize(Option<u32>),
     /// A command that does not exist.
     Unknown(String),
 }
@@ -85,6 +89,12 @@ impl Request {
         }
         match field("command") {
             "status" => Self::Status,
+            "resize" => Self::Resize(
+                request
+                    .get("ranks")
+                    .and_then(Value::as_u64)
+                    .and_then(|ranks| u32::try_from(ranks).ok()),
+            ),
             other => Self::Unknown(other.to_owned()),
         }
     }
@@ -93,6 +103,7 @@ impl Request {
 async fn answer(
     mut stream: UnixStream,
     token: &str,
+    lanes: u32,
     coordinator: &ActorRef<CoordinatorMessage>,
     sharder: &ActorRef<SharderMessage>,
 ) -> std::io::Result<()> {
@@ -104,9 +115,21 @@ async fn answer(
     let value = match Request::read(&line, token) {
         Request::Stranger => json!({"error": "the token is not this run's"}),
         Request::Status => status(coordinator, sharder).await,
+        Request::Resize(ranks) => resize(ranks, lanes, coordinator),
         Request::Unknown(command) => json!({"error": format!("there is no command '{command}'")}),
     };
     write.write_all(format!("{value}\n").as_bytes()).await
+}
+
+/// Asks for another number of ranks; that it was understood is all that the answer says.
+fn resize(ranks: Option<u32>, lanes: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
+    match ranks {
+        Some(ranks) if (1..=lanes).contains(&ranks) => match coordinator.cast(CoordinatorMessage::Resize(ranks)) {
+            Ok(()) => json!({"ranks": ranks}),
+            Err(_) => json!({"error": "the controller is ending"}),
+        },
+        _ => json!({"error": format!("a world has 1 to {lanes} ranks, one for each of its lanes at most")}),
+    }
 }
 
 async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<SharderMessage>) -> Value {

@@ -3,24 +3,26 @@
 //! The edges are what touches the world outside: the way to the ranks, the processes, the trace's file. They come with
 //! [`Tree::begin`], and what happens out there is told to the [`Ear`].
 
-use super::appender::{Appended, JsonLines, TraceSink};
+use super::appender::{Appended, JsonLines, TraceSink, heads_after};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
 use super::loops::{LookAt, Loop, LoopRules};
 use super::observatory::{Observatory, ObservatoryArguments, ObservatoryMessage};
 use super::root::{Adopt, End, Root, RootMessage, RootState};
 use super::sharder::{OptimizerSharder, SharderMessage};
-use super::{Notify, RunError};
+use super::{Notify, RunError, TraceHeads};
 use crate::link::{HubEvent, ToRanks};
 use crate::node::{NodeEvent, Processes};
 use crate::run_folder::RunPaths;
 use ractor::{Actor, ActorCell, ActorRef};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::config::Config;
+use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{LaneTree, StepsCompleted};
 use tarazed_protocol::checkpoint::CheckpointTracker;
-use tarazed_protocol::coordinator::{Coordinator as Machine, Options};
+use tarazed_protocol::coordinator::{Coordinator as Machine, Options, PastLife};
 use tarazed_protocol::ledger::Ledger;
 use tarazed_protocol::trace::TraceLine;
 use tokio::sync::oneshot;
@@ -57,6 +59,34 @@ pub struct Edges {
     pub processes: Box<dyn Processes>,
     /// The trace.
     pub trace: Box<dyn TraceSink>,
+    /// What an earlier controller left behind.
+    pub past: Past,
+}
+
+/// What an earlier controller of the same run left behind.
+#[derive(Default)]
+pub struct Past {
+    /// The newest life of each worker that it started.
+    pub lives: Vec<PastLife>,
+    /// Heads of the trace's last lines, for a checkpoint of what living ranks hold.
+    pub heads: TraceHeads,
+}
+
+impl Past {
+    /// Of these lives, over the trace in `path`.
+    ///
+    /// # Errors
+    /// If the trace cannot be read.
+    pub fn new(lives: Vec<PastLife>, path: &Path, lines: &[TraceLine]) -> std::io::Result<Self> {
+        let written = lines.last().map_or(0, |line| line.step.0);
+        // A rank stands nowhere before these: it waits where it has more lines than that.
+        let base = StepsCompleted(written.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
+        let heads = match lives.iter().any(|life| life.lives) {
+            true => heads_after(path, base, lines)?,
+            false => TraceHeads::new(),
+        };
+        Ok(Self { lives, heads })
+    }
 }
 
 /// What happens outside is told to it; telling never waits. Clones tell the same controller.
@@ -77,6 +107,16 @@ impl Ear {
     /// From the trace's writer.
     pub fn appended(&self, appended: Appended) {
         self.tell(CoordinatorMessage::Appended(appended));
+    }
+
+    /// The world is to have this many ranks.
+    pub fn resize(&self, ranks: u32) {
+        self.tell(CoordinatorMessage::Resize(ranks));
+    }
+
+    /// Another controller has taken over: this one ends and leaves everything to it.
+    pub fn deposed(&self) {
+        self.tell(CoordinatorMessage::Deposed);
     }
 
     /// Somebody asks for a last checkpoint and the end.
@@ -202,6 +242,7 @@ impl Tree {
             sharder: self.sharder,
             entry: self.entry,
             trace: edges.trace,
+            past: edges.past,
         };
         // An error means that the coordinator died already, which the root says.
         let _ = self.coordinator.cast(CoordinatorMessage::Begin(Box::new(peers)));
@@ -244,7 +285,8 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
     let written = parts.lines.last().map_or(StepsCompleted(0), |line| line.step);
     let shard_count = parts.facts.shards.shard_count();
     let options = Options {
-        workers: config.cluster.ranks,
+        ranks: config.cluster.ranks,
+        spares: config.cluster.spares,
         lanes: LaneTree::new(config.batch.lanes),
         shard_count,
         replicas: config.optimizer.replicas as usize,

@@ -26,10 +26,10 @@ pub enum Bind {
 }
 
 impl Bind {
-    /// A Unix socket named `link.sock` in `folder`, or TCP on loopback where that path would be too long.
+    /// A Unix socket of this name in `folder`, or TCP on loopback where that path would be too long.
     #[must_use]
-    pub fn near(folder: &Path) -> Self {
-        let path = folder.join("link.sock");
+    pub fn near(folder: &Path, name: &str) -> Self {
+        let path = folder.join(name);
         if path.as_os_str().len() <= UNIX_PATH_BYTES_MAX {
             Self::Unix(path)
         } else {

@@ -136,7 +136,7 @@ fn spawn_child(address: &str) -> Child {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_arrive_once_and_in_order() {
     let folder = tempfile::tempdir().unwrap();
-    for bind in [Bind::near(folder.path()), loopback()] {
+    for bind in [Bind::near(folder.path(), "link.sock"), loopback()] {
         let (hub, mut hub_events) = hub(bind).await;
         let (uplink, mut rank_events) = uplink(&hub, peer(3, 2)).await;
         assert_eq!(connected(&mut hub_events).await, peer(3, 2));
@@ -180,7 +180,7 @@ async fn the_size_limit_is_exact() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_death_of_a_process_is_seen_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, bind) in [("unix", Bind::near(folder.path())), ("tcp", loopback())] {
+    for (name, bind) in [("unix", Bind::near(folder.path(), "link.sock")), ("tcp", loopback())] {
         let (hub, mut events) = hub(bind).await;
         let (mut starts, mut deaths) = (Vec::new(), Vec::new());
         for _ in 0..5 {
@@ -224,7 +224,7 @@ async fn a_dropped_hub_is_seen_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn times() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, bind) in [("unix", Bind::near(folder.path())), ("tcp", loopback())] {
+    for (name, bind) in [("unix", Bind::near(folder.path(), "link.sock")), ("tcp", loopback())] {
         let (hub, mut hub_events) = hub(bind).await;
         let mut starts = Vec::new();
         for incarnation in 0..10 {
@@ -541,7 +541,7 @@ async fn several_links_in_one_process() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn socket_names() {
     let folder = tempfile::tempdir().unwrap();
-    let bind = Bind::near(folder.path());
+    let bind = Bind::near(folder.path(), "link.sock");
     let Bind::Unix(path) = bind.clone() else {
         panic!("{bind:?}")
     };
@@ -565,7 +565,7 @@ async fn socket_names() {
     connected(&mut events).await;
 
     let long = PathBuf::from("/tmp").join("x".repeat(120));
-    assert!(matches!(Bind::near(&long), Bind::Tcp(address) if address.ip().is_loopback()));
+    assert!(matches!(Bind::near(&long, "link.sock"), Bind::Tcp(address) if address.ip().is_loopback()));
     let unanswered = UplinkConfig {
         connect: Duration::from_millis(30),
         ..uplink_config("unix:/nonexistent/link.sock".to_owned(), peer(0, 0))

@@ -135,6 +135,7 @@ impl Agent {
         myself: &ActorRef<NodeMessage>,
         state: &mut AgentState,
         (worker, incarnation, after): (WorkerId, Incarnation, Duration),
+        adopted: bool,
     ) {
         let slot = state.workers.entry(worker).or_default();
         let error = match slot.newest {
@@ -155,6 +156,7 @@ impl Agent {
             incarnation,
             spec: Arc::clone(&self.spec),
             agent: myself.clone(),
+            adopted,
         };
         slot.newest = Some(incarnation);
         match Actor::spawn_linked(None, process, after, myself.get_cell()).await {
@@ -172,6 +174,13 @@ impl Agent {
             // If the actor is just ending, its report is on the way.
             Some(life) => drop(life.actor.cast(LifeMessage::Kill(reason))),
             None => drop(self.refused.fetch_add(1, Ordering::Relaxed)),
+        }
+    }
+
+    fn let_go(&self, state: &mut AgentState) {
+        // Without a life there is nothing to report.
+        for life in state.workers.values_mut().filter_map(|worker| worker.life.take()) {
+            let _ = life.actor.cast(LifeMessage::LetGo);
         }
     }
 
@@ -252,7 +261,12 @@ impl Actor for Agent {
                 worker,
                 incarnation,
                 after,
-            }) => self.start(&myself, state, (worker, incarnation, after)).await,
+            }) => self.start(&myself, state, (worker, incarnation, after), false).await,
+            NodeMessage::Command(NodeCommand::Adopt { worker, incarnation }) => {
+                let life = (worker, incarnation, Duration::ZERO);
+                self.start(&myself, state, life, true).await;
+            }
+            NodeMessage::Command(NodeCommand::LetGo) => self.let_go(state),
             NodeMessage::Command(NodeCommand::Kill {
                 worker,
                 incarnation,

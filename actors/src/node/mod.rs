@@ -12,16 +12,17 @@
 //! - **NODE-1** Every `Start` is answered by exactly one `StartFailed`, or one `Started` and later one `Exited`.
 //! - **NODE-2** No process is left behind and none becomes a zombie: signals go through a pidfd (a pid may be reused, a
 //!   pidfd is not), each rank leads a process group that ends with it, and each is reaped. This holds for an orderly
-//!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink and ends
-//!   itself. Its standard input, a pipe that the agent holds open, ends too, but no rank reads it.
+//!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink, waits for
+//!   another controller, and ends itself where none comes.
 //!
-//! Ranks are *not* killed by the kernel when the controller dies (no PDEATHSIG), and no later controller adopts them: that
-//! they end is their own doing. Their output goes straight into a file, so a slow or dead controller never blocks a rank
+//! Ranks are *not* killed by the kernel when the controller dies (no PDEATHSIG): the next agent finds them in the
+//! [`registry`] and watches them as its own, but for their exit codes, which only a parent learns. Their output goes straight into a file, so a slow or dead controller never blocks a rank
 //! that prints. The file is not rotated.
 
 mod agent;
 mod process;
 mod rank_process;
+pub mod registry;
 #[cfg(test)]
 mod tests;
 
@@ -45,6 +46,8 @@ pub struct LaunchSpec {
     pub env: Vec<(OsString, OsString)>,
     /// Output goes to `worker-N.log` in here, after that of earlier incarnations. Created if missing.
     pub log_dir: PathBuf,
+    /// Who was started is written down in here, for an agent that comes after this one. Created if missing.
+    pub registry: PathBuf,
 }
 
 /// What the agent is told to do.
@@ -59,6 +62,13 @@ pub enum NodeCommand {
         /// How long to wait first (back-off).
         after: Duration,
     },
+    /// Watch a life that an earlier agent started; answered as a `Start` is.
+    Adopt {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+    },
     /// Kill one life (SIGKILL), or cancel its start.
     Kill {
         /// The slot.
@@ -70,6 +80,8 @@ pub enum NodeCommand {
     },
     /// Kill all and cancel all starts; [`NodeEvent::AllStopped`] follows when the last has ended.
     StopAll,
+    /// Another agent is in charge of these processes: forget them, kill none. Nothing is reported any more.
+    LetGo,
 }
 
 /// What the agent reports, from one actor and in order.
@@ -134,6 +146,8 @@ pub enum ExitCause {
     Signal(i32),
     /// Its supervising actor died, for this reason; the process was killed with it.
     Unsupervised(String),
+    /// It ended, and only the process that started it could learn how.
+    Unknown,
 }
 
 impl fmt::Display for ExitCause {
@@ -145,6 +159,7 @@ impl fmt::Display for ExitCause {
                 None => write!(f, "signal {number}"),
             },
             Self::Unsupervised(cause) => write!(f, "killed because its supervisor died: {cause}"),
+            Self::Unknown => write!(f, "ended; an earlier controller started it, so how is not known,"),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One operating-system process, from its start to its reaping. Everything here that can block says so.
 
+use super::registry::{self, Entry, started_ticks};
 use super::{ExitCause, LaunchSpec, StartError};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use std::fs::{File, OpenOptions};
@@ -7,7 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 use tarazed_domain::limits::{EXIT_TAIL_BYTES_MAX, EXIT_TAIL_LINES_MAX};
@@ -24,8 +25,8 @@ pub(super) struct Process {
     /// Where this life's output begins in the log.
     log_start: u64,
     pidfd: Arc<PidFd>,
-    /// Held open as long as this life is watched; its end would tell a child that reads it.
-    _stdin: Option<ChildStdin>,
+    /// Started here, and so to be reaped here.
+    is_child: bool,
     reaped: bool,
 }
 
@@ -58,13 +59,28 @@ impl Process {
             let remedy = "check that the program exists and may be executed";
             move |e| failure(&path, what, remedy, e)
         };
+        let mut entry = Entry {
+            worker: worker.0,
+            incarnation: incarnation.0,
+            pid: 0,
+            started_ticks: 0,
+            log_start,
+        };
+        let write_down = |entry: &Entry| {
+            let remedy = "check the run folder's permissions and its disk";
+            entry
+                .write(&spec.registry)
+                .map_err(|e| failure(&spec.registry, "write it down", remedy, e))
+        };
+        // Before it is there: an incarnation is never used twice, whenever this process dies (SUP-2).
+        write_down(&entry)?;
         let log_again = log.try_clone().map_err(program("duplicate its log"))?;
         let mut child = Command::new(&spec.program)
             .args(&spec.args)
             .args(["--worker".to_owned(), worker.to_string()])
             .args(["--incarnation".to_owned(), incarnation.to_string()])
             .envs(spec.env.iter().map(|(key, value)| (key, value)))
-            .stdin(Stdio::piped())
+            .stdin(Stdio::null())
             .stdout(log)
             .stderr(log_again)
             // Signals from the terminal are the controller's to interpret, and helpers of the rank end with it.
@@ -83,15 +99,52 @@ impl Process {
                 ));
             }
         };
-        Ok(Self {
+        let process = Self {
             pid,
             started: Instant::now(),
             log: log_path,
             log_start,
             pidfd,
-            _stdin: child.stdin.take(),
+            is_child: true,
+            reaped: false,
+        };
+        entry.pid = pid.as_raw_nonzero().get().unsigned_abs();
+        // One that has ended by now is a zombie, and of no use to anybody.
+        if let Ok(ticks) = started_ticks(entry.pid) {
+            entry.started_ticks = ticks;
+            write_down(&entry)?;
+        }
+        Ok(process)
+    }
+
+    /// Watches a process that an earlier agent started. Blocks a little.
+    pub fn adopt(spec: &LaunchSpec, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
+        let gone = || StartError::Refused("the process that an earlier controller started has ended".to_owned());
+        let entry = registry::read(&spec.registry)
+            .unwrap_or_default()
+            .into_iter()
+            .find(|entry| (entry.worker(), entry.incarnation()) == (worker, incarnation))
+            .ok_or_else(gone)?;
+        let pid = i32::try_from(entry.pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|_| gone())?;
+        // Looked at after the pidfd was made: it is this very process that the pidfd stands for.
+        if !entry.lives() {
+            return Err(gone());
+        }
+        Ok(Self {
+            pid,
+            started: Instant::now(),
+            log: spec.log_dir.join(format!("worker-{}.log", entry.worker)),
+            log_start: entry.log_start,
+            pidfd: Arc::new(PidFd(pidfd)),
+            is_child: false,
             reaped: false,
         })
+    }
+
+    /// Another agent is in charge of it: it is neither killed nor reaped here.
+    pub fn let_go(&mut self) {
+        self.reaped = true;
     }
 
     /// Must be called within a tokio runtime.
@@ -112,6 +165,10 @@ impl Process {
     /// Kills what the rank left in its group, reaps it, and says how it ended. Call it once the pidfd is readable;
     /// before that it would block.
     pub fn reap(&mut self) -> io::Result<ExitCause> {
+        if !self.is_child {
+            self.reaped = true;
+            return Ok(ExitCause::Unknown);
+        }
         let ended = reap(self.pid, self.pidfd.0.as_fd());
         self.reaped = true;
         ended
@@ -133,6 +190,9 @@ impl Drop for Process {
             return;
         }
         self.kill();
+        if !self.is_child {
+            return;
+        }
         let (pid, pidfd) = (self.pid, Arc::clone(&self.pidfd));
         // A process in an uninterruptible system call outlives its SIGKILL; nobody here may wait for that.
         let reaper = std::thread::Builder::new().name("reaper".to_owned());

@@ -18,6 +18,8 @@ pub(super) struct RankProcess {
     pub incarnation: Incarnation,
     pub spec: Arc<LaunchSpec>,
     pub agent: ActorRef<NodeMessage>,
+    /// The process is there already, started by an earlier agent.
+    pub adopted: bool,
 }
 
 pub(super) enum LifeMessage {
@@ -26,6 +28,7 @@ pub(super) enum LifeMessage {
     /// The pidfd says so.
     Ended(io::Result<()>),
     Kill(String),
+    LetGo,
 }
 impl ractor::Message for LifeMessage {}
 
@@ -69,8 +72,13 @@ impl RankProcess {
 
     async fn start(&self, myself: &ActorRef<LifeMessage>, life: &mut Life) -> Result<(), ActorProcessingErr> {
         let (spec, worker, incarnation) = (Arc::clone(&self.spec), self.worker, self.incarnation);
+        let adopted = self.adopted;
+        let start = move || match adopted {
+            true => Process::adopt(&spec, worker, incarnation),
+            false => Process::start(&spec, worker, incarnation),
+        };
         // If this actor is killed while it waits here, the process is dropped where it comes to be, and so killed.
-        match tokio::task::spawn_blocking(move || Process::start(&spec, worker, incarnation)).await? {
+        match tokio::task::spawn_blocking(start).await? {
             Err(error) => self.start_failed(myself, life, error),
             Ok(process) => {
                 let (watch, watcher_myself) = (process.watch()?, myself.clone());
@@ -160,6 +168,13 @@ impl Actor for RankProcess {
             (LifeMessage::Ended(seen), Life::Running { .. }) => {
                 seen?;
                 self.finish(life).await?;
+                myself.stop(None);
+            }
+            (LifeMessage::LetGo, _) => {
+                if let Life::Running { process, .. } = &mut *life {
+                    process.let_go();
+                }
+                *life = Life::Over;
                 myself.stop(None);
             }
             (LifeMessage::Start | LifeMessage::Ended(_), _) | (LifeMessage::Kill(_), Life::Over) => {}

@@ -18,6 +18,7 @@ fn shell(script: &str, folder: &Path) -> LaunchSpec {
         args: vec!["-c".into(), script.into(), "sh".into()],
         env: vec![("TARAZED_TEST".into(), "set".into())],
         log_dir: folder.join("logs"),
+        registry: folder.join("ranks"),
     }
 }
 

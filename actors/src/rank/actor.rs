@@ -8,7 +8,7 @@ use super::root::RootMessage;
 use super::shard::{OptimizerShard, ShardMessage};
 use super::writer::WriterMessage;
 use super::{RankError, RankExit};
-use crate::link::ToController;
+use crate::link::{LinkError, ToController};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -16,14 +16,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tarazed_domain::config::Config;
-use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
+use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::data::decision::Decision;
-use tarazed_protocol::message::{BeginPlan, FromRank, Member, StateReport, StepLine, ToRank};
+use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateReport, StepLine, ToRank};
 use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
-use tarazed_train::feeder::Feeder;
+use tarazed_train::feeder::{Feeder, Share};
 use tarazed_train::generation::{Paused, ShardToSave};
 use tarazed_train::progress::Progress;
 
@@ -35,12 +35,19 @@ pub enum RankMessage {
     DeviceChannel(CommandSink),
     /// The writer of checkpoints.
     Writer(ActorRef<WriterMessage>),
-    /// The session to the controller is up; say this first.
-    Linked(Box<dyn ToController>, FromRank),
+    /// A session to a controller is up: the first one, or that of the controller that took over.
+    Linked {
+        uplink: Box<dyn ToController>,
+        /// Of the data plane's listener.
+        address: String,
+        pid: u32,
+    },
     /// The controller said this.
     Told(Vec<u8>),
     /// The controller is gone.
     ControllerLost(String),
+    /// No new one has come since the session of this number.
+    Orphaned(u64),
     /// Tell the controller.
     Tell(FromRank),
     /// The device thread finished a step.
@@ -94,12 +101,20 @@ impl DeviceEvents<CpuDevice> for DeviceReports {
     }
 
     fn failed(&self, generation: Generation, error: &StepError) {
-        let (suspects, corruption) = (error.suspects(), error.is_corruption());
         self.tell(FromRank::Failed {
             generation,
             cause: error.to_string(),
-            suspects,
-            corruption,
+            suspects: error.suspects(),
+            fatal: error.is_fatal(),
+            dispute: error.dispute(),
+        });
+    }
+
+    fn settled(&self, generation: Generation, step: StepsCompleted, digest: ItemDigest) {
+        self.tell(FromRank::Settled {
+            generation,
+            step,
+            digest,
         });
     }
 
@@ -136,6 +151,8 @@ pub struct RankActorState {
     device: Option<CommandSink>,
     writer: Option<ActorRef<WriterMessage>>,
     uplink: Option<Box<dyn ToController>>,
+    /// Sessions so far.
+    links: u64,
     control: Option<GenerationControl>,
     newest: Generation,
     shards: BTreeMap<OptimizerShardIndex, ActorRef<ShardMessage>>,
@@ -160,6 +177,7 @@ impl Actor for RankActor {
             device: None,
             writer: None,
             uplink: None,
+            links: 0,
             control: None,
             newest: Generation(0),
             shards: BTreeMap::new(),
@@ -175,18 +193,28 @@ impl Actor for RankActor {
         match message {
             RankMessage::DeviceChannel(sink) => state.device = Some(sink),
             RankMessage::Writer(writer) => state.writer = Some(writer),
-            RankMessage::Linked(uplink, ready) => {
+            RankMessage::Linked { uplink, address, pid } => {
                 state.uplink = Some(uplink);
-                state.tell(&ready)?;
+                state.links += 1;
+                let newest = state.newest;
+                state.tell(&FromRank::Ready { address, pid, newest })?;
             }
             RankMessage::Told(bytes) => state.told(&myself, &bytes).await?,
             RankMessage::ControllerLost(reason) => {
                 tracing::warn!(reason, "the controller is gone");
-                state.abort();
-                state
-                    .arguments
-                    .root
-                    .cast(RootMessage::Exit(Ok(RankExit::ControllerLost)))?;
+                state.uplink = None;
+                if state.newest == Generation(0) {
+                    state.end_without_controller()?; // it holds nothing that a new one could use
+                } else {
+                    // The step and the lines are held, and the data plane goes on by itself (STEP-6).
+                    let (links, patience_ms) = (state.links, state.arguments.config.timeouts().orphan_ms);
+                    myself.send_after(Duration::from_millis(patience_ms), move || RankMessage::Orphaned(links));
+                }
+            }
+            RankMessage::Orphaned(links) => {
+                if state.uplink.is_none() && state.links == links {
+                    state.end_without_controller()?;
+                }
             }
             RankMessage::Tell(message) => state.tell(&message)?,
             RankMessage::Line(generation, line) => {
@@ -218,10 +246,24 @@ impl Actor for RankActor {
 }
 
 impl RankActorState {
+    /// Tells the controller, if there is one; what is lost with a session is asked for again by the next fence.
     fn tell(&self, message: &FromRank) -> Result<(), ActorProcessingErr> {
-        if let Some(uplink) = &self.uplink {
-            uplink.send(message.encode().map_err(|e| e.to_string())?)?;
+        let Some(uplink) = &self.uplink else {
+            return Ok(());
+        };
+        match uplink.send(message.encode().map_err(|e| e.to_string())?) {
+            Ok(()) => Ok(()),
+            // That the session is over is about to be said.
+            Err(LinkError::Disconnected(_) | LinkError::Overrun { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
+    }
+
+    fn end_without_controller(&self) -> Result<(), ActorProcessingErr> {
+        self.abort();
+        self.arguments
+            .root
+            .cast(RootMessage::Exit(Ok(RankExit::ControllerLost)))?;
         Ok(())
     }
 
@@ -277,7 +319,7 @@ impl RankActorState {
             .ok_or("the plan's roster does not name this rank")?;
         let feed = Feed {
             generation: plan.generation,
-            lanes: plan.roster[rank].lanes,
+            share: Share::of(&plan, Rank(rank as u32)),
             base: plan.base,
             last_step: plan.last_step,
             decided: plan.decided,
@@ -353,6 +395,7 @@ impl RankActorState {
                     step,
                     shard: index,
                     cause: "the shard has moved to another rank".to_owned(),
+                    full: false,
                 })?,
             }
         }
@@ -369,6 +412,7 @@ impl RankActorState {
             step: progress.step(),
             progress: progress.work(),
             phase: progress.phase().name().to_owned(),
+            lane_us: progress.lane_us(),
         })
     }
 

@@ -3,10 +3,10 @@
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
 use tarazed_domain::config::MixtureConfig;
-use tarazed_domain::{Generation, LaneRange, StepsCompleted};
+use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
 use tarazed_protocol::data::decision::Decision;
-use tarazed_train::feeder::Feeder;
+use tarazed_train::feeder::{Feeder, Share};
 
 pub enum FeederMessage {
     /// Lines through this one are written; their decisions.
@@ -22,7 +22,7 @@ impl ractor::Message for FeederMessage {}
 /// What the feeder is to prepare, as one generation's plan says.
 pub struct Feed<'a> {
     pub generation: Generation,
-    pub lanes: LaneRange,
+    pub share: Share,
     pub base: StepsCompleted,
     pub last_step: StepsCompleted,
     pub decided: StepsCompleted,
@@ -37,7 +37,7 @@ pub struct Feed<'a> {
 pub fn begin(feeder: &Feeder, recipe: &Recipe, mixture: &MixtureConfig, feed: &Feed<'_>) -> Result<(), String> {
     let cursor =
         DataCursor::restore(recipe.clone(), mixture, feed.decided, feed.decisions).map_err(|e| e.to_string())?;
-    feeder.begin(cursor, feed.generation, feed.lanes, feed.base.next(), feed.last_step);
+    feeder.begin(cursor, feed.generation, feed.share, feed.base.next(), feed.last_step);
     Ok(())
 }
 

@@ -1,25 +1,29 @@
 //! A rank process: its actors around one device thread.
 //!
 //! `RankRoot` is the parent of all. A rank is replaced as a whole: whatever of it fails ends the process with the cause on
-//! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it.
+//! standard error, where the node agent picks it up (SUP-1). The process holds no state that outlives it; it outlives its
+//! controller for a while ([`home`]), so that a new one may go on with what it holds.
 
 mod actor;
 mod feeder;
+mod home;
 mod restore;
 mod root;
 mod shard;
 mod writer;
 
-use crate::link::{PeerId, UplinkConfig, UplinkEvent, connect_uplink};
+use crate::link::PeerId;
 use crate::run_folder::RunPaths;
 pub use actor::CommandSink;
+use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Split, TokenStore};
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterTransport, Config};
 use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
 use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
@@ -27,6 +31,7 @@ use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+pub use tarazed_train::harm::Harm;
 use tarazed_train::progress::Progress;
 use tarazed_train::state::RankState;
 
@@ -48,6 +53,8 @@ pub struct RankArgs {
     pub worker: u32,
     /// Which life of it.
     pub incarnation: u32,
+    /// Harm to be done to it on purpose.
+    pub harm: Option<Harm>,
 }
 
 /// A rank that could not start or could not go on.
@@ -66,7 +73,7 @@ impl RankError {
 pub enum RankExit {
     /// Told to leave.
     Left,
-    /// The controller is gone: nothing more can be committed in this life.
+    /// The controller is gone and no other has come: nothing more can be committed in this life.
     ControllerLost,
 }
 
@@ -149,6 +156,24 @@ pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
     exit
 }
 
+/// Where the data plane of this worker listens. Config validation keeps the ports of all workers within range.
+fn transport(config: &Config, args: &RankArgs) -> Transport {
+    let cluster = &config.cluster;
+    let of_worker = |port: u16| match port {
+        0 => 0,
+        first => first.saturating_add(u16::try_from(args.worker).unwrap_or(u16::MAX)),
+    };
+    match cluster.transport {
+        ClusterTransport::Unix => Transport::Unix {
+            dir: args.sockets.clone(),
+        },
+        ClusterTransport::Tcp => Transport::TcpAt {
+            at: SocketAddr::from((Ipv4Addr::LOCALHOST, of_worker(cluster.mesh_port))),
+            advertised_port: of_worker(cluster.mesh_advertise_port),
+        },
+    }
+}
+
 async fn serve(
     args: &RankArgs,
     paths: RunPaths,
@@ -169,12 +194,10 @@ async fn serve(
         domain_count: config.data.domains.len(),
         evaluation_interval_steps: config.evaluation.interval_steps,
         held_out_sequences_max: config.evaluation.sequences_per_domain_max,
+        audit_interval_steps: config.fault.audit_interval_steps,
     };
     let feeder = Feeder::new(cursor, rules, Arc::new(TokenSamples(tokens)));
-    let transport = Transport::Unix {
-        dir: args.sockets.clone(),
-    };
-    let listener = Listener::bind(&transport).map_err(|e| RankError::because("data plane")(&e))?;
+    let listener = Listener::bind(&transport(&config, args)).map_err(|e| RankError::because("data plane")(&e))?;
     let address = listener.address();
     let progress: Arc<Progress> = Arc::default();
     let store = StoreSource::new(paths.store_location(&config), handle);
@@ -192,7 +215,8 @@ async fn serve(
     let tree = RankTree::start(parts).await?;
     let device = DeviceThread {
         state: RankState::new(Arc::clone(&config), CpuDevice::new(), progress)
-            .map_err(|e| RankError::because("device")(&e))?,
+            .map_err(|e| RankError::because("device")(&e))?
+            .harmed(args.harm),
         member,
         data_plane: Box::new(Sockets {
             listener,
@@ -203,29 +227,20 @@ async fn serve(
         events: tree.device_events(),
     };
     tree.start_device(device)?;
-    let heard = tree.clone();
-    let uplink = connect_uplink(
-        UplinkConfig {
-            address: args.controller.clone(),
-            token,
-            peer: PeerId {
-                worker: member.worker,
-                incarnation: member.incarnation,
-            },
-            connect: Duration::from_millis(config.timeouts().connect_ms),
-            failure: Duration::from_millis(config.timeouts().failure_ms),
-            supervisor: Some(tree.cell()),
+    let home = Home {
+        paths,
+        token,
+        peer: PeerId {
+            worker: member.worker,
+            incarnation: member.incarnation,
         },
-        move |event| match event {
-            UplinkEvent::Message(body) => heard.told(body.into_vec()),
-            UplinkEvent::Lost(reason) => heard.controller_lost(reason),
-        },
-    )
-    .await
-    .map_err(|e| RankError::because("control plane")(&e))?;
-    tree.linked(Box::new(uplink), address, std::process::id());
-    match exit.await {
-        Ok(result) => result,
-        Err(_) => Err(RankError("the rank's root ended without a word".to_owned())),
-    }
+        timeouts: config.timeouts(),
+        listener: address,
+        tree,
+    };
+    let linked = home.first(&args.controller).await?;
+    let staying = tokio::spawn(home.stay(linked));
+    let result = exit.await;
+    staying.abort();
+    result.unwrap_or_else(|_| Err(RankError("the rank's root ended without a word".to_owned())))
 }

@@ -7,14 +7,14 @@ use super::writer::{CheckpointWriter, WriterArguments};
 use super::{RankError, RankExit};
 use crate::link::ToController;
 use crate::supervision::death;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::sync::Arc;
 use std::sync::mpsc;
 use tarazed_domain::ShardLayout;
 use tarazed_domain::config::Config;
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
-use tarazed_protocol::message::{FromRank, Member};
+use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceEvents, DeviceThread};
 use tarazed_train::feeder::Feeder;
 use tarazed_train::progress::Progress;
@@ -59,6 +59,12 @@ pub struct Children {
     rank: ActorRef<RankMessage>,
 }
 
+pub struct RankRootState {
+    exit: Option<ExitSender>,
+    /// Those that live as long as the process. Sessions come and go.
+    lasting: [ActorId; 3],
+}
+
 impl RankTree {
     /// Starts the actors; the device thread follows.
     ///
@@ -80,9 +86,9 @@ impl RankTree {
         self.tell(RankMessage::DeviceChannel(device));
     }
 
-    /// The session to the controller is up: the rank says that it is ready.
+    /// A session to the controller is up: the rank says that it is ready, or back.
     pub fn linked(&self, uplink: Box<dyn ToController>, address: String, pid: u32) {
-        self.tell(RankMessage::Linked(uplink, FromRank::Ready { address, pid }));
+        self.tell(RankMessage::Linked { uplink, address, pid });
     }
 
     /// The controller said this.
@@ -93,6 +99,12 @@ impl RankTree {
     /// The session is over.
     pub fn controller_lost(&self, reason: String) {
         self.tell(RankMessage::ControllerLost(reason));
+    }
+
+    /// It must end: a controller has replaced it, or runs on without it.
+    pub fn dismissed(&self, reason: String) {
+        // An error means that the rank ends already.
+        let _ = self.root.cast(RootMessage::Exit(Err(RankError(reason))));
     }
 
     /// Ends it as a crash would: nothing more is handled.
@@ -145,7 +157,7 @@ impl RankTree {
 
 impl Actor for RankRoot {
     type Msg = RootMessage;
-    type State = Option<ExitSender>;
+    type State = RankRootState;
     type Arguments = (RankParts, oneshot::Sender<Children>);
 
     async fn pre_start(
@@ -154,7 +166,8 @@ impl Actor for RankRoot {
         (arguments, started): Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let parent = myself.get_cell();
-        let (feeder, _) = Actor::spawn_linked(None, DataFeeder, Arc::clone(&arguments.feeder), parent.clone()).await?;
+        let feed = Arc::clone(&arguments.feeder);
+        let (data_feeder, _) = Actor::spawn_linked(None, DataFeeder, feed, parent.clone()).await?;
         let layout =
             tarazed_model::parameter_layout(&arguments.config.model, arguments.config.optimizer.block_elements);
         let shards = ShardLayout::new(&layout, arguments.config.optimizer.shards);
@@ -163,7 +176,7 @@ impl Actor for RankRoot {
             config: arguments.config,
             recipe: arguments.recipe,
             feed: arguments.feeder,
-            feeder,
+            feeder: data_feeder.clone(),
             progress: arguments.progress,
             root: myself.clone(),
         };
@@ -174,21 +187,25 @@ impl Actor for RankRoot {
             rank: rank.clone(),
         };
         let (writer, _) = Actor::spawn_linked(None, CheckpointWriter, writer_arguments, parent).await?;
+        let lasting = [data_feeder.get_id(), rank.get_id(), writer.get_id()];
         rank.cast(RankMessage::Writer(writer))?;
         if started.send(Children { rank }).is_err() {
             return Err("nobody waits for this rank".into());
         }
-        Ok(Some(arguments.exit))
+        Ok(RankRootState {
+            exit: Some(arguments.exit),
+            lasting,
+        })
     }
 
     async fn handle(
         &self,
         _myself: ActorRef<Self::Msg>,
         message: Self::Msg,
-        exit: &mut Self::State,
+        state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         let RootMessage::Exit(result) = message;
-        leave(exit, result);
+        leave(&mut state.exit, result);
         Ok(())
     }
 
@@ -196,10 +213,13 @@ impl Actor for RankRoot {
         &self,
         _myself: ActorRef<Self::Msg>,
         event: SupervisionEvent,
-        exit: &mut Self::State,
+        state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        if let Some(death) = death(event) {
-            leave(exit, Err(RankError(format!("an actor of this rank {}", death.cause))));
+        if let Some(death) = death(event)
+            && (!death.orderly || state.lasting.contains(&death.child.get_id()))
+        {
+            let cause = format!("an actor of this rank {}", death.cause);
+            leave(&mut state.exit, Err(RankError(cause)));
         }
         Ok(())
     }

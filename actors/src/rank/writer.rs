@@ -78,7 +78,7 @@ impl Actor for CheckpointWriter {
             WriterMessage::Store(snapshot) => {
                 if let Some(older) = state.waiting.insert(snapshot.shard, snapshot) {
                     let cause = format!("{CHECKPOINTS_IN_FLIGHT_MAX} checkpoints are still being uploaded");
-                    state.tell(lost(&older, cause))?;
+                    state.tell(lost(&older, cause, false))?;
                 }
             }
             WriterMessage::Ended { step, report } => {
@@ -131,13 +131,18 @@ impl WriterState {
     }
 }
 
-fn lost(snapshot: &Snapshot, cause: String) -> FromRank {
+fn lost(snapshot: &Snapshot, cause: String, full: bool) -> FromRank {
     FromRank::ShardLost {
         generation: snapshot.generation,
         step: snapshot.step,
         shard: snapshot.shard,
         cause,
+        full,
     }
+}
+
+fn refused(snapshot: &Snapshot, error: &StoreError) -> FromRank {
+    lost(snapshot, error.to_string(), matches!(error, StoreError::Full { .. }))
 }
 
 #[tracing::instrument(name = "upload", skip_all, fields(step = snapshot.step.0, shard = snapshot.shard.0))]
@@ -145,7 +150,7 @@ async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -
     let (step, shard) = (snapshot.step, snapshot.shard);
     let store = match store.store().await {
         Ok(store) => store,
-        Err(error) => return lost(snapshot, error.to_string()),
+        Err(error) => return refused(snapshot, &error),
     };
     let geometry = ShardGeometry::of(&layout, shard);
     let mut tries = 0;
@@ -170,7 +175,7 @@ async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -
                 tries += 1;
                 tokio::time::sleep(Duration::from_millis(100 << tries)).await;
             }
-            Err(error) => return lost(snapshot, error.to_string()),
+            Err(error) => return refused(snapshot, &error),
         }
     }
 }

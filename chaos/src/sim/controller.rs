@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::{
-    Appended, Claimed, Ear, Edges, JsonLines, LoopRules, Notice, TraceFile, TraceSink, Tree, TreeParts,
+    Appended, Claimed, Ear, Edges, JsonLines, LoopRules, Notice, Past, TraceFile, TraceSink, Tree, TreeParts,
 };
 use tarazed_actors::link::{Body, HubEvent, LinkError, PeerId, ToRanks};
 use tarazed_actors::node::{ExitCause, NodeCommand, NodeError, NodeEvent, Processes, StartError};
@@ -88,6 +88,11 @@ impl Life {
         }
     }
 
+    /// Somebody wants another number of ranks.
+    pub fn resize(&self, ranks: u32) {
+        self.say(move |ear| ear.resize(ranks));
+    }
+
     /// A signal asks for the end.
     pub fn stop(&self) {
         self.say(Ear::stop);
@@ -152,7 +157,7 @@ async fn carry_down(
     process: Arc<Process>,
     mut messages: mpsc::UnboundedReceiver<Vec<u8>>,
 ) {
-    let mut random = world.random("down", u64::from(process.pid));
+    let mut random = world.random("down", (life.number << 32) + u64::from(process.pid));
     loop {
         let died = life.died.notified();
         if !life.is_alive() {
@@ -169,7 +174,7 @@ async fn carry_down(
         process.told(message).await;
     }
     tokio::time::sleep(travel(&world, &mut random)).await;
-    process.controller_lost().await;
+    process.controller_lost(&world, &life).await;
 }
 
 fn travel(world: &World, random: &mut Random) -> Duration {
@@ -204,7 +209,8 @@ impl SimHub {
         let (what, recovery) = match ToRank::decode(body) {
             Ok(ToRank::Fence { generation }) => (format!("fence {generation}"), true),
             Ok(ToRank::Begin(plan)) => {
-                self.world.losses.begins(plan.generation, plan.roster.len());
+                let copies = plan.shards.iter().map(Vec::len).min().unwrap_or(0);
+                self.world.losses.begins(plan.generation, copies);
                 let ranks = plan.roster.len();
                 (
                     format!("begin {} at {} with {ranks} ranks", plan.generation, plan.base),
@@ -270,7 +276,28 @@ impl Processes for SimNode {
                     process.end(&self.world, ExitCause::Signal(9), Some(reason));
                 }
             }
-            NodeCommand::StopAll => {}
+            NodeCommand::Adopt { worker, incarnation } => {
+                let member = Member { worker, incarnation };
+                let found = self.world.newest_of(worker);
+                match found.filter(|process| process.member == member && process.is_alive()) {
+                    Some(process) => {
+                        process.adopted_by(&self.life);
+                        let pid = process.pid;
+                        lock(&self.life.processes).insert(member, process);
+                        self.life.hear(NodeEvent::Started {
+                            worker,
+                            incarnation,
+                            pid,
+                        });
+                    }
+                    None => self.life.hear(NodeEvent::StartFailed {
+                        worker,
+                        incarnation,
+                        error: StartError::Refused("it has ended".to_owned()),
+                    }),
+                }
+            }
+            NodeCommand::StopAll | NodeCommand::LetGo => {}
         }
         Ok(())
     }
@@ -345,7 +372,7 @@ pub async fn live(world: &Arc<World>, number: u64, ranks: u32) -> LifeEnd {
         world.tear_trace();
     }
     if end != LifeEnd::Killed {
-        // An orderly end takes along what is left of the ranks; those of a killed one end by themselves.
+        // An orderly end takes along what is left of the ranks; those of a killed one wait for another.
         for process in life.processes() {
             process.end(world, ExitCause::Signal(9), Some("the run is over".to_owned()));
         }
@@ -377,13 +404,20 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         Ok(lines) => lines,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };
+    let lives = world.past_lives();
+    if !lives.iter().any(|past| past.lives) {
+        world.losses.new_life();
+    }
+    let past = match Past::new(lives, &world.paths.trace(), &lines) {
+        Ok(past) => past,
+        Err(error) => return LifeEnd::Code(3, error.to_string()),
+    };
     let store = world.store(1_000_000 + life.number);
     let fence = match store.claim(Generation(1)).await {
         Ok(fence) => fence,
         Err(error) => return LifeEnd::Code(33, error.to_string()),
     };
     let (shown, checked) = (world.history.clone(), Arc::downgrade(world));
-    world.losses.new_life();
     let parts = TreeParts {
         config: life.config(),
         last_step: StepsCompleted(world.scenario.steps),
@@ -406,7 +440,14 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
                     world.check_loss();
                 }
             }
-            Notice::Warning(text) => shown.note(&format!("warning: {text}")),
+            Notice::Warning(text) => {
+                shown.note(&format!("warning: {text}"));
+                // What ranks hold is given up on purpose.
+                let in_doubt = text.contains("silent data corruption") || text.contains("another state than the trace");
+                if let Some(world) = checked.upgrade().filter(|_| in_doubt) {
+                    world.losses.new_life();
+                }
+            }
             Notice::Checkpoint { step, .. } => shown.note(&format!("checkpoint of {step}")),
             Notice::Decided(decisions) => shown.note(&format!("{} decisions", decisions.len())),
             _ => {}
@@ -434,6 +475,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
             life: Arc::clone(life),
         }),
         trace: Box::new(SimTrace(sink)),
+        past,
     });
     let mut fall = Fall(begun);
     let listening = async {

@@ -7,6 +7,8 @@ use super::world::World;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_actors::node::ExitCause;
+use tarazed_domain::StepIndex;
+use tarazed_train::harm::{Harm, Place};
 use tokio::time::Instant;
 
 /// Does what the scenario says until its fault phase is over.
@@ -18,7 +20,7 @@ pub async fn disturb(world: Arc<World>) {
         .faults
         .iter()
         .copied()
-        .filter(|kind| *kind != Fault::KillInRecovery)
+        .filter(|kind| !matches!(kind, Fault::KillInRecovery | Fault::FlipBit))
         .collect();
     while !kinds.is_empty() {
         let wait = Duration::from_millis(random.waiting_ms(world.scenario.fault_every_ms));
@@ -100,8 +102,29 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         }
         Fault::StoreErrors => world.weather.errors(a_while),
         Fault::StoreSlow => world.weather.slow(a_while),
-        Fault::KillController | Fault::Stop | Fault::KillInRecovery => strike_controller(world, kind),
+        Fault::Resize => {
+            let ranks = random.between(1, u64::from(world.scenario.lanes)) as u32;
+            world.history.note(&format!("{ranks} ranks are wanted"));
+            life.resize(ranks);
+        }
+        Fault::KillController | Fault::Stop | Fault::KillInRecovery | Fault::FlipBit => strike_controller(world, kind),
     }
+}
+
+/// The bit that will flip in a process that starts now, if any.
+pub fn flip(world: &World, pid: u32) -> Option<Harm> {
+    let mut random = world.random("flip", u64::from(pid));
+    if !world.scenario.has(Fault::FlipBit) || world.is_calm() || !random.chance(0.15) {
+        return None;
+    }
+    Some(Harm {
+        step: StepIndex(random.between(0, world.scenario.steps)),
+        place: random.pick(&[Place::Master, Place::FirstMoment, Place::SecondMoment]),
+        shard: random.between(0, 5) as usize,
+        element: random.between(0, 63) as usize,
+        bit: random.between(12, 30) as u8,
+        stuck: false,
+    })
 }
 
 fn strike_controller(world: &Arc<World>, kind: Fault) {

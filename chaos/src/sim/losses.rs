@@ -11,9 +11,9 @@ pub struct Losses(Mutex<Count>);
 #[derive(Default)]
 struct Count {
     generation: Generation,
-    ranks: usize,
-    /// Ranks of the generation in which the state was last whole.
-    whole_ranks: usize,
+    copies: usize,
+    /// Copies of each shard in the generation in which the state was last whole.
+    whole_copies: usize,
     /// Deaths since that generation began, but for those since the newest one did.
     before: usize,
     since: usize,
@@ -26,7 +26,7 @@ impl Losses {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A controller begins: no rank holds anything.
+    /// A controller begins and no rank holds anything, or what they hold is not believed any more.
     pub fn new_life(&self) {
         *self.lock() = Count {
             unknown: true,
@@ -34,11 +34,11 @@ impl Losses {
         };
     }
 
-    /// A generation begins; said once for each of its ranks.
-    pub fn begins(&self, generation: Generation, ranks: usize) {
+    /// A generation begins, with so many copies of each shard; said once for each of its ranks.
+    pub fn begins(&self, generation: Generation, copies: usize) {
         let mut count = self.lock();
         if count.generation != generation {
-            (count.generation, count.ranks) = (generation, ranks);
+            (count.generation, count.copies) = (generation, copies);
             count.before += std::mem::take(&mut count.since);
         }
     }
@@ -47,7 +47,7 @@ impl Losses {
     pub fn runs(&self, generation: Generation) {
         let mut count = self.lock();
         if count.generation == generation {
-            (count.before, count.whole_ranks, count.unknown) = (0, count.ranks, false);
+            (count.before, count.whole_copies, count.unknown) = (0, count.copies, false);
         }
     }
 
@@ -56,10 +56,10 @@ impl Losses {
         self.lock().since += 1;
     }
 
-    /// Whether so many deaths may have cost the last copy of something, where there are `replicas` of each.
-    pub fn explain(&self, replicas: u32) -> Result<(), String> {
+    /// Whether so many deaths may have cost the last copy of something.
+    pub fn explain(&self) -> Result<(), String> {
         let count = self.lock();
-        let (deaths, copies) = (count.before + count.since, count.whole_ranks.min(replicas as usize));
+        let (deaths, copies) = (count.before + count.since, count.whole_copies);
         if count.unknown || deaths >= copies {
             Ok(())
         } else {

@@ -6,6 +6,7 @@
 
 use super::controller::Life;
 use super::coroutine::{Coroutine, wait_for};
+use super::faults::flip;
 use super::mesh::{Generational, SimPlane};
 use super::world::World;
 use std::collections::VecDeque;
@@ -51,8 +52,8 @@ pub struct Process {
     pub pid: u32,
     /// Whose life it is.
     pub member: Member,
-    /// The controller that started it.
-    pub life: Arc<Life>,
+    /// The controller that started it, or has taken it over since.
+    life: Mutex<Arc<Life>>,
     /// Its device thread hangs.
     stuck: Arc<AtomicBool>,
     state: Mutex<State>,
@@ -72,7 +73,7 @@ impl Process {
         let process = Arc::new(Self {
             pid,
             member,
-            life: Arc::clone(life),
+            life: Mutex::new(Arc::clone(life)),
             stuck: Arc::default(),
             state: Mutex::default(),
             changed: Notify::new(),
@@ -84,6 +85,16 @@ impl Process {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The controller that watches it.
+    pub fn life(&self) -> Arc<Life> {
+        Arc::clone(&self.life.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on this controller watches it.
+    pub fn adopted_by(&self, life: &Arc<Life>) {
+        *self.life.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(life);
     }
 
     /// Whether it is there at all.
@@ -166,7 +177,7 @@ impl Process {
             }
             tokio::time::sleep(Duration::from_micros(random.between(50, 3_000))).await;
             world.forget(&me);
-            me.life.hear_of(&me, cause, killed);
+            me.life().hear_of(&me, cause, killed);
         });
     }
 
@@ -178,19 +189,56 @@ impl Process {
         }
     }
 
-    /// The controller is gone.
-    pub async fn controller_lost(&self) {
+    /// The controller is gone; it looks for the next one, as the run folder names it.
+    pub async fn controller_lost(self: &Arc<Self>, world: &Arc<World>, lost: &Arc<Life>) {
         self.until_it_runs().await;
-        if let Some(tree) = self.lock().tree.clone() {
-            tree.controller_lost("the controller closed the connection".to_owned());
+        let Some(tree) = self.lock().tree.clone() else {
+            return;
+        };
+        tree.controller_lost("the controller closed the connection".to_owned());
+        let mut random = world.random("look", (lost.number << 32) + u64::from(self.pid));
+        while self.is_alive() {
+            tokio::time::sleep(Duration::from_millis(random.between(1, 100))).await;
+            self.until_it_runs().await;
+            let next = world
+                .life()
+                .filter(|life| life.is_alive() && life.number != lost.number);
+            if let Some(life) = next
+                && self.is_alive()
+                && self.link(world, &life, &tree)
+            {
+                return;
+            }
         }
+    }
+
+    /// Opens a session to a controller; false if nobody is there.
+    fn link(self: &Arc<Self>, world: &Arc<World>, life: &Arc<Life>, tree: &RankTree) -> bool {
+        if !life.connect(world, self) {
+            return false;
+        }
+        let (up, messages) = mpsc::unbounded_channel();
+        self.lock().up = Some(up.clone());
+        tokio::spawn(carry_up(
+            Arc::clone(world),
+            Arc::clone(self),
+            Arc::clone(life),
+            messages,
+        ));
+        let uplink = SimUplink {
+            world: Arc::clone(world),
+            process: Arc::clone(self),
+            up,
+        };
+        tree.linked(Box::new(uplink), format!("process {}", self.pid), self.pid);
+        true
     }
 }
 
 /// From the program's start to its end.
 async fn boot(world: Arc<World>, process: Arc<Process>) {
     let mut random = world.random("boot", u64::from(process.pid));
-    let (life, member) = (Arc::clone(&process.life), process.member);
+    let (life, member) = (process.life(), process.member);
     tokio::time::sleep(Duration::from_micros(random.between(500, 2_000))).await;
     life.hear(NodeEvent::Started {
         worker: member.worker,
@@ -206,18 +254,9 @@ async fn boot(world: Arc<World>, process: Arc<Process>) {
         Err(error) => return world.fail(&format!("{member} could not start: {error}")),
     };
     process.lock().tree = Some(tree.clone());
-    let (up, messages) = mpsc::unbounded_channel();
-    if !life.connect(&world, &process) {
+    if !process.link(&world, &life, &tree) {
         return process.end(&world, ExitCause::Code(1), None);
     }
-    process.lock().up = Some(up.clone());
-    tokio::spawn(carry_up(Arc::clone(&world), Arc::clone(&process), messages));
-    let uplink = SimUplink {
-        world: Arc::clone(&world),
-        process: Arc::clone(&process),
-        up,
-    };
-    tree.linked(Box::new(uplink), format!("process {}", process.pid), process.pid);
     let cause = match exit.await {
         Ok(Ok(RankExit::Left)) => ExitCause::Code(0),
         Ok(Ok(RankExit::ControllerLost)) => ExitCause::Code(1),
@@ -239,7 +278,7 @@ async fn assemble(
     process: &Arc<Process>,
     exit: oneshot::Sender<Result<RankExit, RankError>>,
 ) -> Result<RankTree, String> {
-    let config = process.life.config();
+    let config = process.life().config();
     let give_way: GiveWay = Arc::new(|| wait_for(tokio::time::sleep(GIVE_WAY)));
     let waiting = Waiting::GivingWay(give_way);
     let cursor = DataCursor::new(world.recipe.clone(), &config.mixture).map_err(|e| e.to_string())?;
@@ -258,7 +297,7 @@ async fn assemble(
     let tree = RankTree::start(parts).await.map_err(|e| e.to_string())?;
     let state = RankState::new(config, CpuDevice::new(), progress).map_err(|e| e.to_string())?;
     let device = DeviceThread {
-        state: state.with_waiting(waiting),
+        state: state.with_waiting(waiting).harmed(flip(world, process.pid)),
         member: process.member,
         data_plane: Box::new(SimPlane {
             world: Arc::clone(world),
@@ -369,9 +408,14 @@ impl ToController for SimUplink {
 }
 
 /// Carries messages to the controller: each takes its time, none overtakes another.
-async fn carry_up(world: Arc<World>, process: Arc<Process>, mut messages: mpsc::UnboundedReceiver<Up>) {
-    let (member, life) = (process.member, Arc::clone(&process.life));
-    let mut random = world.random("up", u64::from(process.pid));
+async fn carry_up(
+    world: Arc<World>,
+    process: Arc<Process>,
+    life: Arc<Life>,
+    mut messages: mpsc::UnboundedReceiver<Up>,
+) {
+    let member = process.member;
+    let mut random = world.random("up", (life.number << 32) + u64::from(process.pid));
     while let Some(message) = messages.recv().await {
         process.until_it_runs().await;
         tokio::time::sleep(Duration::from_micros(random.between(20, world.scenario.link_us_max))).await;
@@ -402,6 +446,7 @@ fn name_of(body: &[u8]) -> String {
         Ok(FromRank::Ready { .. }) => "ready".to_owned(),
         Ok(FromRank::Running { generation, base, .. }) => format!("generation {generation} runs from {base}"),
         Ok(FromRank::Failed { generation, cause, .. }) => format!("failed in {generation}: {cause}"),
+        Ok(FromRank::Settled { step, .. }) => format!("step {step} settled"),
         Ok(FromRank::Paused { step, saving, .. }) => format!("paused at {step}, saving: {saving}"),
         Ok(FromRank::ShardSaved { step, shard, .. }) => format!("shard {shard} of {step} saved"),
         Ok(FromRank::ShardLost { step, shard, cause, .. }) => format!("shard {shard} of {step} lost: {cause}"),

@@ -18,7 +18,7 @@ use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::state::RankState;
 use tarazed_train::waiting::Waiting;
@@ -63,6 +63,7 @@ pub const fn feed_rules(lane_count: u32) -> FeedRules {
         domain_count: 2,
         evaluation_interval_steps: 4,
         held_out_sequences_max: 2,
+        audit_interval_steps: 3,
     }
 }
 
@@ -114,7 +115,7 @@ impl Reference {
         feeder.begin(
             cursor()?,
             plan.generation,
-            world.my_lanes(),
+            Share::of(&plan, world.rank),
             StepIndex(0),
             plan.last_step,
         );
@@ -177,6 +178,7 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(config.run.steps),
         checkpoint_at_base: false,
+        disputed: None,
     }
 }
 
@@ -219,6 +221,8 @@ impl Told {
 
 impl Reporter<CpuDevice> for Teller<'_> {
     fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+
+    fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 
     fn line(&self, line: StepLine) {
         let mut told = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

@@ -32,6 +32,10 @@ pub enum Fault {
     KillController,
     /// A signal asks for a last checkpoint and the end; the run is started again, at another world size.
     Stop,
+    /// Somebody asks for another number of ranks.
+    Resize,
+    /// One bit of a rank's optimizer state is flipped.
+    FlipBit,
     /// The store answers with errors for a while; half of the requests were carried out all the same.
     StoreErrors,
     /// The store is slow for a while.
@@ -40,7 +44,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -52,6 +56,8 @@ impl Fault {
         Self::SpoilFrames,
         Self::KillController,
         Self::Stop,
+        Self::Resize,
+        Self::FlipBit,
         Self::StoreErrors,
         Self::StoreSlow,
     ];
@@ -66,6 +72,8 @@ pub struct Scenario {
     pub lanes: u32,
     /// Rank processes at first.
     pub ranks: u32,
+    /// Processes held ready beside them.
+    pub spares: u32,
     /// Steps of the run.
     pub steps: u64,
     /// Optimizer shards at most.
@@ -111,6 +119,7 @@ impl Scenario {
             seed,
             lanes,
             ranks,
+            spares: random.pick(&[0, 0, 0, 1, 2]),
             steps: random.between(10, 30),
             shards: random.between(1, 6) as u32,
             replicas: random.between(1, u64::from(ranks.min(3))) as u32,
@@ -149,6 +158,7 @@ impl Scenario {
             shards,
             checkpoint_interval_steps,
             keep_last,
+            spares,
             ..
         } = self;
         // A seed of the run is a signed number of its file.
@@ -205,6 +215,7 @@ interval_steps = {checkpoint_interval_steps}
 keep_last = {keep_last}
 [cluster]
 ranks = {ranks}
+spares = {spares}
 [fault]
 timeout_ms = {timeout_ms}
 restarts_max = 1000

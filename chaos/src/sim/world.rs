@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::ManifestFacts;
 use tarazed_actors::run_folder::RunPaths;
-use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_domain::{Generation, StepsCompleted, WorkerId};
+use tarazed_protocol::coordinator::PastLife;
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::message::Member;
@@ -47,6 +48,7 @@ pub struct World {
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
     pids: AtomicU32,
+    newest: Mutex<BTreeMap<WorkerId, Arc<Process>>>,
     spoiled: AtomicBool,
     cuts: Mutex<BTreeMap<(u32, u32), Instant>>,
     meetings: Mutex<BTreeMap<(u64, Generation), Arc<Generational>>>,
@@ -91,6 +93,7 @@ impl World {
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),
+            newest: Mutex::default(),
             spoiled: AtomicBool::new(false),
             cuts: Mutex::default(),
             meetings: Mutex::default(),
@@ -159,7 +162,24 @@ impl World {
     /// Starts a rank's process.
     pub fn new_process(self: &Arc<Self>, life: &Arc<Life>, member: Member) -> Arc<Process> {
         let pid = self.pids.fetch_add(1, Ordering::Relaxed);
-        Process::start(self, life, pid, member)
+        let process = Process::start(self, life, pid, member);
+        lock(&self.newest).insert(member.worker, Arc::clone(&process));
+        process
+    }
+
+    /// The newest process of a worker.
+    pub fn newest_of(&self, worker: WorkerId) -> Option<Arc<Process>> {
+        lock(&self.newest).get(&worker).cloned()
+    }
+
+    /// What a new controller reads in the run folder of those that were started before.
+    pub fn past_lives(&self) -> Vec<PastLife> {
+        let newest = lock(&self.newest);
+        let past = newest.values().map(|process| PastLife {
+            member: process.member,
+            lives: process.is_alive(),
+        });
+        past.collect()
     }
 
     /// A controller lives.
@@ -175,8 +195,9 @@ impl World {
     /// The meeting point of a generation's ranks.
     pub fn meet(&self, process: &Process, generation: Generation, world_size: usize) -> Arc<Generational> {
         let mut meetings = lock(&self.meetings);
-        let key = (process.life.number, generation);
-        let numbers = (process.life.number << 32) + generation.0;
+        let life = process.life().number;
+        let key = (life, generation);
+        let numbers = (life << 32) + generation.0;
         let random = self.random("mesh", numbers);
         Arc::clone(
             meetings
@@ -249,6 +270,11 @@ impl World {
         lock(&self.cuts).clear();
     }
 
+    /// Whether nothing is done to the run any more.
+    pub fn is_calm(&self) -> bool {
+        self.faults_over.load(Ordering::Relaxed)
+    }
+
     /// A recovery takes its next move: the moment for a second fault.
     pub fn in_recovery(self: &Arc<Self>, life: &Arc<Life>, random: &mut Random) {
         let strikes = self.scenario.has(Fault::KillInRecovery) && random.chance(0.06);
@@ -285,8 +311,7 @@ impl World {
 
     /// The last copy of a shard is gone: that takes as many deaths as there were copies.
     pub fn check_loss(&self) {
-        let replicas = self.scenario.replicas;
-        if let Err(failure) = self.losses.explain(replicas) {
+        if let Err(failure) = self.losses.explain() {
             self.fail(&failure);
         }
     }

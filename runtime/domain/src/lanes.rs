@@ -8,7 +8,8 @@
 
 use crate::ids::LaneIndex;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
 
 /// A node of the aligned tree: it covers the lanes `[index << level, (index + 1) << level)` that exist.
 #[derive(
@@ -178,8 +179,8 @@ impl LaneTree {
         nodes
     }
 
-    /// Contiguous lane ranges for ranks of the given relative `speeds`, by largest remainder; every rank gets at least
-    /// one lane.
+    /// Contiguous lane ranges for ranks of the given relative `speeds`: each lane goes where it is done first, so that the
+    /// slowest rank is done as early as can be; every rank gets at least one lane.
     ///
     /// # Panics
     /// If there are more ranks than lanes or none at all: the config refuses that before.
@@ -190,30 +191,19 @@ impl LaneTree {
             rank_count > 0 && rank_count <= self.lane_count as usize,
             "ranks must be 1 to the number of lanes"
         );
-        let total: u64 = speeds.iter().map(|&speed| u64::from(speed.max(1))).sum();
-        let spare = u64::from(self.lane_count) - rank_count as u64;
-        let mut counts: Vec<u64> = Vec::with_capacity(rank_count);
-        let mut remainders: Vec<(u64, usize)> = Vec::with_capacity(rank_count);
-        // Neighbours are mostly equal, and dividing is the most expensive thing here.
-        let (mut last, mut whole, mut rest) = (0, 0, 0);
-        for (rank, &speed) in speeds.iter().enumerate() {
-            if speed.max(1) != last {
-                last = speed.max(1);
-                let share = spare * u64::from(last);
-                (whole, rest) = (share / total, share % total);
-            }
-            counts.push(1 + whole);
-            remainders.push((rest, rank));
-        }
-        let left = u64::from(self.lane_count) - counts.iter().sum::<u64>();
-        remainders.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-        for &(_, rank) in remainders.iter().take(left as usize) {
-            counts[rank] += 1;
-        }
+        let counts = if speeds.iter().all(|&speed| speed == speeds[0]) {
+            let (whole, rest) = (
+                self.lane_count as usize / rank_count,
+                self.lane_count as usize % rank_count,
+            );
+            (0..rank_count).map(|rank| whole + usize::from(rank < rest)).collect()
+        } else {
+            self.counts_by_speed(speeds)
+        };
         let mut start = 0;
         counts
             .iter()
-            .map(|&count| {
+            .map(|&count: &usize| {
                 let range = LaneRange {
                     start,
                     end: start + count as u32,
@@ -222,6 +212,36 @@ impl LaneTree {
                 range
             })
             .collect()
+    }
+
+    fn counts_by_speed(self, speeds: &[u32]) -> Vec<usize> {
+        // When a rank would be done with one lane more, as a fraction: the earliest first, of equals the lowest rank.
+        let mut counts = vec![1; speeds.len()];
+        let next = |count: usize, rank: usize| Reverse((Done(count as u64 + 1, u64::from(speeds[rank].max(1))), rank));
+        let mut queue: BinaryHeap<_> = (0..speeds.len()).map(|rank| next(1, rank)).collect();
+        for _ in speeds.len()..self.lane_count as usize {
+            if let Some(Reverse((_, rank))) = queue.pop() {
+                counts[rank] += 1;
+                queue.push(next(counts[rank], rank));
+            }
+        }
+        counts
+    }
+}
+
+/// Lanes over speed, compared exactly.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Done(u64, u64);
+
+impl Ord for Done {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0 * other.1).cmp(&(other.0 * self.1))
+    }
+}
+
+impl PartialOrd for Done {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
     }
 }
 

@@ -104,6 +104,8 @@ pub struct Timeouts {
     pub fence_ms: u64,
     /// The last checkpoint after a stop signal must be committed by then.
     pub stop_ms: u64,
+    /// A rank that lost its controller holds what it holds for this long, for a new one to come.
+    pub orphan_ms: u64,
 }
 
 /// Lowest accepted `fault.timeout_ms`: below it a loaded machine would raise false alarms.
@@ -123,6 +125,7 @@ impl Timeouts {
             start_ms: failure_ms * 3,
             fence_ms: failure_ms,
             stop_ms: failure_ms * 6,
+            orphan_ms: failure_ms * 12,
         }
     }
 }
@@ -174,4 +177,8 @@ const _: () = {
         "the controller must notice a dead peer before the collective gives up"
     );
     assert!(t.start_ms > t.connect_ms, "a start includes a connect");
+    assert!(
+        t.orphan_ms > t.start_ms + t.failure_ms,
+        "a new controller must find the ranks before they give up on it"
+    );
 };

@@ -47,6 +47,14 @@ mutants! {
     OutcomeKept,
     /// Whoever is one step behind counts as a holder, reduced gradient or not (STEP-1).
     StaleHolder,
+    /// Primary and replica of a shard are not compared (DET-3).
+    ReplicasUncompared,
+    /// What survivors hold after a dispute is believed all the same (DET-3).
+    DisputedStateKept,
+    /// Those who leave a smaller world leave before the others have copied from them.
+    LeaversDropped,
+    /// A rank whose result was wrong is not replaced (DET-3).
+    CulpritKept,
     /// The barrier is entered before replicas hold the reduced gradient (STEP-1).
     BarrierBeforeReplicas,
     /// A shard whose copy was cut short is reported as whole.

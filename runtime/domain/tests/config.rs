@@ -196,6 +196,20 @@ fn impossible_sizes_are_refused_by_key() {
         ),
         (&["cluster.ranks=4294967295"], "cluster.ranks"),
         (&["cluster.threads_per_rank=4294967295"], "cluster.threads_per_rank"),
+        (&["cluster.mesh_port=7000"], "cluster.mesh_port"),
+        (&["cluster.control_port=7000"], "cluster.control_port"),
+        (
+            &["cluster.transport=tcp", "cluster.ranks=4", "cluster.mesh_port=65533"],
+            "cluster.mesh_port",
+        ),
+        (
+            &["cluster.transport=tcp", "cluster.mesh_advertise_port=7000"],
+            "cluster.mesh_advertise_port",
+        ),
+        (
+            &["cluster.transport=tcp", "cluster.control_advertise_port=7000"],
+            "cluster.control_advertise_port",
+        ),
         (&["run.steps=9223372036854775807"], "run.steps"),
         (&["run.steps=0"], "run.steps"),
         (&["mixture.start_steps=9223372036854775807"], "mixture.start_steps"),

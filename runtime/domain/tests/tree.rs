@@ -273,7 +273,7 @@ proptest! {
         prop_assert_eq!(nodes, vec![(tree.root(), oracle_root(&all, &shape))]);
     }
 
-    /// Every lane is some rank's, every rank has one, and shares follow the speeds to within a lane.
+    /// Every lane is some rank's, every rank has one, and no lane would be done earlier elsewhere.
     #[test]
     fn lanes_are_shared_out_by_speed((lane_count, speeds) in speeds()) {
         let ranges = LaneTree::new(lane_count).assign(&speeds);
@@ -286,16 +286,12 @@ proptest! {
         }
         prop_assert_eq!(next, lane_count);
 
-        let total: u64 = speeds.iter().map(|&speed| u64::from(speed.max(1))).sum();
-        let spare = u64::from(lane_count) - speeds.len() as u64;
-        for (range, &speed) in ranges.iter().zip(&speeds) {
-            let exact = spare as f64 * f64::from(speed.max(1)) / total as f64;
-            let got = (range.len() - 1) as f64;
-            prop_assert!((got - exact).abs() < 1.0 + 1e-9, "{got} lanes instead of {exact}");
-        }
-        for (a, &fast) in ranges.iter().zip(&speeds) {
-            for (b, &slow) in ranges.iter().zip(&speeds) {
-                prop_assert!(fast.max(1) <= slow.max(1) || a.len() >= b.len(), "a faster rank has fewer lanes");
+        // Whoever has a lane to give would be done later with one of any other's.
+        let speed = |rank: usize| u64::from(speeds[rank].max(1));
+        for (giver, given) in ranges.iter().enumerate().filter(|(_, range)| range.len() > 1) {
+            for (taker, taken) in ranges.iter().enumerate() {
+                let (before, after) = (given.len() as u64 * speed(taker), (taken.len() as u64 + 1) * speed(giver));
+                prop_assert!(giver == taker || before <= after, "{giver} should give {taker} a lane");
             }
         }
     }

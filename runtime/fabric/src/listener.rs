@@ -32,6 +32,13 @@ pub enum Transport {
         /// The address under which peers reach this machine.
         ip: IpAddr,
     },
+    /// A TCP port of the caller's choice, for where something forwards to it or lets nothing else through.
+    TcpAt {
+        /// Where to listen; port 0 lets the system choose.
+        at: SocketAddr,
+        /// The port that peers dial, on the same address; 0 for the one listened at.
+        advertised_port: u16,
+    },
 }
 
 /// The one listening socket of a rank process.
@@ -50,7 +57,8 @@ impl Listener {
     pub fn bind(transport: &Transport) -> Result<Self, FabricError> {
         let (socket, address) = match transport {
             Transport::Unix { dir } => bind_unix(dir)?,
-            Transport::Tcp { ip } => bind_tcp(*ip)?,
+            Transport::Tcp { ip } => bind_tcp(SocketAddr::new(*ip, 0), 0)?,
+            Transport::TcpAt { at, advertised_port } => bind_tcp(*at, *advertised_port)?,
         };
         rustix::net::listen(&socket, BACKLOG).map_err(|cause| FabricError::system("listen", cause))?;
         Ok(Self {
@@ -131,21 +139,27 @@ fn bind_unix(dir: &Path) -> Result<(OwnedFd, Address), FabricError> {
     }
 }
 
-fn bind_tcp(ip: IpAddr) -> Result<(OwnedFd, Address), FabricError> {
+fn bind_tcp(at: SocketAddr, advertised_port: u16) -> Result<(OwnedFd, Address), FabricError> {
     let refuse = |reason: String| FabricError::Address {
-        address: format!("tcp:{ip}"),
+        address: format!("tcp:{at}"),
         reason,
     };
-    if ip.is_unspecified() {
+    if at.ip().is_unspecified() {
         return Err(refuse("peers cannot dial it; name one address of this machine".into()));
     }
-    let wanted = SocketAddr::new(ip, 0);
-    let socket = new_socket(family(wanted))?;
-    rustix::net::bind(&socket, &wanted).map_err(|cause| refuse(format!("cannot bind: {cause}")))?;
-    let bound = rustix::net::getsockname(&socket)
+    let socket = new_socket(family(at))?;
+    if at.port() != 0 {
+        // Connections of the life before linger on the port after its death; only a living listener may keep it.
+        sockopt::set_socket_reuseaddr(&socket, true).map_err(|cause| FabricError::system("setsockopt", cause))?;
+    }
+    rustix::net::bind(&socket, &at).map_err(|cause| refuse(format!("cannot bind: {cause}")))?;
+    let mut dialed = rustix::net::getsockname(&socket)
         .and_then(SocketAddr::try_from)
         .map_err(|cause| FabricError::system("getsockname", cause))?;
-    Ok((socket, Address::Tcp(bound)))
+    if advertised_port != 0 {
+        dialed.set_port(advertised_port);
+    }
+    Ok((socket, Address::Tcp(dialed)))
 }
 
 /// A parsed roster entry.
@@ -275,6 +289,32 @@ mod tests {
         assert!(listener.accept().expect("accept").is_some());
         drop(listener);
         assert_eq!(std::fs::read_dir(&deep).expect("folder").count(), 0);
+    }
+
+    /// A worker's next life listens where its last one did, though connections of that one linger; peers dial the port in
+    /// front of it.
+    #[test]
+    fn a_chosen_port_is_taken_again_and_another_is_advertised() {
+        let bind = |port, advertised_port| {
+            let at = SocketAddr::from(([127, 0, 0, 1], port));
+            Listener::bind(&Transport::TcpAt { at, advertised_port })
+        };
+        let first = bind(0, 0).expect("any port");
+        let address = first.address();
+        let Ok(Address::Tcp(at)) = Address::parse(&address) else {
+            panic!("{address}")
+        };
+        let dialed = std::net::TcpStream::connect(at).expect("connected");
+        assert!(bind(at.port(), 0).is_err(), "a living listener keeps its port");
+        let accepted = loop {
+            if let Some(accepted) = first.accept().expect("accepted") {
+                break accepted;
+            }
+        };
+        // Closed here first, so the port's connection is the one that lingers.
+        drop((accepted, first, dialed));
+        let again = bind(at.port(), 9).expect("the same port");
+        assert_eq!(again.address(), "tcp:127.0.0.1:9");
     }
 
     #[test]

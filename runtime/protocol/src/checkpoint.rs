@@ -36,6 +36,8 @@ pub enum CheckpointEffect {
         step: StepsCompleted,
         /// Why.
         cause: String,
+        /// The store has no room left.
+        full: bool,
     },
 }
 
@@ -126,6 +128,7 @@ impl CheckpointTracker {
         generation: Generation,
         step: StepsCompleted,
         cause: String,
+        full: bool,
     ) -> Vec<CheckpointEffect> {
         if generation < self.generation {
             return Vec::new();
@@ -134,7 +137,7 @@ impl CheckpointTracker {
             return Vec::new();
         }
         self.open.remove(&step);
-        vec![CheckpointEffect::GivenUp { step, cause }]
+        vec![CheckpointEffect::GivenUp { step, cause, full }]
     }
 
     /// The trace is written (and lies on disk) through this step.
@@ -165,7 +168,11 @@ impl CheckpointTracker {
         for older in overtaken {
             self.open.remove(&older);
             let cause = format!("the checkpoint of step {step} was whole first");
-            effects.push(CheckpointEffect::GivenUp { step: older, cause });
+            effects.push(CheckpointEffect::GivenUp {
+                step: older,
+                cause,
+                full: false,
+            });
         }
         effects
     }
@@ -240,13 +247,13 @@ mod tests {
         );
         assert_eq!(
             tracker
-                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into())
+                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into(), true)
                 .len(),
             1
         );
         assert_eq!(
             tracker
-                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into())
+                .on_shard_lost(Generation(1), StepsCompleted(10), "disk full".into(), true)
                 .len(),
             0,
             "said once"
@@ -281,7 +288,7 @@ mod tests {
         tracker.on_restored(Some(StepsCompleted(10)));
         tracker.on_generation(Generation(5), StepsCompleted(10));
         assert_eq!(
-            tracker.on_shard_lost(Generation(4), StepsCompleted(20), "old".into()),
+            tracker.on_shard_lost(Generation(4), StepsCompleted(20), "old".into(), false),
             []
         );
         let saved = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));

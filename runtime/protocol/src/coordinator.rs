@@ -1,7 +1,9 @@
 //! Membership: who is in which generation, and what each member does next. A pure machine.
 //!
 //! ```text
-//!             all ready                 state of the run known
+//!  Adopting -- some came back, with what they hold --> Fencing
+//!      | nobody left
+//!      v      all ready                 state of the run known
 //!   Forming ------------> Locating -----------------------------> Running <---------+
 //!      ^                     ^                                      |  ^            |
 //!      | nobody left         | a shard has no copy left   loss, or  |  | agreed     | begin
@@ -15,7 +17,9 @@
 //! - **SUP-3** restarts, and generations that commit nothing, are bounded; then the run halts with the chain of causes.
 //! - A hang shows by progress: where no member's device thread has done anything for a while, all are fenced, and the one
 //!   that cannot answer is killed. A pair that cannot hear each other shows by what they wait for: one is replaced.
-//! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6).
+//! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6). A spare is there
+//!   already, and takes part from the next generation on.
+//! - A world that shrinks keeps those who leave for one more generation, without shards, so that the others copy from them.
 //!
 //! The machine knows no clock: `now_ms` comes with each event. It sends nothing: effects say what should be sent.
 
@@ -23,20 +27,24 @@ mod alarm;
 mod deadlines;
 mod events;
 mod flow;
+mod pace;
 mod plan;
+mod resize;
 #[cfg(test)]
 mod tests;
+mod trial;
 mod workers;
 
 use alarm::Alarm;
-pub use events::{Effect, Event, Incident, Options};
+pub use events::{Effect, Event, Incident, Options, PastLife};
 
 use crate::commit::{Agreement, Holders, Survey};
 use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom, ShardHolder};
 use crate::restart::RestartLimiter;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tarazed_domain::{Generation, Incarnation, Mutant, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Incarnation, Mutant, Rank, StepsCompleted, WorkerId};
+use trial::Trial;
 use workers::{WorkerSet, Workers};
 
 /// Tries of the run's last checkpoint; then the run ends for now, to be started again.
@@ -54,7 +62,9 @@ pub enum WorkerPhase {
     Ready,
     /// In the roster of the present generation, or a survivor of it.
     Member,
-    /// Left in order at the end, or given up.
+    /// Told to end, because the world has no place for it.
+    Released,
+    /// It has no process: left in order at the end, given up, or not wanted in a world of the present size.
     Left,
 }
 
@@ -67,6 +77,8 @@ pub struct Worker {
     step: StepsCompleted,
     /// Work of its device thread, as last heard.
     progress: u64,
+    /// Its time for a lane, as last heard; 0 where it is not known.
+    lane_us: u64,
     /// Whom its data plane waited for at the last fence.
     waits_for: Option<Rank>,
     /// Where in the roster it was last; the roster tells whether it still is.
@@ -94,6 +106,8 @@ pub struct WorkerView {
 
 #[derive(Debug)]
 enum Phase {
+    /// Waits for the ranks that an earlier controller left behind: each comes back, or ends, or is ended when it is late.
+    Adopting { awaiting: WorkerSet },
     /// Waits until every worker is ready.
     Forming,
     /// Waits to hear which checkpoint to start from.
@@ -135,8 +149,8 @@ pub struct Coordinator {
     plan: Option<Arc<BeginPlan>>,
     written: StepsCompleted,
     checkpointed: Option<StepsCompleted>,
-    /// A checkpoint that could not be made, and why; looked at where it is the last one.
-    save_failed: Option<(StepsCompleted, String)>,
+    /// A checkpoint that could not be made, why, and whether the store was full; looked at where it is the last one.
+    save_failed: Option<(StepsCompleted, String, bool)>,
     /// Tries of the last checkpoint that failed.
     last_saves: RestartLimiter,
     /// When the last tick came: a gap is this process's own absence.
@@ -149,6 +163,17 @@ pub struct Coordinator {
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
     fruitless: RestartLimiter,
     refused_count: u64,
+    /// What ranks differ in, until it is settled.
+    trial: Option<Trial>,
+    /// What the survivors hold is not to be believed: the state comes from a checkpoint.
+    distrusted: bool,
+    /// Checkpoints of this step and later ones are not to be believed either.
+    refuted: Option<StepsCompleted>,
+    /// Relative speeds of those that are not as fast as the rest.
+    slow: BTreeMap<Member, u32>,
+    /// Since when other lanes would make steps much shorter, and when that was last looked at.
+    uneven_since_ms: Option<u64>,
+    looked_at_pace_ms: u64,
     /// When a member's device thread last did anything, as heard.
     progressed_ms: u64,
     /// How long nobody may make any progress before all are asked. Doubles with each alarm that was false.
@@ -182,22 +207,71 @@ impl Coordinator {
             verdict: None,
             fruitless,
             refused_count: 0,
+            trial: None,
+            distrusted: false,
+            refuted: None,
+            slow: BTreeMap::new(),
+            uneven_since_ms: None,
+            looked_at_pace_ms: 0,
             progressed_ms: 0,
             stall_ms,
             strikes: BTreeMap::new(),
         }
     }
 
-    /// The first effects: start every worker.
-    pub fn start(&mut self, now_ms: u64) -> Vec<Effect> {
-        let deadline_ms = now_ms + self.options.timeouts.start_ms;
-        (0..self.options.workers)
-            .map(|_| {
-                let limiter = RestartLimiter::new(self.options.restarts_max, self.options.restart_backoff_ms);
-                let member = self.workers.push(now_ms, deadline_ms, limiter);
-                Effect::Start { member, after_ms: 0 }
-            })
-            .collect()
+    /// The first effects: start every worker but those whose `past` life is still there. Those are waited for, since they
+    /// hold the state, and a worker's next life is one after its past one (SUP-2).
+    pub fn start(&mut self, now_ms: u64, past: &[PastLife]) -> Vec<Effect> {
+        let timeouts = self.options.timeouts;
+        let past_slots = past.iter().map(|past| past.member.worker.0 + 1).max();
+        let slots = past_slots.unwrap_or(0).max(self.slots_wanted());
+        let mut newest: BTreeMap<WorkerId, PastLife> = BTreeMap::new();
+        newest.extend(past.iter().map(|past| (past.member.worker, *past)));
+        let mut awaiting = WorkerSet::default();
+        let mut effects = Vec::new();
+        for worker in (0..slots).map(WorkerId) {
+            let past = newest.get(&worker);
+            let lives = past.is_some_and(|past| past.lives);
+            let incarnation = past.map_or(Incarnation(0), |past| match past.lives {
+                true => past.member.incarnation,
+                false => past.member.incarnation.next(),
+            });
+            let patience_ms = if lives { timeouts.failure_ms } else { timeouts.start_ms };
+            let member = self.new_worker(now_ms, now_ms + patience_ms, incarnation);
+            if lives {
+                awaiting.insert(worker);
+                effects.push(Effect::Adopt { member });
+            } else if self.is_wanted(worker) {
+                effects.push(Effect::Start { member, after_ms: 0 });
+            } else {
+                self.workers.set_phase(worker, WorkerPhase::Left);
+            }
+        }
+        if !awaiting.is_empty() {
+            self.phase = Phase::Adopting { awaiting };
+        }
+        effects
+    }
+
+    fn new_worker(&mut self, now_ms: u64, deadline_ms: u64, incarnation: Incarnation) -> Member {
+        let limiter = RestartLimiter::new(self.options.restarts_max, self.options.restart_backoff_ms);
+        self.workers.push(now_ms, deadline_ms, incarnation, limiter)
+    }
+
+    /// Processes of a whole world: its ranks, and the spares.
+    const fn slots_wanted(&self) -> u32 {
+        self.options.ranks + self.options.spares
+    }
+
+    /// Whether a world of the present size has this worker, as a rank or a spare.
+    const fn is_wanted(&self, worker: WorkerId) -> bool {
+        worker.0 < self.slots_wanted()
+    }
+
+    /// How many ranks the world should have.
+    #[must_use]
+    pub const fn ranks_wanted(&self) -> u32 {
+        self.options.ranks
     }
 
     /// The present generation.
@@ -245,7 +319,7 @@ impl Coordinator {
                 let state = match (&w.phase, &self.phase) {
                     (WorkerPhase::Starting { .. }, _) => "starting",
                     (WorkerPhase::Ready, _) => "ready",
-                    (WorkerPhase::Left, _) => "left",
+                    (WorkerPhase::Released | WorkerPhase::Left, _) => "left",
                     (WorkerPhase::Member, Phase::Running { paused, .. }) if paused.contains(member.worker) => "paused",
                     (WorkerPhase::Member, Phase::Running { .. }) => "training",
                     (WorkerPhase::Member, Phase::Finishing { .. } | Phase::Leaving { .. } | Phase::Done) => "paused",

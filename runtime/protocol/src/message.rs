@@ -5,7 +5,9 @@
 
 use crate::data::decision::Decision;
 use rkyv::{Archive, Deserialize, Serialize};
-use tarazed_domain::{Generation, Incarnation, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId};
+use tarazed_domain::{
+    Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
+};
 
 /// A stable slot and which life of it: the only identity there is (SUP-2).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Archive, Serialize, Deserialize)]
@@ -84,6 +86,50 @@ pub struct StateReport {
     pub waits_for: Option<Rank>,
 }
 
+/// Digest of an item under dispute: enough to tell two results apart.
+pub type ItemDigest = [u8; 16];
+
+/// What was computed more than once in one step, with different results.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Archive, Serialize, Deserialize)]
+pub enum DisputedItem {
+    /// The state of an optimizer shard, by its primary and its replicas.
+    Shard(OptimizerShardIndex),
+    /// The gradient of a lane, by its rank and by the one that computed it again.
+    Lane(LaneIndex),
+    /// Loss or gradient norm is not a number: every rank sees the same, and none is named.
+    Finite,
+}
+
+impl std::fmt::Display for DisputedItem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shard(shard) => write!(f, "optimizer shard {shard}"),
+            Self::Lane(lane) => write!(f, "the gradient of lane {lane}"),
+            Self::Finite => write!(f, "a loss or gradient norm that is not a number"),
+        }
+    }
+}
+
+/// Silent data corruption as the ranks see it (DET-3): they differ, and only a recomputation can tell who is wrong.
+#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct Dispute {
+    /// After this step.
+    pub step: StepsCompleted,
+    /// On what.
+    pub item: DisputedItem,
+    /// Who has which result.
+    pub claims: Vec<Claim>,
+}
+
+/// One rank's result.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+pub struct Claim {
+    /// Whose.
+    pub rank: Rank,
+    /// What it has.
+    pub digest: ItemDigest,
+}
+
 /// Where a holder takes its shard from at the start of a generation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub enum ShardOrigin {
@@ -95,6 +141,14 @@ pub enum ShardOrigin {
     Initialise,
     /// From the checkpoint named in the plan.
     Restore,
+}
+
+impl ShardOrigin {
+    /// Whether the run begins here.
+    #[must_use]
+    pub const fn is_seed(self) -> bool {
+        matches!(self, Self::Initialise)
+    }
 }
 
 /// One holder of one optimizer shard; the first holder of a shard is its primary.
@@ -156,6 +210,8 @@ pub struct BeginPlan {
     pub last_step: StepsCompleted,
     /// Save the base itself first: the run ends there.
     pub checkpoint_at_base: bool,
+    /// What was disputed before the state was restored: rank 0 tells how it is once the step is done again.
+    pub disputed: Option<(StepsCompleted, DisputedItem)>,
 }
 
 pub use envelopes::{FromRank, ToRank};
@@ -166,7 +222,7 @@ mod envelopes {
         reason = "rkyv generates public twins of the fields without documentation"
     )]
 
-    use super::{BeginPlan, Decision, StateReport, StepLine};
+    use super::{BeginPlan, Decision, Dispute, ItemDigest, StateReport, StepLine};
     use rkyv::{Archive, Deserialize, Serialize};
     use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
 
@@ -201,12 +257,14 @@ mod envelopes {
     /// Rank to controller.
     #[derive(Clone, PartialEq, Debug, Archive, Serialize, Deserialize)]
     pub enum FromRank {
-        /// A new process is ready and holds nothing yet.
+        /// The session is new: a new process is ready and holds nothing yet, or one that lost its controller is back.
         Ready {
             /// Address of its data plane listener.
             address: String,
             /// Process id, for people.
             pid: u32,
+            /// The newest generation it took part in or heard of; 0 for a new process.
+            newest: Generation,
         },
         /// Answer to a fence.
         State {
@@ -241,8 +299,19 @@ mod envelopes {
             cause: String,
             /// Peers it names.
             suspects: Vec<Rank>,
-            /// Whether the state itself is in doubt, not only a peer: then the run halts (DET-3).
-            corruption: bool,
+            /// Two programs do not understand each other: the run halts.
+            fatal: bool,
+            /// The state itself is in doubt, not only a peer (DET-3).
+            dispute: Option<Dispute>,
+        },
+        /// The disputed step was done again, and this is how it is; sent by rank 0.
+        Settled {
+            /// Of this generation.
+            generation: Generation,
+            /// The step.
+            step: StepsCompleted,
+            /// The item, on which all agree.
+            digest: ItemDigest,
         },
         /// Stands at a step boundary and waits.
         Paused {
@@ -263,6 +332,8 @@ mod envelopes {
             progress: u64,
             /// What it does now.
             phase: String,
+            /// Microseconds of one lane as of late; 0 where it is not known.
+            lane_us: u64,
         },
         /// One checkpoint shard lies in the store.
         ShardSaved {
@@ -287,6 +358,8 @@ mod envelopes {
             shard: OptimizerShardIndex,
             /// Why.
             cause: String,
+            /// The store has no room left: only a person can help.
+            full: bool,
         },
     }
 }

@@ -64,7 +64,8 @@ impl Placed {
     }
 }
 
-/// As [`assign`], with `whole` as a function, so that a large world needs no list per shard.
+/// As [`assign`], with `whole` as a function, so that a large world needs no list per shard. It may name ranks past the
+/// world, which hold a shard now and are to hold none.
 pub(crate) fn place<'a>(
     shard_count: usize,
     world_size: usize,
@@ -154,8 +155,11 @@ impl Quota {
         (self.loads[rank.index()], rank)
     }
 
+    /// None has room that is past the world: it may be a donor, and is no holder.
     fn has_room(&self, rank: Rank) -> bool {
-        let load = self.loads[rank.index()];
+        let Some(&load) = self.loads.get(rank.index()) else {
+            return false;
+        };
         load < self.share || (load == self.share && self.extra > 0)
     }
 

@@ -13,7 +13,7 @@
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{APPEND_ATTEMPTS_MAX, COMMIT_RECORD_BYTES_MAX, SMALL_REQUESTS_IN_FLIGHT_MAX};
+use crate::limits::{APPEND_ATTEMPTS_MAX, COMMIT_RECORD_BYTES_MAX, RECORD_READS_MAX, SMALL_REQUESTS_IN_FLIGHT_MAX};
 use crate::record::{CommitRecord, RecordKind};
 use crate::store::{CheckpointStore, Failure};
 use crate::writer::WriterNonce;
@@ -290,21 +290,8 @@ impl CheckpointStore {
         if let Some(cached) = before.as_ref().filter(|cached| cached.is_of(meta)) {
             return Ok(Some(cached.link.clone()));
         }
-        let link = match self.get_small(&keys::record(sequence), COMMIT_RECORD_BYTES_MAX).await {
-            Ok(bytes) => {
-                let digest = Digest::of(&bytes);
-                match CommitRecord::decode(sequence, &bytes) {
-                    Ok(record) => Link::Record { record, digest },
-                    Err(why) => Link::Unreadable { why, digest },
-                }
-            }
-            // Listed, then gone: judged as missing.
-            Err(StoreError::NotFound { .. }) => return Ok(None),
-            Err(StoreError::Corrupt { why, .. }) => {
-                let digest = Digest::default();
-                Link::Unreadable { why, digest }
-            }
-            Err(error) => return Err(error),
+        let Some(link) = self.read_link(sequence).await? else {
+            return Ok(None);
         };
         let read_now = match &link {
             Link::Record { record, .. } => Some(record.clone()),
@@ -319,6 +306,32 @@ impl CheckpointStore {
         };
         self.cache(sequence, cached);
         Ok(Some(link))
+    }
+
+    /// What lies in a place. Bytes that are no record are read again: an error on their way, believed once, would be named
+    /// by the successor and cost the record for good. Nothing where it is gone.
+    async fn read_link(&self, sequence: u64) -> Result<Option<Link>, StoreError> {
+        let mut unreadable = None;
+        for _ in 0..RECORD_READS_MAX {
+            let (why, digest) = match self.get_small(&keys::record(sequence), COMMIT_RECORD_BYTES_MAX).await {
+                Ok(bytes) => {
+                    let digest = Digest::of(&bytes);
+                    match CommitRecord::decode(sequence, &bytes) {
+                        Ok(record) => return Ok(Some(Link::Record { record, digest })),
+                        Err(why) => (why, digest),
+                    }
+                }
+                // Listed, then gone: judged as missing.
+                Err(StoreError::NotFound { .. }) => return Ok(None),
+                Err(StoreError::Corrupt { why, .. }) => (why, Digest::default()),
+                Err(error) => return Err(error),
+            };
+            // Damage that lies in the store reads the same each time.
+            if unreadable.replace((why.clone(), digest)) == Some((why, digest)) {
+                break;
+            }
+        }
+        Ok(unreadable.map(|(why, digest)| Link::Unreadable { why, digest }))
     }
 
     /// Appends one record. `decide` sees the chain as it is at each attempt and may refuse.

@@ -22,6 +22,8 @@ pub const READS_IN_FLIGHT_MAX: usize = 4;
 pub const SMALL_REQUESTS_IN_FLIGHT_MAX: usize = 32;
 /// Sequence numbers tried by one append before the caller is told to retry.
 pub const APPEND_ATTEMPTS_MAX: usize = 16;
+/// Reads of one record before its place counts as unreadable, unless two in a row give the same bytes.
+pub const RECORD_READS_MAX: usize = 4;
 /// Commits named by one retire record; the next collection goes on from there.
 pub const RETIRED_PER_RECORD_MAX: usize = 1_000;
 /// Bytes of free text in a record or a pin.

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{checkpoint, restore, writer};
+use common::{Fault, Faulty, checkpoint, restore, writer};
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -243,4 +243,30 @@ async fn records_lost_in_the_middle_cost_no_checkpoint_around_them() {
             .step,
         StepsCompleted(10)
     );
+}
+
+/// CKPT-1: a record that is garbled on its way once is read again. Believed, it would be named by its successor as it was
+/// read, and the record in the store would never stand again.
+#[tokio::test]
+async fn a_bit_flipped_on_the_way_costs_no_record() {
+    for fail_at in 0.. {
+        let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let first = CheckpointStore::with_object_store(objects.clone(), "", writer(1));
+        let fence = first.claim(Generation(0)).await.unwrap();
+        checkpoint(&first, &fence, 10).await;
+        let faulty = Faulty::new(objects.clone(), fail_at, Fault::Garbles, false);
+        let second = CheckpointStore::with_object_store(faulty.clone(), "", writer(2));
+        let fence = second.claim(Generation(0)).await.unwrap();
+        checkpoint(&second, &fence, 20).await;
+        let clean = CheckpointStore::with_object_store(objects.clone(), "", writer(3));
+        let report = clean.verify(Select::All, Depth::Full).await.unwrap();
+        assert!(
+            report.is_clean() && report.checkpoints.len() == 2,
+            "{fail_at}: {report:?}"
+        );
+        if faulty.operations.load(std::sync::atomic::Ordering::SeqCst) <= fail_at {
+            assert!(fail_at > 5, "the loop went through all operations");
+            return;
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, generate, plan, rank, status, trace, train};
+use crate::commands::{checkpoint, generate, plan, rank, resize, status, trace, train};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -31,6 +31,8 @@ pub enum Command {
     Rank(rank::Args),
     /// Show where a run stands.
     Status(status::Args),
+    /// Change the number of ranks of a live run, at its next step boundary; the numbers do not depend on it.
+    Resize(resize::Args),
     /// Say what a config needs: memory per rank by term, predicted step time, what fits. Trains nothing.
     Plan(plan::Args),
     /// Look after a store of checkpoints.

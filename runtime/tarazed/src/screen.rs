@@ -222,6 +222,9 @@ impl Lines {
                 ranks: self.generation_ranks,
                 steps_lost: *steps_lost,
             }),
+            Notice::Adopted { ranks } => stage(format!(
+                "{ranks} ranks of the controller before are back, with what they hold"
+            )),
             Notice::Checkpoint { step, took_ms } => Some(Incident::CheckpointCommitted {
                 step: step.0,
                 checkpoint_ms: *took_ms as f64,

@@ -5,15 +5,16 @@
 //! - **DET-2** Lanes are added only as siblings of the aligned tree, `left + right`.
 
 use crate::StepError;
-use crate::feeder::StepBatch;
+use crate::feeder::{LaneSamples, StepBatch};
 use crate::progress::Progress;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tarazed_domain::lanes::TreeFold;
-use tarazed_domain::{LaneIndex, LaneRange, LaneTree, Mutant, Node};
+use tarazed_domain::{DomainIndex, LaneIndex, LaneRange, LaneTree, Mutant, Node};
 use tarazed_kernels::{Device, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace};
 use tarazed_protocol::data::stats::LaneStats;
+use tarazed_protocol::message::ItemDigest;
 
 /// What one compute thread owns.
 struct Worker<D: Device> {
@@ -37,6 +38,8 @@ pub struct LaneResults<D: Device> {
     pub nodes: Vec<(Node, D::Buffer)>,
     /// One for each lane, in order.
     pub stats: Vec<LaneStats>,
+    /// Of the audited lane's gradient, where it is one of these.
+    pub audited: Option<ItemDigest>,
 }
 
 /// Everything a lane is computed from.
@@ -55,6 +58,8 @@ pub struct LaneInputs<'a, D: Device> {
     pub abort: &'a AtomicBool,
     /// Shown to the outside.
     pub progress: &'a Progress,
+    /// What two ranks compare of a lane's gradient.
+    pub digest: fn(&D::Buffer) -> ItemDigest,
 }
 
 impl<D: Device> Clone for LaneInputs<'_, D> {
@@ -117,6 +122,7 @@ impl<D: Device> LaneEngine<D> {
             next: Mutex::new(range.start),
             stats: Mutex::new(vec![None; range.len()]),
             failed: Mutex::new(None),
+            audited: Mutex::new(None),
             pool: &self.pool,
             flat_elements: self.flat_elements,
             range,
@@ -143,7 +149,38 @@ impl<D: Device> LaneEngine<D> {
         Ok(LaneResults {
             nodes,
             stats: stats.into_iter().flatten().collect(),
+            audited: shared.audited.into_inner().unwrap_or_else(PoisonError::into_inner),
         })
+    }
+
+    /// Computes another rank's lane again and says what its gradient is; nothing of it is kept (DET-3).
+    ///
+    /// # Errors
+    /// `Aborted`, or the device's error.
+    pub fn audit(&mut self, inputs: LaneInputs<'_, D>, samples: &LaneSamples) -> Result<ItemDigest, StepError> {
+        let pooled = self.pool.get_mut().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut gradient = match pooled {
+            Some(pooled) => pooled,
+            None => inputs.device.alloc(self.flat_elements, Precision::Full)?,
+        };
+        let worker = &mut self.workers[0];
+        let len = self.flat_elements;
+        inputs
+            .device
+            .zero(&mut worker.stream, ViewMut::from(&mut gradient), len)?;
+        train_on(
+            self.micro_batch_sequences,
+            worker,
+            inputs,
+            samples,
+            &mut gradient,
+            0,
+            |_, _| {},
+        )?;
+        inputs.device.synchronize(&mut worker.stream)?;
+        let digest = (inputs.digest)(&gradient);
+        self.recycle([gradient]);
+        Ok(digest)
     }
 }
 
@@ -153,6 +190,7 @@ struct Shared<'a, D: Device> {
     next: Mutex<u32>,
     stats: Mutex<Vec<Option<LaneStats>>>,
     failed: Mutex<Option<StepError>>,
+    audited: Mutex<Option<ItemDigest>>,
     pool: &'a Mutex<Vec<D::Buffer>>,
     range: LaneRange,
     flat_elements: usize,
@@ -189,6 +227,10 @@ impl<D: Device> Shared<'_, D> {
     fn one_lane(&self, worker: &mut Worker<D>, inputs: LaneInputs<'_, D>, lane: LaneIndex) -> Result<(), StepError> {
         let mut gradient = self.take_buffer(worker, inputs)?;
         let stats = self.compute_lane(worker, inputs, lane, &mut gradient)?;
+        if inputs.batch.audited == Some(lane) {
+            inputs.device.synchronize(&mut worker.stream)?;
+            *lock(&self.audited) = Some((inputs.digest)(&gradient));
+        }
         lock(&self.stats)[(lane.0 - self.range.start) as usize] = Some(stats);
         let (mut node, mut value) = (Node::leaf(lane), gradient);
         loop {
@@ -230,23 +272,18 @@ impl<D: Device> Shared<'_, D> {
         let mut stats = LaneStats::new(self.domain_count);
         let samples = inputs.batch.lane(lane);
         let forgets = Mutant::MicroBatchLost.is_on() && inputs.batch.is_shared();
-        let chunks = samples
-            .training
-            .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens());
-        for chunk in chunks.skip(usize::from(forgets)) {
-            let losses = inputs.model.forward_backward(
-                inputs.weights,
-                gradient,
-                &mut worker.workspace,
-                chunk.tokens,
-                inputs.loss_scale,
-                inputs.abort,
-            )?;
-            for (&domain, loss) in chunk.domains.iter().zip(losses) {
-                stats.add_train(domain, loss, inputs.batch.context as u64);
-            }
-            inputs.progress.worked();
-        }
+        let (per_chunk, context) = (self.micro_batch_sequences, inputs.batch.context as u64);
+        train_on(
+            per_chunk,
+            worker,
+            inputs,
+            samples,
+            gradient,
+            usize::from(forgets),
+            |domain, loss| {
+                stats.add_train(domain, loss, context);
+            },
+        )?;
         for chunk in samples
             .held_out
             .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens())
@@ -264,4 +301,34 @@ impl<D: Device> Shared<'_, D> {
         }
         Ok(stats)
     }
+}
+
+/// A lane's training samples, micro-batch after micro-batch, into one gradient; `heard` is told each sequence's loss.
+fn train_on<D: Device>(
+    micro_batch_sequences: usize,
+    worker: &mut Worker<D>,
+    inputs: LaneInputs<'_, D>,
+    samples: &LaneSamples,
+    gradient: &mut D::Buffer,
+    skipped: usize,
+    mut heard: impl FnMut(DomainIndex, f64),
+) -> Result<(), StepError> {
+    let chunks = samples
+        .training
+        .chunks(micro_batch_sequences, inputs.batch.sequence_tokens());
+    for chunk in chunks.skip(skipped) {
+        let losses = inputs.model.forward_backward(
+            inputs.weights,
+            gradient,
+            &mut worker.workspace,
+            chunk.tokens,
+            inputs.loss_scale,
+            inputs.abort,
+        )?;
+        for (&domain, loss) in chunk.domains.iter().zip(losses) {
+            heard(domain, loss);
+        }
+        inputs.progress.worked();
+    }
+    Ok(())
 }

@@ -17,7 +17,7 @@ use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
 use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, connect_mesh};
 use tarazed_kernels::Device;
-use tarazed_protocol::message::{BeginPlan, Member, StateReport, StepLine};
+use tarazed_protocol::message::{BeginPlan, ItemDigest, Member, StateReport, StepLine};
 
 /// Ends one generation from outside, for good.
 #[derive(Clone, Debug)]
@@ -120,6 +120,8 @@ pub enum Command {
 pub trait DeviceEvents<D: Device>: Send + Sync {
     /// A generation is whole and runs from `base`, where the whole state has this hash; said on rank 0 alone.
     fn running(&self, generation: Generation, base: StepsCompleted, state: [u8; 32]);
+    /// A disputed step was done again, with this result.
+    fn settled(&self, generation: Generation, step: StepsCompleted, digest: ItemDigest);
     /// A committed step's line.
     fn line(&self, generation: Generation, line: StepLine);
     /// Shards to save, as they stand in this generation.
@@ -158,6 +160,10 @@ struct GenerationReporter<'a, D: Device> {
 impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
     fn running(&self, base: StepsCompleted, state: [u8; 32]) {
         self.events.running(self.generation, base, state);
+    }
+
+    fn settled(&self, step: StepsCompleted, digest: ItemDigest) {
+        self.events.settled(self.generation, step, digest);
     }
 
     fn line(&self, line: StepLine) {
@@ -226,6 +232,7 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
         self.state.abort = Arc::clone(&control.compute);
         self.state.progress.enter(Phase::Connecting);
         let timeouts: Timeouts = self.state.config.timeouts();
+        generation::forget_old_course(&mut self.state, plan);
         *mesh = None; // ours of the generation before; everybody is past it
         let fabric = mesh.insert(self.data_plane.connect(plan, world.rank, control, &timeouts)?);
         let reporter = GenerationReporter {

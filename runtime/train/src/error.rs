@@ -4,6 +4,7 @@ use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::FabricError;
 use tarazed_kernels::DeviceError;
 use tarazed_model::ModelError;
+use tarazed_protocol::message::{Dispute, DisputedItem};
 
 /// A step, or the start of a generation, that did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -14,22 +15,10 @@ pub enum StepError {
     /// A peer is gone, slow or wrong: report it and wait for the next plan.
     #[error("data plane: {0}")]
     Fabric(FabricError),
-    /// The state of this rank or of a peer is wrong (DET-3): halt.
-    #[error(
-        "optimizer shard {shard} differs between its primary, rank {primary}, and its replica, rank {replica}, after \
-         step {step}: silent data corruption on one of the two"
-    )]
-    Diverged {
-        /// The shard.
-        shard: OptimizerShardIndex,
-        /// Its primary.
-        primary: Rank,
-        /// The replica that compared.
-        replica: Rank,
-        /// After which step.
-        step: StepsCompleted,
-    },
-    /// Loss or gradient norm is not a number (or infinite): halt, the same would come again.
+    /// The state of this rank or of a peer is wrong (DET-3): every rank sees the same claims. Restore, and do it again.
+    #[error("{} differs between ranks after step {}: silent data corruption on one of them", .0.item, .0.step)]
+    Disputed(Dispute),
+    /// Loss or gradient norm is not a number (or infinite): restore, and do it again; where the same comes again, halt.
     #[error("step {step} gives loss {loss} and gradient norm {grad_norm}; lower the learning rate or look at its data")]
     NotFinite {
         /// The step.
@@ -52,6 +41,16 @@ pub enum StepError {
     /// The device failed: this rank must be replaced.
     #[error("device: {0}")]
     Device(#[from] DeviceError),
+    /// This rank's own memory has changed by itself: it must be replaced (DET-3).
+    #[error(
+        "silent data corruption in this process: optimizer shard {shard}, as of step {step}, has changed by itself"
+    )]
+    Rotten {
+        /// The shard.
+        shard: OptimizerShardIndex,
+        /// As of which step.
+        step: StepsCompleted,
+    },
     /// Samples could not be read or planned: this rank must be replaced; halt if it comes again.
     #[error("data: {0}")]
     Data(String),
@@ -66,25 +65,39 @@ impl StepError {
     pub fn suspects(&self) -> Vec<Rank> {
         match self {
             Self::Fabric(error) => error.peer().into_iter().collect(),
-            Self::Diverged { primary, replica, .. } => vec![*primary, *replica],
+            Self::Disputed(dispute) => dispute.claims.iter().map(|claim| claim.rank).collect(),
             Self::Malformed { from, .. } => vec![*from],
             _ => Vec::new(),
         }
     }
 
-    /// Whether the state itself is in doubt, so that going on would be wrong.
+    /// The state itself is in doubt, so that going on would be wrong.
     #[must_use]
-    pub const fn is_corruption(&self) -> bool {
-        matches!(
-            self,
-            Self::Diverged { .. } | Self::NotFinite { .. } | Self::Malformed { .. }
-        )
+    pub fn dispute(&self) -> Option<Dispute> {
+        match self {
+            Self::Disputed(dispute) => Some(dispute.clone()),
+            Self::NotFinite { step, .. } => Some(Dispute {
+                step: *step,
+                item: DisputedItem::Finite,
+                claims: Vec::new(),
+            }),
+            _ => None,
+        }
+    }
+
+    /// Whether no other try can help.
+    #[must_use]
+    pub const fn is_fatal(&self) -> bool {
+        matches!(self, Self::Malformed { .. })
     }
 
     /// Whether this process must end and be replaced.
     #[must_use]
     pub const fn is_own_fault(&self) -> bool {
-        matches!(self, Self::Device(_) | Self::Data(_) | Self::Restore(_))
+        matches!(
+            self,
+            Self::Device(_) | Self::Data(_) | Self::Restore(_) | Self::Rotten { .. }
+        )
     }
 }
 

@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_domain::limits::PREFETCH_STEPS_MAX;
-use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, Mutant, StepIndex, StepsCompleted};
+use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, Mutant, Rank, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::{DataCursor, PlanError};
 use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::message::BeginPlan;
 
 /// Where tokens are read.
 pub trait SampleSource: Send + Sync + 'static {
@@ -78,6 +79,10 @@ pub struct StepBatch {
     pub mixture: Vec<f64>,
     /// Context length; a sequence has one token more.
     pub context: usize,
+    /// The lane that is audited in this step; none in most.
+    pub audited: Option<LaneIndex>,
+    /// Its samples, where it is this rank that computes it again.
+    pub to_audit: Option<LaneSamples>,
     range: LaneRange,
     lanes: Vec<LaneSamples>,
 }
@@ -118,13 +123,49 @@ pub struct FeedRules {
     pub evaluation_interval_steps: u64,
     /// Held-out sequences of a domain at most.
     pub held_out_sequences_max: u32,
+    /// Steps between audits; 0 for none.
+    pub audit_interval_steps: u64,
+}
+
+impl FeedRules {
+    /// The lane that is audited in a step, each in its turn; none in most steps.
+    #[must_use]
+    pub fn audited(&self, step: StepIndex) -> Option<LaneIndex> {
+        let (interval, done) = (self.audit_interval_steps, step.completed().0);
+        let due = interval > 0 && done.is_multiple_of(interval);
+        due.then(|| LaneIndex((done / interval % u64::from(self.lane_count)) as u32))
+    }
 }
 
 struct Want {
     generation: Generation,
-    lanes: LaneRange,
+    lanes: Share,
     next: StepIndex,
     until: StepsCompleted,
+}
+
+/// What a rank is fed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Share {
+    /// The lanes that it computes.
+    pub own: LaneRange,
+    /// Those that it audits: another rank's, where there is another.
+    pub watched: LaneRange,
+}
+
+impl Share {
+    /// What a rank of a plan is fed: it watches the one before it, and a lone one itself.
+    ///
+    /// # Panics
+    /// If the plan has no such rank: a programmer's error.
+    #[must_use]
+    pub fn of(plan: &BeginPlan, rank: Rank) -> Self {
+        let before = rank.index().checked_sub(1).unwrap_or(plan.roster.len() - 1);
+        Self {
+            own: plan.roster[rank.index()].lanes,
+            watched: plan.roster[before].lanes,
+        }
+    }
 }
 
 struct Inner {
@@ -195,12 +236,12 @@ impl Feeder {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on feeds `lanes` of the steps from `from` to `until`; what was made for another generation is dropped.
+    /// From now on feeds its `share` of the steps from `from` to `until`; what was made for another generation is dropped.
     pub fn begin(
         &self,
         cursor: DataCursor,
         generation: Generation,
-        lanes: LaneRange,
+        share: Share,
         from: StepIndex,
         until: StepsCompleted,
     ) {
@@ -209,7 +250,7 @@ impl Feeder {
         inner.ready.clear();
         inner.want = Some(Want {
             generation,
-            lanes,
+            lanes: share,
             next: from,
             until,
         });
@@ -339,7 +380,7 @@ impl Feeder {
         true
     }
 
-    fn due(&self, inner: &Inner) -> Option<(Generation, LaneRange, StepIndex)> {
+    fn due(&self, inner: &Inner) -> Option<(Generation, Share, StepIndex)> {
         let want = inner.want.as_ref()?;
         let room = inner.ready.len() < PREFETCH_STEPS_MAX && inner.failed.is_none();
         (room && want.next.completed() <= want.until).then_some((want.generation, want.lanes, want.next))
@@ -348,24 +389,17 @@ impl Feeder {
     fn read(
         &self,
         step: StepIndex,
-        range: LaneRange,
+        share: Share,
         plan: tarazed_protocol::data::cursor::StepPlan,
     ) -> Result<StepBatch, String> {
-        let sequence_tokens = self.rules.context + 1;
-        let mut lanes: Vec<LaneSamples> = Vec::with_capacity(range.len());
-        for lane in range.lanes() {
-            let samples = plan.lane(lane, self.rules.lane_count);
-            let mut lane = LaneSamples::default();
-            lane.training.tokens.resize(samples.len() * sequence_tokens, 0);
-            for (sample, out) in samples
-                .iter()
-                .zip(lane.training.tokens.chunks_exact_mut(sequence_tokens))
-            {
-                self.source.training(sample.domain, sample.sequence, out)?;
-                lane.training.domains.push(sample.domain);
-            }
-            lanes.push(lane);
-        }
+        let range = share.own;
+        let own = range.lanes().map(|lane| self.read_training(lane, &plan));
+        let mut lanes: Vec<LaneSamples> = own.collect::<Result<_, _>>()?;
+        let audited = self.rules.audited(step);
+        let to_audit = audited
+            .filter(|lane| share.watched.contains(*lane))
+            .map(|lane| self.read_training(lane, &plan))
+            .transpose()?;
         if self.is_evaluation(step) {
             self.read_held_out(range, &mut lanes)?;
         }
@@ -374,9 +408,28 @@ impl Feeder {
             digest: plan.digest,
             mixture: plan.mixture,
             context: self.rules.context,
+            audited,
+            to_audit,
             range,
             lanes,
         })
+    }
+
+    fn read_training(
+        &self,
+        lane: LaneIndex,
+        plan: &tarazed_protocol::data::cursor::StepPlan,
+    ) -> Result<LaneSamples, String> {
+        let sequence_tokens = self.rules.context + 1;
+        let samples = plan.lane(lane, self.rules.lane_count);
+        let mut lane = LaneSamples::default();
+        lane.training.tokens.resize(samples.len() * sequence_tokens, 0);
+        let outs = lane.training.tokens.chunks_exact_mut(sequence_tokens);
+        for (sample, out) in samples.iter().zip(outs) {
+            self.source.training(sample.domain, sample.sequence, out)?;
+            lane.training.domains.push(sample.domain);
+        }
+        Ok(lane)
     }
 
     /// A line is an evaluation every so many steps, of the weights before its step.

@@ -27,7 +27,7 @@ use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{Device, ViewMut};
-use tarazed_protocol::message::{BeginPlan, RestoreFrom, ShardOrigin, StepLine};
+use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, ShardOrigin, StepLine};
 
 /// Reads checkpoint shards; blocks, but never past an abort (SUP-4).
 pub trait ShardSource: Sync {
@@ -59,6 +59,8 @@ pub trait Reporter<D: Device> {
     /// The generation is whole and runs from `base`, where the whole state has this hash (STEP-4). Said on rank 0 alone,
     /// and after the base's line where that was still to come, so that whoever hears it can compare the two (STEP-5).
     fn running(&self, base: StepsCompleted, state: [u8; 32]);
+    /// A disputed step was done again, with this result. Said on rank 0 alone.
+    fn settled(&self, step: StepsCompleted, digest: ItemDigest);
     /// A step is finished: rank 0 says so. The line of a generation's base, where it is not acknowledged, comes from every
     /// rank.
     fn line(&self, line: StepLine);
@@ -141,6 +143,9 @@ pub fn run<D: HostVisible>(
             .map_or((false, false), |o| (o.pause, o.checkpoint));
         if world.rank == Rank(0) {
             means.reporter.line(line);
+            if let Some((step, item)) = plan.disputed.filter(|(step, _)| *step == at.step) {
+                means.reporter.settled(step, digest_of(state, item));
+            }
         }
         if asked || is_due(state, at.step, plan.last_step) {
             save(state, world, means, at.step);
@@ -152,6 +157,16 @@ pub fn run<D: HostVisible>(
     }
     state.progress.enter(Phase::Parked);
     Ok(at)
+}
+
+/// How a disputed item is, now that all agree on it.
+fn digest_of<D: Device>(state: &RankState<D>, item: DisputedItem) -> ItemDigest {
+    match item {
+        DisputedItem::Shard(shard) => state.shard_digests.get(shard.index()).copied(),
+        DisputedItem::Lane(_) => state.audited,
+        DisputedItem::Finite => None,
+    }
+    .unwrap_or_default()
 }
 
 fn is_due<D: Device>(state: &RankState<D>, step: StepsCompleted, last: StepsCompleted) -> bool {
@@ -192,18 +207,8 @@ fn start<D: HostVisible>(
     let _span = tracing::info_span!("begin", generation = plan.generation.0, base = plan.base.0).entered();
     state.progress.enter(Phase::Recovering);
     state.gate.wait();
-    let fresh = plan
-        .shards
-        .iter()
-        .flatten()
-        .any(|h| matches!(h.origin, ShardOrigin::Initialise | ShardOrigin::Restore));
-    if fresh {
-        // Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up.
-        state.shards.clear();
-        state.passed = None;
-        state.facts = None;
-        state.lines.clear();
-    }
+    forget_old_course(state, plan);
+    check_memory(state)?;
     if let Some(outcome) = &plan.outcome {
         state.apply(outcome)?;
         state.passed = Some(outcome.clone());
@@ -235,6 +240,35 @@ fn start<D: HostVisible>(
     state.shards.retain(|&shard, _| world.holds(world.rank, shard));
     complete_base_line(state, plan, hash, means)?;
     Ok(hash)
+}
+
+/// Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up, and may be wrong. It goes
+/// before anything else is tried: a start that is cut short must not report it again.
+pub(crate) fn forget_old_course<D: Device>(state: &mut RankState<D>, plan: &BeginPlan) {
+    let from_elsewhere = |origin| matches!(origin, ShardOrigin::Initialise | ShardOrigin::Restore);
+    if plan.shards.iter().flatten().any(|holder| from_elsewhere(holder.origin)) {
+        state.shards.clear();
+        state.passed = None;
+        state.facts = None;
+        state.lines.clear();
+    }
+}
+
+/// A survivor's memory is hashed again before anybody copies from it: a bit that flipped since the last update would spread
+/// (DET-3).
+fn check_memory<D: Device>(state: &mut RankState<D>) -> Result<(), StepError> {
+    for (&index, shard) in &mut state.shards {
+        if state.abort.load(Ordering::Relaxed) {
+            return Err(StepError::Aborted);
+        }
+        let step = shard.read_steps();
+        let before = shard.read().hashes.clone();
+        shard.rehash(&state.device, &mut state.stream, &state.layout)?;
+        if shard.read().hashes != before {
+            return Err(StepError::Rotten { shard: index, step });
+        }
+    }
+    Ok(())
 }
 
 fn check_abort<D: Device>(state: &RankState<D>) -> Result<(), StepError> {

@@ -9,6 +9,7 @@
 //! | [`step`] | lanes, reduce, forward, barrier, update, gather: the line itself |
 //! | [`compute`] | forward and backward of this rank's lanes, folded along the lane tree |
 //! | [`generation`] | bringing every holder to the agreed step (STEP-2), copies, restore, first gather |
+//! | [`harm`] | bits flipped on purpose, for chaos runs |
 //! | [`optimizer`] | optimizer shards: update, hashes, snapshots |
 //! | [`snapshot`] | copies of the state that the next update waits for |
 //! | [`feeder`] | the samples of this rank's lanes, a few steps ahead |
@@ -21,6 +22,7 @@ pub mod device_thread;
 pub mod error;
 pub mod feeder;
 pub mod generation;
+pub mod harm;
 pub mod host;
 pub mod optimizer;
 pub mod progress;

@@ -1,7 +1,7 @@
 //! What the device thread shows of itself while it works: atomics only, read by the rank's actor for heartbeats.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tarazed_domain::StepsCompleted;
 
 macro_rules! phases {
@@ -61,6 +61,8 @@ pub struct Progress {
     /// When the present phase began, and how long each phase lasted in all: microseconds since `began`.
     entered_us: AtomicU64,
     spent_us: [AtomicU64; PHASES],
+    /// Forward and backward of one lane, as of late; 0 where it is not known.
+    lane_us: AtomicU64,
 }
 
 /// Number of phases.
@@ -75,6 +77,7 @@ impl Default for Progress {
             began: Instant::now(),
             entered_us: AtomicU64::new(0),
             spent_us: std::array::from_fn(|_| AtomicU64::new(0)),
+            lane_us: AtomicU64::new(0),
         }
     }
 }
@@ -92,6 +95,20 @@ impl Progress {
     /// Some piece of work is done.
     pub fn worked(&self) {
         self.work.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many lanes took this long together; the last dozen steps count, the newest most.
+    pub fn computed(&self, lanes: usize, took: Duration) {
+        let newest = (took.as_micros() as u64 / lanes.max(1) as u64).max(1);
+        let before = self.lane_us.load(Ordering::Relaxed);
+        let mean = if before == 0 { newest } else { (before * 7 + newest) / 8 };
+        self.lane_us.store(mean.max(1), Ordering::Relaxed);
+    }
+
+    /// Microseconds of one lane as of late; 0 where it is not known. Who hosts which lanes may depend on it, and no number.
+    #[must_use]
+    pub fn lane_us(&self) -> u64 {
+        self.lane_us.load(Ordering::Relaxed)
     }
 
     /// Stands at this count.

@@ -2,6 +2,7 @@
 
 use crate::StepError;
 use crate::compute::LaneEngine;
+use crate::harm::Harm;
 use crate::optimizer::Shard;
 use crate::progress::Progress;
 use crate::snapshot::SnapshotGate;
@@ -13,7 +14,7 @@ use tarazed_domain::config::Config;
 use tarazed_domain::{Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
 use tarazed_kernels::{Device, Precision};
 use tarazed_model::Model;
-use tarazed_protocol::message::{BarrierOutcome, StateReport, StepLine};
+use tarazed_protocol::message::{BarrierOutcome, ItemDigest, StateReport, StepLine};
 
 /// What a rank keeps between steps and, while it lives, between generations.
 pub struct RankState<D: Device> {
@@ -44,6 +45,12 @@ pub struct RankState<D: Device> {
     pub facts: Option<StepFacts>,
     /// Complete lines that the controller has not acknowledged.
     pub lines: BTreeMap<StepsCompleted, StepLine>,
+    /// Of every shard after the newest step, as all its holders have it.
+    pub shard_digests: Vec<ItemDigest>,
+    /// Of the lane that was computed again in the newest step, as both have it; none where none was.
+    pub audited: Option<ItemDigest>,
+    /// Harm to be done to this rank on purpose.
+    pub harm: Option<Harm>,
     /// Shown to the outside.
     pub progress: Arc<Progress>,
     /// Snapshots that the next update must wait for.
@@ -100,6 +107,9 @@ impl<D: Device + Clone> RankState<D> {
             passed: None,
             facts: None,
             lines: BTreeMap::new(),
+            shard_digests: Vec::new(),
+            audited: None,
+            harm: None,
             progress,
             gate: Arc::default(),
             waiting: Waiting::default(),
@@ -114,6 +124,13 @@ impl<D: Device> RankState<D> {
     pub fn with_waiting(mut self, waiting: Waiting) -> Self {
         self.gate = Arc::new(SnapshotGate::new(waiting.clone()));
         self.waiting = waiting;
+        self
+    }
+
+    /// The same, with harm to be done to it on purpose.
+    #[must_use]
+    pub fn harmed(mut self, harm: Option<Harm>) -> Self {
+        self.harm = harm;
         self
     }
 

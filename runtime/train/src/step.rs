@@ -14,16 +14,18 @@
 use crate::StepError;
 use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
+use crate::harm;
 use crate::host::HostVisible;
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
+use std::time::Instant;
 use tarazed_domain::lanes::TreeFold;
-use tarazed_domain::{LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
 use tarazed_protocol::data::stats::LaneStats;
-use tarazed_protocol::message::{BarrierOutcome, StepLine};
+use tarazed_protocol::message::{BarrierOutcome, Claim, Dispute, DisputedItem, ItemDigest, StepLine};
 
 const HASH_BYTES: usize = size_of::<BlockHash>();
 
@@ -55,12 +57,13 @@ pub fn run_step<D: HostVisible>(
         mixture: batch.mixture.clone(),
     });
 
-    let lanes = compute_lanes(state, world, batch)?;
+    harm::strike(state, world, batch.step);
+    let (lanes, audit) = compute_lanes(state, world, batch)?;
     let stats = reduce_to_primaries(state, world, fabric, step, lanes)?;
     if !Mutant::BarrierBeforeReplicas.is_on() {
         forward_to_replicas(state, world, fabric, step)?;
     }
-    let outcome = barrier(state, world, fabric, step, &stats, wishes)?;
+    let outcome = barrier(state, world, fabric, step, &stats, wishes, audit)?;
     state.passed = Some(outcome.clone());
     if Mutant::BarrierBeforeReplicas.is_on() {
         forward_to_replicas(state, world, fabric, step)?;
@@ -71,12 +74,43 @@ pub fn run_step<D: HostVisible>(
     Ok(complete_line(state, &outcome, hash))
 }
 
-/// Forward and backward of the own lanes, folded into the own maximal nodes.
+/// What a rank has to say in an audit: the digest of the audited lane, and that of the same lane computed again. Each is
+/// said by one rank.
+#[derive(Clone, Copy, Default)]
+struct Audit {
+    lane: Option<LaneIndex>,
+    own: Option<ItemDigest>,
+    again: Option<ItemDigest>,
+}
+
+/// Bytes of both, each behind a byte that says whether it is there.
+const AUDIT_BYTES: usize = 2 * (1 + size_of::<ItemDigest>());
+
+impl Audit {
+    fn encode(self, out: &mut Vec<u8>) {
+        for digest in [self.own, self.again] {
+            out.push(u8::from(digest.is_some()));
+            out.extend(digest.unwrap_or_default());
+        }
+    }
+
+    /// Both digests as some rank says them.
+    fn decode(bytes: &[u8]) -> [Option<ItemDigest>; 2] {
+        let mut parts = bytes.chunks_exact(1 + size_of::<ItemDigest>());
+        std::array::from_fn(|_| {
+            let part = parts.next().filter(|part| part[0] == 1)?;
+            Some(std::array::from_fn(|byte| part[1 + byte]))
+        })
+    }
+}
+
+/// Forward and backward of the own lanes, folded into the own maximal nodes; and of one lane more where it is audited
+/// here.
 fn compute_lanes<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
     batch: &StepBatch,
-) -> Result<LaneResults<D>, StepError> {
+) -> Result<(LaneResults<D>, Audit), StepError> {
     let _span = tracing::info_span!("compute").entered();
     state.progress.enter(Phase::Computing);
     let inputs = LaneInputs {
@@ -87,8 +121,26 @@ fn compute_lanes<D: HostVisible>(
         loss_scale: 1.0 / state.config.tokens_per_step() as f32,
         abort: &state.abort,
         progress: &state.progress,
+        digest: gradient_digest::<D>,
     };
-    state.engine.run(inputs, world.tree, world.my_lanes())
+    let began = Instant::now();
+    let results = state.engine.run(inputs, world.tree, world.my_lanes())?;
+    // In a simulation this clock is not the one that runs.
+    if !state.waiting.is_alone() {
+        state.progress.computed(world.my_lanes().len(), began.elapsed());
+    }
+    let again = batch.to_audit.as_ref();
+    let audit = Audit {
+        lane: batch.audited,
+        own: results.audited,
+        again: again.map(|samples| state.engine.audit(inputs, samples)).transpose()?,
+    };
+    Ok((results, audit))
+}
+
+fn gradient_digest<D: HostVisible>(gradient: &D::Buffer) -> ItemDigest {
+    let whole = blake3::hash(bytemuck::cast_slice(D::elements(gradient)));
+    std::array::from_fn(|byte| whole.as_bytes()[byte])
 }
 
 /// Ships every node's part of every shard to the shard's primary, which folds them along the tree. Returns the own lanes'
@@ -324,6 +376,7 @@ fn barrier<D: Device>(
     step: StepsCompleted,
     stats: &[LaneStats],
     wishes: Wishes,
+    audit: Audit,
 ) -> Result<BarrierOutcome, StepError> {
     let _span = tracing::info_span!("barrier").entered();
     let domain_count = state.config.data.domains.len();
@@ -338,6 +391,7 @@ fn barrier<D: Device>(
         0,
         0,
     ];
+    audit.encode(&mut mine);
     for lane in stats {
         mine.extend_from_slice(&lane.encode());
     }
@@ -351,7 +405,9 @@ fn barrier<D: Device>(
     }
     let lengths: Vec<usize> = (0..world.size() as u32)
         .map(Rank)
-        .map(|rank| 8 + world.lanes[rank.index()].len() * stats_bytes + world.primary_block_count(rank) * 8)
+        .map(|rank| {
+            8 + AUDIT_BYTES + world.lanes[rank.index()].len() * stats_bytes + world.primary_block_count(rank) * 8
+        })
         .collect();
     state.progress.enter(Phase::Barrier);
     let all = fabric.all_gather(Tag::new(TagKind::Barrier, step.0, 0), &mine, &lengths)?;
@@ -359,12 +415,20 @@ fn barrier<D: Device>(
     let mut lanes = Vec::new();
     let mut partials = vec![0.0_f64; state.layout.block_count()];
     let mut flags = 0;
+    let mut claims = Vec::new();
     for (rank, bytes) in all.iter().enumerate() {
         let rank = Rank(rank as u32);
         if !Mutant::PauseUnspread.is_on() || rank == world.rank {
             flags |= bytes[0];
         }
-        let (lane_bytes, partial_bytes) = bytes[8..].split_at(world.lanes[rank.index()].len() * stats_bytes);
+        let (audit_bytes, rest) = bytes[8..].split_at(AUDIT_BYTES);
+        claims.extend(
+            Audit::decode(audit_bytes)
+                .into_iter()
+                .flatten()
+                .map(|digest| Claim { rank, digest }),
+        );
+        let (lane_bytes, partial_bytes) = rest.split_at(world.lanes[rank.index()].len() * stats_bytes);
         for (lane, bytes) in world.lanes[rank.index()]
             .lanes()
             .zip(lane_bytes.chunks_exact(stats_bytes))
@@ -385,6 +449,7 @@ fn barrier<D: Device>(
             }
         }
     }
+    settle_audit(state, step, audit.lane, claims)?;
     let total = LaneStats::fold(world.tree, lanes).map_err(|e| StepError::Malformed {
         from: world.rank,
         what: "lane statistics",
@@ -415,6 +480,23 @@ fn barrier<D: Device>(
     })
 }
 
+/// Two ranks computed one lane: they agree, or the step is in dispute before anybody is past its barrier.
+fn settle_audit<D: Device>(
+    state: &mut RankState<D>,
+    step: StepsCompleted,
+    lane: Option<LaneIndex>,
+    claims: Vec<Claim>,
+) -> Result<(), StepError> {
+    state.audited = claims.first().map(|claim| claim.digest);
+    match lane {
+        Some(lane) if claims.iter().any(|claim| Some(claim.digest) != state.audited) => {
+            let item = DisputedItem::Lane(lane);
+            Err(StepError::Disputed(Dispute { step, item, claims }))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Sums along the aligned tree over block indices: neighbours first, an odd last one passes through (DET-2).
 fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
     while partials.len() > 1 {
@@ -438,8 +520,8 @@ fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) ->
     Ok(())
 }
 
-/// All-gathers working weights and block hashes; compares the own replicas with their primaries, and returns the hash of
-/// the whole state (STEP-4). A replica has updated its own copy of the weights, so only non-holders are sent them.
+/// All-gathers working weights and block hashes; compares every replica with its primary, and returns the hash of the
+/// whole state (STEP-4). A replica has updated its own copy of the weights, so only non-holders are sent them.
 pub(crate) fn gather_weights<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
@@ -453,8 +535,9 @@ pub(crate) fn gather_weights<D: HostVisible>(
     Ok(state_hash(step, &hashes))
 }
 
+/// Every rank hears every holder's claim, so all leave the step with the same dispute, and no line of it goes out.
 fn gather_hashes<D: Device>(
-    state: &RankState<D>,
+    state: &mut RankState<D>,
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
@@ -463,33 +546,52 @@ fn gather_hashes<D: Device>(
     for shard in world.primaries_of(world.rank) {
         mine.extend(state.shards[&shard].read().hashes.iter().flat_map(|hash| hash.0));
     }
+    for shard in world.replicas_of(world.rank) {
+        mine.extend(shard_digest(&state.shards[&shard].read().hashes));
+    }
     let lengths: Vec<usize> = (0..world.size() as u32)
-        .map(|rank| world.primary_block_count(Rank(rank)) * HASH_BYTES)
+        .map(|rank| world.primary_block_count(Rank(rank)) + world.replicas_of(Rank(rank)).count())
+        .map(|hashes| hashes * HASH_BYTES)
         .collect();
     let all = fabric.all_gather(Tag::new(TagKind::ShardHash, step.0, 0), &mine, &lengths)?;
 
     let mut hashes = vec![BlockHash::default(); state.layout.block_count()];
+    let mut claims: Vec<Vec<Claim>> = vec![Vec::new(); world.holders.len()];
     for (rank, bytes) in all.iter().enumerate() {
         let rank = Rank(rank as u32);
         let mut words = bytes
             .chunks_exact(HASH_BYTES)
-            .map(|word| BlockHash(std::array::from_fn(|i| word[i])));
+            .map(|word| std::array::from_fn(|i| word[i]));
         for shard in world.primaries_of(rank) {
             let blocks = world.shards.blocks(shard);
             for block in blocks.clone() {
-                hashes[block] = words.next().unwrap_or_default();
+                hashes[block] = BlockHash(words.next().unwrap_or_default());
             }
-            if world.holds(world.rank, shard) && state.shards[&shard].read().hashes != hashes[blocks] {
-                return Err(StepError::Diverged {
-                    shard,
-                    primary: rank,
-                    replica: world.rank,
-                    step,
-                });
-            }
+            let digest = shard_digest(&hashes[blocks]);
+            claims[shard.index()].push(Claim { rank, digest });
+        }
+        for (shard, digest) in world.replicas_of(rank).zip(words) {
+            claims[shard.index()].push(Claim { rank, digest });
+        }
+    }
+    state.shard_digests = claims.iter().map(|claims| claims[0].digest).collect();
+    for (shard, claims) in world.shards.shards().zip(claims) {
+        if claims.iter().any(|claim| claim.digest != claims[0].digest) && !Mutant::ReplicasUncompared.is_on() {
+            let item = DisputedItem::Shard(shard);
+            return Err(StepError::Disputed(Dispute { step, item, claims }));
         }
     }
     Ok(hashes)
+}
+
+/// What two holders of a shard compare.
+fn shard_digest(hashes: &[BlockHash]) -> ItemDigest {
+    let mut hasher = blake3::Hasher::new_derive_key("tarazed 2026 optimizer shard digest");
+    for hash in hashes {
+        hasher.update(&hash.0);
+    }
+    let whole = hasher.finalize();
+    std::array::from_fn(|byte| whole.as_bytes()[byte])
 }
 
 fn exchange_weights<D: HostVisible>(

@@ -86,6 +86,11 @@ impl World {
         self.shards.shards().filter(move |&shard| self.primary(shard) == rank)
     }
 
+    /// The shards of which `rank` is a replica, in order.
+    pub fn replicas_of(&self, rank: Rank) -> impl Iterator<Item = OptimizerShardIndex> + '_ {
+        self.held_by(rank).filter(move |&shard| self.primary(shard) != rank)
+    }
+
     /// The shards that `rank` holds, in order.
     pub fn held_by(&self, rank: Rank) -> impl Iterator<Item = OptimizerShardIndex> + '_ {
         self.shards.shards().filter(move |&shard| self.holds(rank, shard))

@@ -44,6 +44,8 @@ impl DeviceEvents<CpuDevice> for Ear {
         self.hears(Heard::Running(generation, base));
     }
 
+    fn settled(&self, _: Generation, _: StepsCompleted, _: [u8; 16]) {}
+
     fn line(&self, _: Generation, line: StepLine) {
         self.hears(Heard::Trouble(format!("{line:?}")));
     }

@@ -179,6 +179,7 @@ impl Project {
             config: self.config(),
             run_dir: self.run_dir(run),
             args: Vec::new(),
+            variables: Vec::new(),
             disk: None,
         }
     }
@@ -218,6 +219,7 @@ pub struct Train {
     config: PathBuf,
     run_dir: PathBuf,
     args: Vec<String>,
+    variables: Vec<(String, String)>,
     /// Limit on file sizes, in the shell's words; none for a disk that never fills.
     disk: Option<&'static str>,
 }
@@ -245,6 +247,13 @@ impl Train {
     #[must_use]
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// An environment variable of the run and its ranks.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -308,6 +317,7 @@ impl Train {
             }
         };
         command
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .arg("train")
             .arg(&self.config)
             .arg("--run-dir")

@@ -23,8 +23,8 @@ pub fn assert_prefix(run: &Run) -> u64 {
     count
 }
 
-/// Waits until no rank is left: ranks whose controller is gone end by themselves, those that have not met it yet once
-/// they have tried for `fault.timeout_ms`.
+/// Waits until no rank is left: those whose controller is gone end by themselves where no other comes for a dozen times
+/// `fault.timeout_ms`.
 #[track_caller]
 pub fn wait_for_no_ranks(run: &mut Run) {
     let deadline = Instant::now() + WAIT;

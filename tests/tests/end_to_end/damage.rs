@@ -1,6 +1,7 @@
 //! Files of a run that were damaged, and disks that are full: nothing good is lost, and the message says what to do.
 
 use crate::common::{assert_halted, assert_undisturbed, damage, files, files_with_ending, truncate};
+use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use tarazed_tests::harness::{Project, Run, assert_same_trace, line_count, undisturbed};
 
@@ -89,7 +90,15 @@ fn a_store_of_bad_checkpoints_halts_and_stays() {
     let before = files(run.dir());
     let mut again = Run::start(&project.train("bad").ranks(2).steps(90));
     let outcome = again.finish();
-    assert_halted(&outcome, &["step 20", "step 40", "step 60", "store"]);
+    // Where the machine is busy one of them may have been overtaken by the next.
+    let steps = (1..=3).map(|part| part * 20).filter(|&step| {
+        let folder = format!("{step:020}");
+        checkpoint_folders(run.dir()).iter().any(|path| path.ends_with(&folder))
+    });
+    let steps: Vec<String> = steps.map(|step| format!("step {step}")).collect();
+    assert!(steps.len() > 1, "{steps:?}");
+    let said: Vec<&str> = steps.iter().map(String::as_str).chain(["store"]).collect();
+    assert_halted(&outcome, &said);
     assert_same_trace(&again.trace(), undisturbed(60), "the trace stays");
     assert_kept(run.dir(), &before);
     let verify = project.tarazed(&["checkpoint".as_ref(), "verify".as_ref(), run.dir().as_os_str()]);
@@ -116,6 +125,21 @@ fn a_torn_trace_line_is_cut_off_and_written_again() {
     );
 }
 
+/// A stop whose last checkpoint finds no room needs a person, whatever a scheduler would try again; with room again the
+/// run goes on.
+#[test]
+fn a_last_checkpoint_on_a_full_disk_needs_a_person() {
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "0"), ("optimizer.shards", "2")]);
+    let train = project.train("last").ranks(2).steps(400).on_small_disk();
+    let mut run = Run::start(&train);
+    run.wait_for_step(5);
+    // Room for some fifty lines, and none for a shard.
+    run.fill_disk(10 * run.trace().len() as u64);
+    run.signal(Signal::TERM);
+    assert_halted(&run.finish(), &["no space left", "free space"]);
+    assert_undisturbed(&mut Run::start(&train), 400, "with room again");
+}
+
 /// STEP-3, CKPT-1: a disk that fills up costs checkpoints, said aloud, and at last halts the run with the file and the
 /// remedy; what was acknowledged is whole, and with room again the run goes on. A start on a full disk needs a person,
 /// too, and harms nothing.
@@ -123,7 +147,7 @@ fn a_torn_trace_line_is_cut_off_and_written_again() {
 fn a_full_disk_loses_nothing() {
     // Two shards instead of eight: large ones, so that the trace of some hundred steps is smaller.
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "10"), ("optimizer.shards", "2")]);
-    let train = project.train("disk").ranks(2).steps(400).on_small_disk();
+    let train = project.train("disk").ranks(2).steps(1_000).on_small_disk();
     let mut run = Run::start(&train);
     run.wait_for_step(30);
     run.wait_for("a checkpoint", |run| (run.newest_checkpoint() > 0).then_some(()));
@@ -153,5 +177,5 @@ fn a_full_disk_loses_nothing() {
     let fresh = project.train("new").ranks(2).steps(10);
     assert_halted(&fresh.finish_on_full_disk(), &["runs/new", "free space"]);
     assert!(!fresh.run_dir().exists(), "a new run that cannot begin leaves nothing");
-    assert_undisturbed(&mut Run::start(&train), 400, "with room again");
+    assert_undisturbed(&mut Run::start(&train), 1_000, "with room again");
 }

@@ -69,7 +69,7 @@ fn twenty_kills_at_random_moments_change_nothing() {
 #[test]
 fn survivors_do_not_wait_for_the_replacement() {
     let project = Project::tiny();
-    let steps = 900;
+    let steps = 1_100;
     let mut run = Run::start(&project.train("slow").ranks(4).steps(steps));
     run.wait_for_step(5);
     let mut incarnation = 0;

@@ -9,6 +9,7 @@
 
 mod bad_input;
 mod common;
+mod corruption;
 mod damage;
 mod double_loss;
 mod kills;
@@ -16,7 +17,9 @@ mod restart_limit;
 mod resume;
 mod status;
 mod storm;
+mod straggler;
 mod surroundings;
+mod takeover;
 mod telemetry;
 mod terminal;
 mod worlds;

@@ -7,7 +7,7 @@ use tarazed_tests::harness::{Project, Run, lines};
 /// ranks, and returns the run and the bytes that were there.
 #[track_caller]
 fn with_damaged_data(project: &Project, kill: &[u32]) -> (Run, std::path::PathBuf, Vec<u8>) {
-    let mut run = Run::start(&project.train("limit").ranks(4).steps(600));
+    let mut run = Run::start(&project.train("limit").ranks(4).steps(1_100));
     run.wait_for_step(25);
     let shard = files_with_ending(&run.dir().join("data"), ".tokens").remove(0);
     let good = std::fs::read(&shard).expect("a token shard");
@@ -43,8 +43,8 @@ fn a_worker_that_dies_at_every_start_halts_the_run() {
     assert!(!lines(&run.trace()).is_empty());
 
     std::fs::write(&shard, good).expect("repaired");
-    let mut again = Run::start(&project.train("limit").ranks(4).steps(600));
-    assert_undisturbed(&mut again, 600, "after the repair");
+    let mut again = Run::start(&project.train("limit").ranks(4).steps(1_100));
+    assert_undisturbed(&mut again, 1_100, "after the repair");
 }
 
 /// SUP-3: the same where no rank survives that could make progress meanwhile.
@@ -64,7 +64,7 @@ fn a_whole_cluster_that_dies_at_every_start_halts_the_run() {
 #[test]
 fn a_rank_that_fails_at_work_says_why() {
     let project = Project::tiny();
-    let mut run = Run::start(&project.train("words").ranks(2).steps(600));
+    let mut run = Run::start(&project.train("words").ranks(2).steps(1_100));
     run.wait_for_step(25);
     run.wait_for("a worker to starve", |run| run.starve_of_descriptors(0).then_some(()));
     run.wait_for("a worker to kill", |run| run.kill_rank(1));

@@ -69,7 +69,7 @@ fn signals_at_inconvenient_moments_lose_nothing() {
                 run.wait_for_step(steps + 10);
                 run.signal(Signal::KILL);
                 run.finish();
-                wait_for_no_ranks(&mut run);
+                lose_ranks(&mut run);
                 steps = assert_prefix(&run);
                 continue;
             }
@@ -86,10 +86,16 @@ fn signals_at_inconvenient_moments_lose_nothing() {
     assert_undisturbed(&mut Run::start(&train), STEPS, &format!("TARAZED_TEST_SEED={seed}"));
 }
 
-/// STEP-5, DET-3, SUP-1, CKPT-3: the controller is killed three times; its ranks end by themselves, and each start, at
-/// another world size, checks what it replays and goes on.
+/// The ranks are lost with their controller, as with their machine.
+fn lose_ranks(run: &mut Run) {
+    run.processes().kill_all();
+    wait_for_no_ranks(run);
+}
+
+/// STEP-5, DET-3, SUP-1, CKPT-3: controller and ranks are killed three times; each start, at another world size, checks
+/// what it replays and goes on.
 #[test]
-fn a_killed_controller_leaves_no_ranks_and_the_run_goes_on() {
+fn a_run_goes_on_after_all_of_it_was_lost() {
     let project = Project::tiny();
     let mut replayed = 0;
     for (ranks, step) in [(4, 31), (2, 55), (3, 93)] {
@@ -97,14 +103,14 @@ fn a_killed_controller_leaves_no_ranks_and_the_run_goes_on() {
         run.wait_for_step(step);
         run.signal(Signal::KILL);
         assert_eq!(run.finish().signal, Some(9));
-        wait_for_no_ranks(&mut run);
+        lose_ranks(&mut run);
         assert!(!run.status().live, "nobody answers any more");
         let written = assert_prefix(&run);
         assert!((step..STEPS).contains(&written), "{written}");
         replayed += written - run.newest_checkpoint();
     }
     let mut last = Run::start(&project.train("lost").ranks(1).steps(STEPS));
-    assert_undisturbed(&mut last, STEPS, "three lost controllers");
+    assert_undisturbed(&mut last, STEPS, "three lost runs");
     assert!(replayed > 0, "each kill hit a checkpoint exactly");
 }
 
@@ -123,7 +129,10 @@ fn a_controller_killed_at_the_very_end_can_be_resumed() {
         if run.ended().is_none() {
             run.signal(Signal::KILL);
             run.finish();
-            wait_for_no_ranks(&mut run);
+            if round % 2 == 0 {
+                lose_ranks(&mut run);
+            }
+            run.leave();
         }
         let what = format!("TARAZED_TEST_SEED={seed}, round {round}");
         let mut again = Run::start(&train);
@@ -142,7 +151,7 @@ fn a_replay_that_differs_from_its_line_halts() {
     run.wait_for_step(20);
     run.signal(Signal::KILL);
     run.finish();
-    wait_for_no_ranks(&mut run);
+    lose_ranks(&mut run);
     let trace = String::from_utf8(run.trace()).expect("UTF-8");
     let state = trace.match_indices("\"state\":\"").nth(11).expect("line 12").0 + 9;
     let digit = if &trace[state..=state] == "a" { "b" } else { "a" };

@@ -6,9 +6,9 @@ mod sections;
 mod validate;
 
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ControllerKind, DataConfig, DomainConfig, EvaluationConfig,
-    FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig, OptimizerConfig, RunConfig, SourceFormat,
-    TelemetryConfig, TokenizerConfig,
+    BatchConfig, CheckpointConfig, ClusterConfig, ClusterTransport, ControllerKind, DataConfig, DomainConfig,
+    EvaluationConfig, FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig, OptimizerConfig,
+    RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;

@@ -417,21 +417,50 @@ impl Default for CheckpointConfig {
     }
 }
 
-/// `[cluster]`
+/// What the processes of a run talk over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClusterTransport {
+    /// Unix sockets in a folder that only the run's user can enter.
+    #[default]
+    Unix,
+    /// TCP on loopback: what a proxy can stand between.
+    Tcp,
+}
+
+/// `[cluster]`: placement, which decides no number.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClusterConfig {
     /// Rank processes.
     pub ranks: u32,
+    /// Processes held ready beside them, to take a lost rank's place at once.
+    pub spares: u32,
     /// Compute threads of each rank; results do not depend on it.
     pub threads_per_rank: u32,
+    /// Sockets of the data plane and of the control plane.
+    pub transport: ClusterTransport,
+    /// Worker k's data plane listens at this TCP port plus k; 0 for ports that the system chooses.
+    pub mesh_port: u16,
+    /// The ports that other ranks dial instead, where something forwards them; 0 for those listened at.
+    pub mesh_advertise_port: u16,
+    /// The controller listens for its ranks at this TCP port; 0 for one that the system chooses.
+    pub control_port: u16,
+    /// The port that ranks dial instead; 0 for the one listened at.
+    pub control_advertise_port: u16,
 }
 
 impl Default for ClusterConfig {
     fn default() -> Self {
         Self {
             ranks: 1,
+            spares: 0,
             threads_per_rank: 1,
+            transport: ClusterTransport::Unix,
+            mesh_port: 0,
+            mesh_advertise_port: 0,
+            control_port: 0,
+            control_advertise_port: 0,
         }
     }
 }
@@ -446,6 +475,8 @@ pub struct FaultConfig {
     pub restarts_max: u32,
     /// First wait before a restart; doubles with each further one.
     pub restart_backoff_ms: u64,
+    /// Steps between audits: another rank computes one lane again and compares (DET-3); 0 for none.
+    pub audit_interval_steps: u64,
 }
 
 impl Default for FaultConfig {
@@ -454,6 +485,7 @@ impl Default for FaultConfig {
             timeout_ms: 10_000,
             restarts_max: 5,
             restart_backoff_ms: 100,
+            audit_interval_steps: 50,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{Config, ConfigError, ControllerKind, LearningRateSchedule};
+use super::{ClusterTransport, Config, ConfigError, ControllerKind, LearningRateSchedule};
 use crate::limits::*;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -223,11 +223,64 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         "raise batch.lanes (a new run: lanes decide numbers) or run fewer ranks"
     );
     within(
+        "cluster.spares",
+        u64::from(c.spares),
+        0..=u64::from(RANKS_MAX),
+        "a few are enough: each is a process that waits",
+    )?;
+    within(
         "cluster.threads_per_rank",
         u64::from(c.threads_per_rank),
         1..=THREADS_PER_RANK_MAX,
         "choose at most the cores that a rank has to itself",
-    )
+    )?;
+    ports(config)
+}
+
+/// Ports belong to TCP; one that is dialed stands for one that is known, or nothing could forward it.
+fn ports(config: &Config) -> Result<(), ConfigError> {
+    let c = &config.cluster;
+    for (key, port, workers) in [
+        ("cluster.mesh_port", c.mesh_port, c.ranks),
+        ("cluster.mesh_advertise_port", c.mesh_advertise_port, c.ranks),
+        ("cluster.control_port", c.control_port, 1),
+        ("cluster.control_advertise_port", c.control_advertise_port, 1),
+    ] {
+        require!(
+            port == 0 || c.transport == ClusterTransport::Tcp,
+            key,
+            format!("{port} is a TCP port, and cluster.transport is \"unix\""),
+            "set cluster.transport = \"tcp\", or leave the port out"
+        );
+        require!(
+            u32::from(port) + workers.saturating_sub(1) <= u32::from(u16::MAX),
+            key,
+            format!("{port} and one port more for each further rank go beyond {}", u16::MAX),
+            "choose a lower one"
+        );
+    }
+    for (key, advertised, listened, other) in [
+        (
+            "cluster.mesh_advertise_port",
+            c.mesh_advertise_port,
+            c.mesh_port,
+            "cluster.mesh_port",
+        ),
+        (
+            "cluster.control_advertise_port",
+            c.control_advertise_port,
+            c.control_port,
+            "cluster.control_port",
+        ),
+    ] {
+        require!(
+            advertised == 0 || listened != 0,
+            key,
+            format!("{advertised} forwards to a port that {other} = 0 leaves to the system"),
+            format!("set {other}")
+        );
+    }
+    Ok(())
 }
 
 fn optimizer(config: &Config) -> Result<(), ConfigError> {

@@ -130,7 +130,8 @@ mod tests {
         /// A generation of three that runs.
         fn new() -> Self {
             let options = Options {
-                workers: 3,
+                ranks: 3,
+                spares: 0,
                 lanes: LaneTree::new(3),
                 shard_count: 1,
                 replicas: 3,
@@ -140,7 +141,7 @@ mod tests {
                 last_step: StepsCompleted(100),
             };
             let mut machine = Coordinator::new(options, Generation(0), StepsCompleted(0));
-            machine.start(0);
+            machine.start(0, &[]);
             let member = |worker| Member {
                 worker: WorkerId(worker),
                 incarnation: Incarnation(0),
@@ -158,6 +159,7 @@ mod tests {
                     member,
                     address: String::new(),
                     pid: 1,
+                    newest: Generation(0),
                 });
             }
             bench.event(Event::Located { checkpoint: None });
@@ -190,6 +192,7 @@ mod tests {
                         step: StepsCompleted(0),
                         progress,
                         activity: String::new(),
+                        lane_us: 0,
                     });
                 }
                 self.event(Event::Tick);

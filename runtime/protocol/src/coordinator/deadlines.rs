@@ -19,7 +19,7 @@ impl Coordinator {
             | Phase::Finishing { deadline_ms, .. }
             | Phase::Leaving { deadline_ms } => Some(deadline_ms + 1),
             Phase::Running { failed, .. } => failed.as_ref().map(|(since, _)| since + FAILED_GRACE_MS),
-            Phase::Forming | Phase::Locating => None,
+            Phase::Adopting { .. } | Phase::Forming | Phase::Locating => None,
             Phase::Done => return None,
         };
         let of_stop = self.stop.map(|since| since + self.options.timeouts.stop_ms + 1);
@@ -84,9 +84,10 @@ impl Coordinator {
             }
             &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
                 let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
-                self.save_failed = Some((step, cause));
+                self.save_failed = Some((step, cause, false));
                 effects.extend(self.save_again(now_ms));
             }
+            Phase::Running { failed: None, .. } => effects.extend(self.watch_pace(now_ms)),
             Phase::Leaving { deadline_ms } if now_ms > *deadline_ms => effects.extend(self.done()),
             _ => {}
         }
@@ -128,7 +129,10 @@ impl Coordinator {
         for (member, w) in self.workers.iter() {
             match w.phase {
                 WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
-                    let reason = format!("not ready within {} ms of its start", timeouts.start_ms);
+                    let reason = match self.phase {
+                        Phase::Adopting { .. } => format!("not back within {} ms", timeouts.failure_ms),
+                        _ => format!("not ready within {} ms of its start", timeouts.start_ms),
+                    };
                     effects.push(Effect::Kill { member, reason });
                 }
                 WorkerPhase::Member | WorkerPhase::Ready

@@ -1,6 +1,6 @@
 //! What the membership machine hears and what it asks for.
 
-use crate::message::{BeginPlan, Member, RestoreFrom, StateReport, ToRank};
+use crate::message::{BeginPlan, Dispute, DisputedItem, ItemDigest, Member, RestoreFrom, StateReport, ToRank};
 use std::sync::Arc;
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
@@ -8,8 +8,10 @@ use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
 /// Fixed facts of a run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Worker slots.
-    pub workers: u32,
+    /// Ranks of a whole world.
+    pub ranks: u32,
+    /// Processes held ready beside them.
+    pub spares: u32,
     /// Lanes of the global batch.
     pub lanes: LaneTree,
     /// Optimizer shards.
@@ -26,10 +28,19 @@ pub struct Options {
     pub last_step: StepsCompleted,
 }
 
+/// The newest life of a worker that an earlier controller started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PastLife {
+    /// Who.
+    pub member: Member,
+    /// Its process is still there, and is waited for.
+    pub lives: bool,
+}
+
 /// A fact.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A process is ready and holds nothing.
+    /// A process is ready: a new one, or one that an earlier controller started and that holds what it held.
     Ready {
         /// Who.
         member: Member,
@@ -37,6 +48,8 @@ pub enum Event {
         address: String,
         /// Process id.
         pid: u32,
+        /// The newest generation it heard of; 0 for a new process.
+        newest: Generation,
     },
     /// A process ended, or could not be started.
     Exited {
@@ -66,8 +79,26 @@ pub enum Event {
         cause: String,
         /// Peers it names.
         suspects: Vec<Rank>,
+        /// No other try can help.
+        fatal: bool,
         /// The state itself is in doubt.
-        corruption: bool,
+        dispute: Option<Dispute>,
+    },
+    /// A disputed step was done again, and all agree on this result.
+    Settled {
+        /// Who says so.
+        member: Member,
+        /// In which generation.
+        generation: Generation,
+        /// The step.
+        step: StepsCompleted,
+        /// The result.
+        digest: ItemDigest,
+    },
+    /// What a generation began from is not what the trace says of it (STEP-5).
+    BaseDiffers {
+        /// How.
+        diagnosis: String,
     },
     /// A rank stands at a boundary.
     Paused {
@@ -92,6 +123,8 @@ pub enum Event {
         progress: u64,
         /// Doing what.
         activity: String,
+        /// Microseconds of one lane as of late; 0 where it is not known.
+        lane_us: u64,
     },
     /// A trace line was written (or checked, on replay).
     LineWritten {
@@ -116,6 +149,13 @@ pub enum Event {
         step: StepsCompleted,
         /// Why.
         cause: String,
+        /// The store has no room left: no retry makes some.
+        full: bool,
+    },
+    /// The world is to have this many ranks from now on (1 to the number of lanes).
+    Resize {
+        /// How many.
+        ranks: u32,
     },
     /// A signal asks for a last checkpoint and an end.
     StopRequested,
@@ -132,6 +172,11 @@ pub enum Effect {
         member: Member,
         /// Wait first.
         after_ms: u64,
+    },
+    /// Watch a process that an earlier controller started; its exit comes as an event.
+    Adopt {
+        /// Who.
+        member: Member,
     },
     /// End a process; its exit comes back as an event.
     Kill {
@@ -154,7 +199,10 @@ pub enum Effect {
         plan: Arc<BeginPlan>,
     },
     /// Find the newest valid checkpoint; comes back as [`Event::Located`].
-    FindCheckpoint,
+    FindCheckpoint {
+        /// Of a step before this one, whose own turned out to be bad.
+        below: Option<StepsCompleted>,
+    },
     /// Something people will want to know.
     Note(Incident),
     /// End the run with this exit code and diagnosis; kill what is left.
@@ -183,6 +231,11 @@ pub enum Incident {
         /// Why.
         cause: String,
     },
+    /// Ranks that an earlier controller left behind are back, with what they hold.
+    Adopted {
+        /// Who.
+        members: Vec<Member>,
+    },
     /// A generation begins.
     GenerationBegan {
         /// Which.
@@ -195,6 +248,40 @@ pub enum Incident {
         restored: bool,
         /// Shard copies made to get there.
         copies: usize,
+    },
+    /// A rank is slow, and lanes move to others; it is not replaced for it.
+    Straggler {
+        /// Who.
+        member: Member,
+        /// Its time for a lane.
+        lane_us: u64,
+        /// The others' (their median).
+        usual_us: u64,
+    },
+    /// Ranks differ in what they computed: the state is restored, and the step done again.
+    Disputed {
+        /// After which step.
+        step: StepsCompleted,
+        /// In what.
+        item: DisputedItem,
+        /// Who takes part in the dispute.
+        members: Vec<Member>,
+    },
+    /// The step was done again: these had it wrong, and are replaced; none where nobody can be named.
+    Convicted {
+        /// After which step.
+        step: StepsCompleted,
+        /// In what.
+        item: DisputedItem,
+        /// Who.
+        members: Vec<Member>,
+    },
+    /// A checkpoint's bytes are as recorded and its state is not what the trace says: an older one is looked for.
+    CheckpointRefuted {
+        /// Its step.
+        step: StepsCompleted,
+        /// How it shows.
+        diagnosis: String,
     },
     /// The state must come from a checkpoint.
     StateLost {

@@ -5,7 +5,7 @@ use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
 use crate::commit::{Holders, Survey};
 use crate::message::{Member, RestoreFrom, ToRank};
 use crate::restart::Verdict;
-use tarazed_domain::{Mutant, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Mutant, Rank, StepsCompleted};
 
 impl Coordinator {
     /// One fact in, effects out.
@@ -14,7 +14,12 @@ impl Coordinator {
             return Vec::new();
         }
         match event {
-            Event::Ready { member, address, pid } => self.on_ready(now_ms, member, address, pid),
+            Event::Ready {
+                member,
+                address,
+                pid,
+                newest,
+            } => self.on_ready(now_ms, member, address, pid, newest),
             Event::Exited { member, cause, orderly } => self.on_exited(now_ms, member, cause, orderly),
             Event::State {
                 member,
@@ -40,13 +45,31 @@ impl Coordinator {
                 generation,
                 cause,
                 suspects,
-                corruption,
+                fatal,
+                dispute,
             } => {
                 if !self.is_current(member, generation) {
                     return Vec::new();
                 }
-                self.on_failed(now_ms, member, cause, &suspects, corruption)
+                self.heard(now_ms, member);
+                match dispute {
+                    _ if fatal => self.halt(3, format!("{member}: {cause}")),
+                    Some(dispute) => self.on_disputed(now_ms, dispute, cause),
+                    None => self.on_failed(now_ms, member, cause, &suspects),
+                }
             }
+            Event::Settled {
+                member,
+                generation,
+                step,
+                digest,
+            } => {
+                if !self.is_current(member, generation) {
+                    return Vec::new();
+                }
+                self.on_settled(step, digest)
+            }
+            Event::BaseDiffers { diagnosis } => self.on_base_differs(now_ms, diagnosis),
             Event::Paused {
                 member,
                 generation,
@@ -65,6 +88,7 @@ impl Coordinator {
                 step,
                 progress,
                 activity,
+                lane_us,
             } => {
                 if self.knows(member)
                     && let Some(worker) = self.workers.get_mut(member.worker)
@@ -72,6 +96,7 @@ impl Coordinator {
                     worker.heard_ms = now_ms;
                     if generation == self.generation {
                         worker.step = step;
+                        worker.lane_us = lane_us;
                         if worker.progress != progress {
                             worker.progress = progress;
                             self.progressed_ms = now_ms;
@@ -85,6 +110,7 @@ impl Coordinator {
             Event::Located { checkpoint } => self.on_located(now_ms, checkpoint),
             Event::CheckpointCommitted { step } => {
                 self.checkpointed = self.checkpointed.max(Some(step));
+                self.refuted = None;
                 self.leave_when_saved(now_ms)
             }
             Event::ShardSaved => {
@@ -93,11 +119,12 @@ impl Coordinator {
                 }
                 Vec::new()
             }
-            Event::CheckpointFailed { step, cause } => {
+            Event::CheckpointFailed { step, cause, full } => {
                 // Training goes on, and the next checkpoint may succeed; the last one is tried again.
-                self.save_failed = Some((step, cause));
+                self.save_failed = Some((step, cause, full));
                 self.save_again(now_ms)
             }
+            Event::Resize { ranks } => self.on_resize(now_ms, ranks),
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
@@ -109,27 +136,74 @@ impl Coordinator {
         }
     }
 
-    fn on_ready(&mut self, now_ms: u64, member: Member, address: String, pid: u32) -> Vec<Effect> {
+    fn on_ready(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
         if !self.knows(member) {
             return vec![Effect::Kill {
                 member,
                 reason: "a life that was given up".to_owned(),
             }];
         }
+        self.heard(now_ms, member);
+        if newest == Generation(0) && !self.is_wanted(member.worker) {
+            let mut effects = self.release(vec![member]);
+            if let Phase::Adopting { awaiting } = &mut self.phase {
+                awaiting.remove(member.worker);
+                effects.extend(self.settle_adoption(now_ms));
+            }
+            return effects;
+        }
+        if newest != Generation(0) {
+            return self.on_back(now_ms, member, address, pid, newest);
+        }
         self.workers.set_phase(member.worker, WorkerPhase::Ready);
         self.workers.set_process(member.worker, address, pid);
-        self.heard(now_ms, member);
-        match self.phase {
+        match &mut self.phase {
+            // It was only just started when its controller died.
+            Phase::Adopting { awaiting, .. } => {
+                awaiting.remove(member.worker);
+                self.settle_adoption(now_ms)
+            }
             Phase::Forming => self.try_form(),
-            Phase::Running { .. } => self.ask_to_pause(false),
-            _ => Vec::new(),
+            Phase::Running { .. } if self.roster.len() < self.options.ranks as usize => self.ask_to_pause(false),
+            _ => Vec::new(), // a spare, or admitted by the generation that is being agreed on
         }
     }
 
-    fn try_form(&mut self) -> Vec<Effect> {
-        if self.workers.all_ready() {
+    /// A rank that holds what it held under an earlier controller, or under this one before its session was cut.
+    fn on_back(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
+        let Phase::Adopting { awaiting, .. } = &mut self.phase else {
+            // What it holds may be of a world that is over, and messages between it and this controller are lost.
+            let reason = "its control session was interrupted".to_owned();
+            return vec![Effect::Kill { member, reason }];
+        };
+        if awaiting.remove(member.worker) {
+            self.workers.set_phase(member.worker, WorkerPhase::Member);
+            self.workers.set_process(member.worker, address, pid);
+            // A fence must be newer than all that any of them heard of, or they would take it for an old one.
+            self.generation = self.generation.max(newest);
+        }
+        self.settle_adoption(now_ms)
+    }
+
+    /// Once everybody who was left behind is back or has ended: those who are back agree on the step, as survivors do.
+    fn settle_adoption(&mut self, now_ms: u64) -> Vec<Effect> {
+        if !matches!(&self.phase, Phase::Adopting { awaiting, .. } if awaiting.is_empty()) {
+            return Vec::new();
+        }
+        let members = self.workers.members();
+        if members.is_empty() {
+            self.phase = Phase::Forming;
+            return self.try_form();
+        }
+        let mut effects = vec![Effect::Note(Incident::Adopted { members })];
+        effects.extend(self.fence(now_ms, "a new controller took over".to_owned(), None));
+        effects
+    }
+
+    pub(super) fn try_form(&mut self) -> Vec<Effect> {
+        if self.workers.ready_count() >= self.options.ranks as usize {
             self.phase = Phase::Locating;
-            vec![Effect::FindCheckpoint]
+            vec![self.find_checkpoint()]
         } else {
             Vec::new()
         }
@@ -137,7 +211,7 @@ impl Coordinator {
 
     /// Asks every member to pause together at the next boundary; the barrier spreads the wish, so one that hears it
     /// late does not run ahead.
-    fn ask_to_pause(&mut self, checkpoint: bool) -> Vec<Effect> {
+    pub(super) fn ask_to_pause(&mut self, checkpoint: bool) -> Vec<Effect> {
         let generation = self.generation;
         let Phase::Running { pause_sent, .. } = &mut self.phase else {
             return Vec::new();
@@ -163,6 +237,9 @@ impl Coordinator {
             self.workers.set_phase(member.worker, WorkerPhase::Left);
             return self.settle_leaving();
         }
+        if self.workers.is(member.worker, &WorkerPhase::Released) {
+            return self.on_released(now_ms, member);
+        }
         let cause = if orderly {
             format!("{cause} before it was told to leave")
         } else {
@@ -176,6 +253,7 @@ impl Coordinator {
         })];
         let start_ms = self.options.timeouts.start_ms;
         match self.workers.on_death(member.worker, format!("{member}: {cause}")) {
+            _ if !self.is_wanted(member.worker) => self.workers.set_phase(member.worker, WorkerPhase::Left),
             Verdict::Restart { after_ms } => {
                 let deadline_ms = now_ms + after_ms + start_ms;
                 let successor = self.workers.restart(now_ms, member.worker, deadline_ms);
@@ -198,6 +276,10 @@ impl Coordinator {
             }
         }
         match &mut self.phase {
+            Phase::Adopting { awaiting, .. } => {
+                awaiting.remove(member.worker);
+                effects.extend(self.settle_adoption(now_ms));
+            }
             Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
             Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
             Phase::Fencing {
@@ -287,6 +369,13 @@ impl Coordinator {
             effects.extend(self.try_form());
             return effects;
         }
+        if self.distrusted {
+            if let Some((code, diagnosis)) = self.verdict.take() {
+                return self.halt(code, diagnosis);
+            }
+            self.phase = Phase::Locating;
+            return vec![self.find_checkpoint()];
+        }
         match survey.resolve(self.options.shard_count) {
             Ok(agreement) => self.begin(now_ms, agreement.into(), survivors),
             Err(missing) => {
@@ -298,7 +387,7 @@ impl Coordinator {
                     Effect::Note(Incident::StateLost {
                         shards_missing: missing.len(),
                     }),
-                    Effect::FindCheckpoint,
+                    self.find_checkpoint(),
                 ]
             }
         }
@@ -329,18 +418,7 @@ impl Coordinator {
         self.begin(now_ms, ground, members)
     }
 
-    fn on_failed(
-        &mut self,
-        now_ms: u64,
-        member: Member,
-        cause: String,
-        suspects: &[Rank],
-        corruption: bool,
-    ) -> Vec<Effect> {
-        self.heard(now_ms, member);
-        if corruption {
-            return self.halt(3, format!("{member}: {cause}"));
-        }
+    fn on_failed(&mut self, now_ms: u64, member: Member, cause: String, suspects: &[Rank]) -> Vec<Effect> {
         let roster = &self.roster;
         let named = suspects
             .iter()
@@ -453,7 +531,7 @@ impl Coordinator {
         let Phase::Finishing { step, .. } = self.phase else {
             return Vec::new();
         };
-        let Some((_, cause)) = self.save_failed.take_if(|(failed, _)| *failed == step) else {
+        let Some((_, cause, full)) = self.save_failed.take_if(|(failed, ..)| *failed == step) else {
             return Vec::new();
         };
         match self.last_saves.on_death(cause.clone()) {
@@ -465,7 +543,7 @@ impl Coordinator {
                     causes.len(),
                     causes.join("; ")
                 );
-                self.halt(33, what)
+                self.halt(if full { 3 } else { 33 }, what)
             }
         }
     }

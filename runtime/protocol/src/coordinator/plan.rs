@@ -1,10 +1,11 @@
 //! How a generation begins: lanes and shards spread over survivors and newcomers, in one plan for all of them.
 
+use super::resize::Cast;
 use super::{Coordinator, Effect, Ground, Incident, Phase, WorkerSet};
 use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin};
 use crate::sharder;
 use std::sync::Arc;
-use tarazed_domain::{Mutant, Rank};
+use tarazed_domain::{LaneRange, Mutant, Rank};
 
 /// What of the last plan can be filled anew: a large world's plan is a few hundred thousand small pieces of memory.
 #[derive(Default)]
@@ -39,11 +40,14 @@ impl Whole {
 impl Coordinator {
     /// Spreads lanes and shards over survivors and newcomers, and starts the generation.
     pub(super) fn begin(&mut self, now_ms: u64, ground: Ground, survivors: Vec<Member>) -> Vec<Effect> {
-        let mut members = survivors;
-        members.extend(self.workers.ready());
-        // Two runs in order, as a rule, which a stable sort merges.
-        members.sort();
-        let mut lanes = self.options.lanes.assign(&vec![1; members.len()]);
+        let Cast {
+            staying: mut members,
+            leaving,
+            released,
+        } = self.cast(&ground, survivors);
+        let holders = members.len();
+        members.extend(&leaving);
+        let mut lanes = self.options.lanes.assign(&self.speeds(&members));
         if Mutant::LaneLost.is_on()
             && members.len() > 1
             && let Some(last) = lanes.last_mut()
@@ -57,9 +61,9 @@ impl Coordinator {
             }
         }
         let restored = ground.holders.is_empty();
-        let Remains { mut roster, mut shards } = Remains::of(self.plan.take());
-        let copies = self.place_shards(&ground, &mut shards);
-        self.fill_roster(&mut roster);
+        let Remains { roster, mut shards } = Remains::of(self.plan.take());
+        let copies = self.place_shards(&ground, holders, &mut shards);
+        let roster = self.fill_roster(roster);
 
         let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
         let plan = BeginPlan {
@@ -78,6 +82,7 @@ impl Coordinator {
                 self.options.last_step
             },
             checkpoint_at_base: ends_here && !self.is_saved(ground.base),
+            disputed: self.trial.as_ref().map(|trial| (trial.step, trial.item)),
         };
         for &member in &members {
             self.workers.admit(now_ms, member.worker, ground.base);
@@ -99,32 +104,33 @@ impl Coordinator {
         };
         let plan = Arc::new(plan);
         self.plan = Some(Arc::clone(&plan));
-        vec![Effect::Note(note), Effect::Begin { plan }]
-    }
-
-    fn fill_roster(&self, entries: &mut Vec<RosterEntry>) {
-        entries.truncate(self.roster.len());
-        let reused = entries.len();
-        for (entry, &(member, lanes)) in entries.iter_mut().zip(&self.roster) {
-            entry.member = member;
-            entry.lanes = lanes;
-            let address = self.workers.address(member.worker);
-            if entry.address != address {
-                address.clone_into(&mut entry.address);
-            }
+        let mut effects = vec![Effect::Note(note), Effect::Begin { plan }];
+        effects.extend(self.release(released));
+        if !leaving.is_empty() {
+            effects.extend(self.ask_to_pause(false));
         }
-        entries.extend(self.roster[reused..].iter().map(|&(member, lanes)| RosterEntry {
-            member,
-            address: self.workers.address(member.worker).to_owned(),
-            lanes,
-        }));
+        effects
     }
 
-    /// Gives every shard its holders in the new roster and says how many copies that takes.
-    fn place_shards(&mut self, ground: &Ground, shards: &mut Vec<Vec<ShardHolder>>) -> usize {
-        let (shard_count, world_size) = (self.options.shard_count, self.roster.len());
+    /// Entries of the last plan are moved, not compared: both rosters are in order, and an address belongs to a life.
+    fn fill_roster(&self, last: Vec<RosterEntry>) -> Vec<RosterEntry> {
+        let mut last = last.into_iter().peekable();
+        let entry = |&(member, lanes): &(Member, LaneRange)| {
+            while last.next_if(|entry| entry.member < member).is_some() {}
+            let address = last.next_if(|entry| entry.member == member).map_or_else(
+                || self.workers.address(member.worker).to_owned(),
+                |RosterEntry { address, .. }| address,
+            );
+            RosterEntry { member, address, lanes }
+        };
+        self.roster.iter().map(entry).collect()
+    }
+
+    /// Gives every shard its holders among the first ranks of the new roster, and says how many copies that takes.
+    fn place_shards(&mut self, ground: &Ground, holders: usize, shards: &mut Vec<Vec<ShardHolder>>) -> usize {
+        let shard_count = self.options.shard_count;
         let whole = self.whole_ranks(ground);
-        let placed = sharder::place(shard_count, world_size, self.options.replicas, |shard| whole.of(shard));
+        let placed = sharder::place(shard_count, holders, self.options.replicas, |shard| whole.of(shard));
         shards.resize_with(shard_count, Vec::new);
         self.primaries.clear();
         let mut copies = 0;
@@ -154,9 +160,14 @@ impl Coordinator {
         for shard in 0..shard_count {
             let holders = ground.holders.of(shard);
             let primary = self.primaries.get(shard);
-            for first in [true, false] {
-                let these = holders.iter().filter(|&member| (Some(member) == primary) == first);
-                ranks.extend(these.filter_map(|&member| self.rank_of(member)));
+            let first = ranks.len();
+            for member in holders {
+                let Some(rank) = self.rank_of(*member) else { continue };
+                if Some(member) == primary {
+                    ranks.insert(first, rank);
+                } else {
+                    ranks.push(rank);
+                }
             }
             starts.push(ranks.len() as u32);
         }

@@ -2,7 +2,7 @@
 //! phases of a step, messages to a rank keep their order, and ranks are killed anywhere.
 
 use super::*;
-use crate::message::{BeginPlan, ShardHolding, ShardOrigin, StateReport, ToRank};
+use crate::message::{BeginPlan, Claim, Dispute, DisputedItem, ShardHolding, ShardOrigin, StateReport, ToRank};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tarazed_domain::limits::Timeouts;
@@ -10,6 +10,8 @@ use tarazed_domain::{LaneTree, OptimizerShardIndex, WorkerId};
 
 const SHARDS: usize = 6;
 const WORKERS: u32 = 4;
+/// Those that a world which grows comes to have.
+const SLOTS: u32 = 6;
 const LAST: u64 = 12;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +26,8 @@ enum Reached {
 #[derive(Debug)]
 struct Process {
     incarnation: Incarnation,
+    /// The newest generation it heard of.
+    newest: Generation,
     inbox: VecDeque<ToRank>,
     plan: Option<Box<BeginPlan>>,
     shards: BTreeMap<u32, (u64, Option<u64>)>,
@@ -46,22 +50,28 @@ struct Cluster {
     floor: u64,
     end: Option<Effect>,
     pending: VecDeque<Event>,
+    /// The newest life of each worker that was ever started.
+    started: BTreeMap<u32, Incarnation>,
+}
+
+fn options() -> Options {
+    Options {
+        ranks: WORKERS,
+        spares: 0,
+        lanes: LaneTree::new(8),
+        shard_count: SHARDS,
+        replicas: 2,
+        timeouts: Timeouts::derive(10_000),
+        restarts_max: 1000,
+        restart_backoff_ms: 1,
+        last_step: StepsCompleted(LAST),
+    }
 }
 
 impl Cluster {
     fn new() -> Self {
-        let options = Options {
-            workers: WORKERS,
-            lanes: LaneTree::new(8),
-            shard_count: SHARDS,
-            replicas: 2,
-            timeouts: Timeouts::derive(10_000),
-            restarts_max: 1000,
-            restart_backoff_ms: 1,
-            last_step: StepsCompleted(LAST),
-        };
-        let mut coordinator = Coordinator::new(options, Generation(0), StepsCompleted(0));
-        let first = coordinator.start(0);
+        let mut coordinator = Coordinator::new(options(), Generation(0), StepsCompleted(0));
+        let first = coordinator.start(0, &[]);
         let mut cluster = Self {
             coordinator,
             now_ms: 0,
@@ -71,6 +81,7 @@ impl Cluster {
             floor: 0,
             end: None,
             pending: VecDeque::new(),
+            started: BTreeMap::new(),
         };
         cluster.act(first);
         cluster
@@ -86,8 +97,11 @@ impl Cluster {
         for effect in effects {
             match effect {
                 Effect::Start { member, .. } => {
+                    let before = self.started.insert(member.worker.0, member.incarnation);
+                    assert!(before < Some(member.incarnation), "SUP-2: no life is used twice");
                     let process = Process {
                         incarnation: member.incarnation,
+                        newest: Generation(0),
                         inbox: VecDeque::new(),
                         plan: None,
                         shards: BTreeMap::new(),
@@ -102,6 +116,16 @@ impl Cluster {
                         member,
                         address: String::new(),
                         pid: 1,
+                        newest: Generation(0),
+                    });
+                }
+                Effect::Adopt { member } => {
+                    let newest = self.processes[&member.worker.0].newest;
+                    self.pending.push_back(Event::Ready {
+                        member,
+                        address: String::new(),
+                        pid: 1,
+                        newest,
                     });
                 }
                 Effect::Kill { member, .. } => self.kill(member.worker.0),
@@ -111,7 +135,7 @@ impl Cluster {
                         self.deliver(entry.member, ToRank::Begin(Box::new(BeginPlan::clone(&plan))));
                     }
                 }
-                Effect::FindCheckpoint => {
+                Effect::FindCheckpoint { .. } => {
                     self.floor = 0;
                     let checkpoint = self.saved.map(|step| RestoreFrom {
                         step: StepsCompleted(step),
@@ -151,6 +175,30 @@ impl Cluster {
         }
     }
 
+    /// The controller dies, and another one takes over: it knows the trace, and who was started. Its claim may be far
+    /// below the generations that the one before went through.
+    fn take_over(&mut self) {
+        self.pending.clear();
+        self.processes.retain(|_, process| process.newest != Generation(0));
+        self.processes.values_mut().for_each(|process| process.inbox.clear());
+        let written = self.coordinator.written;
+        let ranks = self.coordinator.options.ranks;
+        self.coordinator = Coordinator::new(Options { ranks, ..options() }, Generation(1), written);
+        let past: Vec<PastLife> = self
+            .started
+            .iter()
+            .map(|(&worker, &incarnation)| PastLife {
+                member: Member {
+                    worker: WorkerId(worker),
+                    incarnation,
+                },
+                lives: self.processes.contains_key(&worker),
+            })
+            .collect();
+        let effects = self.coordinator.start(self.now_ms, &past);
+        self.act(effects);
+    }
+
     /// One rank reads its next message.
     fn read(&mut self, worker: u32) {
         let Some(process) = self.processes.get_mut(&worker) else {
@@ -162,6 +210,11 @@ impl Cluster {
         };
         match process.inbox.pop_front() {
             Some(ToRank::Fence { generation }) => {
+                assert!(
+                    generation > process.newest,
+                    "a fence is newer than all that was heard of"
+                );
+                process.newest = generation;
                 process.reached = Reached::Waiting;
                 process.plan = None;
                 let shards = process
@@ -233,6 +286,7 @@ impl Cluster {
                 process.shards.insert(shard as u32, (base, None));
             }
         }
+        process.newest = plan.generation;
         process.passed = plan.outcome.as_ref().map_or(0, |outcome| outcome.step.0);
         process.step = base;
         process.asked = (false, false);
@@ -240,9 +294,18 @@ impl Cluster {
         let member = plan.roster[rank].member;
         let generation = plan.generation;
         let (saving, ends) = (plan.checkpoint_at_base, plan.base >= plan.last_step);
+        let process_plan = plan.clone();
         process.plan = Some(plan);
-        if !fresh && base > 0 && !self.lines.contains(&base) {
-            // Whoever holds the base's outcome completes its line, newcomers too: the one that had it may be dead.
+        let (processes, roster) = (&self.processes, &process_plan.roster);
+        let everybody = roster.iter().all(|entry| {
+            let theirs = processes
+                .get(&entry.member.worker.0)
+                .and_then(|process| process.plan.as_ref());
+            theirs.is_some_and(|theirs| theirs.generation == generation)
+        });
+        if everybody && !fresh && base > 0 && !self.lines.contains(&base) {
+            // Whoever holds the base's outcome completes its line, newcomers too: the one that had it may be dead. The
+            // all-gather of the hashes before it has heard everybody, so all have applied the outcome.
             self.lines.push(base);
             self.floor = base;
             self.event(Event::LineWritten {
@@ -373,14 +436,18 @@ enum Act {
     Read(u32),
     Fact,
     Kill(u32),
+    Resize(u32),
+    TakeOver,
 }
 
 fn acts() -> impl Strategy<Value = Vec<Act>> {
     let act = prop_oneof![
-        12 => (0..WORKERS).prop_map(Act::Advance),
-        6 => (0..WORKERS).prop_map(Act::Read),
-        3 => Just(Act::Fact),
-        1 => (0..WORKERS).prop_map(Act::Kill),
+        48 => (0..SLOTS).prop_map(Act::Advance),
+        24 => (0..SLOTS).prop_map(Act::Read),
+        12 => Just(Act::Fact),
+        4 => (0..SLOTS).prop_map(Act::Kill),
+        1 => (1..=SLOTS).prop_map(Act::Resize),
+        1 => Just(Act::TakeOver),
     ];
     prop::collection::vec(act, 100..600)
 }
@@ -388,8 +455,8 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// STEP-1..3 and SUP-2 under random kills: the run always ends, every line is finished, and no live agreement goes
-    /// back behind a finished step.
+    /// STEP-1..3 and SUP-2 under random kills, changes of the world's size, and controllers that take over: the run always
+    /// ends, every line is finished, and no live agreement goes back behind a finished step.
     #[test]
     fn any_kills_in_any_order_end_in_the_same_lines(acts in acts()) {
         let mut cluster = Cluster::new();
@@ -398,6 +465,8 @@ proptest! {
                 Act::Advance(worker) => cluster.advance(worker),
                 Act::Read(worker) => cluster.read(worker),
                 Act::Kill(worker) => cluster.kill(worker),
+                Act::Resize(ranks) => cluster.event(Event::Resize { ranks }),
+                Act::TakeOver => if cluster.end.is_none() { cluster.take_over(); },
                 Act::Fact => if let Some(event) = cluster.pending.pop_front() { cluster.event(event) },
             }
         }
@@ -405,7 +474,7 @@ proptest! {
         for _ in 0..20_000 {
             if cluster.end.is_some() { break; }
             while let Some(event) = cluster.pending.pop_front() { cluster.event(event); }
-            for worker in 0..WORKERS {
+            for worker in 0..SLOTS {
                 cluster.read(worker);
                 cluster.advance(worker);
             }
@@ -424,7 +493,7 @@ impl Cluster {
             while let Some(event) = self.pending.pop_front() {
                 self.event(event);
             }
-            for worker in 0..WORKERS {
+            for worker in 0..SLOTS {
                 self.read(worker);
                 self.advance(worker);
             }
@@ -456,7 +525,7 @@ fn a_crash_that_every_replay_comes_back_to_ends_the_run() {
     let reached = cluster.coordinator.written;
     assert!(reached > StepsCompleted(0) && cluster.end.is_none());
     for round in 0..8 {
-        (0..WORKERS).for_each(|worker| cluster.kill(worker));
+        (0..SLOTS).for_each(|worker| cluster.kill(worker));
         if cluster.end.is_some() {
             break;
         }
@@ -515,7 +584,7 @@ fn an_absent_controller_kills_nobody() {
 /// The last checkpoint may fail before all stand still; it is then saved again, and given up for now after some tries.
 #[test]
 fn a_last_checkpoint_that_fails_is_saved_again() {
-    for failures in [1, LAST_SAVES_MAX] {
+    for (failures, full, expected) in [(1, false, 33), (LAST_SAVES_MAX, false, 33), (LAST_SAVES_MAX, true, 3)] {
         let mut cluster = Cluster::new();
         cluster.settle(20);
         let members: Vec<Member> = (0..WORKERS).map(|worker| cluster.member(worker)).collect();
@@ -533,6 +602,7 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
             cluster.event(Event::CheckpointFailed {
                 step: last,
                 cause: format!("disk full {failure}"),
+                full,
             });
             assert!(cluster.end.is_none() && cluster.coordinator.is_running());
             members[1..].iter().for_each(|&member| cluster.event(paused(member)));
@@ -558,7 +628,8 @@ fn a_last_checkpoint_that_fails_is_saved_again() {
         }
         if failures == LAST_SAVES_MAX {
             assert!(
-                matches!(&cluster.end, Some(Effect::Halt { code: 33, diagnosis }) if diagnosis.contains("disk full 0")),
+                matches!(&cluster.end, Some(Effect::Halt { code, diagnosis })
+                    if *code == expected && diagnosis.contains("disk full 0")),
                 "{:?}",
                 cluster.end
             );
@@ -597,6 +668,7 @@ fn messages_of_other_lives_and_generations_are_refused_and_counted() {
         member: stranger,
         address: String::new(),
         pid: 9,
+        newest: Generation(0),
     };
     let effects = cluster.coordinator.on_event(1, ready);
     assert!(matches!(effects[..], [Effect::Kill { member, .. }] if member == stranger));
@@ -684,6 +756,7 @@ fn ticks_between_deadlines_do_nothing() {
             step,
             progress: 0,
             activity,
+            lane_us: 0,
         };
         assert_eq!(cluster.coordinator.on_event(fence - 1, heartbeat), []);
     }
@@ -717,4 +790,320 @@ fn a_plan_is_made_once_for_everybody() {
         cluster.act(effects);
     }
     panic!("a generation begins once everybody is ready");
+}
+
+impl Cluster {
+    fn roster(&self) -> Vec<u32> {
+        let mut workers: Vec<u32> = self
+            .coordinator
+            .roster()
+            .iter()
+            .map(|(member, _)| member.worker.0)
+            .collect();
+        workers.sort_unstable();
+        workers
+    }
+}
+
+/// STEP-6: a new controller goes on with the living ranks, from where they stand; nothing is restored or replayed.
+#[test]
+fn living_ranks_are_adopted_with_what_they_hold() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let (written, lives) = (cluster.coordinator.written, cluster.started.clone());
+    assert!(written > StepsCompleted(0) && cluster.end.is_none());
+    cluster.saved = None; // a restore would begin from nothing
+    cluster.take_over();
+    cluster.settle(200);
+    assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+    assert_eq!(cluster.started, lives, "nobody was started anew");
+    let lines: BTreeSet<u64> = cluster.lines.iter().copied().collect();
+    assert_eq!(
+        cluster.lines.len(),
+        lines.len(),
+        "no line came twice: {:?}",
+        cluster.lines
+    );
+}
+
+/// A rank that does not come back in time is ended, and the others go on without waiting longer.
+#[test]
+fn a_rank_that_does_not_come_back_is_replaced() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let before = cluster.member(2);
+    cluster.take_over();
+    cluster
+        .pending
+        .retain(|event| !matches!(event, Event::Ready { member, .. } if *member == before));
+    cluster.settle(3);
+    assert!(!cluster.coordinator.is_running(), "it is waited for");
+    cluster.now_ms += Timeouts::derive(10_000).failure_ms + 10;
+    cluster.event(Event::Tick);
+    cluster.settle(200);
+    assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+    assert_eq!(cluster.started[&2], before.incarnation.next());
+}
+
+/// Nobody leaves before the others hold what it held, and nobody comes before it is whole.
+#[test]
+fn a_world_shrinks_and_grows_at_step_boundaries() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.settle(12);
+    cluster.saved = None;
+    for (ranks, expected) in [
+        (2, vec![0, 1]),
+        (1, vec![0]),
+        (6, vec![0, 1, 2, 3, 4, 5]),
+        (3, vec![0, 1, 2]),
+    ] {
+        cluster.event(Event::Resize { ranks });
+        cluster.settle(60);
+        assert_eq!(cluster.roster(), expected, "of {ranks}");
+        assert_eq!(cluster.processes.len(), ranks as usize);
+        assert!(cluster.coordinator.is_running() && cluster.end.is_none());
+    }
+}
+
+/// A spare takes a dead rank's place in the very next generation; the dead one comes back as the spare.
+#[test]
+fn a_spare_takes_the_place_of_a_dead_rank() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.coordinator.options.spares = 1;
+    cluster.event(Event::Resize { ranks: WORKERS });
+    cluster.settle(12);
+    assert_eq!(cluster.roster(), [0, 1, 2, 3]);
+    let generation = cluster.coordinator.generation();
+    cluster.kill(1);
+    let late = cluster.pending.pop_back().expect("it is started again"); // and a start takes its time
+    cluster.settle(6);
+    assert_eq!(cluster.roster(), [0, 2, 3, 4]);
+    assert_eq!(
+        cluster.coordinator.generation(),
+        generation.next(),
+        "no second generation to admit it"
+    );
+    cluster.event(late);
+    cluster.settle(20);
+    assert_eq!(cluster.roster(), [0, 2, 3, 4]);
+    assert_eq!(cluster.coordinator.workers()[1].state, "ready");
+}
+
+impl Cluster {
+    /// Everybody of the generation reports the same claims on shard 0; returns its holders.
+    fn dispute(&mut self, step: u64, digests: &[u8]) -> Vec<Member> {
+        let ranks: Vec<Rank> = self.coordinator.placement()[0]
+            .iter()
+            .map(|holder| holder.rank)
+            .collect();
+        let holders: Vec<Member> = ranks
+            .iter()
+            .map(|rank| self.coordinator.roster()[rank.index()].0)
+            .collect();
+        let claims = ranks.iter().zip(digests).map(|(&rank, &digest)| Claim {
+            rank,
+            digest: [digest; 16],
+        });
+        let dispute = Dispute {
+            step: StepsCompleted(step),
+            item: DisputedItem::Shard(OptimizerShardIndex(0)),
+            claims: claims.collect(),
+        };
+        let generation = self.coordinator.generation();
+        for (member, _) in self.coordinator.roster().to_vec() {
+            self.event(Event::Failed {
+                member,
+                generation,
+                cause: "shard 0 differs".to_owned(),
+                suspects: vec![],
+                fatal: false,
+                dispute: Some(dispute.clone()),
+            });
+        }
+        holders
+    }
+}
+
+/// DET-3: nobody's state is believed until the step has been done again; then the one that had it wrong is replaced.
+#[test]
+fn a_dispute_is_settled_by_doing_the_step_again() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[1, 2]);
+    assert_eq!(holders.len(), 2);
+    let mut restored = false;
+    for _ in 0..40 {
+        cluster.settle(1);
+        restored |= cluster.coordinator.plan.as_ref().is_some_and(|plan| {
+            plan.disputed == Some((StepsCompleted(step), DisputedItem::Shard(OptimizerShardIndex(0))))
+        });
+        if restored {
+            break;
+        }
+    }
+    assert!(restored, "the plan says what to look at");
+    let event = Event::Settled {
+        member: cluster.coordinator.roster()[0].0,
+        generation: cluster.coordinator.generation(),
+        step: StepsCompleted(step),
+        digest: [1; 16],
+    };
+    cluster.event(event);
+    let wrong = holders[1];
+    cluster.settle(300);
+    assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+    for holder in holders {
+        let expected = if holder == wrong {
+            holder.incarnation.next()
+        } else {
+            holder.incarnation
+        };
+        assert_eq!(cluster.started[&holder.worker.0], expected, "{holder}");
+    }
+}
+
+/// DET-3: what differs again after a restore halts the run, with everybody named who was part of it.
+#[test]
+fn a_dispute_that_comes_again_halts() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[1, 2]);
+    while !cluster.coordinator.is_running() {
+        cluster.settle(1);
+    }
+    cluster.dispute(step, &[1, 2]);
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    for holder in holders {
+        assert!(diagnosis.contains(&holder.to_string()), "{diagnosis}");
+    }
+}
+
+/// DET-3: two of three agree: nothing is restored, and what the third holds counts for nothing.
+#[test]
+fn a_majority_overrules_one() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.replicas = 3;
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.kill(3); // a generation with three copies
+    cluster.settle(30);
+    cluster.saved = None; // a restore would begin from the seed
+    let floor = cluster.floor;
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[7, 9, 7]);
+    assert_eq!(holders.len(), 3);
+    let wrong = holders[1];
+    cluster.settle(40);
+    assert!(cluster.floor >= floor && cluster.coordinator.is_running());
+    assert_eq!(cluster.started[&wrong.worker.0], wrong.incarnation.next());
+    assert!(
+        cluster
+            .coordinator
+            .plan
+            .as_ref()
+            .is_some_and(|plan| plan.restore.is_none())
+    );
+}
+
+/// CKPT-4: a checkpoint whose state is not what the trace says of its step is passed over for an older one.
+#[test]
+fn a_checkpoint_that_restores_another_state_is_refuted() {
+    let mut cluster = Cluster::new();
+    cluster.settle(25);
+    (0..SLOTS).for_each(|worker| cluster.kill(worker));
+    while !cluster.coordinator.is_running() {
+        cluster.settle(1);
+    }
+    let bad = cluster
+        .coordinator
+        .plan
+        .as_ref()
+        .and_then(|plan| plan.restore.clone())
+        .expect("restored");
+    let effects = cluster.coordinator.on_event(
+        cluster.now_ms,
+        Event::BaseDiffers {
+            diagnosis: "another state".to_owned(),
+        },
+    );
+    let refuted =
+        |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step, .. }) if *step == bad.step);
+    assert!(effects.iter().any(refuted), "{effects:?}");
+    cluster.act(effects);
+    let mut below = None;
+    for worker in 0..SLOTS {
+        if let Some(process) = cluster.processes.get(&worker)
+            && let Some(ToRank::Fence { generation }) = process.inbox.back()
+        {
+            let event = Event::State {
+                member: cluster.member(worker),
+                generation: *generation,
+                report: StateReport::default(),
+            };
+            for effect in cluster.coordinator.on_event(cluster.now_ms, event) {
+                if let Effect::FindCheckpoint { below: asked } = effect {
+                    below = asked;
+                }
+            }
+        }
+    }
+    assert_eq!(below, Some(bad.step));
+}
+
+impl Cluster {
+    /// Everybody says how long a lane takes it, for some time.
+    fn paced(&mut self, for_ms: u64, lane_us: impl Fn(u32) -> u64) {
+        let until = self.now_ms + for_ms;
+        while self.now_ms < until {
+            for (member, _) in self.coordinator.roster().to_vec() {
+                let event = Event::Heartbeat {
+                    member,
+                    generation: self.coordinator.generation(),
+                    step: StepsCompleted(0),
+                    progress: self.now_ms,
+                    activity: String::new(),
+                    lane_us: lane_us(member.worker.0),
+                };
+                self.event(event);
+            }
+            self.now_ms += 500;
+            self.event(Event::Tick);
+            self.settle(2);
+        }
+    }
+
+    fn lanes(&self) -> Vec<usize> {
+        let mut lanes: Vec<(u32, usize)> = self
+            .coordinator
+            .roster()
+            .iter()
+            .map(|(member, lanes)| (member.worker.0, lanes.len()))
+            .collect();
+        lanes.sort_unstable();
+        lanes.into_iter().map(|(_, lanes)| lanes).collect()
+    }
+}
+
+/// A straggler gets fewer lanes once it has been slow for a while, keeps its place, and gets them back.
+#[test]
+fn lanes_move_away_from_a_slow_rank_and_back() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(1_000_000);
+    cluster.settle(12);
+    let lives = cluster.started.clone();
+    cluster.paced(30_000, |worker| 1_000 + u64::from(worker) * 50);
+    assert_eq!(cluster.lanes(), [2, 2, 2, 2], "small differences are noise");
+    cluster.paced(5_000, |worker| if worker == 1 { 4_000 } else { 1_000 });
+    assert_eq!(cluster.lanes(), [2, 2, 2, 2], "not slow for long yet");
+    cluster.paced(20_000, |worker| if worker == 1 { 4_000 } else { 1_000 });
+    assert_eq!(cluster.lanes()[1], 1, "{:?}", cluster.lanes());
+    assert_eq!(cluster.lanes().iter().sum::<usize>(), 8);
+    cluster.paced(30_000, |_| 1_000);
+    assert_eq!(cluster.lanes(), [2, 2, 2, 2], "it has recovered");
+    assert_eq!(cluster.started, lives, "nobody was replaced");
 }

@@ -30,15 +30,22 @@ struct Life {
 }
 
 impl Workers {
-    /// One more slot, told to start.
-    pub(super) fn push(&mut self, now_ms: u64, deadline_ms: u64, limiter: RestartLimiter) -> Member {
+    /// One more slot, whose present life is `incarnation`: it is told to start, or is there already.
+    pub(super) fn push(
+        &mut self,
+        now_ms: u64,
+        deadline_ms: u64,
+        incarnation: Incarnation,
+        limiter: RestartLimiter,
+    ) -> Member {
         let worker = WorkerId(self.slots.len() as u32);
         self.slots.push(Worker {
-            incarnation: Incarnation(0),
+            incarnation,
             phase: WorkerPhase::Starting { deadline_ms },
             heard_ms: now_ms,
             step: StepsCompleted(0),
             progress: 0,
+            lane_us: 0,
             waits_for: None,
             seat: usize::MAX,
         });
@@ -102,6 +109,7 @@ impl Workers {
         let slot = &mut self.slots[worker.index()];
         slot.incarnation = slot.incarnation.next();
         slot.heard_ms = now_ms;
+        slot.lane_us = 0;
         self.lives[worker.index()].pid = 0;
         self.member(worker)
     }
@@ -112,13 +120,13 @@ impl Workers {
             WorkerPhase::Starting { deadline_ms } => drop(self.starting.remove(&(deadline_ms, worker))),
             WorkerPhase::Ready => drop(self.ready.remove(&worker)),
             WorkerPhase::Member => self.member_count -= 1,
-            WorkerPhase::Left => {}
+            WorkerPhase::Released | WorkerPhase::Left => {}
         }
         match self.slots[worker.index()].phase {
             WorkerPhase::Starting { deadline_ms } => drop(self.starting.insert((deadline_ms, worker))),
             WorkerPhase::Ready => drop(self.ready.insert(worker)),
             WorkerPhase::Member => self.member_count += 1,
-            WorkerPhase::Left => {}
+            WorkerPhase::Released | WorkerPhase::Left => {}
         }
     }
 
@@ -165,6 +173,10 @@ impl Workers {
         });
     }
 
+    pub(super) fn is(&self, worker: WorkerId, phase: &WorkerPhase) -> bool {
+        self.get(worker).is_some_and(|slot| slot.phase == *phase)
+    }
+
     /// Those in the roster of the present generation and the survivors of it, in order.
     pub(super) fn members(&self) -> Vec<Member> {
         let mut members = Vec::with_capacity(self.member_count);
@@ -198,8 +210,12 @@ impl Workers {
         self.member_count == 0 && self.ready.is_empty()
     }
 
-    pub(super) fn all_ready(&self) -> bool {
-        self.ready.len() == self.slots.len()
+    pub(super) fn ready_count(&self) -> usize {
+        self.ready.len()
+    }
+
+    pub(super) fn slot_count(&self) -> usize {
+        self.slots.len()
     }
 
     #[cfg(test)]

@@ -6,8 +6,8 @@ use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
+    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -155,6 +155,8 @@ pub enum Fault {
     ConflictBefore,
     /// No space: this and every later write fails, reads and deletions do not.
     Full,
+    /// If it is a read, a bit of what is read is turned around on its way.
+    Garbles,
 }
 
 /// Hands everything on, except that one operation fails (and all after it, if the process died), or that every operation
@@ -217,6 +219,23 @@ impl Faulty {
     }
 }
 
+async fn garbled(found: GetResult) -> Result<GetResult> {
+    let (meta, range, attributes) = (found.meta.clone(), found.range.clone(), found.attributes.clone());
+    let extensions = found.extensions.clone();
+    let mut bytes = found.bytes().await?.to_vec();
+    let middle = bytes.len() / 2;
+    if let Some(byte) = bytes.get_mut(middle) {
+        *byte ^= 0x08;
+    }
+    Ok(GetResult {
+        payload: GetResultPayload::Stream(futures::stream::once(async { Ok(bytes.into()) }).boxed()),
+        meta,
+        range,
+        attributes,
+        extensions,
+    })
+}
+
 fn lost() -> object_store::Error {
     object_store::Error::Generic {
         store: "faulty",
@@ -241,7 +260,7 @@ fn conflict() -> object_store::Error {
 
 fn outcome<T>(fault: Option<Fault>, conditional: bool, result: Result<T>) -> Result<T> {
     match fault {
-        None => result,
+        None | Some(Fault::Garbles) => result,
         Some(Fault::AfterAsConflict) if conditional => Err(conflict()),
         Some(_) => Err(lost()),
     }
@@ -297,12 +316,15 @@ impl ObjectStore for Faulty {
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         match self.turn().await {
             None | Some(Fault::Full) => self.inner.get_opts(location, options).await,
+            Some(Fault::Garbles) => garbled(self.inner.get_opts(location, options).await?).await,
             Some(_) => Err(lost()),
         }
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        let fault = self.begin().filter(|fault| *fault != Fault::Full);
+        let fault = self
+            .begin()
+            .filter(|fault| !matches!(fault, Fault::Full | Fault::Garbles));
         if stops(fault) {
             return futures::stream::once(async { Err(lost()) }).boxed();
         }
@@ -312,7 +334,7 @@ impl ObjectStore for Faulty {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         match self.begin() {
-            None | Some(Fault::Full) => self.inner.list(prefix),
+            None | Some(Fault::Full | Fault::Garbles) => self.inner.list(prefix),
             Some(_) => futures::stream::once(async { Err(lost()) }).boxed(),
         }
     }

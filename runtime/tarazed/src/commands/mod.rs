@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod generate;
 pub mod plan;
 pub mod rank;
+pub mod resize;
 pub mod status;
 pub mod trace;
 pub mod train;
@@ -19,6 +20,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Train(args) => train::run(&args),
         Command::Rank(args) => rank::run(args),
+        Command::Resize(args) => resize::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Checkpoint(command) => checkpoint::run(&command),

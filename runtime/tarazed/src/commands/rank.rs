@@ -3,7 +3,7 @@
 use crate::exit::{Exit, Failure};
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::path::PathBuf;
-use tarazed_actors::rank::{self, RankArgs, RankExit};
+use tarazed_actors::rank::{self, Harm, RankArgs, RankExit};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Incarnation, WorkerId};
@@ -31,6 +31,22 @@ pub struct Args {
     incarnation: u32,
 }
 
+/// Environment variable of chaos runs: bits to flip, `WORKER.INCARNATION=STEP:PLACE:SHARD:ELEMENT:BIT`, separated by commas.
+const HARM_VARIABLE: &str = "TARAZED_CHAOS_FLIP";
+
+/// The harm that is meant for this life of this worker.
+fn harm_for(worker: u32, incarnation: u32, text: Option<String>) -> Result<Option<Harm>, Failure> {
+    let who = format!("{worker}.{incarnation}");
+    let text = text.unwrap_or_default();
+    let mine = text
+        .split(',')
+        .filter_map(|entry| entry.split_once('='))
+        .find(|(name, _)| *name == who);
+    mine.map(|(_, harm)| harm.parse())
+        .transpose()
+        .map_err(|e: String| Failure::refused(HARM_VARIABLE, e, "it is for chaos runs: leave it unset"))
+}
+
 /// Runs a rank process to its end.
 ///
 /// # Errors
@@ -53,6 +69,7 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
         sockets: args.sockets,
         worker: args.worker,
         incarnation: args.incarnation,
+        harm: harm_for(args.worker, args.incarnation, std::env::var(HARM_VARIABLE).ok())?,
     });
     telemetry.shutdown();
     match ended {

@@ -56,6 +56,14 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
 /// # Errors
 /// Refused where the token cannot be read or is not accepted, transient where the controller does not answer.
 pub fn ask(folder: &RunFolder, command: &str) -> Result<Option<Value>, Failure> {
+    ask_for(folder, json!({"command": command}))
+}
+
+/// As [`ask`], with a request that says more than the command's name.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_for(folder: &RunFolder, mut request: Value) -> Result<Option<Value>, Failure> {
     let socket = folder.control_socket();
     let Some(mut stream) = connect(&socket)? else {
         return Ok(None);
@@ -80,7 +88,7 @@ pub fn ask(folder: &RunFolder, command: &str) -> Result<Option<Value>, Failure> 
         .set_read_timeout(timeout)
         .and_then(|()| stream.set_write_timeout(timeout))
         .map_err(silent)?;
-    let request = json!({"token": token.trim(), "command": command});
+    request["token"] = token.trim().into();
     stream.write_all(format!("{request}\n").as_bytes()).map_err(silent)?;
     let mut line = String::new();
     BufReader::new(stream.take(ANSWER_BYTES_MAX))

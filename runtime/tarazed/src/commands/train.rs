@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
-use tarazed_actors::run_folder::{Existing, FolderError, RunFolder, Trouble};
+use tarazed_actors::run_folder::{Existing, FolderError, Occupied, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,6 +40,10 @@ pub struct Args {
     /// The run folder must hold no run.
     #[arg(long)]
     fresh: bool,
+    /// Put another controller that holds the run folder out of charge, and go on with its ranks: for one that stands
+    /// still, since one that is dead holds nothing.
+    #[arg(long, conflicts_with = "fresh")]
+    take_over: bool,
 }
 
 impl Args {
@@ -60,6 +64,14 @@ impl Args {
         Ok(config)
     }
 
+    const fn occupied(&self) -> Occupied {
+        if self.take_over {
+            Occupied::TakeOver
+        } else {
+            Occupied::Refuse
+        }
+    }
+
     const fn existing(&self) -> Existing {
         match (self.resume, self.fresh) {
             (true, _) => Existing::Resume,
@@ -78,7 +90,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     let heard = Arc::new(Heard::default());
     let stop = stop_on_signals(Arc::clone(&heard))?;
     let config = args.resolve()?;
-    let folder = RunFolder::open(&config, args.existing()).map_err(folder_failure)?;
+    let folder = RunFolder::open_as(&config, args.existing(), args.occupied()).map_err(folder_failure)?;
     let (attempt, config_file) = (folder.attempt(), folder.paths.config());
     let ended = train(args, config, folder, &heard, stop);
     // A new run that is refused leaves nothing behind, and neither does one that failed before there was anything to keep.
@@ -287,6 +299,13 @@ mod tests {
             &["--ranks", "8"],
             &["--steps", "10"],
             &["--run-dir", "elsewhere"],
+            &[
+                "--set=cluster.transport=tcp",
+                "--set=cluster.mesh_port=7000",
+                "--set=cluster.mesh_advertise_port=7100",
+                "--set=cluster.control_port=7200",
+                "--set=cluster.control_advertise_port=7201",
+            ],
         ] {
             assert_eq!(resolve(more).expect("a good config").identity(), plain, "{more:?}");
         }

@@ -22,7 +22,7 @@ use tarazed_protocol::message::{
 };
 use tarazed_protocol::sharder;
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
 use tarazed_train::generation::{self, Means, Paused, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::state::RankState;
 use tarazed_train::world::World;
@@ -121,6 +121,7 @@ pub fn feeder(config: &Config) -> Arc<Feeder> {
         domain_count: config.data.domains.len(),
         evaluation_interval_steps: config.evaluation.interval_steps,
         held_out_sequences_max: config.evaluation.sequences_per_domain_max,
+        audit_interval_steps: config.fault.audit_interval_steps,
     };
     let feeder = Feeder::new(cursor(config).1, rules, Arc::new(MadeUpTokens));
     let work = Arc::clone(&feeder);
@@ -155,9 +156,9 @@ impl Node {
         let world = World::new(plan, self.member, tree, self.state.shard_layout).unwrap();
         let recipe = cursor(&config).0;
         let cursor = DataCursor::restore(recipe, &config.mixture, plan.decided, &plan.decisions).unwrap();
-        let lanes = world.my_lanes();
+        let share = Share::of(plan, world.rank);
         self.feeder
-            .begin(cursor, plan.generation, lanes, plan.base.next(), plan.last_step);
+            .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);
         self.state.abort = Arc::clone(&self.abort);
         let recorder = Recorder::default();
         let mut means = Means {
@@ -224,6 +225,8 @@ impl Reporter<CpuDevice> for Recorder {
     fn running(&self, base: StepsCompleted, state: [u8; 32]) {
         self.said.borrow_mut().push(Said::Running(base, state));
     }
+
+    fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 
     fn line(&self, line: StepLine) {
         self.said.borrow_mut().push(Said::Line(line));
@@ -357,6 +360,7 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         decided: base,
         last_step: StepsCompleted(wanted.last_step),
         checkpoint_at_base: false,
+        disputed: None,
     }
 }
 

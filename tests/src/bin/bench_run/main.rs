@@ -1,4 +1,4 @@
-//! What whole runs take: recovery from a killed rank, the cost of fault tolerance, the start of a rank.
+//! What whole runs take: recovery from a killed rank, controller or cluster, the cost of fault tolerance, the start of a rank.
 //!
 //! Each part starts real runs of a config, as a person does, and reads their files. Numbers of one part come from runs that
 //! alternate, so that a machine that slows down slows both sides. See `tests/bench/README.md`.
@@ -6,6 +6,7 @@
 mod overhead;
 mod recovery;
 mod start;
+mod takeover;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -36,6 +37,12 @@ enum Part {
         #[arg(long, default_value_t = 21)]
         kills: usize,
     },
+    /// SIGKILL of the controller, and of everything at once, to the next step committed by what is started after it.
+    Takeover {
+        /// Rounds; each kills the controller once, and everything once.
+        #[arg(long, default_value_t = 9)]
+        rounds: usize,
+    },
     /// Step time with replicas against one copy, and the share of hashes and of the barrier.
     Overhead {
         /// Rounds; each runs both sides once.
@@ -60,6 +67,7 @@ fn main() -> Result<()> {
     println!("commit {}, load average {}", figures::commit(), figures::load_average());
     let figures: Figures = match arguments.part {
         Part::Recovery { kills } => recovery::measure(&config, ranks, kills),
+        Part::Takeover { rounds } => takeover::measure(&config, ranks, rounds),
         Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
         Part::Start { rounds } => start::measure(&config, ranks, rounds),
     };

@@ -20,7 +20,7 @@ use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, StepBatch};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share, StepBatch};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::state::RankState;
 use tarazed_train::step::{Wishes, run_step};
@@ -69,7 +69,10 @@ impl Ours {
         feeder.begin(
             cursor(&config, count)?,
             GENERATION,
-            lanes,
+            Share {
+                own: lanes,
+                watched: lanes,
+            },
             StepIndex(0),
             StepsCompleted(count),
         );
@@ -173,6 +176,7 @@ fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(0),
         checkpoint_at_base: false,
+        disputed: None,
     }
 }
 
@@ -213,6 +217,7 @@ fn feeder(config: &Config, tokens: &[Vec<u32>]) -> Result<Arc<Feeder>> {
         domain_count: 1,
         evaluation_interval_steps: 0,
         held_out_sequences_max: 0,
+        audit_interval_steps: 0,
     };
     // On this thread: there is nothing to be ahead of.
     let alone = Waiting::GivingWay(Arc::new(|| ()));
@@ -253,6 +258,7 @@ impl ShardSource for Nothing {
 
 impl Reporter<CpuDevice> for Nothing {
     fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+    fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
     fn line(&self, _: StepLine) {}
     fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}
 }

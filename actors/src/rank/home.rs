@@ -1,0 +1,123 @@
+//! The way to the controller: a rank that loses it goes on, and finds the one that takes over.
+//!
+//! The run folder names the controller in charge (`controller.json`). A rank looks there when its session ends, and now
+//! and then while it lasts: a controller that stands still keeps its sessions open, and another may have taken over.
+//! A controller with another token does not know this rank, which then ends.
+
+use super::{RankError, RankTree};
+use crate::link::{LinkError, PeerId, Uplink, UplinkConfig, UplinkEvent, connect_uplink};
+use crate::run_folder::{InCharge, RunPaths};
+use std::time::Duration;
+use tarazed_domain::limits::Timeouts;
+use tokio::sync::mpsc;
+
+/// Between looks for a new controller while there is none.
+const LOOK_WHEN_LOST: Duration = Duration::from_millis(50);
+/// Between looks while a session lasts.
+const LOOK_WHEN_LINKED: Duration = Duration::from_millis(500);
+
+pub(super) struct Home {
+    pub paths: RunPaths,
+    pub token: [u8; 32],
+    pub peer: PeerId,
+    pub timeouts: Timeouts,
+    /// Of the data plane, as others dial it.
+    pub listener: String,
+    pub tree: RankTree,
+}
+
+/// A session, and where its end is heard.
+pub(super) struct Linked {
+    /// That of the controller; none where the folder did not say.
+    generation: Option<u64>,
+    ended: mpsc::UnboundedReceiver<String>,
+}
+
+impl Home {
+    /// Dials the controller that started this process.
+    pub(super) async fn first(&self, address: &str) -> Result<Linked, RankError> {
+        let patience = Duration::from_millis(self.timeouts.connect_ms);
+        let generation = self.named().await.map(|named| named.generation);
+        self.dial(address, generation, patience)
+            .await
+            .map_err(|e| RankError::because("control plane")(&e))
+    }
+
+    async fn dial(&self, address: &str, generation: Option<u64>, patience: Duration) -> Result<Linked, LinkError> {
+        let (end, ended) = mpsc::unbounded_channel();
+        let heard = self.tree.clone();
+        let config = UplinkConfig {
+            address: address.to_owned(),
+            token: self.token,
+            peer: self.peer,
+            connect: patience,
+            failure: Duration::from_millis(self.timeouts.failure_ms),
+            supervisor: Some(self.tree.cell()),
+        };
+        let uplink: Uplink = connect_uplink(config, move |event| match event {
+            UplinkEvent::Message(body) => heard.told(body.into_vec()),
+            // An error means that the session was given up for another one.
+            UplinkEvent::Lost(reason) => drop(end.send(reason)),
+        })
+        .await?;
+        self.tree
+            .linked(Box::new(uplink), self.listener.clone(), std::process::id());
+        Ok(Linked { generation, ended })
+    }
+
+    /// Stays linked to whoever is in charge, until the process ends.
+    pub(super) async fn stay(self, mut linked: Linked) {
+        loop {
+            if let Some(reason) = self.until_over(&mut linked).await {
+                self.tree.controller_lost(reason);
+            }
+            match self.find().await {
+                Ok(found) => linked = found,
+                Err(reason) => return self.tree.dismissed(reason),
+            }
+        }
+    }
+
+    /// Waits until the session ends, for this reason, or until another controller is in charge.
+    async fn until_over(&self, linked: &mut Linked) -> Option<String> {
+        loop {
+            tokio::select! {
+                reason = linked.ended.recv() => return Some(reason.unwrap_or_default()),
+                () = tokio::time::sleep(LOOK_WHEN_LINKED) => {}
+            }
+            if self
+                .named()
+                .await
+                .is_some_and(|named| Some(named.generation) > linked.generation)
+            {
+                return None;
+            }
+        }
+    }
+
+    /// Who is in charge, as far as the folder can be read.
+    async fn named(&self) -> Option<InCharge> {
+        let paths = self.paths.clone();
+        let read = move || InCharge::read(&paths);
+        crate::blocking::run(read).await.ok().flatten()
+    }
+
+    async fn find(&self) -> Result<Linked, String> {
+        loop {
+            if let Some(named) = self.named().await {
+                if named.token != self.token {
+                    return Err("another controller runs on without this rank".to_owned());
+                }
+                match self
+                    .dial(&named.address, Some(named.generation), LOOK_WHEN_LOST * 4)
+                    .await
+                {
+                    Ok(linked) => return Ok(linked),
+                    Err(LinkError::Retry { .. }) => {}
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
+            tokio::time::sleep(LOOK_WHEN_LOST).await;
+        }
+    }
+}

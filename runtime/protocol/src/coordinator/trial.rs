@@ -1,0 +1,152 @@
+//! Silent data corruption: ranks differ in what they computed, and a recomputation tells who is wrong (DET-3).
+//!
+//! Where most holders agree, the others are wrong, and the rest goes on without them. Else nobody's state is believed: it
+//! is restored from the newest checkpoint, the steps since are done again and compared with their lines, and at the
+//! disputed step the result tells whose claim was wrong. That rank is replaced. What comes again after a restore was no
+//! accident, and halts the run with the ranks named.
+//!
+//! A checkpoint may have been made of a state that was already wrong: its bytes are as recorded, and what it restores is
+//! not what the trace says of its step. Then an older one is looked for.
+
+use super::{Coordinator, Effect, Incident, Phase, WorkerPhase};
+use crate::message::{Dispute, DisputedItem, ItemDigest, Member};
+use std::collections::BTreeMap;
+use tarazed_domain::{Mutant, StepsCompleted};
+
+/// What ranks differ in, until the step has been done again.
+#[derive(Debug)]
+pub(super) struct Trial {
+    pub(super) step: StepsCompleted,
+    pub(super) item: DisputedItem,
+    claims: Vec<(Member, ItemDigest)>,
+}
+
+impl Coordinator {
+    /// Every rank of a generation reports the same dispute; the first report counts.
+    pub(super) fn on_disputed(&mut self, now_ms: u64, dispute: Dispute, cause: String) -> Vec<Effect> {
+        if !matches!(self.phase, Phase::Running { .. }) {
+            return Vec::new();
+        }
+        let Dispute { step, item, claims } = dispute;
+        let claims: Vec<(Member, ItemDigest)> = claims
+            .iter()
+            .filter_map(|claim| Some((self.roster.get(claim.rank.index())?.0, claim.digest)))
+            .collect();
+        let members: Vec<Member> = claims.iter().map(|&(member, _)| member).collect();
+        if let Some(before) = self
+            .trial
+            .take()
+            .filter(|before| (before.step, before.item) == (step, item))
+        {
+            return self.halt(3, again(&before, &claims, &cause));
+        }
+        let mut effects = vec![Effect::Note(Incident::Disputed { step, item, members })];
+        let trial = Trial { step, item, claims };
+        match majority(&trial.claims) {
+            Some(digest) => {
+                let wrong: Vec<Member> = trial
+                    .claims
+                    .iter()
+                    .filter(|&&(_, claimed)| claimed != digest)
+                    .map(|&(member, _)| member)
+                    .collect();
+                effects.extend(self.convict(trial, digest));
+                // The step is done, and those who have it right hold it; what the others report must not count.
+                for member in wrong {
+                    self.workers.set_phase(member.worker, WorkerPhase::Released);
+                }
+                effects.extend(self.fence(now_ms, cause, None));
+            }
+            None => {
+                self.trial = Some(trial);
+                self.distrusted = !Mutant::DisputedStateKept.is_on();
+                effects.extend(self.fence(now_ms, cause, None));
+            }
+        }
+        effects
+    }
+
+    /// The disputed step was done again.
+    pub(super) fn on_settled(&mut self, step: StepsCompleted, digest: ItemDigest) -> Vec<Effect> {
+        match self.trial.take_if(|trial| trial.step == step) {
+            Some(trial) => self.convict(trial, digest),
+            None => Vec::new(),
+        }
+    }
+
+    /// Whoever claimed something else is replaced.
+    fn convict(&mut self, trial: Trial, digest: ItemDigest) -> Vec<Effect> {
+        let Trial { step, item, claims } = trial;
+        let wrong = claims.into_iter().filter(|&(_, claimed)| claimed != digest);
+        let members: Vec<Member> = wrong.map(|(member, _)| member).collect();
+        let mut effects = Vec::new();
+        for &member in &members {
+            let lives = self.workers.get(member.worker).is_some() && self.workers.member(member.worker) == member;
+            if lives && !Mutant::CulpritKept.is_on() {
+                let reason = format!("silent data corruption: it had {item} wrong after step {step}");
+                effects.push(Effect::Kill { member, reason });
+            }
+        }
+        effects.push(Effect::Note(Incident::Convicted { step, item, members }));
+        effects
+    }
+
+    /// The state that a generation began from is not that of the trace. One from a checkpoint speaks against the
+    /// checkpoint, one that ranks held against the ranks.
+    pub(super) fn on_base_differs(&mut self, now_ms: u64, diagnosis: String) -> Vec<Effect> {
+        let Some(plan) = self
+            .plan
+            .as_ref()
+            .filter(|_| matches!(self.phase, Phase::Running { .. }))
+        else {
+            return Vec::new();
+        };
+        let mut effects = Vec::new();
+        if let Some(from) = &plan.restore {
+            let step = from.step;
+            self.refuted = Some(step);
+            let diagnosis = diagnosis.clone();
+            effects.push(Effect::Note(Incident::CheckpointRefuted { step, diagnosis }));
+        } else if plan.shards.iter().flatten().any(|holder| holder.origin.is_seed()) {
+            return self.halt(3, diagnosis); // the seed itself gives another state than it did
+        }
+        self.distrusted = true;
+        effects.extend(self.fence(now_ms, diagnosis, None));
+        effects
+    }
+
+    pub(super) fn find_checkpoint(&mut self) -> Effect {
+        self.distrusted = false;
+        Effect::FindCheckpoint { below: self.refuted }
+    }
+}
+
+/// What more than half of them claim.
+fn majority(claims: &[(Member, ItemDigest)]) -> Option<ItemDigest> {
+    let mut counts: BTreeMap<ItemDigest, usize> = BTreeMap::new();
+    for &(_, digest) in claims {
+        *counts.entry(digest).or_default() += 1;
+    }
+    counts
+        .into_iter()
+        .find(|&(_, count)| count * 2 > claims.len())
+        .map(|(digest, _)| digest)
+}
+
+/// The diagnosis where a restore has not helped.
+fn again(before: &Trial, claims: &[(Member, ItemDigest)], cause: &str) -> String {
+    let Trial { step, item, .. } = before;
+    if *item == DisputedItem::Finite {
+        return format!("{cause}; the state was restored and step {step} done again, with the same result");
+    }
+    let named = |claims: &[(Member, ItemDigest)]| {
+        let names: Vec<String> = claims.iter().map(|(member, _)| member.to_string()).collect();
+        names.join(", ")
+    };
+    format!(
+        "{cause}; the state was restored and step {step} done again, and {item} differs again: first between {}, now \
+         between {}; look at their machines",
+        named(&before.claims),
+        named(claims)
+    )
+}
