@@ -144,3 +144,52 @@ async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<S
     }
     value
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Request {
+        Request::read(line, "right")
+    }
+
+    /// Without the token nothing is looked at, however the line is made.
+    #[test]
+    fn a_line_without_the_token_is_a_strangers() {
+        let lines = [
+            "",
+            "null",
+            "[]",
+            "7",
+            r#"{"command":"status"}"#,
+            r#"{"token":7,"command":"status"}"#,
+            r#"{"token":"wrong","command":"status"}"#,
+            r#"{"token":"right","command":"status""#,
+        ];
+        for line in lines {
+            assert_eq!(read(line), Request::Stranger, "{line}");
+        }
+        let deep = "[".repeat(REQUEST_BYTES_MAX as usize);
+        assert_eq!(read(&deep), Request::Stranger);
+    }
+
+    #[test]
+    fn a_number_of_ranks_is_a_whole_number_that_fits() {
+        let resize = |ranks: &str| read(&format!(r#"{{"token":"right","command":"resize","ranks":{ranks}}}"#));
+        assert_eq!(resize("4"), Request::Resize(Some(4)));
+        for ranks in ["-1", "1.5", "4294967296", "\"4\"", "null", "[4]"] {
+            assert_eq!(resize(ranks), Request::Resize(None), "{ranks}");
+        }
+        assert_eq!(read(r#"{"token":"right","command":"resize"}"#), Request::Resize(None));
+    }
+
+    #[test]
+    fn commands_are_told_apart() {
+        assert_eq!(read(r#"{"token":"right","command":"status"}"#), Request::Status);
+        assert_eq!(
+            read(r#"{"token":"right","command":"train"}"#),
+            Request::Unknown("train".into())
+        );
+        assert_eq!(read(r#"{"token":"right"}"#), Request::Unknown(String::new()));
+    }
+}

@@ -2,11 +2,14 @@
 
 /// Messages between controller and ranks, and the lane statistics that some carry.
 pub mod message {
-    use tarazed_domain::{Generation, Incarnation, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId};
+    use tarazed_domain::{
+        Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepIndex, StepsCompleted, WorkerId,
+    };
+    use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind};
     use tarazed_protocol::data::stats::LaneStats;
     use tarazed_protocol::message::{
-        BarrierOutcome, BeginPlan, FromRank, Member, RestoreFrom, RosterEntry, ShardHolder, ShardHolding, ShardOrigin,
-        StateReport, StepLine, ToRank,
+        BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
+        ShardHolder, ShardHolding, ShardOrigin, StateReport, StepLine, ToRank,
     };
 
     const DOMAINS: usize = 3;
@@ -101,17 +104,26 @@ pub mod message {
             decided: StepsCompleted(3),
             last_step: StepsCompleted(9),
             checkpoint_at_base: false,
+            disputed: Some((StepsCompleted(5), DisputedItem::Lane(LaneIndex(2)))),
         }
     }
 
-    /// One message of each kind.
-    ///
-    /// # Panics
-    /// If one cannot be written.
-    #[must_use]
-    pub fn seeds() -> Vec<Vec<u8>> {
-        let (generation, step) = (Generation(3), StepsCompleted(4));
-        let to = [
+    fn decision() -> Decision {
+        Decision {
+            id: DecisionId(1),
+            line: StepsCompleted(3),
+            effective: StepIndex(9),
+            kind: DecisionKind::Mixture {
+                weights: vec![0.75, 0.25],
+            },
+            by: DecisionAuthor::Person("a person".into()),
+            reason: "why".into(),
+        }
+    }
+
+    fn to_ranks() -> Vec<ToRank> {
+        let generation = Generation(3);
+        vec![
             ToRank::Fence { generation },
             ToRank::Begin(Box::new(plan())),
             ToRank::Pause {
@@ -119,11 +131,27 @@ pub mod message {
                 checkpoint: true,
             },
             ToRank::Acknowledge {
-                through: step,
-                decisions: Vec::new(),
+                through: StepsCompleted(4),
+                decisions: vec![decision()],
             },
             ToRank::Shutdown,
-        ];
+        ]
+    }
+
+    fn dispute() -> Dispute {
+        let claim = |rank| Claim {
+            rank: Rank(rank),
+            digest: [rank as u8; 16],
+        };
+        Dispute {
+            step: StepsCompleted(4),
+            item: DisputedItem::Shard(OptimizerShardIndex(1)),
+            claims: vec![claim(0), claim(1)],
+        }
+    }
+
+    fn of_the_run() -> Vec<FromRank> {
+        let (generation, step) = (Generation(3), StepsCompleted(4));
         let report = StateReport {
             shards: vec![ShardHolding {
                 shard: OptimizerShardIndex(1),
@@ -134,38 +162,79 @@ pub mod message {
             lines: vec![line()],
             waits_for: Some(Rank(1)),
         };
-        let from = [
+        vec![
             FromRank::Ready {
                 address: "unix:/tmp/a-socket".into(),
                 pid: 7,
+                newest: generation,
             },
             FromRank::State { generation, report },
+            FromRank::Running {
+                generation,
+                base: step,
+                state: [2; 32],
+            },
             FromRank::Line {
                 generation,
                 line: line(),
                 spent_us: vec![1, 2],
-            },
-            FromRank::Failed {
-                generation,
-                cause: "a peer is gone".into(),
-                suspects: vec![Rank(1)],
-                corruption: false,
             },
             FromRank::Heartbeat {
                 generation,
                 step,
                 progress: 5,
                 phase: "computing".into(),
+                lane_us: 900,
+            },
+            FromRank::Paused {
+                generation,
+                step,
+                saving: true,
+            },
+        ]
+    }
+
+    fn of_failures_and_shards() -> Vec<FromRank> {
+        let (generation, step, shard) = (Generation(3), StepsCompleted(4), OptimizerShardIndex(1));
+        vec![
+            FromRank::Failed {
+                generation,
+                cause: "a peer is gone".into(),
+                suspects: vec![Rank(1)],
+                fatal: false,
+                dispute: Some(dispute()),
+            },
+            FromRank::Settled {
+                generation,
+                step,
+                digest: [4; 16],
             },
             FromRank::ShardSaved {
                 step,
-                shard: OptimizerShardIndex(1),
+                shard,
                 key: "shards/a-key".into(),
                 length: 9,
                 blake3: [3; 32],
             },
-        ];
+            FromRank::ShardLost {
+                generation,
+                step,
+                shard,
+                cause: "the store is full".into(),
+                full: true,
+            },
+        ]
+    }
+
+    /// One message of each kind.
+    ///
+    /// # Panics
+    /// If one cannot be written.
+    #[must_use]
+    pub fn seeds() -> Vec<Vec<u8>> {
+        let to = to_ranks();
         let to = to.iter().map(|message| (0, message.encode().expect("a message")));
+        let from = [of_the_run(), of_failures_and_shards()].concat();
         let from = from.iter().map(|message| (1, message.encode().expect("a message")));
         let stats = std::iter::once((2, LaneStats::new(DOMAINS).encode()));
         to.chain(from)
@@ -176,6 +245,7 @@ pub mod message {
 }
 
 /// The request line of the control socket.
+#[cfg(feature = "all")]
 pub mod status_request {
     use tarazed_actors::controller::status::Request;
 
@@ -195,15 +265,17 @@ pub mod status_request {
     /// Requests as the program writes them.
     #[must_use]
     pub fn seeds() -> Vec<Vec<u8>> {
-        let request = |token: &str, command: &str| {
-            serde_json::json!({"token": token, "command": command})
+        let request = |token: &str, command: &str, ranks: i64| {
+            serde_json::json!({"token": token, "command": command, "ranks": ranks})
                 .to_string()
                 .into_bytes()
         };
         vec![
-            request("the-token-of-this-run", "status"),
-            request("the-token-of-this-run", "other"),
-            request("x", "status"),
+            request("the-token-of-this-run", "status", 0),
+            request("the-token-of-this-run", "resize", 4),
+            request("the-token-of-this-run", "resize", -1),
+            request("the-token-of-this-run", "other", 0),
+            request("x", "status", 0),
         ]
     }
 }

@@ -84,6 +84,7 @@ pub mod config {
 }
 
 /// Headers of token shards.
+#[cfg(feature = "all")]
 pub mod token_shard {
     use tarazed_corpus::fuzzing::{TOKEN_HEADER_BYTES, token_shard_header, token_shard_seed};
 
@@ -102,6 +103,7 @@ pub mod token_shard {
 }
 
 /// `data.json`.
+#[cfg(feature = "all")]
 pub mod data_manifest {
     use std::path::Path;
     use tarazed_corpus::DataManifest;

@@ -13,9 +13,15 @@ pub mod files;
 pub mod network;
 pub mod stored;
 
-pub use control::{message, status_request};
-pub use files::{config, data_manifest, token_shard, trace_line};
-pub use network::{envelope, frame, handshake, link_handshake};
+pub use control::message;
+#[cfg(feature = "all")]
+pub use control::status_request;
+pub use files::{config, trace_line};
+#[cfg(feature = "all")]
+pub use files::{data_manifest, token_shard};
+#[cfg(feature = "all")]
+pub use network::{envelope, link_handshake};
+pub use network::{frame, handshake};
 pub use stored::{manifest, record, shard_header};
 
 use std::path::Path;

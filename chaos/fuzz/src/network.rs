@@ -95,6 +95,7 @@ pub mod handshake {
 }
 
 /// The control link's envelopes.
+#[cfg(feature = "all")]
 pub mod envelope {
     /// One frame.
     pub fn run(data: &[u8]) {
@@ -109,6 +110,7 @@ pub mod envelope {
 }
 
 /// The control link's handshake.
+#[cfg(feature = "all")]
 pub mod link_handshake {
     use std::cell::OnceCell;
     use tokio::runtime::{Builder, Runtime};
