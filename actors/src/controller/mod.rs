@@ -9,7 +9,8 @@ mod loops;
 mod observatory;
 mod root;
 mod sharder;
-mod status;
+#[doc(hidden)]
+pub mod status;
 mod tree;
 
 pub use appender::{Appended, JsonLines, TraceFile, TraceSink};

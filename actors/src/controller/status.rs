@@ -64,6 +64,42 @@ pub async fn serve(
     }
 }
 
+/// What a request line asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// It does not hold the run's token; whatever else it says is not looked at.
+    Stranger,
+    /// The status.
+    Status,
+    /// Another number of ranks; none if what stands there is no number of ranks.
+    Resize(Option<u32>),
+    /// A command that does not exist.
+    Unknown(String),
+}
+
+impl Request {
+    /// Reads a line, whatever it holds.
+    #[must_use]
+    pub fn read(line: &str, token: &str) -> Self {
+        let request: Value = serde_json::from_str(line).unwrap_or(Value::Null);
+        let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default();
+        // Compared as hashes, so that the time it takes says nothing of the token.
+        if blake3::hash(field("token").as_bytes()) != blake3::hash(token.as_bytes()) {
+            return Self::Stranger;
+        }
+        match field("command") {
+            "status" => Self::Status,
+            "resize" => Self::Resize(
+                request
+                    .get("ranks")
+                    .and_then(Value::as_u64)
+                    .and_then(|ranks| u32::try_from(ranks).ok()),
+            ),
+            other => Self::Unknown(other.to_owned()),
+        }
+    }
+}
+
 async fn answer(
     mut stream: UnixStream,
     token: &str,
@@ -76,27 +112,17 @@ async fn answer(
     BufReader::new(read.take(REQUEST_BYTES_MAX))
         .read_line(&mut line)
         .await?;
-    let request: Value = serde_json::from_str(&line).unwrap_or(Value::Null);
-    let field = |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    // Compared as keyed hashes, so that the time it takes says nothing of the token.
-    let value = if blake3::hash(field("token").as_bytes()) != blake3::hash(token.as_bytes()) {
-        json!({"error": "the token is not this run's"})
-    } else if field("command") == "status" {
-        status(coordinator, sharder).await
-    } else if field("command") == "resize" {
-        resize(&request, lanes, coordinator)
-    } else {
-        json!({"error": format!("there is no command '{}'", field("command"))})
+    let value = match Request::read(&line, token) {
+        Request::Stranger => json!({"error": "the token is not this run's"}),
+        Request::Status => status(coordinator, sharder).await,
+        Request::Resize(ranks) => resize(ranks, lanes, coordinator),
+        Request::Unknown(command) => json!({"error": format!("there is no command '{command}'")}),
     };
     write.write_all(format!("{value}\n").as_bytes()).await
 }
 
 /// Asks for another number of ranks; that it was understood is all that the answer says.
-fn resize(request: &Value, lanes: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
-    let ranks = request
-        .get("ranks")
-        .and_then(Value::as_u64)
-        .and_then(|ranks| u32::try_from(ranks).ok());
+fn resize(ranks: Option<u32>, lanes: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
     match ranks {
         Some(ranks) if (1..=lanes).contains(&ranks) => match coordinator.cast(CoordinatorMessage::Resize(ranks)) {
             Ok(()) => json!({"ranks": ranks}),
@@ -117,4 +143,53 @@ async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<S
         object.insert("shards".to_owned(), shards);
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Request {
+        Request::read(line, "right")
+    }
+
+    /// Without the token nothing is looked at, however the line is made.
+    #[test]
+    fn a_line_without_the_token_is_a_strangers() {
+        let lines = [
+            "",
+            "null",
+            "[]",
+            "7",
+            r#"{"command":"status"}"#,
+            r#"{"token":7,"command":"status"}"#,
+            r#"{"token":"wrong","command":"status"}"#,
+            r#"{"token":"right","command":"status""#,
+        ];
+        for line in lines {
+            assert_eq!(read(line), Request::Stranger, "{line}");
+        }
+        let deep = "[".repeat(REQUEST_BYTES_MAX as usize);
+        assert_eq!(read(&deep), Request::Stranger);
+    }
+
+    #[test]
+    fn a_number_of_ranks_is_a_whole_number_that_fits() {
+        let resize = |ranks: &str| read(&format!(r#"{{"token":"right","command":"resize","ranks":{ranks}}}"#));
+        assert_eq!(resize("4"), Request::Resize(Some(4)));
+        for ranks in ["-1", "1.5", "4294967296", "\"4\"", "null", "[4]"] {
+            assert_eq!(resize(ranks), Request::Resize(None), "{ranks}");
+        }
+        assert_eq!(read(r#"{"token":"right","command":"resize"}"#), Request::Resize(None));
+    }
+
+    #[test]
+    fn commands_are_told_apart() {
+        assert_eq!(read(r#"{"token":"right","command":"status"}"#), Request::Status);
+        assert_eq!(
+            read(r#"{"token":"right","command":"train"}"#),
+            Request::Unknown("train".into())
+        );
+        assert_eq!(read(r#"{"token":"right"}"#), Request::Unknown(String::new()));
+    }
 }

@@ -15,8 +15,8 @@ use std::io;
 use tarazed_domain::{Incarnation, WorkerId};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-const MAGIC: &[u8; 8] = b"tarazed\x01";
-const HELLO_BYTES: usize = 8 + 4 + 4 + 8 + 32;
+pub(super) const MAGIC: &[u8; 8] = b"tarazed\x01";
+pub(super) const HELLO_BYTES: usize = 8 + 4 + 4 + 8 + 32;
 const CHALLENGE_BYTES: usize = 8 + 8 + 32;
 const MAC_BYTES: usize = 32;
 const VERDICT_BYTES_MAX: usize = 512;

@@ -26,6 +26,8 @@
 mod acceptor;
 mod connection;
 mod envelope;
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod hub;
 mod session;

@@ -40,6 +40,8 @@ pub use manifest::{
     SplitManifest, TokenizerManifest,
 };
 pub use prepare::{PrepareEvent, PrepareRequest, Prepared, prepare, prepare_again};
+#[doc(hidden)]
+pub use shard::fuzzing;
 pub use split::Split;
 pub use store::TokenStore;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer};

@@ -212,14 +212,22 @@ impl DataManifest {
     pub fn load(folder: &Path) -> Result<Self, CorpusError> {
         let path = folder.join(MANIFEST_FILE);
         let bytes = std::fs::read(&path).map_err(CorpusError::unreadable(&path))?;
-        let manifest: Self = serde_json::from_slice(&bytes)
-            .map_err(|e| CorpusError::corrupt(&path, format!("cannot be parsed ({e})")))?;
+        Self::decode(&path, &bytes)
+    }
+
+    /// Reads and checks the bytes of `data.json`; `path` stands in the error.
+    ///
+    /// # Errors
+    /// [`CorpusError::CorruptCache`].
+    pub fn decode(path: &Path, bytes: &[u8]) -> Result<Self, CorpusError> {
+        let manifest: Self =
+            serde_json::from_slice(bytes).map_err(|e| CorpusError::corrupt(path, format!("cannot be parsed ({e})")))?;
         if manifest.schema != SCHEMA {
             let reason = format!("has schema {}, and this program reads {SCHEMA}", manifest.schema);
-            return Err(CorpusError::corrupt(&path, reason));
+            return Err(CorpusError::corrupt(path, reason));
         }
         if manifest.version != manifest.compute_version() {
-            return Err(CorpusError::corrupt(&path, "its hash does not match its content"));
+            return Err(CorpusError::corrupt(path, "its hash does not match its content"));
         }
         Ok(manifest)
     }

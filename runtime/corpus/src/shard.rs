@@ -331,6 +331,46 @@ fn decode(bytes: &[u8], width: usize, out: &mut [u32]) {
     }
 }
 
+/// Doors for the fuzzer (`chaos/fuzz`). No part of the program.
+#[doc(hidden)]
+pub mod fuzzing {
+    use super::{HEADER_BYTES, Header, SHARD_TOKENS_MAX};
+
+    /// Bytes of a token shard's header.
+    pub const TOKEN_HEADER_BYTES: usize = HEADER_BYTES;
+
+    /// Any bytes as a header, as they are and under a right hash: what is believed asks for bounded memory, and is
+    /// written again as it was read.
+    ///
+    /// # Panics
+    /// If the decoder believes what the encoder would not write.
+    pub fn token_shard_header(bytes: &[u8; HEADER_BYTES]) {
+        let _mostly_refused = Header::decode(bytes);
+        let mut sealed = *bytes;
+        let hash = blake3::hash(&sealed[..96]);
+        sealed[96..].copy_from_slice(hash.as_bytes());
+        if let Ok((header, table)) = Header::decode(&sealed) {
+            assert!(header.tokens <= SHARD_TOKENS_MAX && header.file_bytes() < 1 << 32);
+            let mut again = header.encode(&[]);
+            again[64..96].copy_from_slice(&table);
+            let hash = blake3::hash(&again[..96]);
+            again[96..].copy_from_slice(hash.as_bytes());
+            assert_eq!(again, sealed, "one header, one spelling");
+        }
+    }
+
+    /// A good header.
+    #[must_use]
+    pub fn token_shard_seed() -> Vec<u8> {
+        let header = Header {
+            token_bytes: 2,
+            tokens: 1_000,
+            vocabulary: 4_096,
+        };
+        header.encode(&[0; 32]).to_vec()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -102,7 +102,7 @@ pub fn payload_checksum(payload: &[u8]) -> u64 {
     XxHash3_64::oneshot(payload)
 }
 
-fn header_checksum(bytes: &[u8]) -> u64 {
+pub(crate) fn header_checksum(bytes: &[u8]) -> u64 {
     XxHash3_64::oneshot_with_seed(HEADER_SEED, bytes)
 }
 

@@ -38,7 +38,7 @@ impl HandshakeKey {
         Self(blake3::derive_key("tarazed data plane handshake, version 1", run_token))
     }
 
-    fn mac(&self, label: &str, parts: &[&[u8]]) -> blake3::Hash {
+    pub(crate) fn mac(&self, label: &str, parts: &[&[u8]]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         hasher.update(&(label.len() as u64).to_le_bytes());
         hasher.update(label.as_bytes());

@@ -28,6 +28,8 @@ mod connect;
 mod counters;
 mod error;
 mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod judge;
 mod link;

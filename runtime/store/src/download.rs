@@ -109,7 +109,13 @@ impl CheckpointStore {
     /// # Errors
     /// As [`Self::get_shard`].
     pub async fn read_flat_weights(&self, manifest: &Manifest) -> Result<Vec<f32>, StoreError> {
-        let mut flat = Vec::with_capacity(manifest.block_count as usize * manifest.block_elements as usize);
+        let mut flat = Vec::new();
+        // A manifest says what it likes: too much is an error here, not the end of the process.
+        let elements = u64::from(manifest.block_count).checked_mul(manifest.block_elements);
+        elements
+            .and_then(|count| usize::try_from(count).ok())
+            .and_then(|count| flat.try_reserve_exact(count).ok())
+            .ok_or_else(|| StoreError::refused("there is no memory for the checkpoint's weights"))?;
         let mut parts = std::pin::pin!(self.read_weights(manifest));
         while let Some(part) = parts.try_next().await? {
             flat.extend_from_slice(&part.values);

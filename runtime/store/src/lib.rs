@@ -46,6 +46,8 @@ pub use manifest::{BinaryId, CommitRef, Lineage, MANIFEST_SCHEMA, Manifest, Obje
 pub use record::{CommitRecord, RECORD_SCHEMA, RecordKind};
 pub use restore::{CheckpointState, CheckpointSummary, Depth, Restorable, Select, Verdict, VerifyReport};
 pub use shard_file::{BYTES_PER_ELEMENT, ShardGeometry, TENSORS};
+#[doc(hidden)]
+pub use shard_file::{check_header, encode_header};
 pub use store::CheckpointStore;
 pub use upload::ShardSlices;
 pub use writer::{WriterId, WriterNonce};

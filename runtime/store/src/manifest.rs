@@ -16,6 +16,7 @@ use crate::shard_file::ShardGeometry;
 use crate::writer::WriterId;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
+use tarazed_domain::limits::{BLOCK_ELEMENTS_MAX, BLOCKS_MAX};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 
 /// The shape of [`Manifest`] that this binary reads and writes.
@@ -210,7 +211,14 @@ impl Manifest {
         if self.block_elements == 0 || self.shards.is_empty() {
             return Err("no block or no shard".to_string());
         }
+        if u64::from(self.block_count) > BLOCKS_MAX || self.block_elements > BLOCK_ELEMENTS_MAX {
+            return Err(format!(
+                "{} blocks of {} elements are more than any model has",
+                self.block_count, self.block_elements
+            ));
+        }
         let mut next_block = 0_u32;
+        let mut total_bytes = 0_u64;
         let mut keys_seen = HashSet::new();
         for (index, record) in self.shards.iter().enumerate() {
             let what = format!("shard {}", record.shard);
@@ -236,6 +244,9 @@ impl Manifest {
                     record.object.length
                 ));
             }
+            total_bytes = total_bytes
+                .checked_add(record.object.length)
+                .ok_or("shards of more than 2^64 bytes in all")?;
             match keys::step_and_generation_of(&record.object.key) {
                 Some((step, _)) if step == self.step => {}
                 _ => {
@@ -318,5 +329,61 @@ impl Manifest {
             .map_err(|error| StoreError::corrupt(key, format!("not a manifest of this schema: {error}")))?;
         manifest.check().map_err(|why| StoreError::corrupt(key, why))?;
         Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::writer::WriterNonce;
+
+    /// Shards of one block each, of these lengths.
+    fn manifest(block_elements: u64, lengths: &[u64]) -> Manifest {
+        let shard = |(index, length): (u32, &u64)| ShardRecord {
+            shard: OptimizerShardIndex(index),
+            first_block: index,
+            block_count: 1,
+            object: ObjectRecord {
+                key: format!("shards/{:020}/{:020}-w-{index:06}-000000.safetensors", 4, 1),
+                length: *length,
+                blake3: Digest::of(b"shard"),
+            },
+        };
+        let step = StepsCompleted(4);
+        let trace_head = TraceHead {
+            step,
+            ..TraceHead::default()
+        };
+        Manifest {
+            run: Digest::of(b"run"),
+            step,
+            generation: Generation(1),
+            writer: WriterId {
+                nonce: WriterNonce([7; 16]),
+                generation: Generation(1),
+            },
+            block_elements,
+            block_count: lengths.len() as u32,
+            shard_count: lengths.len() as u32,
+            layout: Digest::of(b"layout"),
+            data: Digest::of(b"data"),
+            shards: (0..).zip(lengths).map(shard).collect(),
+            decisions: Vec::new(),
+            trace_head,
+            binary: BinaryId::default(),
+            device_type: "cpu".into(),
+            lineage: Lineage::default(),
+            created_unix_ms: 1,
+        }
+    }
+
+    /// CKPT-4: sizes that no store holds are refused where the manifest is read, before anybody adds them up.
+    #[test]
+    fn sizes_beyond_all_bounds_are_refused() {
+        assert_eq!(manifest(4, &[100, 100]).check(), Ok(()));
+        let over = manifest(4, &[u64::MAX, 100]);
+        assert!(over.check().is_err_and(|why| why.contains("2^64 bytes in all")));
+        let wide = manifest(BLOCK_ELEMENTS_MAX + 1, &[u64::MAX]);
+        assert!(wide.check().is_err_and(|why| why.contains("more than any model has")));
     }
 }

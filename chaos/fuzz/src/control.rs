@@ -1,0 +1,281 @@
+//! What travels within the control plane.
+
+/// Messages between controller and ranks, and the lane statistics that some carry.
+pub mod message {
+    use tarazed_domain::{
+        Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepIndex, StepsCompleted, WorkerId,
+    };
+    use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind};
+    use tarazed_protocol::data::stats::LaneStats;
+    use tarazed_protocol::message::{
+        BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
+        ShardHolder, ShardHolding, ShardOrigin, StateReport, StepLine, ToRank,
+    };
+
+    const DOMAINS: usize = 3;
+
+    /// A body of either direction, or statistics: by the first byte.
+    ///
+    /// # Panics
+    /// If a message is not written again as one that reads the same.
+    pub fn run(data: &[u8]) {
+        let Some((way, body)) = data.split_first() else {
+            return;
+        };
+        match way % 3 {
+            0 => {
+                if let Ok(message) = ToRank::decode(body) {
+                    let written = message.encode().expect("what was read can be written");
+                    let again = ToRank::decode(&written).expect("what was written can be read");
+                    assert_eq!(again.encode().ok(), Some(written));
+                }
+            }
+            1 => {
+                if let Ok(message) = FromRank::decode(body) {
+                    let written = message.encode().expect("what was read can be written");
+                    let again = FromRank::decode(&written).expect("what was written can be read");
+                    assert_eq!(again.encode().ok(), Some(written));
+                    if let FromRank::Line { line, .. } = &message {
+                        let _mostly_refused = LaneStats::decode(&line.stats, DOMAINS);
+                    }
+                }
+            }
+            _ => {
+                if let Ok(stats) = LaneStats::decode(body, DOMAINS) {
+                    assert_eq!(stats.encode(), body, "one value, one spelling");
+                }
+            }
+        }
+    }
+
+    fn outcome() -> BarrierOutcome {
+        BarrierOutcome {
+            step: StepsCompleted(4),
+            grad_norm: 1.5,
+            loss: 2.5,
+            stats: LaneStats::new(DOMAINS).encode(),
+            pause: false,
+            checkpoint: true,
+        }
+    }
+
+    fn line() -> StepLine {
+        StepLine {
+            step: StepsCompleted(4),
+            data: [1; 32],
+            loss: 2.5,
+            grad_norm: 1.5,
+            state: [2; 32],
+            learning_rate: 1e-3,
+            mixture: vec![0.5, 0.5],
+            stats: LaneStats::new(DOMAINS).encode(),
+        }
+    }
+
+    fn plan() -> BeginPlan {
+        let holder = |rank, origin| ShardHolder {
+            rank: Rank(rank),
+            origin,
+        };
+        BeginPlan {
+            generation: Generation(3),
+            roster: vec![RosterEntry {
+                member: Member {
+                    worker: WorkerId(0),
+                    incarnation: Incarnation(1),
+                },
+                address: "unix:/tmp/a-socket".into(),
+                lanes: LaneRange { start: 0, end: 8 },
+            }],
+            base: StepsCompleted(4),
+            outcome: Some(outcome()),
+            shards: vec![
+                vec![holder(0, ShardOrigin::Keep), holder(1, ShardOrigin::CopyFrom(Rank(0)))],
+                vec![holder(0, ShardOrigin::Restore)],
+            ],
+            restore: Some(RestoreFrom {
+                step: StepsCompleted(4),
+                manifest_key: "manifests/a-key".into(),
+                length: 9,
+                blake3: [3; 32],
+            }),
+            acknowledged: StepsCompleted(3),
+            decisions: Vec::new(),
+            decided: StepsCompleted(3),
+            last_step: StepsCompleted(9),
+            checkpoint_at_base: false,
+            disputed: Some((StepsCompleted(5), DisputedItem::Lane(LaneIndex(2)))),
+        }
+    }
+
+    fn decision() -> Decision {
+        Decision {
+            id: DecisionId(1),
+            line: StepsCompleted(3),
+            effective: StepIndex(9),
+            kind: DecisionKind::Mixture {
+                weights: vec![0.75, 0.25],
+            },
+            by: DecisionAuthor::Person("a person".into()),
+            reason: "why".into(),
+        }
+    }
+
+    fn to_ranks() -> Vec<ToRank> {
+        let generation = Generation(3);
+        vec![
+            ToRank::Fence { generation },
+            ToRank::Begin(Box::new(plan())),
+            ToRank::Pause {
+                generation,
+                checkpoint: true,
+            },
+            ToRank::Acknowledge {
+                through: StepsCompleted(4),
+                decisions: vec![decision()],
+            },
+            ToRank::Shutdown,
+        ]
+    }
+
+    fn dispute() -> Dispute {
+        let claim = |rank| Claim {
+            rank: Rank(rank),
+            digest: [rank as u8; 16],
+        };
+        Dispute {
+            step: StepsCompleted(4),
+            item: DisputedItem::Shard(OptimizerShardIndex(1)),
+            claims: vec![claim(0), claim(1)],
+        }
+    }
+
+    fn of_the_run() -> Vec<FromRank> {
+        let (generation, step) = (Generation(3), StepsCompleted(4));
+        let report = StateReport {
+            shards: vec![ShardHolding {
+                shard: OptimizerShardIndex(1),
+                state: step,
+                reduced: Some(step),
+            }],
+            passed: Some(outcome()),
+            lines: vec![line()],
+            waits_for: Some(Rank(1)),
+        };
+        vec![
+            FromRank::Ready {
+                address: "unix:/tmp/a-socket".into(),
+                pid: 7,
+                newest: generation,
+            },
+            FromRank::State { generation, report },
+            FromRank::Running {
+                generation,
+                base: step,
+                state: [2; 32],
+            },
+            FromRank::Line {
+                generation,
+                line: line(),
+                spent_us: vec![1, 2],
+            },
+            FromRank::Heartbeat {
+                generation,
+                step,
+                progress: 5,
+                phase: "computing".into(),
+                lane_us: 900,
+            },
+            FromRank::Paused {
+                generation,
+                step,
+                saving: true,
+            },
+        ]
+    }
+
+    fn of_failures_and_shards() -> Vec<FromRank> {
+        let (generation, step, shard) = (Generation(3), StepsCompleted(4), OptimizerShardIndex(1));
+        vec![
+            FromRank::Failed {
+                generation,
+                cause: "a peer is gone".into(),
+                suspects: vec![Rank(1)],
+                fatal: false,
+                dispute: Some(dispute()),
+            },
+            FromRank::Settled {
+                generation,
+                step,
+                digest: [4; 16],
+            },
+            FromRank::ShardSaved {
+                step,
+                shard,
+                key: "shards/a-key".into(),
+                length: 9,
+                blake3: [3; 32],
+            },
+            FromRank::ShardLost {
+                generation,
+                step,
+                shard,
+                cause: "the store is full".into(),
+                full: true,
+            },
+        ]
+    }
+
+    /// One message of each kind.
+    ///
+    /// # Panics
+    /// If one cannot be written.
+    #[must_use]
+    pub fn seeds() -> Vec<Vec<u8>> {
+        let to = to_ranks();
+        let to = to.iter().map(|message| (0, message.encode().expect("a message")));
+        let from = [of_the_run(), of_failures_and_shards()].concat();
+        let from = from.iter().map(|message| (1, message.encode().expect("a message")));
+        let stats = std::iter::once((2, LaneStats::new(DOMAINS).encode()));
+        to.chain(from)
+            .chain(stats)
+            .map(|(way, body)| [vec![way], body].concat())
+            .collect()
+    }
+}
+
+/// The request line of the control socket.
+#[cfg(feature = "all")]
+pub mod status_request {
+    use tarazed_actors::controller::status::Request;
+
+    /// One line: without the token it is a stranger's, whatever it says.
+    ///
+    /// # Panics
+    /// If a line without the token is believed.
+    pub fn run(data: &[u8]) {
+        const TOKEN: &str = "the-token-of-this-run";
+        let line = String::from_utf8_lossy(data);
+        if !line.contains('\\') && !line.contains(TOKEN) {
+            assert_eq!(Request::read(&line, TOKEN), Request::Stranger);
+        }
+        let _either = Request::read(&line, TOKEN);
+    }
+
+    /// Requests as the program writes them.
+    #[must_use]
+    pub fn seeds() -> Vec<Vec<u8>> {
+        let request = |token: &str, command: &str, ranks: i64| {
+            serde_json::json!({"token": token, "command": command, "ranks": ranks})
+                .to_string()
+                .into_bytes()
+        };
+        vec![
+            request("the-token-of-this-run", "status", 0),
+            request("the-token-of-this-run", "resize", 4),
+            request("the-token-of-this-run", "resize", -1),
+            request("the-token-of-this-run", "other", 0),
+            request("x", "status", 0),
+        ]
+    }
+}
