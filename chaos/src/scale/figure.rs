@@ -58,11 +58,11 @@ fn parse_measured(text: &str) -> Result<Vec<Measured>, String> {
 }
 
 const WIDTH: f64 = 960.0;
-const HEIGHT: f64 = 640.0;
+const HEIGHT: f64 = 720.0;
 const LEFT: f64 = 80.0;
 const RIGHT: f64 = 30.0;
 const TOP: f64 = 60.0;
-const BOTTOM: f64 = 210.0;
+const BOTTOM: f64 = 290.0;
 /// Decades of the horizontal axis, in seconds.
 const DECADE_MIN: i32 = 1;
 const DECADE_MAX: i32 = 6;
@@ -234,7 +234,8 @@ fn legend(canvas: &mut Canvas, report: &Report, has_measured: bool) {
         let with = if series.has_formula { "; line: Young/Daly" } else { "" };
         canvas.text(LEFT + 44.0, y, "", &format!("{}{with}", series.name));
     }
-    let (x, setup) = (WIDTH / 2.0 + 60.0, &report.setup);
+    let (x, setup) = (LEFT + 44.0, &report.setup);
+    let below = top + 20.0 * SERIES.len() as f64 + 8.0;
     let lines = [
         format!("small marks: simulated, {SWEEP_RANKS} ranks, published rates scaled"),
         format!(
@@ -245,14 +246,14 @@ fn legend(canvas: &mut Canvas, report: &Report, has_measured: bool) {
         "dotted: the formula below 80 %, where it does not hold".to_owned(),
     ];
     for (line, text) in lines.iter().enumerate() {
-        canvas.text(x, top + 20.0 * line as f64, "", text);
+        canvas.text(x, below + 20.0 * line as f64, "", text);
     }
     if has_measured {
-        let y = top + 60.0;
-        cross(canvas, x + 6.0, y - 4.0);
-        canvas.text(x + 20.0, y, "", "measured on real runs");
+        let y = below + 60.0;
+        cross(canvas, LEFT + 17.0, y - 4.0);
+        canvas.text(x, y, "", "measured on real runs");
     } else {
-        canvas.text(x, top + 60.0, r##"fill="#777777""##, "no measured points yet");
+        canvas.text(x, below + 60.0, r##"fill="#777777""##, "no measured points yet");
     }
 }
 
@@ -292,7 +293,12 @@ pub fn draw(report: &Report, points: &[Point], measured: &[Measured]) -> String 
         r#"<circle cx="{x:.1}" cy="{y:.1}" r="12" fill="none" stroke="black" stroke-width="1.5"/>"#
     );
     let said = format!("{} ranks: {:.1}%", report.setup.ranks, 100.0 * report.goodput());
-    canvas.text(x + 16.0, y + 24.0, r#"font-weight="bold""#, &said);
+    // Under the mark, on whichever side there is room.
+    if x < WIDTH * 0.75 {
+        canvas.text(x + 16.0, y + 24.0, r#"font-weight="bold""#, &said);
+    } else {
+        canvas.text(x - 16.0, y + 24.0, r#"font-weight="bold" text-anchor="end""#, &said);
+    }
     for point in measured {
         let (x, y) = (x_of(point.mtbf_s), y_of(point.goodput));
         cross(&mut canvas, x, y);
