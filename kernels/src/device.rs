@@ -631,8 +631,9 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<(), DeviceError>;
 
     /// AdamW over consecutive whole blocks, one pass: reads gradients, updates `master`, `first_moment`,
-    /// `second_moment`, writes the working copy where one is given, and the hash of each new block (STEP-4). One hash is
-    /// made for each element of `hashes`. Waits for the answer.
+    /// `second_moment`, writes the working copy where one is given, and the hash of each new block (STEP-4). There is one
+    /// block for each element of `hashes`: its hash as it was left goes in, its new one comes out. Returns how many blocks
+    /// were not as they were left (DET-3): memory changed by itself, and what was made of it is wrong. Waits for the answer.
     ///
     /// # Errors
     /// [`DeviceError::Failed`].
@@ -645,7 +646,7 @@ pub trait Device: Send + Sync + 'static {
         state: OptimizerState<'_, Self::Buffer>,
         working: Option<ViewMut<'_, Self::Buffer>>,
         hashes: &mut [BlockHash],
-    ) -> Result<(), DeviceError>;
+    ) -> Result<usize, DeviceError>;
 
     /// The hashes that [`Device::adamw`] would have made of the state as it stands. Waits for the answer.
     ///

@@ -76,12 +76,8 @@ impl DeviceReports {
 }
 
 impl DeviceEvents<CpuDevice> for DeviceReports {
-    fn running(&self, generation: Generation, base: StepsCompleted, state: [u8; 32]) {
-        self.tell(FromRank::Running {
-            generation,
-            base,
-            state,
-        });
+    fn running(&self, generation: Generation, base: StepsCompleted) {
+        self.tell(FromRank::Running { generation, base });
     }
 
     fn line(&self, generation: Generation, line: StepLine) {

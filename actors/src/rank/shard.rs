@@ -1,12 +1,14 @@
 //! `OptimizerShard`: one actor for each optimizer shard this rank holds, the sharder's hand.
 //!
 //! It knows its role and takes snapshots of its shard: a copy on the blocking pool under a read lock, while the device
-//! thread computes the next step (DESIGN.md section 7). The ticket is given back when the copy is made.
+//! thread computes the next step (DESIGN.md section 7). The ticket is given back when the copy is made. What was copied is
+//! hashed before it is stored: a bit that changed since the last update must not get into a checkpoint (DET-3).
 
 use super::writer::{Snapshot, WriterMessage};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
-use tarazed_kernels::CpuDevice;
+use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, Device, DeviceError};
+use tarazed_train::StepError;
 use tarazed_train::generation::ShardToSave;
 
 pub enum ShardMessage {
@@ -16,8 +18,8 @@ pub enum ShardMessage {
         generation: Generation,
         shard: ShardToSave<CpuDevice>,
     },
-    /// A copy is made.
-    Copied(Box<Snapshot>),
+    /// A copy is made; or the rank must end, because of this.
+    Copied(Result<Box<Snapshot>, String>),
 }
 impl ractor::Message for ShardMessage {}
 
@@ -57,28 +59,50 @@ impl Actor for OptimizerShard {
                 crate::blocking::detach(move || {
                     let snapshot = copy(step, generation, shard);
                     // An error means that this shard moved to another rank meanwhile.
-                    let _ = myself.cast(ShardMessage::Copied(Box::new(snapshot)));
+                    let _ = myself.cast(ShardMessage::Copied(snapshot.map(Box::new)));
                 });
             }
-            ShardMessage::Copied(snapshot) => state.writer.cast(WriterMessage::Store(snapshot))?,
+            ShardMessage::Copied(snapshot) => state.writer.cast(WriterMessage::Store(snapshot?))?,
         }
         Ok(())
     }
 }
 
-fn copy(step: StepsCompleted, generation: Generation, shard: ShardToSave<CpuDevice>) -> Snapshot {
+fn copy(step: StepsCompleted, generation: Generation, shard: ShardToSave<CpuDevice>) -> Result<Snapshot, String> {
     let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
     let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     assert_eq!(state.steps, step, "the next update waits for this copy");
+    let copied =
+        |buffer| CpuBuffer::from_slice(buffer).map_err(|e| format!("a snapshot of shard {}: {e}", shard.shard));
     let snapshot = Snapshot {
         step,
         generation,
         shard: shard.shard,
-        master: state.master.to_vec(),
-        exp_avg: state.first_moment.to_vec(),
-        exp_avg_sq: state.second_moment.to_vec(),
+        master: copied(&state.master)?,
+        exp_avg: copied(&state.first_moment)?,
+        exp_avg_sq: copied(&state.second_moment)?,
     };
+    let hashes = state.hashes.clone();
     drop(state);
     drop(shard.ticket);
-    snapshot
+    if hashes_of(&snapshot, shard.blocks, hashes.len()).map_err(|e| e.to_string())? == hashes {
+        Ok(snapshot)
+    } else {
+        let shard = shard.shard;
+        Err(StepError::Rotten { shard, step }.to_string())
+    }
+}
+
+fn hashes_of(snapshot: &Snapshot, blocks: Blocks, count: usize) -> Result<Vec<BlockHash>, DeviceError> {
+    let device = CpuDevice::new();
+    let mut hashes = vec![BlockHash::default(); count];
+    device.block_hashes(
+        &mut device.stream()?,
+        blocks,
+        (&snapshot.master).into(),
+        (&snapshot.exp_avg).into(),
+        (&snapshot.exp_avg_sq).into(),
+        &mut hashes,
+    )?;
+    Ok(hashes)
 }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use tarazed_domain::limits::CHECKPOINTS_IN_FLIGHT_MAX;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
+use tarazed_kernels::CpuBuffer;
 use tarazed_protocol::message::FromRank;
 use tarazed_store::{ShardGeometry, ShardSlices, StoreError};
 
@@ -22,9 +23,9 @@ pub struct Snapshot {
     pub step: StepsCompleted,
     pub generation: Generation,
     pub shard: OptimizerShardIndex,
-    pub master: Vec<f32>,
-    pub exp_avg: Vec<f32>,
-    pub exp_avg_sq: Vec<f32>,
+    pub master: CpuBuffer,
+    pub exp_avg: CpuBuffer,
+    pub exp_avg_sq: CpuBuffer,
 }
 
 pub enum WriterMessage {

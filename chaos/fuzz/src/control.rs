@@ -104,6 +104,7 @@ pub mod message {
             decided: StepsCompleted(3),
             last_step: StepsCompleted(9),
             checkpoint_at_base: false,
+            state: None,
             disputed: Some((StepsCompleted(5), DisputedItem::Lane(LaneIndex(2)))),
         }
     }
@@ -172,7 +173,6 @@ pub mod message {
             FromRank::Running {
                 generation,
                 base: step,
-                state: [2; 32],
             },
             FromRank::Line {
                 generation,

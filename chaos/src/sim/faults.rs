@@ -7,7 +7,8 @@ use super::world::World;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_actors::node::ExitCause;
-use tarazed_domain::StepIndex;
+use tarazed_domain::{Incarnation, StepIndex};
+use tarazed_protocol::message::Member;
 use tarazed_train::harm::{Harm, Place};
 use tokio::time::Instant;
 
@@ -112,14 +113,25 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
 }
 
 /// The bit that will flip in a process that starts now, if any.
-pub fn flip(world: &World, pid: u32) -> Option<Harm> {
+pub fn flip(world: &World, pid: u32, member: Member) -> Option<Harm> {
     let mut random = world.random("flip", u64::from(pid));
-    if !world.scenario.has(Fault::FlipBit) || world.is_calm() || !random.chance(0.15) {
+    let struck = if world.scenario.wrong_update {
+        member.incarnation == Incarnation(0)
+            && u64::from(member.worker.0) == world.scenario.seed % u64::from(world.scenario.ranks)
+    } else {
+        world.scenario.has(Fault::FlipBit) && random.chance(0.15)
+    };
+    if !struck || world.is_calm() {
         return None;
     }
+    let places: &[Place] = if world.scenario.wrong_update {
+        &[Place::Update]
+    } else {
+        &[Place::Master, Place::FirstMoment, Place::SecondMoment]
+    };
     Some(Harm {
         step: StepIndex(random.between(0, world.scenario.steps)),
-        place: random.pick(&[Place::Master, Place::FirstMoment, Place::SecondMoment]),
+        place: random.pick(places),
         shard: random.between(0, 5) as usize,
         element: random.between(0, 63) as usize,
         bit: random.between(12, 30) as u8,

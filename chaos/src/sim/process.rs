@@ -297,7 +297,9 @@ async fn assemble(
     let tree = RankTree::start(parts).await.map_err(|e| e.to_string())?;
     let state = RankState::new(config, CpuDevice::new(), progress).map_err(|e| e.to_string())?;
     let device = DeviceThread {
-        state: state.with_waiting(waiting).harmed(flip(world, process.pid)),
+        state: state
+            .with_waiting(waiting)
+            .harmed(flip(world, process.pid, process.member)),
         member: process.member,
         data_plane: Box::new(SimPlane {
             world: Arc::clone(world),

@@ -178,6 +178,7 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(config.run.steps),
         checkpoint_at_base: false,
+        state: None,
         disputed: None,
     }
 }
@@ -220,7 +221,7 @@ impl Told {
 }
 
 impl Reporter<CpuDevice> for Teller<'_> {
-    fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+    fn running(&self, _: StepsCompleted) {}
 
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 

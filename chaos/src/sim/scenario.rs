@@ -34,7 +34,7 @@ pub enum Fault {
     Stop,
     /// Somebody asks for another number of ranks.
     Resize,
-    /// One bit of a rank's optimizer state is flipped.
+    /// One bit of a rank's optimizer state changes by itself, in some of the lives of ranks.
     FlipBit,
     /// The store answers with errors for a while; half of the requests were carried out all the same.
     StoreErrors,
@@ -61,6 +61,13 @@ impl Fault {
         Self::StoreErrors,
         Self::StoreSlow,
     ];
+}
+
+impl Fault {
+    /// Whether no step is cut short by it.
+    fn spares_steps(self) -> bool {
+        matches!(self, Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow)
+    }
 }
 
 /// Everything about one simulation that its seed decides.
@@ -100,6 +107,9 @@ pub struct Scenario {
     pub store_ms_max: u64,
     /// Kinds of fault that happen.
     pub faults: Vec<Fault>,
+    /// One rank computes one update wrong. That shows where copies are compared, at the end of the step; where the right
+    /// copy is lost in that very moment nobody can tell, so nothing else cuts steps short in such a run.
+    pub wrong_update: bool,
     /// Mean time between faults (milliseconds).
     pub fault_every_ms: f64,
     /// Faults happen for this long; then the run must come to its end.
@@ -114,7 +124,11 @@ impl Scenario {
         let lanes = random.pick(&[1, 2, 3, 4, 4, 5, 6, 8]);
         let ranks = random.between(1, u64::from(lanes.min(5))) as u32;
         let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
-        let faults = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
+        let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
+        let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
+        if wrong_update {
+            faults.retain(|fault| fault.spares_steps());
+        }
         Self {
             seed,
             lanes,
@@ -133,6 +147,7 @@ impl Scenario {
             start_ms_max: random.pick(&[20, 60, 200]),
             store_ms_max: random.pick(&[3, 20, 80]),
             faults,
+            wrong_update,
             fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
             fault_phase_ms: random.between(500, 6_000),
         }

@@ -41,15 +41,14 @@ impl Deck {
         self.cards.pop()
     }
 
-    /// A card that was put back before.
-    pub fn take_back(&mut self) -> Option<Kind> {
-        self.put_back.pop_front()
-    }
-
-    /// How many were put back.
-    #[must_use]
-    pub fn put_back_len(&self) -> usize {
-        self.put_back.len()
+    /// The card to try as number `turn` of `turns` at one moment. Those put back come first, but the last is a new one: all
+    /// that were put back may wait for a larger world, which only another fault brings.
+    pub fn card(&mut self, turn: usize, turns: usize) -> Option<Kind> {
+        if turn + 1 < turns && self.put_back.len() > turn {
+            self.put_back.pop_front()
+        } else {
+            self.deal()
+        }
     }
 
     /// It could not be played now.
@@ -130,9 +129,24 @@ mod tests {
         assert_eq!(dealt, same);
         deck.strike_out(Kind::KillRank);
         deck.put_back(Kind::EdgeReset);
-        assert_eq!(deck.take_back(), Some(Kind::EdgeReset));
+        assert_eq!(deck.card(0, 4), Some(Kind::EdgeReset));
         deck.strike_out(Kind::EdgeReset);
         assert_eq!(deck.deal(), None);
+    }
+
+    #[test]
+    fn cards_that_wait_for_a_larger_world_do_not_keep_new_ones_away() {
+        let mut deck = Deck::new(BTreeMap::from([(Kind::KillRank, 1)]), 5);
+        (0..20).for_each(|_| deck.put_back(Kind::EdgeReset));
+        let tried: Vec<Option<Kind>> = (0..4)
+            .map(|turn| {
+                let card = deck.card(turn, 4);
+                deck.put_back(Kind::EdgeReset);
+                card
+            })
+            .collect();
+        assert_eq!(tried[..3], [Some(Kind::EdgeReset); 3]);
+        assert_eq!(tried[3], Some(Kind::KillRank));
     }
 
     #[test]

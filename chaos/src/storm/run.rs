@@ -286,9 +286,7 @@ impl<'a> Storm<'a> {
 
     fn fault_due(&mut self, now: Instant) {
         for turn in 0..CARDS_PER_TURN {
-            // Cards put back come first, but not all of the time: some wait for a larger world.
-            let back = self.deck.put_back_len() > turn;
-            let card = if back { self.deck.take_back() } else { self.deck.deal() };
+            let card = self.deck.card(turn, CARDS_PER_TURN);
             let Some(kind) = card else { break };
             match self.attempt(kind, "pace") {
                 Ok(()) => {

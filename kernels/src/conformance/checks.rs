@@ -444,13 +444,23 @@ fn adamw_call<D: Device>(bench: &mut Bench<'_, D>, step: &AdamwStep, blocks: Blo
     let (mut second, v) = bench.put(&squares, Full)?;
     let mut working = bench.poisoned(len, Working)?;
     let mut hashes = vec![BlockHash::default(); count];
+    bench.device.block_hashes(
+        &mut bench.stream,
+        blocks,
+        master.view(),
+        first.view(),
+        second.view(),
+        &mut hashes,
+    )?;
+    // One block is not as its hash says, and only that one is counted.
+    hashes[count / 2].0[3] ^= 4;
     let state = OptimizerState {
         master: master.view_mut(),
         first_moment: first.view_mut(),
         second_moment: second.view_mut(),
     };
     let copy = Some(working.view_mut());
-    bench.device.adamw(
+    let changed = bench.device.adamw(
         &mut bench.stream,
         step,
         blocks,
@@ -459,6 +469,10 @@ fn adamw_call<D: Device>(bench: &mut Bench<'_, D>, step: &AdamwStep, blocks: Blo
         copy,
         &mut hashes,
     )?;
+    if changed != 1 {
+        let fault = format!("one block was not as its hash said, and {changed} were counted");
+        return Err(bench.fault("adamw", &shape, fault));
+    }
     let updated: Vec<(f64, f64, f64)> = (0..len)
         .map(|i| reference::adamw(step, g[i], (p[i], m[i], v[i])))
         .collect();

@@ -325,7 +325,7 @@ impl Device for CpuDevice {
         state: OptimizerState<'_, CpuBuffer>,
         working: Option<Out<'_>>,
         hashes: &mut [BlockHash],
-    ) -> Done {
+    ) -> Result<usize, DeviceError> {
         let len = blocks.block_elements * hashes.len();
         let scalars = optimizer::AdamwScalars::new(step);
         let gradient = gradient.elements(len);
@@ -333,6 +333,7 @@ impl Device for CpuDevice {
         let first_moment = state.first_moment.elements(len);
         let second_moment = state.second_moment.elements(len);
         let mut working = working.map(|working| working.elements(len));
+        let mut changed = 0;
         for (index, hash) in hashes.iter_mut().enumerate() {
             let range = index * blocks.block_elements..(index + 1) * blocks.block_elements;
             let state = optimizer::BlockState {
@@ -342,9 +343,11 @@ impl Device for CpuDevice {
                 second_moment: &mut second_moment[range.clone()],
                 working: working.as_deref_mut().map(|working| &mut working[range]),
             };
-            *hash = optimizer::adamw(self.isa, &scalars, blocks.number(index), state);
+            let hashes = optimizer::adamw(self.isa, &scalars, blocks.number(index), state);
+            changed += usize::from(hashes.before != *hash);
+            *hash = hashes.after;
         }
-        Ok(())
+        Ok(changed)
     }
 
     fn block_hashes(

@@ -1,4 +1,4 @@
-//! AdamW with its block hash in one pass, and the partials of the gradient norm.
+//! AdamW with its block hashes, before and after, in one pass, and the partials of the gradient norm.
 
 use super::lanes::{LANES, Lanes, multiversion};
 use super::pointwise::{for_lanes, get, set};
@@ -54,15 +54,20 @@ pub(super) struct BlockState<'a> {
     pub working: Option<&'a mut [f32]>,
 }
 
-/// Both sums of a block's hash, and the keys of the next sixteen elements.
-struct Hasher<V: Lanes> {
-    sums: [V::Sums; 2],
+/// The keys of a block's elements, sixteen at a time.
+struct Keys<V: Lanes> {
     /// `position · POSITION_FACTOR + seed` of sixteen positions.
     positions: V::Words,
     seed: V::Words,
 }
 
-impl<V: Lanes> Hasher<V> {
+/// What all keys of sixteen elements derive from, and which of them there are where not all.
+struct Key<V: Lanes> {
+    key: V::Words,
+    present: Option<V::Words>,
+}
+
+impl<V: Lanes> Keys<V> {
     #[inline(always)]
     fn new(block: BlockIndex) -> Self {
         let seeds = block_seeds(block);
@@ -73,15 +78,49 @@ impl<V: Lanes> Hasher<V> {
             lane += 1;
         }
         Self {
-            sums: [V::no_sums(); 2],
             positions: V::load_words(&positions),
             seed: V::splat_word(seeds[1]),
         }
     }
 
+    /// Of the next sixteen elements; of a last, shorter run, `len` elements.
+    #[inline(always)]
+    fn next(&mut self, len: usize) -> Key<V> {
+        let z = self.positions;
+        self.positions = V::word_add(z, V::splat_word(POSITION_FACTOR.wrapping_mul(LANES as u32)));
+        let z = V::word_xor(z, V::word_shift_right::<16>(z));
+        let z = V::word_xor(V::word_mul(z, V::splat_word(MIX_FACTOR_1)), self.seed);
+        let z = V::word_xor(z, V::word_shift_right::<15>(z));
+        let z = V::word_mul(z, V::splat_word(MIX_FACTOR_2));
+        let key = V::word_xor(z, V::word_shift_right::<16>(z));
+        // Words beyond the block count neither with a key nor with a value; a last odd word keeps its keyed partner.
+        let present = if len == LANES {
+            None
+        } else {
+            let mut mask = [0_u32; LANES];
+            mask[..len.next_multiple_of(2)].fill(u32::MAX);
+            Some(V::load_words(&mask))
+        };
+        Key { key, present }
+    }
+}
+
+/// Both sums of a block's hash.
+struct Hasher<V: Lanes> {
+    sums: [V::Sums; 2],
+}
+
+impl<V: Lanes> Hasher<V> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            sums: [V::no_sums(); 2],
+        }
+    }
+
     /// Adds one array's words, under the keys derived from `key`.
     #[inline(always)]
-    fn add<const ARRAY: usize>(&mut self, key: V::Words, words: V::Words, present: Option<V::Words>) {
+    fn add<const ARRAY: usize>(&mut self, &Key { key, present }: &Key<V>, words: V::Words) {
         let first = V::word_and(
             V::word_mul(key, V::splat_word(KEY_FACTORS[ARRAY][0])),
             V::splat_word(KEY_MASK_FIRST),
@@ -99,27 +138,12 @@ impl<V: Lanes> Hasher<V> {
         self.sums[1] = V::add_products(self.sums[1], b);
     }
 
-    /// Adds sixteen elements of the three arrays; of a last, shorter run, `len` elements.
+    /// Adds sixteen elements of the three arrays.
     #[inline(always)]
-    fn update(&mut self, master: V, first_moment: V, second_moment: V, len: usize) {
-        let z = self.positions;
-        self.positions = V::word_add(z, V::splat_word(POSITION_FACTOR.wrapping_mul(LANES as u32)));
-        let z = V::word_xor(z, V::word_shift_right::<16>(z));
-        let z = V::word_xor(V::word_mul(z, V::splat_word(MIX_FACTOR_1)), self.seed);
-        let z = V::word_xor(z, V::word_shift_right::<15>(z));
-        let z = V::word_mul(z, V::splat_word(MIX_FACTOR_2));
-        let key = V::word_xor(z, V::word_shift_right::<16>(z));
-        // Words beyond the block count neither with a key nor with a value; a last odd word keeps its keyed partner.
-        let present = if len == LANES {
-            None
-        } else {
-            let mut mask = [0_u32; LANES];
-            mask[..len.next_multiple_of(2)].fill(u32::MAX);
-            Some(V::load_words(&mask))
-        };
-        self.add::<0>(key, master.words(), present);
-        self.add::<1>(key, first_moment.words(), present);
-        self.add::<2>(key, second_moment.words(), present);
+    fn update(&mut self, key: &Key<V>, [master, first_moment, second_moment]: [V; 3]) {
+        self.add::<0>(key, master.words());
+        self.add::<1>(key, first_moment.words());
+        self.add::<2>(key, second_moment.words());
     }
 
     #[inline(always)]
@@ -128,8 +152,14 @@ impl<V: Lanes> Hasher<V> {
     }
 }
 
+/// A block's hash as it stood before an update, and as it stands after it.
+pub(super) struct Hashes {
+    pub before: BlockHash,
+    pub after: BlockHash,
+}
+
 #[inline(always)]
-fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> BlockHash {
+fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> Hashes {
     let BlockState {
         gradient,
         master,
@@ -143,14 +173,18 @@ fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockSta
     let (keep, step_size) = (V::splat(s.keep), V::splat(s.step_size));
     let (correction, eps) = (V::splat(s.inverse_root_correction), V::splat(s.eps));
     let scale = V::splat(s.gradient_scale);
-    let mut hasher = Hasher::<V>::new(block);
+    let mut keys = Keys::<V>::new(block);
+    let (mut before, mut after) = (Hasher::<V>::new(), Hasher::<V>::new());
     for_lanes!(gradient.len(), |range, whole| {
         let g = get::<V>(gradient, &range, whole).mul(scale);
-        let m = get::<V>(first_moment, &range, whole).mul(beta1);
-        let m = g.fma(rest1, m);
-        let v = get::<V>(second_moment, &range, whole).mul(beta2);
-        let v = g.mul(rest2).fma(g, v);
-        let decayed = get::<V>(master, &range, whole).mul(keep);
+        let old_m = get::<V>(first_moment, &range, whole);
+        let old_v = get::<V>(second_moment, &range, whole);
+        let old_p = get::<V>(master, &range, whole);
+        let key = keys.next(range.len());
+        before.update(&key, [old_p, old_m, old_v]);
+        let m = g.fma(rest1, old_m.mul(beta1));
+        let v = g.mul(rest2).fma(g, old_v.mul(beta2));
+        let decayed = old_p.mul(keep);
         let denominator = v.sqrt().fma(correction, eps);
         let p = step_size.fnma(m.div(denominator), decayed);
         set(m, first_moment, &range, whole);
@@ -160,13 +194,16 @@ fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockSta
             set(p, working, &range, whole);
         }
         // Zero lanes beyond a short end stay zero: every lane's inputs there are zero.
-        hasher.update(p, m, v, range.len());
+        after.update(&key, [p, m, v]);
     });
-    hasher.finish()
+    Hashes {
+        before: before.finish(),
+        after: after.finish(),
+    }
 }
 multiversion!(
-    /// One block's update and its new hash.
-    pub(super) fn adamw(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> BlockHash = adamw_on
+    /// One block's update, with its hashes before and after.
+    pub(super) fn adamw(scalars: &AdamwScalars, block: BlockIndex, state: BlockState<'_>) -> Hashes = adamw_on
 );
 
 #[inline(always)]
@@ -176,14 +213,10 @@ fn block_hash_on<V: Lanes>(
     first_moment: &[f32],
     second_moment: &[f32],
 ) -> BlockHash {
-    let mut hasher = Hasher::<V>::new(block);
+    let (mut keys, mut hasher) = (Keys::<V>::new(block), Hasher::<V>::new());
     for_lanes!(master.len(), |range, whole| {
-        hasher.update(
-            get(master, &range, whole),
-            get(first_moment, &range, whole),
-            get(second_moment, &range, whole),
-            range.len(),
-        );
+        let state = [master, first_moment, second_moment].map(|array| get(array, &range, whole));
+        hasher.update(&keys.next(range.len()), state);
     });
     hasher.finish()
 }

@@ -49,6 +49,8 @@ mutants! {
     StaleHolder,
     /// Primary and replica of a shard are not compared (DET-3).
     ReplicasUncompared,
+    /// State that changed by itself is believed (DET-3).
+    RotBelieved,
     /// What survivors hold after a dispute is believed all the same (DET-3).
     DisputedStateKept,
     /// Those who leave a smaller world leave before the others have copied from them.

@@ -98,6 +98,8 @@ pub enum DisputedItem {
     Lane(LaneIndex),
     /// Loss or gradient norm is not a number: every rank sees the same, and none is named.
     Finite,
+    /// The whole state that a generation is about to begin from, by the trace and by its ranks.
+    Base,
 }
 
 impl std::fmt::Display for DisputedItem {
@@ -106,6 +108,7 @@ impl std::fmt::Display for DisputedItem {
             Self::Shard(shard) => write!(f, "optimizer shard {shard}"),
             Self::Lane(lane) => write!(f, "the gradient of lane {lane}"),
             Self::Finite => write!(f, "a loss or gradient norm that is not a number"),
+            Self::Base => write!(f, "the state to begin from"),
         }
     }
 }
@@ -210,6 +213,9 @@ pub struct BeginPlan {
     pub last_step: StepsCompleted,
     /// Save the base itself first: the run ends there.
     pub checkpoint_at_base: bool,
+    /// Hash of the whole state at the base as its line has it, where the line is written: from another one nobody begins
+    /// (DET-3).
+    pub state: Option<[u8; 32]>,
     /// What was disputed before the state was restored: rank 0 tells how it is once the step is done again.
     pub disputed: Option<(StepsCompleted, DisputedItem)>,
 }
@@ -279,8 +285,6 @@ mod envelopes {
             generation: Generation,
             /// The count it starts from.
             base: StepsCompleted,
-            /// Hash of the whole state there (STEP-4), to be compared with the base's line (STEP-5).
-            state: [u8; 32],
         },
         /// A committed step's measurements; sent by rank 0, kept by all, and sent by all at a fence.
         Line {

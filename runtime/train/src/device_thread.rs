@@ -118,8 +118,8 @@ pub enum Command {
 
 /// What the device thread says. Implementations hand over and return at once.
 pub trait DeviceEvents<D: Device>: Send + Sync {
-    /// A generation is whole and runs from `base`, where the whole state has this hash; said on rank 0 alone.
-    fn running(&self, generation: Generation, base: StepsCompleted, state: [u8; 32]);
+    /// A generation is whole and runs from `base`; said on rank 0 alone.
+    fn running(&self, generation: Generation, base: StepsCompleted);
     /// A disputed step was done again, with this result.
     fn settled(&self, generation: Generation, step: StepsCompleted, digest: ItemDigest);
     /// A committed step's line.
@@ -158,8 +158,8 @@ struct GenerationReporter<'a, D: Device> {
 }
 
 impl<D: Device> Reporter<D> for GenerationReporter<'_, D> {
-    fn running(&self, base: StepsCompleted, state: [u8; 32]) {
-        self.events.running(self.generation, base, state);
+    fn running(&self, base: StepsCompleted) {
+        self.events.running(self.generation, base);
     }
 
     fn settled(&self, step: StepsCompleted, digest: ItemDigest) {
@@ -192,7 +192,10 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
                         self.state.progress.enter(Phase::Parked);
                         match &error {
                             StepError::Aborted => {}
-                            error if error.is_own_fault() => self.events.broken(error),
+                            error if error.is_own_fault() => {
+                                self.state.forget(); // a fence may come before this process has ended
+                                self.events.broken(error);
+                            }
                             error => self.events.failed(plan.generation, error),
                         }
                     }

@@ -28,6 +28,20 @@ pub enum StepError {
         /// Its gradient norm.
         grad_norm: f64,
     },
+    /// What a generation is about to begin from is not what the trace says of its step: restore, from another checkpoint if
+    /// it comes from one (DET-3).
+    #[error(
+        "the state that was restored or copied for step {step} is not the one its trace line names: state was {recorded}, \
+         now {found} (DET-3)"
+    )]
+    OtherBase {
+        /// The step.
+        step: StepsCompleted,
+        /// The state's hash in the line.
+        recorded: String,
+        /// And here.
+        found: String,
+    },
     /// A peer's message does not decode: halt, two programs differ.
     #[error("rank {from} sent {what} that does not decode: {cause}")]
     Malformed {
@@ -79,6 +93,11 @@ impl StepError {
             Self::NotFinite { step, .. } => Some(Dispute {
                 step: *step,
                 item: DisputedItem::Finite,
+                claims: Vec::new(),
+            }),
+            Self::OtherBase { step, .. } => Some(Dispute {
+                step: *step,
+                item: DisputedItem::Base,
                 claims: Vec::new(),
             }),
             _ => None,

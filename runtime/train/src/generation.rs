@@ -19,14 +19,14 @@ use crate::optimizer::Shard;
 use crate::progress::Phase;
 use crate::snapshot::SnapshotTicket;
 use crate::state::RankState;
-use crate::step::{self, Wishes};
+use crate::step::{self, Holders, Wishes};
 use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
-use tarazed_domain::{Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
+use tarazed_domain::{BlockIndex, Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
-use tarazed_kernels::{Device, ViewMut};
+use tarazed_kernels::{Blocks, Device, ViewMut};
 use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, ShardOrigin, StepLine};
 
 /// Reads checkpoint shards; blocks, but never past an abort (SUP-4).
@@ -56,9 +56,9 @@ pub struct Switches {
 
 /// What the device thread tells the rank's actor; must not block.
 pub trait Reporter<D: Device> {
-    /// The generation is whole and runs from `base`, where the whole state has this hash (STEP-4). Said on rank 0 alone,
-    /// and after the base's line where that was still to come, so that whoever hears it can compare the two (STEP-5).
-    fn running(&self, base: StepsCompleted, state: [u8; 32]);
+    /// The generation is whole and runs from `base`. Said on rank 0 alone, and after the base's line where that was still to
+    /// come.
+    fn running(&self, base: StepsCompleted);
     /// A disputed step was done again, with this result. Said on rank 0 alone.
     fn settled(&self, step: StepsCompleted, digest: ItemDigest);
     /// A step is finished: rank 0 says so. The line of a generation's base, where it is not acknowledged, comes from every
@@ -72,6 +72,8 @@ pub trait Reporter<D: Device> {
 pub struct ShardToSave<D: Device> {
     /// Which.
     pub shard: OptimizerShardIndex,
+    /// Its blocks: what is copied must hash to what the state says (DET-3).
+    pub blocks: Blocks,
     /// Its state; immutable until the ticket is dropped.
     pub state: Arc<std::sync::RwLock<crate::optimizer::ShardState<D>>>,
     /// Drop when the copy is made.
@@ -111,9 +113,9 @@ pub fn run<D: HostVisible>(
     plan: &BeginPlan,
     means: &mut Means<'_, D>,
 ) -> Result<Paused, StepError> {
-    let hash = start(state, world, plan, means)?;
+    start(state, world, plan, means)?;
     if world.rank == Rank(0) {
-        means.reporter.running(plan.base, hash);
+        means.reporter.running(plan.base);
     }
     let mut at = Paused {
         step: plan.base,
@@ -164,7 +166,7 @@ fn digest_of<D: Device>(state: &RankState<D>, item: DisputedItem) -> ItemDigest 
     match item {
         DisputedItem::Shard(shard) => state.shard_digests.get(shard.index()).copied(),
         DisputedItem::Lane(_) => state.audited,
-        DisputedItem::Finite => None,
+        DisputedItem::Finite | DisputedItem::Base => None,
     }
     .unwrap_or_default()
 }
@@ -179,6 +181,10 @@ fn save<D: Device>(state: &RankState<D>, world: &World, means: &Means<'_, D>, st
         .primaries_of(world.rank)
         .map(|shard| ShardToSave {
             shard,
+            blocks: Blocks {
+                first: BlockIndex(world.shards.blocks(shard).start as u32),
+                block_elements: state.layout.block_elements(),
+            },
             state: state.shards[&shard].shared(),
             ticket: state.gate.ticket(),
         })
@@ -197,13 +203,13 @@ fn wait_for_acknowledgement<D: Device>(state: &mut RankState<D>, switches: &Swit
     }
 }
 
-/// Brings this rank to the plan's base; returns the hash of the whole state there.
+/// Brings this rank to the plan's base.
 fn start<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
     plan: &BeginPlan,
     means: &mut Means<'_, D>,
-) -> Result<[u8; 32], StepError> {
+) -> Result<(), StepError> {
     let _span = tracing::info_span!("begin", generation = plan.generation.0, base = plan.base.0).entered();
     state.progress.enter(Phase::Recovering);
     state.gate.wait();
@@ -234,12 +240,23 @@ fn start<D: HostVisible>(
         publish_own_weights(state, world)?;
     }
     state.progress.reached(plan.base);
-    let hash = step::gather_weights(state, world, means.fabric, plan.base)?;
+    let hash = step::gather_weights(state, world, means.fabric, plan.base, Holders::All)?;
+    // All see the same, and none of them takes a step from it: a controller that knows may die before it can say so.
+    if let Some(recorded) = plan.state.filter(|recorded| *recorded != hash) {
+        return Err(StepError::OtherBase {
+            step: plan.base,
+            recorded: hex(&recorded),
+            found: hex(&hash),
+        });
+    }
     // Only now: its all-gather has heard everybody, and a rank speaks in it once its own shards are whole. Until then what
     // moves away may have no other copy, for a new holder can die with it half received.
     state.shards.retain(|&shard, _| world.holds(world.rank, shard));
-    complete_base_line(state, plan, hash, means)?;
-    Ok(hash)
+    complete_base_line(state, plan, hash, means)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Begun from the seed or a checkpoint: whatever is held belongs to a course that is given up, and may be wrong. It goes
@@ -247,10 +264,7 @@ fn start<D: HostVisible>(
 pub(crate) fn forget_old_course<D: Device>(state: &mut RankState<D>, plan: &BeginPlan) {
     let from_elsewhere = |origin| matches!(origin, ShardOrigin::Initialise | ShardOrigin::Restore);
     if plan.shards.iter().flatten().any(|holder| from_elsewhere(holder.origin)) {
-        state.shards.clear();
-        state.passed = None;
-        state.facts = None;
-        state.lines.clear();
+        state.forget();
     }
 }
 

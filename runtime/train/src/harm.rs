@@ -2,9 +2,10 @@
 //!
 //! Chaos runs ask for it; nothing else does. It stands in the step because that is where memory is owned.
 
+use crate::StepError;
 use crate::state::RankState;
 use crate::world::World;
-use tarazed_domain::{OptimizerShardIndex, StepIndex};
+use tarazed_domain::StepIndex;
 use tarazed_kernels::{Device, View, ViewMut};
 
 /// What is flipped.
@@ -18,6 +19,8 @@ pub enum Place {
     FirstMoment,
     /// A second moment of an optimizer shard held here.
     SecondMoment,
+    /// A master weight as the update makes it, hash and all: a wrong result, not a change of memory.
+    Update,
 }
 
 /// One flip.
@@ -40,7 +43,7 @@ pub struct Harm {
 impl std::str::FromStr for Harm {
     type Err = String;
 
-    /// `STEP:PLACE:SHARD:ELEMENT:BIT`, with places `weight`, `master`, `first`, `second`; `STEP+` for a stuck one.
+    /// `STEP:PLACE:SHARD:ELEMENT:BIT`, with places `weight`, `master`, `first`, `second`, `update`; `STEP+` for a stuck one.
     fn from_str(text: &str) -> Result<Self, String> {
         let fields: Vec<&str> = text.split(':').collect();
         let [step, place, shard, element, bit] = fields[..] else {
@@ -55,6 +58,7 @@ impl std::str::FromStr for Harm {
                 "master" => Place::Master,
                 "first" => Place::FirstMoment,
                 "second" => Place::SecondMoment,
+                "update" => Place::Update,
                 other => return Err(format!("no place '{other}' in '{text}'")),
             },
             shard: number(shard)? as usize,
@@ -64,8 +68,22 @@ impl std::str::FromStr for Harm {
     }
 }
 
-/// Flips the bit that is due, once. State that has no other copy is spared: nothing could tell.
-pub(crate) fn strike<D: Device>(state: &mut RankState<D>, world: &World, step: StepIndex) {
+/// When in a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Moment {
+    /// Nothing is computed yet.
+    Begun,
+    /// The own shards have taken it.
+    Updated,
+}
+
+/// Flips the bit that is due, once. A wrong update of state that has no other copy is spared: nothing could tell.
+pub(crate) fn strike<D: Device>(
+    state: &mut RankState<D>,
+    world: &World,
+    step: StepIndex,
+    moment: Moment,
+) -> Result<(), StepError> {
     let copies = world.holders.iter().map(Vec::len).min().unwrap_or(0);
     let due = |harm: &Harm| {
         let now = if harm.stuck {
@@ -73,10 +91,11 @@ pub(crate) fn strike<D: Device>(state: &mut RankState<D>, world: &World, step: S
         } else {
             step >= harm.step
         };
-        now && (harm.place == Place::Weight || copies > 1)
+        now && (harm.place == Place::Update) == (moment == Moment::Updated)
+            && (harm.place != Place::Update || copies > 1)
     };
     let Some(harm) = state.harm.filter(due) else {
-        return;
+        return Ok(());
     };
     state.harm = state.harm.filter(|harm| harm.stuck);
     tracing::warn!(?harm, "a bit is flipped on purpose");
@@ -90,23 +109,25 @@ pub(crate) fn strike<D: Device>(state: &mut RankState<D>, world: &World, step: S
             harm.element % elements,
             harm.bit,
         );
-        return;
+        return Ok(());
     }
-    let held: Vec<OptimizerShardIndex> = state.shards.keys().copied().collect();
-    let Some(index) = held.get(harm.shard % held.len().max(1)) else {
-        return;
-    };
-    let Some(shard) = state.shards.get_mut(index) else {
-        return;
+    let place = harm.shard % state.shards.len().max(1);
+    let Some(shard) = state.shards.values_mut().nth(place) else {
+        return Ok(());
     };
     let mut inner = shard.write();
     let buffer = match harm.place {
         Place::FirstMoment => &mut inner.first_moment,
         Place::SecondMoment => &mut inner.second_moment,
-        Place::Master | Place::Weight => &mut inner.master,
+        Place::Master | Place::Update | Place::Weight => &mut inner.master,
     };
     let elements = device.len(buffer);
     flip(device, &mut state.stream, buffer, harm.element % elements, harm.bit);
+    drop(inner);
+    if harm.place == Place::Update {
+        shard.rehash(device, &mut state.stream, &state.layout)?;
+    }
+    Ok(())
 }
 
 fn flip<D: Device>(device: &D, stream: &mut D::Stream, buffer: &mut D::Buffer, element: usize, bit: u8) {
@@ -134,7 +155,8 @@ mod tests {
             stuck: false,
         };
         assert_eq!(harm, expected);
-        assert!("12+:second:3:70:33".parse::<Harm>().expect("a harm").stuck);
+        let stuck: Harm = "12+:update:3:70:33".parse().expect("a harm");
+        assert!(stuck.stuck && stuck.place == Place::Update);
         for wrong in ["", "1:2", "1:nowhere:0:0:0", "x:weight:0:0:0", "1:weight:0:0:0:0"] {
             assert!(wrong.parse::<Harm>().is_err(), "{wrong}");
         }

@@ -5,13 +5,16 @@
 //! update waits only if the copy is not done (DESIGN.md section 7).
 //!
 //! - **STEP-4** Block hashes are made in the update pass itself.
+//! - **DET-3** The same pass hashes what it reads: a block that is not as the last update left it has changed by itself.
 //! - Primary and replica apply the same deterministic update, so their hashes agree bit for bit.
 
 use crate::StepError;
 use std::ops::Range;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tarazed_domain::config::OptimizerConfig;
-use tarazed_domain::{BlockIndex, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
+use tarazed_domain::{
+    BlockIndex, Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted,
+};
 use tarazed_kernels::{AdamwStep, BlockHash, Blocks, Device, DeviceError, OptimizerState, Precision, View, ViewMut};
 use tarazed_protocol::message::{BarrierOutcome, ShardHolding};
 
@@ -134,7 +137,8 @@ impl<D: Device> Shard<D> {
     /// If the reduced gradient does not lead to `outcome.step`: the commit rule excludes it.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`StepError::Rotten`] if the state is not as its hashes say: it is spoilt now, and must not be used. Or if the device
+    /// fails.
     pub fn apply(
         &mut self,
         device: &D,
@@ -161,6 +165,7 @@ impl<D: Device> Shard<D> {
             hashes,
             ..
         } = &mut *state;
+        let mut changed = 0;
         for run in decay_runs(layout, first, hashes.len()) {
             let offset = (run.start - first) * layout.block_elements();
             let call = AdamwStep {
@@ -180,7 +185,7 @@ impl<D: Device> Shard<D> {
                 first: BlockIndex(run.start as u32),
                 block_elements: layout.block_elements(),
             };
-            device.adamw(
+            changed += device.adamw(
                 stream,
                 &call,
                 blocks,
@@ -193,6 +198,12 @@ impl<D: Device> Shard<D> {
                 Some(ViewMut::at(weights, run.start * layout.block_elements())),
                 &mut hashes[run.start - first..run.end - first],
             )?;
+        }
+        if changed > 0 && !Mutant::RotBelieved.is_on() {
+            return Err(StepError::Rotten {
+                shard: self.index,
+                step: state.steps,
+            });
         }
         state.steps = outcome.step;
         Ok(())

@@ -149,6 +149,14 @@ impl<D: Device> RankState<D> {
         }
     }
 
+    /// What is held belongs to a course that is given up, or is wrong: no fence may hear of it again.
+    pub fn forget(&mut self) {
+        self.shards.clear();
+        self.passed = None;
+        self.facts = None;
+        self.lines.clear();
+    }
+
     /// Lines through this one are written and need not be kept.
     pub fn acknowledge(&mut self, through: StepsCompleted) {
         self.lines = self.lines.split_off(&through.next().completed());

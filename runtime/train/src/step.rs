@@ -14,7 +14,7 @@
 use crate::StepError;
 use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
-use crate::harm;
+use crate::harm::{self, Moment};
 use crate::host::HostVisible;
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
@@ -57,7 +57,7 @@ pub fn run_step<D: HostVisible>(
         mixture: batch.mixture.clone(),
     });
 
-    harm::strike(state, world, batch.step);
+    harm::strike(state, world, batch.step, Moment::Begun)?;
     let (lanes, audit) = compute_lanes(state, world, batch)?;
     let stats = reduce_to_primaries(state, world, fabric, step, lanes)?;
     if !Mutant::BarrierBeforeReplicas.is_on() {
@@ -69,7 +69,8 @@ pub fn run_step<D: HostVisible>(
         forward_to_replicas(state, world, fabric, step)?;
     }
     update(state, &outcome)?;
-    let hash = gather_weights(state, world, fabric, step)?;
+    harm::strike(state, world, batch.step, Moment::Updated)?;
+    let hash = gather_weights(state, world, fabric, step, Holders::OfPlan)?;
 
     Ok(complete_line(state, &outcome, hash))
 }
@@ -520,6 +521,16 @@ fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) ->
     Ok(())
 }
 
+/// Whose copies of a shard are compared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Holders {
+    /// Those that the generation's plan names.
+    OfPlan,
+    /// Those, and every rank that still holds a copy from before: where a step was cut short of its comparison, the only
+    /// right copy may be one that the plan gives up.
+    All,
+}
+
 /// All-gathers working weights and block hashes; compares every replica with its primary, and returns the hash of the
 /// whole state (STEP-4). A replica has updated its own copy of the weights, so only non-holders are sent them.
 pub(crate) fn gather_weights<D: HostVisible>(
@@ -527,10 +538,11 @@ pub(crate) fn gather_weights<D: HostVisible>(
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
+    compared: Holders,
 ) -> Result<[u8; 32], StepError> {
     let _span = tracing::info_span!("gather").entered();
     state.progress.enter(Phase::Gathering);
-    let hashes = gather_hashes(state, world, fabric, step)?;
+    let hashes = gather_hashes(state, world, fabric, step, compared)?;
     exchange_weights(state, world, fabric, step)?;
     Ok(state_hash(step, &hashes))
 }
@@ -541,6 +553,7 @@ fn gather_hashes<D: Device>(
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
+    compared: Holders,
 ) -> Result<Vec<BlockHash>, StepError> {
     let mut mine = Vec::new();
     for shard in world.primaries_of(world.rank) {
@@ -549,9 +562,17 @@ fn gather_hashes<D: Device>(
     for shard in world.replicas_of(world.rank) {
         mine.extend(shard_digest(&state.shards[&shard].read().hashes));
     }
+    let given_up = match compared {
+        Holders::OfPlan => 0,
+        Holders::All => world.holders.len(),
+    };
+    for shard in world.shards.shards().take(given_up) {
+        let held = state.shards.get(&shard).filter(|_| !world.holds(world.rank, shard));
+        mine.extend(held.map_or(NO_DIGEST, |held| shard_digest(&held.read().hashes)));
+    }
     let lengths: Vec<usize> = (0..world.size() as u32)
         .map(|rank| world.primary_block_count(Rank(rank)) + world.replicas_of(Rank(rank)).count())
-        .map(|hashes| hashes * HASH_BYTES)
+        .map(|hashes| (hashes + given_up) * HASH_BYTES)
         .collect();
     let all = fabric.all_gather(Tag::new(TagKind::ShardHash, step.0, 0), &mine, &lengths)?;
 
@@ -570,8 +591,11 @@ fn gather_hashes<D: Device>(
             let digest = shard_digest(&hashes[blocks]);
             claims[shard.index()].push(Claim { rank, digest });
         }
-        for (shard, digest) in world.replicas_of(rank).zip(words) {
-            claims[shard.index()].push(Claim { rank, digest });
+        let given_up = world.shards.shards().take(given_up);
+        for (shard, digest) in world.replicas_of(rank).chain(given_up).zip(words) {
+            if digest != NO_DIGEST {
+                claims[shard.index()].push(Claim { rank, digest });
+            }
         }
     }
     state.shard_digests = claims.iter().map(|claims| claims[0].digest).collect();
@@ -583,6 +607,9 @@ fn gather_hashes<D: Device>(
     }
     Ok(hashes)
 }
+
+/// Said of a shard that is not held.
+const NO_DIGEST: ItemDigest = [0; size_of::<ItemDigest>()];
 
 /// What two holders of a shard compare.
 fn shard_digest(hashes: &[BlockHash]) -> ItemDigest {

@@ -40,7 +40,7 @@ impl Ear {
 }
 
 impl DeviceEvents<CpuDevice> for Ear {
-    fn running(&self, generation: Generation, base: StepsCompleted, _state: [u8; 32]) {
+    fn running(&self, generation: Generation, base: StepsCompleted) {
         self.hears(Heard::Running(generation, base));
     }
 

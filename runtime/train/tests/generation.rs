@@ -9,11 +9,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, FabricError};
-use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, ShardOrigin, StateReport, StepLine};
+use tarazed_kernels::CpuDevice;
+use tarazed_protocol::message::{BeginPlan, DisputedItem, Member, RestoreFrom, ShardOrigin, StateReport, StepLine};
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardSource;
+use tarazed_train::harm::{Harm, Place};
+use tarazed_train::host::HostVisible;
 
 type Lines = BTreeMap<StepsCompleted, StepLine>;
 
@@ -68,14 +71,14 @@ fn copies_to(plan: &BeginPlan, rank: u32) -> usize {
     plan.shards.iter().flatten().filter(copied).count()
 }
 
-/// STEP-5, DET-3: what rank 0 says at the start is the hash in the base's line, so the controller can compare them.
+/// STEP-5: rank 0 alone says that a generation runs, after its base's line where that is still to come.
 #[test]
-fn rank_0_alone_says_from_which_state_the_generation_runs() {
+fn rank_0_alone_says_that_the_generation_runs() {
     let (mut nodes, first) = begin(&[0, 1], 2, 2);
     let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
     let lines: Lines = outcomes[0].lines().map(|line| (line.step, line.clone())).collect();
     assert_eq!(lines.keys().copied().collect::<Vec<_>>(), [1, 2].map(StepsCompleted));
-    assert!(matches!(outcomes[0].said[0], Said::Running(StepsCompleted(0), _)));
+    assert!(matches!(outcomes[0].said[0], Said::Running(StepsCompleted(0))));
     assert_eq!(outcomes[1].said, [Said::Saved(StepsCompleted(2))], "rank 1 has no say");
 
     // The base's line is acknowledged, or still to come: then it comes first, from everybody.
@@ -88,13 +91,14 @@ fn rank_0_alone_says_from_which_state_the_generation_runs() {
             acknowledged,
             ..Wanted::default()
         };
-        let next = plan(&wanted, &reports(&outcomes));
+        let mut next = plan(&wanted, &reports(&outcomes));
         assert_eq!(next.base, StepsCompleted(2));
+        let line = lines[&StepsCompleted(2)].clone();
+        next.state = Some(line.state).filter(|_| acknowledged == 2);
         // Rank 0 lost the line: it completes it from the plan's outcome.
         nodes[0].state.lines.clear();
         let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
-        let line = lines[&StepsCompleted(2)].clone();
-        let running = Said::Running(StepsCompleted(2), line.state);
+        let running = Said::Running(StepsCompleted(2));
         if acknowledged == 2 {
             assert_eq!(outcomes[0].said, [running]);
             assert_eq!(outcomes[1].said, []);
@@ -148,7 +152,7 @@ fn a_newcomer_that_dies_before_it_is_whole_takes_no_shard_with_it() {
         let next = plan(&wanted, &survivors);
         let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
         let base = &trace[&StepsCompleted(2)];
-        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step));
         let mut lines = Lines::new();
         take_lines(&mut lines, &outcomes);
         assert!(
@@ -274,9 +278,10 @@ fn a_restore_on_another_world_size_is_bit_for_bit_the_same() {
     for workers in 1..4 {
         let members: Vec<Member> = (0..workers).map(member).collect();
         let mut nodes: Vec<Node> = (0..workers).map(Node::new).collect();
-        let next = restoring(members, &checkpoint.name, 5, 4);
+        let mut next = restoring(members, &checkpoint.name, 5, 4);
+        next.state = Some(base.state);
         let outcomes = run(&mut nodes, &next, &mut meshes(&next), &checkpoint);
-        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step));
         let mut lines = Lines::new();
         take_lines(&mut lines, &outcomes);
         assert!(
@@ -351,7 +356,7 @@ fn an_abort_ends_a_restore_before_the_next_shard() {
         let next = restoring(vec![member(0)], &checkpoint.name, 6, 4);
         let outcomes = run(&mut nodes, &next, &mut meshes(&next), &checkpoint);
         let base = &trace[&StepsCompleted(2)];
-        assert_eq!(outcomes[0].said[0], Said::Running(base.step, base.state));
+        assert_eq!(outcomes[0].said[0], Said::Running(base.step));
     }
 }
 
@@ -421,4 +426,102 @@ fn a_plan_must_name_the_checkpoint_of_its_base() {
         );
     }
     assert!(checkpoint.read.lock().unwrap().is_empty());
+}
+
+/// Flips one bit of a shard as an update would that went wrong: its hashes say what it is now.
+fn spoil(node: &mut Node, shard: OptimizerShardIndex) {
+    let state = &mut node.state;
+    let held = state.shards.get_mut(&shard).unwrap();
+    let mut inner = held.write();
+    let element = &mut CpuDevice::elements_mut(&mut inner.second_moment)[3];
+    *element = f32::from_bits(element.to_bits() ^ 1 << 20);
+    drop(inner);
+    held.rehash(&state.device, &mut state.stream, &state.layout).unwrap();
+}
+
+/// DET-3: a step was cut short before its holders were compared, one of them has it wrong, and the plan gives up the copy
+/// that is right: all see it before anything comes of it.
+#[test]
+fn copies_that_are_given_up_are_compared_before() {
+    let (mut nodes, first) = begin(&[0, 1], 2, 2);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    let wanted = Wanted {
+        generation: 2,
+        members: vec![member(0), member(1), member(2)],
+        replicas: 2,
+        last_step: 4,
+        acknowledged: 2,
+        ..Wanted::default()
+    };
+    let next = plan(&wanted, &reports(&outcomes));
+    let gives_up = |rank: u32| {
+        let kept = given(&next, rank);
+        given(&first, rank).into_iter().find(|shard| !kept.contains(shard))
+    };
+    let (honest, shard) = (0..2)
+        .find_map(|rank| Some((rank, gives_up(rank)?)))
+        .expect("a shard that moves to the newcomer");
+    spoil(&mut nodes[1 - honest as usize], shard);
+    nodes.push(Node::new(2));
+    for outcome in run(&mut nodes, &next, &mut meshes(&next), &NoStore) {
+        let Err(StepError::Disputed(dispute)) = outcome.ended else {
+            panic!("{:?}", outcome.ended)
+        };
+        assert_eq!(dispute.item, DisputedItem::Shard(shard));
+        let honest: Vec<_> = dispute
+            .claims
+            .iter()
+            .filter(|claim| claim.rank == Rank(honest))
+            .collect();
+        assert!(
+            matches!(honest[..], [claim] if dispute.claims.iter().all(|c| c.rank == claim.rank || c.digest != claim.digest))
+        );
+    }
+}
+
+/// DET-3: a bit of the only copy changes between two updates: the update sees it, whichever array it is in.
+#[test]
+fn an_update_does_not_believe_memory_that_changed() {
+    for place in [Place::Master, Place::FirstMoment, Place::SecondMoment] {
+        let (mut nodes, first) = begin(&[0], 1, 4);
+        nodes[0].state.harm = Some(Harm {
+            step: StepIndex(2),
+            place,
+            shard: 1,
+            element: 70,
+            bit: 3,
+            stuck: false,
+        });
+        let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+        let rotten = matches!(
+            &outcomes[0].ended,
+            Err(StepError::Rotten {
+                step: StepsCompleted(2),
+                ..
+            })
+        );
+        assert!(rotten, "{place:?}: {:?}", outcomes[0].ended);
+        assert_eq!(outcomes[0].lines().count(), 2, "{place:?}: lines before it");
+    }
+}
+
+/// DET-3: nobody takes a step from a state that is not the one in its line, whoever else has seen it.
+#[test]
+fn from_another_state_than_that_of_the_trace_nobody_begins() {
+    let (checkpoint, _) = saved();
+    let mut nodes: Vec<Node> = (0..2).map(Node::new).collect();
+    let mut next = restoring((0..2).map(member).collect(), &checkpoint.name, 5, 4);
+    next.state = Some([7; 32]);
+    for outcome in run(&mut nodes, &next, &mut meshes(&next), &checkpoint) {
+        let Err(error @ StepError::OtherBase { .. }) = &outcome.ended else {
+            panic!("{:?}", outcome.ended)
+        };
+        assert!(error.to_string().contains("0707"), "{error}");
+        assert!(
+            error
+                .dispute()
+                .is_some_and(|dispute| dispute.item == DisputedItem::Base)
+        );
+        assert_eq!(outcome.said, []);
+    }
 }

@@ -23,6 +23,11 @@ fn assert_only_the_culprit_was_replaced(run: &Run, worker: u64, what: &str) {
     assert_eq!(disputed.len(), 1, "{what}: {disputed:?}\n{}", run.tail());
     assert!(disputed[0].contains(&worker), "{what}: {disputed:?}");
     assert_eq!(named(run, "convicted"), [vec![worker]], "{what}\n{}", run.tail());
+    assert_lost_for_corruption(run, worker, what);
+}
+
+#[track_caller]
+fn assert_lost_for_corruption(run: &Run, worker: u64, what: &str) {
     let lost = run.events("rank_lost");
     assert_eq!(lost.len(), 1, "{what}: {lost:?}");
     assert_eq!(lost[0]["worker"], worker, "{what}: {lost:?}");
@@ -32,17 +37,42 @@ fn assert_only_the_culprit_was_replaced(run: &Run, worker: u64, what: &str) {
     );
 }
 
-/// DET-3: a bit of the optimizer state flips, on a primary or on a replica. The hashes tell at the same step, the steps
-/// since the last checkpoint are done again, the result tells whose copy was wrong, and that rank is replaced. No line of
-/// the trace shows it.
+/// DET-3: a bit of the optimizer state flips, on a primary or on a replica. Its rank sees it before anybody has used it, and
+/// is replaced; the others go on with their copies. No line of the trace shows it.
 #[test]
 fn a_flipped_bit_of_the_optimizer_state_is_found_and_its_rank_replaced() {
     for (worker, place) in [(0, "master"), (1, "first"), (2, "second")] {
-        let project = Project::tiny();
+        let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
         let flip = format!("{worker}.0=57:{place}:3:70:22");
         let mut run = Run::start(&project.train(place).ranks(3).steps(STEPS).variable(FLIP, &flip));
         assert_undisturbed(&mut run, STEPS, place);
-        assert_only_the_culprit_was_replaced(&run, worker, place);
+        assert_eq!(run.events("disputed").len(), 0, "{place}\n{}", run.tail());
+        assert_eq!(run.events("state_lost").len(), 0, "{place}\n{}", run.tail());
+        assert_lost_for_corruption(&run, worker, place);
+    }
+}
+
+/// DET-3: the same where nobody has another copy: the state comes from a checkpoint.
+#[test]
+fn a_flipped_bit_of_the_only_copy_is_found_too() {
+    let project = Project::tiny_with(&[("optimizer.replicas", "1")]);
+    let train = project.train("single").ranks(2).steps(STEPS);
+    let mut run = Run::start(&train.variable(FLIP, "1.0=57:second:3:70:22"));
+    assert_undisturbed(&mut run, STEPS, "a single copy");
+    assert_eq!(run.events("state_lost").len(), 1, "{}", run.tail());
+    assert_lost_for_corruption(&run, 1, "a single copy");
+}
+
+/// DET-3: a rank computes an update wrong. The hashes tell at the same step, the steps since the last checkpoint are done
+/// again, the result tells whose copy was wrong, and that rank is replaced. No line of the trace shows it.
+#[test]
+fn a_wrong_update_is_found_and_its_rank_replaced() {
+    for worker in [0, 2] {
+        let project = Project::tiny();
+        let flip = format!("{worker}.0=57:update:3:70:22");
+        let mut run = Run::start(&project.train("update").ranks(3).steps(STEPS).variable(FLIP, &flip));
+        assert_undisturbed(&mut run, STEPS, "update");
+        assert_only_the_culprit_was_replaced(&run, worker, "update");
     }
 }
 
@@ -51,7 +81,7 @@ fn a_flipped_bit_of_the_optimizer_state_is_found_and_its_rank_replaced() {
 fn two_of_three_copies_overrule_the_third() {
     let project = Project::tiny_with(&[("optimizer.replicas", "3"), ("checkpoint.interval_steps", "0")]);
     let train = project.train("three").ranks(4).steps(STEPS);
-    let mut run = Run::start(&train.variable(FLIP, "2.0=57:second:1:70:22"));
+    let mut run = Run::start(&train.variable(FLIP, "2.0=57:update:1:70:22"));
     assert_undisturbed(&mut run, STEPS, "three copies");
     assert_eq!(named(&run, "convicted"), [vec![2]], "{}", run.tail());
     assert_eq!(run.events("state_lost").len(), 0, "{}", run.tail());
@@ -71,12 +101,12 @@ fn a_flipped_working_weight_is_found_by_an_audit() {
     assert_only_the_culprit_was_replaced(&run, 3, "a wrong lane");
 }
 
-/// DET-3: what comes again after a restore was no accident: the run halts, with the ranks named.
+/// DET-3: what comes again each time that the step is done was no accident: the run halts, with the ranks named.
 #[test]
 fn corruption_that_comes_again_halts_the_run() {
     let project = Project::tiny_with(&[("fault.restarts_max", "100")]);
     let train = project.train("again").ranks(2).steps(STEPS);
     // A plus: each time that the step is done.
-    let outcome = train.variable(FLIP, "1.0=57+:second:0:70:22").finish();
-    assert_halted(&outcome, &["differs again", "worker 1", "look at their machines"]);
+    let outcome = train.variable(FLIP, "1.0=57+:update:0:70:22").finish();
+    assert_halted(&outcome, &["differs each time", "worker 1", "look at their machines"]);
 }

@@ -95,11 +95,6 @@ pub enum Event {
         /// The result.
         digest: ItemDigest,
     },
-    /// What a generation began from is not what the trace says of it (STEP-5).
-    BaseDiffers {
-        /// How.
-        diagnosis: String,
-    },
     /// A rank stands at a boundary.
     Paused {
         /// Who.

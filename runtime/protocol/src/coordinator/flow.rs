@@ -69,7 +69,6 @@ impl Coordinator {
                 }
                 self.on_settled(step, digest)
             }
-            Event::BaseDiffers { diagnosis } => self.on_base_differs(now_ms, diagnosis),
             Event::Paused {
                 member,
                 generation,

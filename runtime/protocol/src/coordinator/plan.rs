@@ -82,6 +82,7 @@ impl Coordinator {
                 self.options.last_step
             },
             checkpoint_at_base: ends_here && !self.is_saved(ground.base),
+            state: None,
             disputed: self.trial.as_ref().map(|trial| (trial.step, trial.item)),
         };
         for &member in &members {

@@ -2,23 +2,29 @@
 //!
 //! Where most holders agree, the others are wrong, and the rest goes on without them. Else nobody's state is believed: it
 //! is restored from the newest checkpoint, the steps since are done again and compared with their lines, and at the
-//! disputed step the result tells whose claim was wrong. That rank is replaced. What comes again after a restore was no
-//! accident, and halts the run with the ranks named.
+//! disputed step the result tells whose claim was wrong. That rank is replaced. Where they differ again, the claims of all
+//! tries count together: two wrong results are not alike by accident, so the one that most workers have had is right. What
+//! nobody can decide after a few tries was no accident, and halts the run with the ranks named.
 //!
 //! A checkpoint may have been made of a state that was already wrong: its bytes are as recorded, and what it restores is
 //! not what the trace says of its step. Then an older one is looked for.
 
 use super::{Coordinator, Effect, Incident, Phase, WorkerPhase};
 use crate::message::{Dispute, DisputedItem, ItemDigest, Member};
-use std::collections::BTreeMap;
-use tarazed_domain::{Mutant, StepsCompleted};
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_domain::{Mutant, StepsCompleted, WorkerId};
+
+/// A step that is disputed this often, undecided, is not done again.
+const TRIES_MAX: u32 = 3;
 
 /// What ranks differ in, until the step has been done again.
 #[derive(Debug)]
 pub(super) struct Trial {
     pub(super) step: StepsCompleted,
     pub(super) item: DisputedItem,
+    /// Of all tries.
     claims: Vec<(Member, ItemDigest)>,
+    tries: u32,
 }
 
 impl Coordinator {
@@ -28,41 +34,39 @@ impl Coordinator {
             return Vec::new();
         }
         let Dispute { step, item, claims } = dispute;
+        if item == DisputedItem::Base {
+            return self.on_base_differs(now_ms, cause);
+        }
         let claims: Vec<(Member, ItemDigest)> = claims
             .iter()
             .filter_map(|claim| Some((self.roster.get(claim.rank.index())?.0, claim.digest)))
             .collect();
         let members: Vec<Member> = claims.iter().map(|&(member, _)| member).collect();
-        if let Some(before) = self
-            .trial
-            .take()
-            .filter(|before| (before.step, before.item) == (step, item))
-        {
-            return self.halt(3, again(&before, &claims, &cause));
-        }
+        let before = self.trial.take();
+        let before = before.filter(|before| (before.step, before.item) == (step, item));
+        let tries = before.as_ref().map_or(1, |before| before.tries + 1);
+        let mut trial = Trial {
+            step,
+            item,
+            claims: before.map_or_else(Vec::new, |before| before.claims),
+            tries,
+        };
+        trial.claims.extend(&claims);
+        let verdict = majority(&claims).or_else(|| most_workers(&trial.claims).filter(|_| tries > 1));
         let mut effects = vec![Effect::Note(Incident::Disputed { step, item, members })];
-        let trial = Trial { step, item, claims };
-        match majority(&trial.claims) {
-            Some(digest) => {
-                let wrong: Vec<Member> = trial
-                    .claims
-                    .iter()
-                    .filter(|&&(_, claimed)| claimed != digest)
-                    .map(|&(member, _)| member)
-                    .collect();
-                effects.extend(self.convict(trial, digest));
-                // The step is done, and those who have it right hold it; what the others report must not count.
-                for member in wrong {
-                    self.workers.set_phase(member.worker, WorkerPhase::Released);
-                }
-                effects.extend(self.fence(now_ms, cause, None));
+        if let Some(digest) = verdict {
+            effects.extend(self.convict(trial, digest));
+            // The step is done, and those who have it right hold it; what the others report must not count.
+            for (member, _) in claims.into_iter().filter(|&(_, claimed)| claimed != digest) {
+                self.workers.set_phase(member.worker, WorkerPhase::Released);
             }
-            None => {
-                self.trial = Some(trial);
-                self.distrusted = !Mutant::DisputedStateKept.is_on();
-                effects.extend(self.fence(now_ms, cause, None));
-            }
+        } else if tries >= TRIES_MAX || item == DisputedItem::Finite && tries > 1 {
+            return self.halt(3, undecided(&trial, &cause));
+        } else {
+            self.trial = Some(trial);
+            self.distrusted = !Mutant::DisputedStateKept.is_on();
         }
+        effects.extend(self.fence(now_ms, cause, None));
         effects
     }
 
@@ -76,9 +80,10 @@ impl Coordinator {
 
     /// Whoever claimed something else is replaced.
     fn convict(&mut self, trial: Trial, digest: ItemDigest) -> Vec<Effect> {
-        let Trial { step, item, claims } = trial;
+        let Trial { step, item, claims, .. } = trial;
         let wrong = claims.into_iter().filter(|&(_, claimed)| claimed != digest);
-        let members: Vec<Member> = wrong.map(|(member, _)| member).collect();
+        let members: BTreeSet<Member> = wrong.map(|(member, _)| member).collect();
+        let members: Vec<Member> = members.into_iter().collect();
         let mut effects = Vec::new();
         for &member in &members {
             let lives = self.workers.get(member.worker).is_some() && self.workers.member(member.worker) == member;
@@ -93,7 +98,7 @@ impl Coordinator {
 
     /// The state that a generation began from is not that of the trace. One from a checkpoint speaks against the
     /// checkpoint, one that ranks held against the ranks.
-    pub(super) fn on_base_differs(&mut self, now_ms: u64, diagnosis: String) -> Vec<Effect> {
+    fn on_base_differs(&mut self, now_ms: u64, diagnosis: String) -> Vec<Effect> {
         let Some(plan) = self
             .plan
             .as_ref()
@@ -133,20 +138,35 @@ fn majority(claims: &[(Member, ItemDigest)]) -> Option<ItemDigest> {
         .map(|(digest, _)| digest)
 }
 
-/// The diagnosis where a restore has not helped.
-fn again(before: &Trial, claims: &[(Member, ItemDigest)], cause: &str) -> String {
-    let Trial { step, item, .. } = before;
+/// What more workers have claimed than anything else, in whatever life: a worker that is wrong in the same way each time
+/// counts once.
+fn most_workers(claims: &[(Member, ItemDigest)]) -> Option<ItemDigest> {
+    let mut workers: BTreeMap<ItemDigest, BTreeSet<WorkerId>> = BTreeMap::new();
+    for &(member, digest) in claims {
+        workers.entry(digest).or_default().insert(member.worker);
+    }
+    let most = workers.values().map(BTreeSet::len).max()?;
+    let mut with_most = workers.into_iter().filter(|(_, claimants)| claimants.len() == most);
+    let (digest, _) = with_most.next()?;
+    with_most.next().is_none().then_some(digest)
+}
+
+/// The diagnosis where doing it again has not helped.
+fn undecided(trial: &Trial, cause: &str) -> String {
+    let Trial {
+        step,
+        item,
+        claims,
+        tries,
+    } = trial;
     if *item == DisputedItem::Finite {
         return format!("{cause}; the state was restored and step {step} done again, with the same result");
     }
-    let named = |claims: &[(Member, ItemDigest)]| {
-        let names: Vec<String> = claims.iter().map(|(member, _)| member.to_string()).collect();
-        names.join(", ")
-    };
+    let parties: BTreeSet<Member> = claims.iter().map(|&(member, _)| member).collect();
+    let parties: Vec<String> = parties.iter().map(Member::to_string).collect();
     format!(
-        "{cause}; the state was restored and step {step} done again, and {item} differs again: first between {}, now \
-         between {}; look at their machines",
-        named(&before.claims),
-        named(claims)
+        "{cause}; step {step} was done {tries} times, each time from a restored state, and {item} differs each time, between \
+         {}; look at their machines",
+        parties.join(", ")
     )
 }

@@ -188,7 +188,7 @@ impl Drop for Node {
 /// What a rank told its actor.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Said {
-    Running(StepsCompleted, [u8; 32]),
+    Running(StepsCompleted),
     Line(StepLine),
     Saved(StepsCompleted),
 }
@@ -222,8 +222,8 @@ struct Recorder {
 }
 
 impl Reporter<CpuDevice> for Recorder {
-    fn running(&self, base: StepsCompleted, state: [u8; 32]) {
-        self.said.borrow_mut().push(Said::Running(base, state));
+    fn running(&self, base: StepsCompleted) {
+        self.said.borrow_mut().push(Said::Running(base));
     }
 
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
@@ -360,6 +360,7 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         decided: base,
         last_step: StepsCompleted(wanted.last_step),
         checkpoint_at_base: false,
+        state: None,
         disputed: None,
     }
 }

@@ -176,6 +176,7 @@ fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(0),
         checkpoint_at_base: false,
+        state: None,
         disputed: None,
     }
 }
@@ -257,7 +258,7 @@ impl ShardSource for Nothing {
 }
 
 impl Reporter<CpuDevice> for Nothing {
-    fn running(&self, _: StepsCompleted, _: [u8; 32]) {}
+    fn running(&self, _: StepsCompleted) {}
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
     fn line(&self, _: StepLine) {}
     fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}

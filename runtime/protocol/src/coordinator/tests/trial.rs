@@ -76,22 +76,54 @@ fn a_dispute_is_settled_by_doing_the_step_again() {
     }
 }
 
-/// DET-3: what differs again after a restore halts the run, with everybody named who was part of it.
+/// DET-3: what differs again and again halts the run, with everybody named who was part of it.
 #[test]
-fn a_dispute_that_comes_again_halts() {
+fn a_dispute_that_nobody_can_decide_halts() {
     let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let step = cluster.coordinator.written.0 + 1;
+    let holders = cluster.dispute(step, &[1, 2]);
+    for _ in 0..2 {
+        assert_eq!(cluster.end, None);
+        while !cluster.coordinator.is_running() {
+            cluster.settle(1);
+        }
+        cluster.dispute(step, &[1, 2]);
+    }
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    for holder in holders {
+        assert!(diagnosis.contains(&holder.to_string()), "{diagnosis}");
+    }
+}
+
+/// DET-3: two lots of bad luck at one step are no reason to halt: the result that came twice, of two workers, is right.
+#[test]
+fn a_second_dispute_is_decided_by_both() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
     cluster.settle(12);
     let step = cluster.coordinator.written.0 + 1;
     let holders = cluster.dispute(step, &[1, 2]);
     while !cluster.coordinator.is_running() {
         cluster.settle(1);
     }
-    cluster.dispute(step, &[1, 2]);
-    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
-        panic!("{:?}", cluster.end)
-    };
+    // Now the other one is wrong, in its own way.
+    assert_eq!(cluster.dispute(step, &[3, 1]), holders);
+    cluster.settle(40);
+    assert!(cluster.coordinator.is_running() && cluster.end.is_none());
+    let plan = cluster.coordinator.plan.as_ref();
+    assert!(
+        plan.is_some_and(|plan| plan.restore.is_none()),
+        "what the right one holds is believed"
+    );
     for holder in holders {
-        assert!(diagnosis.contains(&holder.to_string()), "{diagnosis}");
+        assert_eq!(
+            cluster.started[&holder.worker.0],
+            holder.incarnation.next(),
+            "{holder} was wrong once"
+        );
     }
 }
 
@@ -136,12 +168,19 @@ fn a_checkpoint_that_restores_another_state_is_refuted() {
         .as_ref()
         .and_then(|plan| plan.restore.clone())
         .expect("restored");
-    let effects = cluster.coordinator.on_event(
-        cluster.now_ms,
-        Event::BaseDiffers {
-            diagnosis: "another state".to_owned(),
-        },
-    );
+    let event = Event::Failed {
+        member: cluster.coordinator.roster()[0].0,
+        generation: cluster.coordinator.generation(),
+        cause: "another state".to_owned(),
+        suspects: vec![],
+        fatal: false,
+        dispute: Some(Dispute {
+            step: bad.step,
+            item: DisputedItem::Base,
+            claims: vec![],
+        }),
+    };
+    let effects = cluster.coordinator.on_event(cluster.now_ms, event);
     let refuted =
         |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step, .. }) if *step == bad.step);
     assert!(effects.iter().any(refuted), "{effects:?}");
