@@ -19,7 +19,7 @@ use crate::optimizer::Shard;
 use crate::progress::Phase;
 use crate::snapshot::SnapshotTicket;
 use crate::state::RankState;
-use crate::step::{self, Holders, Wishes};
+use crate::step::{self, Wishes};
 use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -240,7 +240,7 @@ fn start<D: HostVisible>(
         publish_own_weights(state, world)?;
     }
     state.progress.reached(plan.base);
-    let hash = step::gather_weights(state, world, means.fabric, plan.base, Holders::All)?;
+    let hash = step::gather_weights(state, world, means.fabric, plan.base, Some(plan))?;
     // All see the same, and none of them takes a step from it: a controller that knows may die before it can say so.
     if let Some(recorded) = plan.state.filter(|recorded| *recorded != hash) {
         return Err(StepError::OtherBase {

@@ -25,7 +25,9 @@ use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Ra
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
 use tarazed_protocol::data::stats::LaneStats;
-use tarazed_protocol::message::{BarrierOutcome, Claim, Dispute, DisputedItem, ItemDigest, StepLine};
+use tarazed_protocol::message::{
+    BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, ItemDigest, ShardHolder, ShardOrigin, StepLine,
+};
 
 const HASH_BYTES: usize = size_of::<BlockHash>();
 
@@ -70,7 +72,7 @@ pub fn run_step<D: HostVisible>(
     }
     update(state, &outcome)?;
     harm::strike(state, world, batch.step, Moment::Updated)?;
-    let hash = gather_weights(state, world, fabric, step, Holders::OfPlan)?;
+    let hash = gather_weights(state, world, fabric, step, None)?;
 
     Ok(complete_line(state, &outcome, hash))
 }
@@ -521,28 +523,21 @@ fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) ->
     Ok(())
 }
 
-/// Whose copies of a shard are compared.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Holders {
-    /// Those that the generation's plan names.
-    OfPlan,
-    /// Those, and every rank that still holds a copy from before: where a step was cut short of its comparison, the only
-    /// right copy may be one that the plan gives up.
-    All,
-}
-
 /// All-gathers working weights and block hashes; compares every replica with its primary, and returns the hash of the
 /// whole state (STEP-4). A replica has updated its own copy of the weights, so only non-holders are sent them.
+///
+/// At the start of a generation, by its plan, every rank that still holds a copy from before is compared too: where a step
+/// was cut short of its comparison, the only right copy may be one that the plan gives up.
 pub(crate) fn gather_weights<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
-    compared: Holders,
+    start: Option<&BeginPlan>,
 ) -> Result<[u8; 32], StepError> {
     let _span = tracing::info_span!("gather").entered();
     state.progress.enter(Phase::Gathering);
-    let hashes = gather_hashes(state, world, fabric, step, compared)?;
+    let hashes = gather_hashes(state, world, fabric, step, start)?;
     exchange_weights(state, world, fabric, step)?;
     Ok(state_hash(step, &hashes))
 }
@@ -553,7 +548,7 @@ fn gather_hashes<D: Device>(
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
-    compared: Holders,
+    start: Option<&BeginPlan>,
 ) -> Result<Vec<BlockHash>, StepError> {
     let mut mine = Vec::new();
     for shard in world.primaries_of(world.rank) {
@@ -562,10 +557,7 @@ fn gather_hashes<D: Device>(
     for shard in world.replicas_of(world.rank) {
         mine.extend(shard_digest(&state.shards[&shard].read().hashes));
     }
-    let given_up = match compared {
-        Holders::OfPlan => 0,
-        Holders::All => world.holders.len(),
-    };
+    let given_up = start.map_or(0, |_| world.holders.len());
     for shard in world.shards.shards().take(given_up) {
         let held = state.shards.get(&shard).filter(|_| !world.holds(world.rank, shard));
         mine.extend(held.map_or(NO_DIGEST, |held| shard_digest(&held.read().hashes)));
@@ -602,10 +594,23 @@ fn gather_hashes<D: Device>(
     for (shard, claims) in world.shards.shards().zip(claims) {
         if claims.iter().any(|claim| claim.digest != claims[0].digest) && !Mutant::ReplicasUncompared.is_on() {
             let item = DisputedItem::Shard(shard);
+            let claims = independent(claims, start.map_or(&[], |plan| &plan.shards[shard.index()]));
             return Err(StepError::Disputed(Dispute { step, item, claims }));
         }
     }
     Ok(hashes)
+}
+
+/// Without those who have a result from another: a copy that has just arrived is no second witness for its donor.
+fn independent(claims: Vec<Claim>, holders: &[ShardHolder]) -> Vec<Claim> {
+    let claimed = |rank: Rank| claims.iter().find(|claim| claim.rank == rank).map(|claim| claim.digest);
+    let is_own = |claim: &&Claim| {
+        !holders.iter().any(|holder| match holder.origin {
+            ShardOrigin::CopyFrom(donor) => holder.rank == claim.rank && claimed(donor) == Some(claim.digest),
+            _ => false,
+        })
+    };
+    claims.iter().filter(is_own).copied().collect()
 }
 
 /// Said of a shard that is not held.

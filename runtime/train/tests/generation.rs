@@ -453,7 +453,7 @@ fn copies_that_are_given_up_are_compared_before() {
         acknowledged: 2,
         ..Wanted::default()
     };
-    let next = plan(&wanted, &reports(&outcomes));
+    let mut next = plan(&wanted, &reports(&outcomes));
     let gives_up = |rank: u32| {
         let kept = given(&next, rank);
         given(&first, rank).into_iter().find(|shard| !kept.contains(shard))
@@ -461,21 +461,29 @@ fn copies_that_are_given_up_are_compared_before() {
     let (honest, shard) = (0..2)
         .find_map(|rank| Some((rank, gives_up(rank)?)))
         .expect("a shard that moves to the newcomer");
-    spoil(&mut nodes[1 - honest as usize], shard);
+    let wrong = 1 - honest;
+    for holder in &mut next.shards[shard.index()] {
+        if holder.rank == Rank(2) {
+            holder.origin = ShardOrigin::CopyFrom(Rank(wrong));
+        }
+    }
+    spoil(&mut nodes[wrong as usize], shard);
     nodes.push(Node::new(2));
     for outcome in run(&mut nodes, &next, &mut meshes(&next), &NoStore) {
         let Err(StepError::Disputed(dispute)) = outcome.ended else {
             panic!("{:?}", outcome.ended)
         };
         assert_eq!(dispute.item, DisputedItem::Shard(shard));
-        let honest: Vec<_> = dispute
-            .claims
-            .iter()
-            .filter(|claim| claim.rank == Rank(honest))
-            .collect();
-        assert!(
-            matches!(honest[..], [claim] if dispute.claims.iter().all(|c| c.rank == claim.rank || c.digest != claim.digest))
-        );
+        let digest_of = |rank| {
+            dispute
+                .claims
+                .iter()
+                .find(|claim| claim.rank == Rank(rank))
+                .map(|claim| claim.digest)
+        };
+        assert_ne!(digest_of(honest), digest_of(wrong));
+        assert_eq!(digest_of(2), None, "the newcomer is no second witness for its donor");
+        assert_eq!(dispute.claims.len(), 2);
     }
 }
 
