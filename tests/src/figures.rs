@@ -53,6 +53,13 @@ impl fmt::Display for Summary {
     }
 }
 
+/// Milliseconds since the Unix epoch, as `events.jsonl` counts them.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
 /// Named results.
 #[derive(Clone, Debug)]
 pub struct Figures {

@@ -68,8 +68,11 @@ struct Loss {
     at: Instant,
     /// Open from the loss to the first line after it.
     span: tracing::Span,
-    member: Member,
+    /// Whose; none where a generation got nowhere and nobody was lost.
+    worker: Option<u32>,
     cause: String,
+    /// Since the last sign of life, so at most.
+    detection_ms: u64,
     began: bool,
     base: StepsCompleted,
     written: StepsCompleted,
@@ -155,25 +158,25 @@ impl ObservatoryState {
 
     fn incident(&mut self, incident: Incident) {
         match incident {
-            Incident::RankLost { member, rank, cause } => {
+            Incident::RankLost {
+                member,
+                rank,
+                cause,
+                silent_ms,
+            } => {
                 let fields = json!({
-                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause
+                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
+                    "detection_ms": silent_ms
                 });
                 self.event("rank_lost", &fields);
-                if rank.is_some() && self.loss.is_none() {
-                    let (written, base) = (self.written, self.written);
-                    let worker = member.worker.0;
-                    self.loss = Some(Loss {
-                        span: tracing::info_span!(parent: None, "recovery", worker, steps_lost = tracing::field::Empty),
-                        at: Instant::now(),
-                        member,
-                        cause: cause.clone(),
-                        began: false,
-                        base,
-                        written,
-                    });
+                if rank.is_some() {
+                    self.recovery_begins(Some(member), &cause, silent_ms);
                 }
                 self.notify(Notice::RankLost { member, cause });
+            }
+            Incident::Alarm { cause, silent_ms } => {
+                self.event("alarm", &json!({"cause": cause, "detection_ms": silent_ms}));
+                self.recovery_begins(None, &cause, silent_ms);
             }
             Incident::GenerationBegan {
                 generation,
@@ -249,6 +252,21 @@ impl ObservatoryState {
         }
     }
 
+    /// Unless one is under way: what fails meanwhile is part of it.
+    fn recovery_begins(&mut self, member: Option<Member>, cause: &str, detection_ms: u64) {
+        let worker = member.map(|member| member.worker.0);
+        self.loss.get_or_insert_with(|| Loss {
+            span: tracing::info_span!(parent: None, "recovery", worker, steps_lost = tracing::field::Empty),
+            at: Instant::now(),
+            worker,
+            cause: cause.to_owned(),
+            detection_ms,
+            began: false,
+            base: self.written,
+            written: self.written,
+        });
+    }
+
     /// The first step committed (or replayed) by a new generation ends a recovery.
     fn recovered(&mut self, step: StepsCompleted) {
         let Some(loss) = self.loss.take_if(|loss| loss.began && step > loss.base) else {
@@ -259,9 +277,8 @@ impl ObservatoryState {
         let steps_lost = loss.written.0.saturating_sub(loss.base.0);
         loss.span.record("steps_lost", steps_lost);
         let fields = json!({
-            "cause": loss.cause, "worker": loss.member.worker, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
-            // A process's exit is seen through its pidfd; how long ago it happened nobody can tell from here.
-            "detection_ms": null
+            "cause": loss.cause, "worker": loss.worker, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
+            "detection_ms": loss.detection_ms
         });
         self.event("recovered", &fields);
         self.notify(Notice::Recovered {

@@ -27,6 +27,8 @@ pub mod mutants;
 pub mod random;
 pub mod scenario;
 pub mod store;
+#[cfg(feature = "mutants")]
+mod suite;
 
 mod controller;
 mod faults;

@@ -165,7 +165,7 @@ impl Book {
         let Some(time) = event["time_unix_ms"].as_u64() else {
             return;
         };
-        if !matches!(kind, "rank_lost" | "generation" | "state_lost" | "warning") {
+        if !matches!(kind, "rank_lost" | "alarm" | "generation" | "state_lost" | "warning") {
             return;
         }
         let victim = event["worker"].as_u64().zip(event["incarnation"].as_u64());

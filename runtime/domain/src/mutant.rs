@@ -2,10 +2,16 @@
 //!
 //! Each is one condition at the place where the bug would be made. Without the feature `mutants`, which no build of the
 //! product has, [`Mutant::is_on`] is a constant `false` and nothing of them is left. With it, one of them at a time can be
-//! switched on for the whole process.
+//! switched on for the whole process, by its program or by the variable [`VARIABLE`].
 
 #[cfg(feature = "mutants")]
+use std::sync::LazyLock;
+#[cfg(feature = "mutants")]
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Names the bug that a program has from its start.
+#[cfg(feature = "mutants")]
+pub const VARIABLE: &str = "TARAZED_MUTANT";
 
 macro_rules! mutants {
     ($($(#[doc = $what:literal])* $name:ident,)*) => {
@@ -100,7 +106,11 @@ mutants! {
 }
 
 #[cfg(feature = "mutants")]
-static CHOSEN: AtomicUsize = AtomicUsize::new(usize::MAX);
+static CHOSEN: LazyLock<AtomicUsize> = LazyLock::new(|| {
+    let name = std::env::var(VARIABLE).unwrap_or_default();
+    let chosen = Mutant::ALL.iter().position(|mutant| format!("{mutant:?}") == name);
+    AtomicUsize::new(chosen.unwrap_or(usize::MAX))
+});
 
 impl Mutant {
     /// Whether this bug is in the program now.

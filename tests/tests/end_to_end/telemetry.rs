@@ -79,6 +79,7 @@ fn a_collector_sees_steps_checkpoints_and_a_recovery() {
     assert_undisturbed(&mut run, STEPS, "watched by a collector");
     let recovered = run.events("recovered");
     assert_eq!(recovered.len(), 1, "{}", run.tail());
+    assert!(recovered[0]["detection_ms"].is_u64(), "{}", recovered[0]);
 
     let seen = seen(collector.take());
     let controller = &seen.spans["controller"];

@@ -110,7 +110,7 @@ impl Coordinator {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Event, Options};
+    use super::super::{Event, Incident, Options};
     use super::*;
     use crate::message::{ShardHolding, StateReport, ToRank};
     use tarazed_domain::limits::Timeouts;
@@ -124,6 +124,8 @@ mod tests {
         members: Vec<Member>,
         killed: Vec<Member>,
         fenced: bool,
+        /// `silent_ms` of alarms.
+        silent_ms: Vec<u64>,
     }
 
     impl Bench {
@@ -153,6 +155,7 @@ mod tests {
                 members: members.clone(),
                 killed: Vec::new(),
                 fenced: false,
+                silent_ms: Vec::new(),
             };
             for member in members {
                 bench.event(Event::Ready {
@@ -171,6 +174,7 @@ mod tests {
             for effect in self.machine.on_event(self.now_ms, event) {
                 match effect {
                     Effect::Kill { member, .. } => self.killed.push(member),
+                    Effect::Note(Incident::Alarm { silent_ms, .. }) => self.silent_ms.push(silent_ms),
                     Effect::Send {
                         message: ToRank::Fence { .. },
                         ..
@@ -236,6 +240,11 @@ mod tests {
         let mut bench = Bench::new();
         bench.pass(TIMEOUT_MS + 200, &[]);
         assert!(bench.fenced && bench.killed.is_empty());
+        assert!(
+            matches!(bench.silent_ms[..], [silent] if (TIMEOUT_MS..=TIMEOUT_MS + 200).contains(&silent)),
+            "{:?}",
+            bench.silent_ms
+        );
         let generation = bench.machine.generation();
         for member in [bench.members[0], bench.members[2]] {
             bench.event(Event::State {

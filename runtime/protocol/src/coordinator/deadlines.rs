@@ -1,7 +1,7 @@
 //! What is due when: the moves that only time makes.
 
 use super::alarm::Alarm;
-use super::{Coordinator, Effect, Phase, WorkerPhase};
+use super::{Coordinator, Effect, Incident, Phase, WorkerPhase};
 use tarazed_domain::{Mutant, WorkerId};
 
 /// How long a failed collective waits for its cause to show (a process exit comes within milliseconds) before the
@@ -74,13 +74,13 @@ impl Coordinator {
                 ..
             } if now_ms >= since + FAILED_GRACE_MS => {
                 let (cause, alarm) = (cause.clone(), Alarm::Named(suspects.clone()));
-                effects.extend(self.fence(now_ms, cause, Some(alarm)));
+                effects.extend(self.sound_alarm(now_ms, cause, alarm));
             }
             Phase::Running { failed: None, .. }
                 if now_ms > self.progressed_ms + self.stall_ms && !Mutant::StallIgnored.is_on() =>
             {
                 let cause = format!("no rank has made any progress for {} ms", self.stall_ms);
-                effects.extend(self.fence(now_ms, cause, Some(Alarm::Stall)));
+                effects.extend(self.sound_alarm(now_ms, cause, Alarm::Stall));
             }
             &Phase::Finishing { step, deadline_ms } if now_ms > deadline_ms => {
                 let cause = format!("nothing of it was stored for {} ms", timeouts.stop_ms);
@@ -101,6 +101,17 @@ impl Coordinator {
                 None => self.halt(33, late),
             };
         }
+        effects
+    }
+
+    fn sound_alarm(&mut self, now_ms: u64, cause: String, alarm: Alarm) -> Vec<Effect> {
+        let silent_ms = now_ms.saturating_sub(self.progressed_ms);
+        let note = Effect::Note(Incident::Alarm {
+            cause: cause.clone(),
+            silent_ms,
+        });
+        let mut effects = vec![note];
+        effects.extend(self.fence(now_ms, cause, Some(alarm)));
         effects
     }
 

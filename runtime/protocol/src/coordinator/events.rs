@@ -225,6 +225,15 @@ pub enum Incident {
         rank: Option<Rank>,
         /// Why.
         cause: String,
+        /// How long ago it was last heard of: it cannot have failed before.
+        silent_ms: u64,
+    },
+    /// A generation gets nowhere: its members are asked what they wait for.
+    Alarm {
+        /// What is wrong with it.
+        cause: String,
+        /// How long ago any of its members did something.
+        silent_ms: u64,
     },
     /// Ranks that an earlier controller left behind are back, with what they hold.
     Adopted {

@@ -245,10 +245,12 @@ impl Coordinator {
             cause
         };
         let rank = self.rank_of(member);
+        let heard_ms = self.workers.get(member.worker).map_or(now_ms, |worker| worker.heard_ms);
         let mut effects = vec![Effect::Note(Incident::RankLost {
             member,
             rank,
             cause: cause.clone(),
+            silent_ms: now_ms.saturating_sub(heard_ms),
         })];
         let start_ms = self.options.timeouts.start_ms;
         match self.workers.on_death(member.worker, format!("{member}: {cause}")) {

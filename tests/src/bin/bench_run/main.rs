@@ -11,6 +11,8 @@ mod takeover;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
 use tarazed_tests::figures::{self, Figures};
 
 #[derive(Parser)]
@@ -25,8 +27,31 @@ struct Arguments {
     /// Write the results here as JSON, too.
     #[arg(long, global = true)]
     json: Option<PathBuf>,
+    /// Processes that do nothing but compute, beside the run.
+    #[arg(long, global = true, default_value_t = 0)]
+    load: usize,
     #[command(subcommand)]
     part: Part,
+}
+
+/// Other work on the machine, until dropped.
+struct Load(Vec<Child>);
+
+impl Load {
+    fn of(count: usize) -> Result<Self> {
+        let busy = || Command::new("sh").args(["-c", "while :; do :; done"]).spawn();
+        Ok(Self((0..count).map(|_| busy()).collect::<std::io::Result<_>>()?))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // An error means that somebody else has ended it.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -36,6 +61,18 @@ enum Part {
         /// Kills.
         #[arg(long, default_value_t = 21)]
         kills: usize,
+    },
+    /// SIGSTOP of a rank to its loss, then peace in which nobody must be suspected.
+    Stops {
+        /// Stops.
+        #[arg(long, default_value_t = 9)]
+        stops: usize,
+        /// `fault.timeout_ms` of the run.
+        #[arg(long, default_value_t = 2000)]
+        timeout_ms: u64,
+        /// Minutes of peace after them.
+        #[arg(long, default_value_t = 60.0)]
+        minutes: f64,
     },
     /// SIGKILL of the controller, and of everything at once, to the next step committed by what is started after it.
     Takeover {
@@ -65,8 +102,17 @@ fn main() -> Result<()> {
     let (config, ranks) = (arguments.config.canonicalize()?, arguments.ranks);
     println!("{}", figures::machine());
     println!("commit {}, load average {}", figures::commit(), figures::load_average());
+    let _load = Load::of(arguments.load)?;
     let figures: Figures = match arguments.part {
         Part::Recovery { kills } => recovery::measure(&config, ranks, kills),
+        Part::Stops {
+            stops,
+            timeout_ms,
+            minutes,
+        } => {
+            let calm = Duration::from_secs_f64(minutes * 60.0);
+            recovery::measure_stops(&config, ranks, stops, timeout_ms, calm)
+        }
         Part::Takeover { rounds } => takeover::measure(&config, ranks, rounds),
         Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
         Part::Start { rounds } => start::measure(&config, ranks, rounds),
