@@ -52,7 +52,7 @@ impl FolderError {
         }
     }
 
-    fn io(path: &Path, error: &std::io::Error) -> Self {
+    pub(crate) fn io(path: &Path, error: &std::io::Error) -> Self {
         let kind = error.kind();
         let full = matches!(
             kind,
@@ -223,6 +223,10 @@ impl RunFolder {
         let paths = RunPaths::new(&config.run.dir);
         let before = paths.config().exists();
         check_existing(&paths, before, existing)?;
+        if before && occupied == Occupied::TakeOver {
+            // Before anybody is put out of charge; and again below, when nobody else can change it.
+            check_same_run(&paths, config)?;
+        }
         let attempt = Attempt::begin(&paths, config, before, occupied)?;
         let lines = before
             .then(|| check_same_run(&paths, config))
@@ -446,6 +450,12 @@ pub struct InCharge {
     pub token: [u8; 32],
     /// Folder of the sockets; on the same terms.
     pub sockets: PathBuf,
+    /// Device and inode of the run folder: a copy of it says the same of ranks that are not its own.
+    #[serde(default)]
+    pub folder: [u64; 2],
+    /// Digest of what rank processes take from their config besides the run's identity.
+    #[serde(default)]
+    pub rules: String,
 }
 
 impl InCharge {
@@ -507,7 +517,7 @@ fn take_lock(paths: &RunPaths, occupied: Occupied) -> Result<File, FolderError> 
             Ok(()) => {}
             Err(TryLockError::WouldBlock) if occupied == Occupied::TakeOver => {
                 // A new file under the lock's name: whoever holds the old one finds that it has lost its own.
-                let fresh = path.with_extension("new");
+                let fresh = path.with_extension(format!("new-{}", std::process::id()));
                 let lock = File::create(&fresh).map_err(failed)?;
                 lock.lock().map_err(failed)?;
                 std::fs::rename(&fresh, &path).map_err(failed)?;
@@ -703,6 +713,23 @@ mod tests {
         let refused = RunFolder::open(&other, Existing::Resume).expect_err("refused");
         assert!(refused.cause.contains("differs in: seed"), "{refused}");
         assert_eq!(names(&config.run.dir), before);
+    }
+
+    /// A controller of another run that was asked to take over by mistake must not put a healthy one out of charge.
+    #[test]
+    fn a_take_over_that_is_refused_changes_nothing() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let config = config(&base.path().join("run"), &[]);
+        let folder = RunFolder::open(&config, Existing::Fresh).expect("opened");
+        write_some(&folder, &config);
+        let (before, tenure) = (names(&config.run.dir), folder.tenure());
+        let mut other = config.clone();
+        other.run.seed += 1;
+        let refused = RunFolder::open_as(&other, Existing::ResumeOrBegin, Occupied::TakeOver).expect_err("refused");
+        assert!(refused.cause.contains("differs in: seed"), "{refused}");
+        assert!(tenure.holds() && names(&config.run.dir) == before);
+        let next = RunFolder::open_as(&config, Existing::ResumeOrBegin, Occupied::TakeOver).expect("taken over");
+        assert!(!tenure.holds() && next.tenure().holds());
     }
 
     /// Paths, placement and cadence may change over a resume; checkpoints are cut by the number of shards.

@@ -15,12 +15,14 @@ use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{
-    BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, ShardGeometry, ShardRecord,
-    StoreError, TraceHead, WriterId,
+    BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, ShardGeometry,
+    ShardRecord, StoreError, TraceHead, WriterId,
 };
 
 /// Tries of an operation that the store may grant later; the store's own retries come on top.
 const STORE_TRIES_MAX: u32 = 5;
+/// Listings asked for where none gives a checkpoint that can be used.
+const LISTING_TRIES_MAX: u32 = 3;
 /// The wait before the second try; it doubles with each further one.
 const STORE_RETRY_WAIT_MS: u64 = 500;
 
@@ -216,7 +218,7 @@ impl CheckpointerState {
     #[tracing::instrument(name = "locate", skip_all)]
     async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
-        let found = patiently(|| store.newest_verified(below)).await.map_err(judge)?;
+        let found = newest(store, below).await.map_err(judge)?;
         let mut from = None;
         if let Some(found) = found {
             for warning in found.warnings {
@@ -248,7 +250,8 @@ impl CheckpointerState {
 
     /// What the newest checkpoint says of the processes that made it is true of these ranks.
     async fn inherit(&mut self) -> Result<(), ActorProcessingErr> {
-        match self.arguments.claimed.store.newest_valid(None).await {
+        let store = &self.arguments.claimed.store;
+        match patiently(|| store.newest_valid(None)).await {
             Ok(Some(newest)) if self.arguments.facts.refuses(&newest.manifest).is_none() => {
                 self.lineage = Lineage {
                     parent: Some(newest.reference),
@@ -345,6 +348,22 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl
     loop {
         match operation().await {
             Err(error @ StoreError::Retry { .. }) if tries < STORE_TRIES_MAX => {
+                tracing::warn!(tries, "{error}");
+                tokio::time::sleep(Duration::from_millis(STORE_RETRY_WAIT_MS << (tries - 1))).await;
+                tries += 1;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+/// The newest checkpoint that can be used. Where objects are not as they should be, the listing is asked for again: one that
+/// is old names what has been collected since, and not what took its place.
+async fn newest(store: &CheckpointStore, below: Option<StepsCompleted>) -> Result<Option<Restorable>, StoreError> {
+    let mut tries = 1;
+    loop {
+        match patiently(|| store.newest_verified(below)).await {
+            Err(error @ StoreError::Corrupt { .. }) if tries < LISTING_TRIES_MAX => {
                 tracing::warn!(tries, "{error}");
                 tokio::time::sleep(Duration::from_millis(STORE_RETRY_WAIT_MS << (tries - 1))).await;
                 tries += 1;

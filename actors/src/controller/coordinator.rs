@@ -9,7 +9,7 @@ use super::appender::{Appended, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
 use super::loops::LookAt;
 use super::observatory::ObservatoryMessage;
-use super::root::{End, RootMessage};
+use super::root::{DEPOSED, End, RootMessage};
 use super::sharder::SharderMessage;
 use super::tree::Past;
 use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
@@ -159,10 +159,7 @@ impl Actor for CoordinatorActor {
                 if let Some(peers) = &state.peers {
                     peers.node.command(NodeCommand::LetGo)?;
                 }
-                state.halt(
-                    33,
-                    "the run folder is in other hands: another controller took over, or it was moved".to_owned(),
-                )
+                state.halt(33, DEPOSED.to_owned())
             }
             CoordinatorMessage::Hub(event) => state.hub(event),
             CoordinatorMessage::Node(event) => state.node(event),
@@ -355,7 +352,12 @@ impl CoordinatorState {
 
     fn hub(&mut self, event: HubEvent) -> Result<(), ActorProcessingErr> {
         match event {
-            HubEvent::Connected(_) => Ok(()),
+            HubEvent::Connected(peer) => {
+                // It has dialed again: the session that ended was an attempt that it gave up.
+                let back = |member: &Member| (member.worker, member.incarnation) == (peer.worker, peer.incarnation);
+                self.cut_off.retain(|(_, member, _)| !back(member));
+                Ok(())
+            }
             HubEvent::Disconnected(peer, reason) => {
                 let member = Member {
                     worker: peer.worker,
@@ -397,6 +399,9 @@ impl CoordinatorState {
     }
 
     fn heard(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
+        if self.ended {
+            return Ok(()); // what comes after a contradiction belongs to the same wrong course
+        }
         // A stranger's readiness is answered by the machine; all else of another life is refused here (SUP-2).
         if !matches!(message, FromRank::Ready { .. }) && !self.arguments.machine.admits(member) {
             return Ok(());
@@ -548,6 +553,9 @@ impl CoordinatorState {
 
     fn record(&mut self, effects: Vec<LedgerEffect>) -> Result<(), ActorProcessingErr> {
         for effect in effects {
+            if self.ended {
+                return Ok(());
+            }
             match effect {
                 LedgerEffect::Decide(line) => {
                     self.deciding = Some(line.clone());

@@ -10,11 +10,11 @@ use super::{Notice, Notify, RunError, status};
 use crate::link::{Bind, HubConfig, start_hub};
 use crate::node::{LaunchSpec, NodeAgent, NodeCommand, NodeError, Processes, registry, start_node_agent};
 use crate::rank::{TOKEN_VARIABLE, recipe};
-use crate::run_folder::{InCharge, RunFolder, RunPaths, Tenure};
+use crate::run_folder::{FolderError, InCharge, RunFolder, RunPaths, Tenure};
 use crate::supervision::death;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,22 +72,32 @@ pub struct RootState {
 struct SocketFolder {
     path: PathBuf,
     tenure: Tenure,
+    /// Living ranks of the controller before have their ears in here: until this one has run, it stays.
+    removable: bool,
 }
 
 impl SocketFolder {
     fn create(token: &str, tenure: Tenure) -> std::io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("tarazed-{}", &token[..16]));
+        let path = std::env::temp_dir().join(socket_folder_name(token));
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self { path, tenure })
+        Ok(Self {
+            path,
+            tenure,
+            removable: true,
+        })
     }
 }
 
 impl Drop for SocketFolder {
     fn drop(&mut self) {
-        if self.tenure.holds() {
+        if self.removable && self.tenure.holds() {
             remove_sockets(&self.path);
         }
     }
+}
+
+fn socket_folder_name(token: &str) -> String {
+    format!("tarazed-{}", &token[..16])
 }
 
 fn remove_sockets(folder: &Path) {
@@ -104,9 +114,17 @@ struct Legacy {
 
 impl Legacy {
     /// Looks for ranks that are still there. Without any, secret and sockets are new, and what is left of the old ones goes.
-    fn find(paths: &RunPaths, tenure: Tenure) -> Result<Self, RunError> {
-        let entries = registry::read(&paths.ranks()).map_err(disk("ranks of an earlier start"))?;
-        let before = InCharge::read(paths).filter(|before| before.sockets.is_dir());
+    fn find(paths: &RunPaths, config: &Config, tenure: Tenure) -> Result<Self, RunError> {
+        let entries = registry::read(&paths.ranks()).map_err(disk(paths.ranks()))?;
+        let known = InCharge::read(paths).filter(|before| {
+            // Named by a file: nothing else is ever removed.
+            let name = socket_folder_name(&hex(&before.token));
+            before.sockets.is_dir() && before.sockets.file_name().is_some_and(|found| found == name.as_str())
+        });
+        // Ranks of the folder that this one is a copy of are not this run's; those that follow other rules would disagree
+        // with newcomers on what is due.
+        let before =
+            known.filter(|before| before.folder == folder_identity(paths) && before.rules == rules_of_ranks(config));
         let lives: Vec<PastLife> = entries
             .iter()
             .map(|entry| PastLife {
@@ -119,7 +137,11 @@ impl Legacy {
             .collect();
         if let Some(InCharge { token, sockets, .. }) = before {
             if lives.iter().any(|life| life.lives) {
-                let sockets = SocketFolder { path: sockets, tenure };
+                let sockets = SocketFolder {
+                    path: sockets,
+                    tenure,
+                    removable: false,
+                };
                 return Ok(Self { lives, token, sockets });
             }
             remove_sockets(&sockets);
@@ -139,8 +161,22 @@ fn system(what: &'static str, remedy: &'static str) -> impl Fn(String) -> RunErr
     move |cause| RunError::System { what, cause, remedy }
 }
 
-fn disk(what: &'static str) -> impl Fn(std::io::Error) -> RunError {
-    move |e| system(what, "check the run folder's permissions and its disk")(e.to_string())
+fn disk(path: PathBuf) -> impl Fn(std::io::Error) -> RunError {
+    move |e| FolderError::io(&path, &e).into()
+}
+
+/// What a controller says that has been put out of charge.
+pub const DEPOSED: &str = "the run folder is in other hands: another controller took over, or it was moved";
+
+/// Which folder the run lies in, whatever its name.
+fn folder_identity(paths: &RunPaths) -> [u64; 2] {
+    std::fs::metadata(paths.dir()).map_or([0, 0], |folder| [folder.dev(), folder.ino()])
+}
+
+/// What rank processes take from their config besides the run's identity: ranks that follow others cannot train together.
+fn rules_of_ranks(config: &Config) -> String {
+    let rules = format!("{:?} {:?}", config.fault, config.checkpoint);
+    blake3::hash(rules.as_bytes()).to_string()
 }
 
 /// The node agent, as long as this controller is in charge: a kill or a start by one that has just woken up would hit
@@ -179,9 +215,13 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let claimed = checkpointer::claim(&location).await?;
     let generation = claimed.fence.generation;
     let tenure = folder.tenure();
-    let Legacy { lives, token, sockets } = Legacy::find(&paths, tenure.clone())?;
+    let Legacy {
+        lives,
+        token,
+        mut sockets,
+    } = Legacy::find(&paths, &config, tenure.clone())?;
     let text = hex(&token);
-    let past = Past::new(lives, &paths.trace(), &lines).map_err(disk("trace.jsonl"))?;
+    let past = Past::new(lives, &paths.trace(), &lines).map_err(disk(paths.trace()))?;
     let facts = ManifestFacts::new(&config, &prepared.manifest.version);
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let rules = LoopRules {
@@ -217,19 +257,24 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let name = format!("link-{generation}.sock");
     let hub = start_hub_for(&config, token, bind_of(&config, &sockets.path, &name), &parent, &ear).await?;
     let address = dialed(&config, &hub);
-    let spec = launch_spec(program, &paths, &prepared, &address, &sockets.path, &text);
+    let spec = LaunchSpec {
+        tenure: Some(tenure.clone()),
+        ..launch_spec(program, &paths, &prepared, &address, &sockets.path, &text)
+    };
     let in_charge = InCharge {
         generation: generation.0,
         address,
         token,
         sockets: sockets.path.clone(),
+        folder: folder_identity(&paths),
+        rules: rules_of_ranks(&config),
     };
-    in_charge.write(&paths).map_err(disk("controller.json"))?;
+    in_charge.write(&paths).map_err(disk(paths.controller()))?;
     let heard = ear.clone();
     let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
         .await
         .map_err(|e| system("actors", "raise the limits of the process")(e.to_string()))?;
-    let listener = status::open(&paths, &text).map_err(disk("control socket"))?;
+    let listener = status::open(&paths, &text).map_err(disk(paths.control_socket()))?;
     let serving = tokio::spawn(status::serve(
         listener,
         text,
@@ -239,7 +284,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     ));
     let heard = ear.clone();
     let trace =
-        TraceAppender::open(paths.trace(), move |appended| heard.appended(appended)).map_err(disk("trace.jsonl"))?;
+        TraceAppender::open(paths.trace(), move |appended| heard.appended(appended)).map_err(disk(paths.trace()))?;
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
         processes: Box::new(WhileInCharge {
@@ -262,7 +307,15 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
             ear.stop();
         }
     });
-    let end = begun.end().await;
+    let mut end = begun.end().await;
+    if !tenure.holds() && end.code != 0 {
+        // What it ended of may be a consequence, such as a trace that is not its own any more.
+        end = End {
+            code: 33,
+            diagnosis: format!("{DEPOSED}; {}", end.diagnosis),
+        };
+    }
+    sockets.removable = true;
     watching.abort();
     guarding.abort();
     serving.abort();
@@ -353,6 +406,7 @@ fn launch_spec(
         env: vec![(TOKEN_VARIABLE.into(), token.into())],
         log_dir: paths.logs(),
         registry: paths.ranks(),
+        tenure: None,
     }
 }
 

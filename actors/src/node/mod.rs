@@ -28,6 +28,7 @@ mod tests;
 
 pub use agent::{NodeAgent, start_node_agent};
 
+use crate::run_folder::Tenure;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
@@ -48,6 +49,15 @@ pub struct LaunchSpec {
     pub log_dir: PathBuf,
     /// Who was started is written down in here, for an agent that comes after this one. Created if missing.
     pub registry: PathBuf,
+    /// Nobody is killed once this is lost: the processes are another agent's then. Without one they are this agent's alone.
+    pub tenure: Option<Tenure>,
+}
+
+impl LaunchSpec {
+    /// Whether its processes are this agent's to end.
+    fn may_kill(&self) -> bool {
+        self.tenure.as_ref().is_none_or(Tenure::holds)
+    }
 }
 
 /// What the agent is told to do.

@@ -16,7 +16,7 @@ use tarazed_domain::{Incarnation, WorkerId};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// A started process. Dropping it kills it, with its process group, and has it reaped.
+/// A started process. Dropping it kills it, with its process group, and has it reaped; unless it is another agent's by now.
 #[derive(Debug)]
 pub(super) struct Process {
     pub pid: Pid,
@@ -25,6 +25,7 @@ pub(super) struct Process {
     /// Where this life's output begins in the log.
     log_start: u64,
     pidfd: Arc<PidFd>,
+    spec: Arc<LaunchSpec>,
     /// Started here, and so to be reaped here.
     is_child: bool,
     reaped: bool,
@@ -48,7 +49,7 @@ impl Watch {
 
 impl Process {
     /// Starts a rank's process as the leader of a group of its own. Blocks: the program's start, and the log file.
-    pub fn start(spec: &LaunchSpec, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
+    pub fn start(spec: &Arc<LaunchSpec>, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
         let log_path = spec.log_dir.join(format!("worker-{worker}.log"));
         let (log, log_start) = open_log(&log_path, worker, incarnation).map_err(|e| {
             let remedy = "choose a log folder that can be written";
@@ -105,6 +106,7 @@ impl Process {
             log: log_path,
             log_start,
             pidfd,
+            spec: Arc::clone(spec),
             is_child: true,
             reaped: false,
         };
@@ -118,7 +120,7 @@ impl Process {
     }
 
     /// Watches a process that an earlier agent started. Blocks a little.
-    pub fn adopt(spec: &LaunchSpec, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
+    pub fn adopt(spec: &Arc<LaunchSpec>, worker: WorkerId, incarnation: Incarnation) -> Result<Self, StartError> {
         let gone = || StartError::Refused("the process that an earlier controller started has ended".to_owned());
         let entry = registry::read(&spec.registry)
             .unwrap_or_default()
@@ -137,6 +139,7 @@ impl Process {
             log: spec.log_dir.join(format!("worker-{}.log", entry.worker)),
             log_start: entry.log_start,
             pidfd: Arc::new(PidFd(pidfd)),
+            spec: Arc::clone(spec),
             is_child: false,
             reaped: false,
         })
@@ -145,6 +148,11 @@ impl Process {
     /// Another agent is in charge of it: it is neither killed nor reaped here.
     pub fn let_go(&mut self) {
         self.reaped = true;
+    }
+
+    /// Whether no other agent has taken it over.
+    pub fn is_ours(&self) -> bool {
+        self.spec.may_kill()
     }
 
     /// Must be called within a tokio runtime.
@@ -156,8 +164,11 @@ impl Process {
         Ok(Watch(registered.map_err(io::Error::from)?))
     }
 
-    /// SIGKILL to exactly this process; does nothing if it has ended.
+    /// SIGKILL to exactly this process; does nothing if it has ended, or if it is another agent's by now.
     pub fn kill(&self) {
+        if !self.is_ours() {
+            return;
+        }
         // The only possible failure is that it has ended.
         let _ = rustix::process::pidfd_send_signal(self.pidfd.0.as_fd(), Signal::KILL);
     }
@@ -186,7 +197,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if self.reaped {
+        if self.reaped || !self.is_ours() {
             return;
         }
         self.kill();

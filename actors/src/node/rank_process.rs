@@ -182,9 +182,14 @@ impl Actor for RankProcess {
         Ok(())
     }
 
-    /// The agent stops: the process goes first.
+    /// The agent stops: the process goes first, as long as it is this agent's. However a controller ends that has been put
+    /// out of charge, its ranks are its successor's.
     async fn post_stop(&self, _: ActorRef<Self::Msg>, life: &mut Life) -> Result<(), ActorProcessingErr> {
         if let Life::Running { process, .. } = life {
+            if !process.is_ours() {
+                process.let_go();
+                return Ok(());
+            }
             process.kill();
             let watch = process.watch()?;
             match tokio::time::timeout(STOP_LIMIT, watch.ended()).await {

@@ -19,6 +19,7 @@ fn shell(script: &str, folder: &Path) -> LaunchSpec {
         env: vec![("TARAZED_TEST".into(), "set".into())],
         log_dir: folder.join("logs"),
         registry: folder.join("ranks"),
+        tenure: None,
     }
 }
 

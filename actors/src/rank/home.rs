@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 
 /// Between looks for a new controller while there is none.
 const LOOK_WHEN_LOST: Duration = Duration::from_millis(50);
-/// Between looks while a session lasts.
-const LOOK_WHEN_LINKED: Duration = Duration::from_millis(500);
+/// Between looks while a session lasts, at most.
+const LOOK_WHEN_LINKED_MAX: Duration = Duration::from_millis(500);
 
 pub(super) struct Home {
     pub paths: RunPaths,
@@ -80,7 +80,8 @@ impl Home {
         loop {
             match self.until_over(&mut linked).await {
                 Over::Lost(reason) => self.tree.controller_lost(reason),
-                Over::Superseded => {}
+                // From now on the time runs in which the next one must be found.
+                Over::Superseded => self.tree.controller_lost("another controller is in charge".to_owned()),
                 Over::Closed => return,
             }
             match self.find().await {
@@ -92,10 +93,12 @@ impl Home {
 
     /// Waits until the session ends, or until another controller is in charge.
     async fn until_over(&self, linked: &mut Linked) -> Over {
+        // The next one waits for `failure_ms` until its ranks have come.
+        let look = LOOK_WHEN_LINKED_MAX.min(Duration::from_millis(self.timeouts.failure_ms / 4));
         loop {
             tokio::select! {
                 reason = linked.ended.recv() => return reason.map_or(Over::Closed, Over::Lost),
-                () = tokio::time::sleep(LOOK_WHEN_LINKED) => {}
+                () = tokio::time::sleep(look) => {}
             }
             if self
                 .named()

@@ -12,6 +12,9 @@ use tarazed_protocol::message::Member;
 use tarazed_train::harm::{Harm, Place};
 use tokio::time::Instant;
 
+/// Listings are old for so long at most.
+const STALE_MAX: Duration = Duration::from_millis(1_000);
+
 /// Does what the scenario says until its fault phase is over.
 pub async fn disturb(world: Arc<World>) {
     let mut random = world.random("faults", 0);
@@ -103,6 +106,11 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         }
         Fault::StoreErrors => world.weather.errors(a_while),
         Fault::StoreSlow => world.weather.slow(a_while),
+        Fault::StoreStale => {
+            let age = Duration::from_millis(random.between(1, timeout_ms));
+            // A store whose listings stay old for longer is not one that the product takes.
+            world.weather.stale(age, a_while.min(STALE_MAX));
+        }
         Fault::Resize => {
             let ranks = random.between(1, u64::from(world.scenario.lanes)) as u32;
             world.history.note(&format!("{ranks} ranks are wanted"));

@@ -40,11 +40,13 @@ pub enum Fault {
     StoreErrors,
     /// The store is slow for a while.
     StoreSlow,
+    /// Listings of the store are old for a while: new objects are missing, deleted ones are still there.
+    StoreStale,
 }
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -60,13 +62,17 @@ impl Fault {
         Self::FlipBit,
         Self::StoreErrors,
         Self::StoreSlow,
+        Self::StoreStale,
     ];
 }
 
 impl Fault {
     /// Whether no step is cut short by it.
     fn spares_steps(self) -> bool {
-        matches!(self, Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow)
+        matches!(
+            self,
+            Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow | Self::StoreStale
+        )
     }
 }
 

@@ -1,5 +1,5 @@
 //! The store's way to its users: requests take time, get lost before or after they were carried out, and go on without the
-//! process that sent them. What is behind is an object store in memory, atomic per key.
+//! process that sent them; listings are old. What is behind is an object store in memory, atomic per key.
 
 use super::random::Random;
 use async_trait::async_trait;
@@ -7,9 +7,10 @@ use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
-    PutOptions, PutPayload, PutResult, Result, UploadPart,
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,8 +28,23 @@ struct WeatherNow {
     request_ms_max: u64,
     slow_until: Option<Instant>,
     errors_until: Option<Instant>,
+    /// Listings show the store as it was so long ago, until then.
+    stale: Option<(Duration, Instant)>,
+    changes: Vec<Change>,
     random: Random,
 }
+
+/// What a listing that is old enough does not know yet.
+#[derive(Clone, Debug)]
+struct Change {
+    at: Instant,
+    location: Path,
+    /// What was there before: nothing, of a new object.
+    before: Option<ObjectMeta>,
+}
+
+/// Changes are remembered so long: no listing is older.
+const STALE_MAX: Duration = Duration::from_secs(10);
 
 /// What becomes of one request.
 struct Fate {
@@ -47,6 +63,8 @@ impl Weather {
                 request_ms_max,
                 slow_until: None,
                 errors_until: None,
+                stale: None,
+                changes: Vec::new(),
                 random,
             }),
         }
@@ -66,9 +84,44 @@ impl Weather {
         self.with(|now| now.errors_until = Some(Instant::now() + time));
     }
 
+    /// Listings are this old, for a while.
+    pub fn stale(&self, age: Duration, time: Duration) {
+        self.with(|now| now.stale = Some((age.min(STALE_MAX), Instant::now() + time)));
+    }
+
     /// Fair weather again.
     pub fn clear(&self) {
-        self.with(|now| (now.slow_until, now.errors_until) = (None, None));
+        self.with(|now| (now.slow_until, now.errors_until, now.stale) = (None, None, None));
+    }
+
+    /// An object came, or one that was there has gone.
+    fn changed(&self, location: Path, before: Option<ObjectMeta>) {
+        self.with(|now| {
+            let at = Instant::now();
+            now.changes.retain(|change| at - change.at < STALE_MAX);
+            now.changes.push(Change { at, location, before });
+        });
+    }
+
+    /// A listing as the store gives it now.
+    fn aged(&self, prefix: Option<&Path>, listed: Vec<ObjectMeta>) -> Vec<ObjectMeta> {
+        let changes = self.with(|now| {
+            let (age, _) = now.stale.filter(|(_, until)| Instant::now() < *until)?;
+            let is_unknown = |change: &&Change| Instant::now() - change.at < age;
+            Some(now.changes.iter().filter(is_unknown).cloned().collect::<Vec<_>>())
+        });
+        let mut listed: BTreeMap<Path, ObjectMeta> =
+            listed.into_iter().map(|meta| (meta.location.clone(), meta)).collect();
+        // Undone from the newest to the oldest.
+        for Change { location, before, .. } in changes.unwrap_or_default().into_iter().rev() {
+            if prefix.is_none_or(|prefix| location.prefix_matches(prefix)) {
+                match before {
+                    Some(meta) => listed.insert(location, meta),
+                    None => listed.remove(&location),
+                };
+            }
+        }
+        listed.into_values().collect()
     }
 
     fn fate(&self) -> Fate {
@@ -147,9 +200,14 @@ impl fmt::Debug for SimStore {
 #[async_trait]
 impl ObjectStore for SimStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let location = location.clone();
-        self.request(move |behind| async move { behind.put_opts(&location, payload, options).await })
-            .await
+        let (location, weather) = (location.clone(), Arc::clone(&self.weather));
+        self.request(move |behind| async move {
+            let before = behind.head(&location).await.ok();
+            let put = behind.put_opts(&location, payload, options).await?;
+            weather.changed(location, before);
+            Ok(put)
+        })
+        .await
     }
 
     async fn put_multipart_opts(
@@ -162,6 +220,7 @@ impl ObjectStore for SimStore {
             .request(move |behind| async move { behind.put_multipart_opts(&to, options).await })
             .await?;
         Ok(Box::new(SimUpload {
+            location: location.clone(),
             behind: upload,
             weather: Arc::clone(&self.weather),
         }))
@@ -179,10 +238,14 @@ impl ObjectStore for SimStore {
             let me = me.clone();
             async move {
                 let location = location?;
+                let weather = Arc::clone(&me.weather);
                 me.request(move |behind| async move {
+                    let before = behind.head(&location).await.ok();
                     let one = futures::stream::once(async move { Ok(location) }).boxed();
                     let deleted: Vec<Path> = behind.delete_stream(one).try_collect().await?;
-                    deleted.into_iter().next().ok_or_else(lost)
+                    let location = deleted.into_iter().next().ok_or_else(lost)?;
+                    weather.changed(location.clone(), before);
+                    Ok(location)
                 })
                 .await
             }
@@ -193,9 +256,10 @@ impl ObjectStore for SimStore {
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (me, prefix) = (self.clone(), prefix.cloned());
         let listing = async move {
+            let weather = Arc::clone(&me.weather);
             me.request(move |behind| async move {
-                let listed: Result<Vec<ObjectMeta>> = behind.list(prefix.as_ref()).try_collect().await;
-                listed
+                let listed: Vec<ObjectMeta> = behind.list(prefix.as_ref()).try_collect().await?;
+                Ok(weather.aged(prefix.as_ref(), listed))
             })
             .await
         };
@@ -222,6 +286,7 @@ impl ObjectStore for SimStore {
 /// A multipart upload whose parts get lost; one that is not completed leaves nothing to be seen.
 #[derive(Debug)]
 struct SimUpload {
+    location: Path,
     behind: Box<dyn MultipartUpload>,
     weather: Arc<Weather>,
 }
@@ -249,6 +314,9 @@ impl MultipartUpload for SimUpload {
             return Err(lost());
         }
         let done = self.behind.complete().await;
+        if done.is_ok() {
+            self.weather.changed(self.location.clone(), None);
+        }
         tokio::time::sleep(fate.after).await;
         if fate.lost_after { Err(lost()) } else { done }
     }

@@ -116,6 +116,10 @@ pub fn run<D: HostVisible>(
     start(state, world, plan, means)?;
     if world.rank == Rank(0) {
         means.reporter.running(plan.base);
+        // The step in dispute may have been cut short when it was done again, and be finished here.
+        if let Some((step, item @ DisputedItem::Shard(_))) = plan.disputed.filter(|(step, _)| *step == plan.base) {
+            means.reporter.settled(step, digest_of(state, item));
+        }
     }
     let mut at = Paused {
         step: plan.base,

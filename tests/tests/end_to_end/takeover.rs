@@ -167,3 +167,75 @@ fn a_live_run_grows_and_shrinks() {
     refused.assert_code(2);
     refused.assert_says("no live run");
 }
+
+/// CKPT-3, SUP-2: a controller at work is replaced. It ends and leaves its ranks to its successor, whatever it notices
+/// first.
+#[test]
+fn a_controller_at_work_can_be_replaced() {
+    let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
+    let steps = 1_100;
+    let train = project.train("at work").ranks(3).steps(steps);
+    let mut run = Run::start(&train);
+    for _ in 0..3 {
+        let step = run.step();
+        run.wait_for_step(step + 30);
+        run.wait_for_status("all ranks", |status| status.all_train(3));
+        let before = pids(&run);
+        let mut next = Run::start(&train.clone().arg("--take-over"));
+        let outcome = run.finish();
+        assert_eq!(outcome.code, Some(33), "{}", next.tail());
+        outcome.assert_says("in other hands");
+        run.leave();
+        let written = next.step();
+        next.wait_for_step(written + 20);
+        assert_eq!(pids(&next), before, "the same processes\n{}", next.tail());
+        run = next;
+    }
+    assert_undisturbed(&mut run, steps, "three controllers replaced at work");
+    for kind in ["state_lost", "rank_lost"] {
+        assert_eq!(run.events(kind).len(), 0, "{kind}\n{}", run.tail());
+    }
+}
+
+/// SUP-2: a copy of a run folder names ranks that are not the copy's: they are left alone.
+#[test]
+fn a_copied_run_folder_takes_nobody_over() {
+    let project = Project::tiny();
+    let steps = 600;
+    let mut first = Run::start(&project.train("original").ranks(2).steps(steps));
+    first.wait_for("a checkpoint", |run| (run.newest_checkpoint() > 0).then_some(()));
+    first.wait_for_status("all ranks", |status| status.all_train(2));
+    first.signal(Signal::STOP); // nothing changes while it is copied
+    let copy = project.run_dir("copy");
+    let copied = std::process::Command::new("cp")
+        .arg("-r")
+        .arg(first.dir())
+        .arg(&copy)
+        .status();
+    assert!(copied.is_ok_and(|status| status.success()));
+    first.signal(Signal::CONT);
+    let mut second = Run::start(&project.train("copy").ranks(2).steps(steps));
+    assert_undisturbed(&mut second, steps, "the copy");
+    assert_eq!(second.events("adopted").len(), 0, "{}", second.tail());
+    assert_undisturbed(&mut first, steps, "the original");
+    assert_eq!(first.events("rank_lost").len(), 0, "{}", first.tail());
+}
+
+/// DET-3: ranks that follow another `[fault]` or `[checkpoint]` than newcomers would are not gone on with.
+#[test]
+fn ranks_of_other_rules_are_replaced() {
+    let project = Project::tiny();
+    let steps = 300;
+    let train = project.train("rules").ranks(3).steps(steps);
+    let mut first = Run::start(&train);
+    first.wait_for("a checkpoint", |run| (run.newest_checkpoint() > 0).then_some(()));
+    first.signal(Signal::KILL);
+    first.finish();
+    first.leave();
+    let mut second = Run::start(&train.set("fault.audit_interval_steps", "7"));
+    assert_undisturbed(&mut second, steps, "other rules");
+    assert_eq!(second.events("adopted").len(), 0, "{}", second.tail());
+    for kind in ["disputed", "convicted"] {
+        assert_eq!(second.events(kind).len(), 0, "{kind}\n{}", second.tail());
+    }
+}

@@ -240,9 +240,11 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
 /// Ports belong to TCP; one that is dialed stands for one that is known, or nothing could forward it.
 fn ports(config: &Config) -> Result<(), ConfigError> {
     let c = &config.cluster;
+    // A world may grow to as many ranks as there are lanes.
+    let workers_max = config.batch.lanes.max(c.ranks).saturating_add(c.spares);
     for (key, port, workers) in [
-        ("cluster.mesh_port", c.mesh_port, c.ranks),
-        ("cluster.mesh_advertise_port", c.mesh_advertise_port, c.ranks),
+        ("cluster.mesh_port", c.mesh_port, workers_max),
+        ("cluster.mesh_advertise_port", c.mesh_advertise_port, workers_max),
         ("cluster.control_port", c.control_port, 1),
         ("cluster.control_advertise_port", c.control_advertise_port, 1),
     ] {
@@ -253,9 +255,12 @@ fn ports(config: &Config) -> Result<(), ConfigError> {
             "set cluster.transport = \"tcp\", or leave the port out"
         );
         require!(
-            u32::from(port) + workers.saturating_sub(1) <= u32::from(u16::MAX),
+            port == 0 || u32::from(port).saturating_add(workers.saturating_sub(1)) <= u32::from(u16::MAX),
             key,
-            format!("{port} and one port more for each further rank go beyond {}", u16::MAX),
+            format!(
+                "{port} and one port more for each further lane and spare go beyond {}",
+                u16::MAX
+            ),
             "choose a lower one"
         );
     }

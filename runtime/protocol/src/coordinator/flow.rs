@@ -64,7 +64,8 @@ impl Coordinator {
                 step,
                 digest,
             } => {
-                if !self.is_current(member, generation) {
+                // What was done again is true of its step, also where the generation is over by now.
+                if !self.knows(member) || generation > self.generation {
                     return Vec::new();
                 }
                 self.on_settled(step, digest)
@@ -141,6 +142,9 @@ impl Coordinator {
                 member,
                 reason: "a life that was given up".to_owned(),
             }];
+        }
+        if self.workers.is(member.worker, &WorkerPhase::Left) {
+            return Vec::new(); // its last words, overtaken by its end
         }
         self.heard(now_ms, member);
         if newest == Generation(0) && !self.is_wanted(member.worker) {

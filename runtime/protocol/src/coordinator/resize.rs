@@ -21,7 +21,7 @@ pub(super) struct Cast {
 impl Coordinator {
     /// From now on the world is to have this many ranks.
     pub(super) fn on_resize(&mut self, now_ms: u64, ranks: u32) -> Vec<Effect> {
-        if self.stop.is_some() {
+        if self.stop.is_some() || matches!(self.phase, Phase::Leaving { .. }) {
             return Vec::new(); // it ends as it is
         }
         self.options.ranks = ranks.clamp(1, self.options.lanes.lane_count());

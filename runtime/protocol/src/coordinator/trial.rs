@@ -42,8 +42,7 @@ impl Coordinator {
             .filter_map(|claim| Some((self.roster.get(claim.rank.index())?.0, claim.digest)))
             .collect();
         let members: Vec<Member> = claims.iter().map(|&(member, _)| member).collect();
-        let before = self.trial.take();
-        let before = before.filter(|before| (before.step, before.item) == (step, item));
+        let before = self.trial.take_if(|before| (before.step, before.item) == (step, item));
         let tries = before.as_ref().map_or(1, |before| before.tries + 1);
         let mut trial = Trial {
             step,

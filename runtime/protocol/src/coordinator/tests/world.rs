@@ -100,3 +100,26 @@ fn a_spare_takes_the_place_of_a_dead_rank() {
     assert_eq!(cluster.roster(), [0, 2, 3, 4]);
     assert_eq!(cluster.coordinator.workers()[1].state, "ready");
 }
+
+/// Events of a process's end may overtake its last words: one that has left is not waited for again (found by the
+/// simulator).
+#[test]
+fn last_words_of_one_that_has_left_change_nothing() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.settle(12);
+    let leaver = cluster.member(2);
+    cluster.event(Event::Resize { ranks: 2 });
+    cluster.settle(60);
+    assert_eq!(cluster.roster(), [0, 1]);
+    cluster.event(Event::Ready {
+        member: leaver,
+        address: "gone".to_owned(),
+        pid: 1,
+        newest: Generation(0),
+    });
+    cluster.event(Event::Resize { ranks: 3 });
+    cluster.settle(60);
+    assert_eq!(cluster.roster(), [0, 1, 2]);
+    assert_eq!(cluster.started[&2], leaver.incarnation.next());
+}
