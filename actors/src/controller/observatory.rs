@@ -7,7 +7,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
-use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_domain::{Generation, Rank, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
@@ -70,6 +70,7 @@ struct Loss {
     span: tracing::Span,
     /// Whose; none where a generation got nowhere and nobody was lost.
     worker: Option<u32>,
+    rank: Option<Rank>,
     cause: String,
     /// Since the last sign of life, so at most.
     detection_ms: u64,
@@ -170,7 +171,7 @@ impl ObservatoryState {
                 });
                 self.event("rank_lost", &fields);
                 if rank.is_some() {
-                    self.recovery_begins(Some(member), &cause, silent_ms);
+                    self.recovery_begins(Some((member, rank)), &cause, silent_ms);
                 }
                 self.notify(Notice::RankLost { member, cause });
             }
@@ -253,12 +254,13 @@ impl ObservatoryState {
     }
 
     /// Unless one is under way: what fails meanwhile is part of it.
-    fn recovery_begins(&mut self, member: Option<Member>, cause: &str, detection_ms: u64) {
-        let worker = member.map(|member| member.worker.0);
+    fn recovery_begins(&mut self, lost: Option<(Member, Option<Rank>)>, cause: &str, detection_ms: u64) {
+        let worker = lost.map(|(member, _)| member.worker.0);
         self.loss.get_or_insert_with(|| Loss {
             span: tracing::info_span!(parent: None, "recovery", worker, steps_lost = tracing::field::Empty),
             at: Instant::now(),
             worker,
+            rank: lost.and_then(|(_, rank)| rank),
             cause: cause.to_owned(),
             detection_ms,
             began: false,
@@ -277,7 +279,7 @@ impl ObservatoryState {
         let steps_lost = loss.written.0.saturating_sub(loss.base.0);
         loss.span.record("steps_lost", steps_lost);
         let fields = json!({
-            "cause": loss.cause, "worker": loss.worker, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
+            "cause": loss.cause, "worker": loss.worker, "rank": loss.rank, "recovery_ms": recovery_ms, "steps_lost": steps_lost,
             "detection_ms": loss.detection_ms
         });
         self.event("recovered", &fields);

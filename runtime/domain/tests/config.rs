@@ -343,3 +343,23 @@ fn refusal(sets: &[&str]) -> String {
         Ok(_) => panic!("{sets:?} were accepted"),
     }
 }
+
+/// What is checked is the world that was asked for, not the file's.
+#[test]
+fn a_world_size_that_is_given_counts_before_the_checks() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart.toml");
+    let load = |overrides: &[&str], ranks| {
+        let overrides: Vec<String> = overrides.iter().map(|&item| item.to_owned()).collect();
+        Config::load_for(&path, &overrides, Some(ranks))
+    };
+    let world = |config: Config| (config.cluster.ranks, config.optimizer.replicas);
+    assert_eq!(
+        world(load(&["optimizer.replicas=5"], 8).unwrap()),
+        (8, 5),
+        "the file has 4 ranks"
+    );
+    assert_eq!(world(load(&["cluster.ranks=1000"], 2).unwrap()), (2, 2));
+    assert_eq!(world(load(&[], 1).unwrap()), (1, 1), "as many copies as fit");
+    let refused = load(&["optimizer.replicas=3"], 2).unwrap_err();
+    assert_eq!(refused.key, "optimizer.replicas");
+}

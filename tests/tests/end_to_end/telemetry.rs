@@ -79,7 +79,9 @@ fn a_collector_sees_steps_checkpoints_and_a_recovery() {
     assert_undisturbed(&mut run, STEPS, "watched by a collector");
     let recovered = run.events("recovered");
     assert_eq!(recovered.len(), 1, "{}", run.tail());
-    assert!(recovered[0]["detection_ms"].is_u64(), "{}", recovered[0]);
+    for field in ["detection_ms", "recovery_ms", "steps_lost", "rank", "worker"] {
+        assert!(recovered[0][field].is_u64(), "{field}: {}", recovered[0]);
+    }
 
     let seen = seen(collector.take());
     let controller = &seen.spans["controller"];

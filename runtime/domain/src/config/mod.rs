@@ -79,6 +79,15 @@ impl Config {
     /// # Errors
     /// A [`ConfigError`] naming the key or the file.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
+        Self::load_for(path, overrides, None)
+    }
+
+    /// As [`Config::load`], for a world of so many ranks: shards then have as many copies as fit into it, unless an override
+    /// says how many.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn load_for(path: &Path, overrides: &[String], ranks: Option<u32>) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|e| {
             ConfigError::new(
                 path.display().to_string(),
@@ -90,7 +99,7 @@ impl Config {
             .parent()
             .filter(|p| !p.as_os_str().is_empty())
             .unwrap_or_else(|| Path::new("."));
-        Self::parse(&text, &path.display().to_string(), overrides, folder)
+        Self::parse_for(&text, &path.display().to_string(), overrides, folder, ranks)
     }
 
     /// Like [`Config::load`], from text; `name` stands for the file in messages.
@@ -98,6 +107,16 @@ impl Config {
     /// # Errors
     /// A [`ConfigError`] naming the key.
     pub fn parse(text: &str, name: &str, overrides: &[String], folder: &Path) -> Result<Self, ConfigError> {
+        Self::parse_for(text, name, overrides, folder, None)
+    }
+
+    fn parse_for(
+        text: &str,
+        name: &str,
+        overrides: &[String],
+        folder: &Path,
+        ranks: Option<u32>,
+    ) -> Result<Self, ConfigError> {
         let remedy = "correct the file; README.md explains each key";
         let mut table: toml::Table =
             toml::from_str(text).map_err(|e| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy))?;
@@ -112,6 +131,12 @@ impl Config {
         let mut config: Self =
             toml::from_str(&source).map_err(|e| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy))?;
         config.resolve(folder)?;
+        if let Some(ranks) = ranks {
+            config.cluster.ranks = ranks;
+            if !overrides.iter().any(|item| item.starts_with("optimizer.replicas=")) {
+                config.optimizer.replicas = config.optimizer.replicas.min(ranks.max(1));
+            }
+        }
         config.validate()?;
         Ok(config)
     }

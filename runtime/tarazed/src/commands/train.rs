@@ -49,15 +49,10 @@ pub struct Args {
 impl Args {
     /// The config with the options in it.
     fn resolve(&self) -> Result<Config, Failure> {
-        let mut config = Config::load(&self.config, &self.set)?;
+        let mut config = Config::load_for(&self.config, &self.set, self.ranks)?;
         if let Some(dir) = &self.run_dir {
             config.set_dir(dir)?;
         }
-        if let Some(ranks) = self.ranks {
-            config.cluster.ranks = ranks;
-            config.optimizer.replicas = config.optimizer.replicas.min(ranks.max(1));
-        }
-        config.validate()?;
         if self.steps == Some(0) {
             return Err(Failure::refused("--steps", "is 0", "stop after at least 1 step"));
         }
