@@ -215,8 +215,11 @@ fn block_hash_on<V: Lanes>(
 ) -> BlockHash {
     let (mut keys, mut hasher) = (Keys::<V>::new(block), Hasher::<V>::new());
     for_lanes!(master.len(), |range, whole| {
-        let state = [master, first_moment, second_moment].map(|array| get(array, &range, whole));
-        hasher.update(&keys.next(range.len()), state);
+        // No closure: it would not have this function's instruction set.
+        let p = get::<V>(master, &range, whole);
+        let m = get::<V>(first_moment, &range, whole);
+        let v = get::<V>(second_moment, &range, whole);
+        hasher.update(&keys.next(range.len()), [p, m, v]);
     });
     hasher.finish()
 }
