@@ -170,10 +170,7 @@ pub mod message {
                 newest: generation,
             },
             FromRank::State { generation, report },
-            FromRank::Running {
-                generation,
-                base: step,
-            },
+            FromRank::Running { generation, base: step },
             FromRank::Line {
                 generation,
                 line: line(),

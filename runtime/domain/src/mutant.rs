@@ -2,7 +2,7 @@
 //!
 //! Each is one condition at the place where the bug would be made. Without the feature `mutants`, which no build of the
 //! product has, [`Mutant::is_on`] is a constant `false` and nothing of them is left. With it, one of them at a time can be
-//! switched on for the whole process, by its program or by the variable [`VARIABLE`].
+//! switched on for the whole process, by its program or by the variable `TARAZED_MUTANT`.
 
 #[cfg(feature = "mutants")]
 use std::sync::LazyLock;
