@@ -64,8 +64,7 @@ impl Coordinator {
                 step,
                 digest,
             } => {
-                // What was done again is true of its step, also where the generation is over by now.
-                if !self.knows(member) || generation > self.generation {
+                if !self.is_current(member, generation) {
                     return Vec::new();
                 }
                 self.on_settled(step, digest)
