@@ -431,6 +431,15 @@ impl Tenure {
     }
 }
 
+#[cfg(test)]
+impl Tenure {
+    /// That of whoever makes the file at `path`.
+    pub(crate) fn of(path: PathBuf) -> std::io::Result<Self> {
+        let lock = Arc::new(File::create(&path)?);
+        Ok(Self { lock, path })
+    }
+}
+
 /// Whether `path` names this very file.
 pub(crate) fn is_named(file: &File, path: &Path) -> bool {
     let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());

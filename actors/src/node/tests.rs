@@ -323,6 +323,35 @@ async fn processes_end_with_their_agent() {
     eventually("a broken agent's process ends", || !exists(pid)).await;
 }
 
+/// SUP-2: an agent that is out of charge kills nobody: not when it is told to, nor when it is stopped, dropped or killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_of_a_successor_are_left_alone() {
+    for end in ["stopped", "dropped", "killed"] {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = folder.path().join("lock");
+        let spec = LaunchSpec {
+            tenure: Some(Tenure::of(lock.clone()).unwrap()),
+            ..shell(IDLE, folder.path())
+        };
+        let mut bench = Bench::with(spec, folder).await;
+        bench.start(W0, I0);
+        let pid = bench.started().await;
+        // The lock's name goes to another file, as in a take-over.
+        std::fs::rename(&lock, lock.with_extension("old")).unwrap();
+        bench.kill(W0, I0);
+        match end {
+            "stopped" => bench.agent.stop().await,
+            "dropped" => drop(bench.agent),
+            _ => bench.agent.actor.kill(),
+        }
+        let silence = async { while bench.events.recv().await.is_some() {} };
+        tokio::time::timeout(PATIENCE, silence).await.unwrap();
+        assert!(alive(pid), "{end}");
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+}
+
 /// SUP-1: the death of a process's actor ends the process and is reported with its cause, once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_supervisor_is_an_exit_of_its_own_kind() {

@@ -360,6 +360,8 @@ fn a_world_size_that_is_given_counts_before_the_checks() {
     );
     assert_eq!(world(load(&["cluster.ranks=1000"], 2).unwrap()), (2, 2));
     assert_eq!(world(load(&[], 1).unwrap()), (1, 1), "as many copies as fit");
-    let refused = load(&["optimizer.replicas=3"], 2).unwrap_err();
-    assert_eq!(refused.key, "optimizer.replicas");
+    for replicas in ["optimizer.replicas=3", " optimizer.replicas = 3"] {
+        let refused = load(&[replicas], 2).unwrap_err();
+        assert_eq!(refused.key, "optimizer.replicas");
+    }
 }

@@ -133,7 +133,11 @@ impl Config {
         config.resolve(folder)?;
         if let Some(ranks) = ranks {
             config.cluster.ranks = ranks;
-            if !overrides.iter().any(|item| item.starts_with("optimizer.replicas=")) {
+            let is_replicas = |item: &String| {
+                item.split_once('=')
+                    .is_some_and(|(key, _)| key.trim() == "optimizer.replicas")
+            };
+            if !overrides.iter().any(is_replicas) {
                 config.optimizer.replicas = config.optimizer.replicas.min(ranks.max(1));
             }
         }
