@@ -38,7 +38,7 @@ pub fn wait_for_no_ranks(run: &mut Run) {
     }
 }
 
-/// Every file below a folder, by its path in there.
+/// Every file below a folder, by its path in there; one that a live run removes meanwhile is none.
 pub fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut folders = vec![folder.to_owned()];
@@ -50,7 +50,11 @@ pub fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
                 folders.push(path);
             } else if kind.is_file() {
                 let name = path.strip_prefix(folder).expect("below it").to_owned();
-                found.insert(name, std::fs::read(&path).expect("a readable file"));
+                match std::fs::read(&path) {
+                    Ok(bytes) => _ = found.insert(name, bytes),
+                    Err(gone) if gone.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(cause) => panic!("{} should be readable: {cause}", path.display()),
+                }
             }
         }
     }

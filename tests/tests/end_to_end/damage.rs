@@ -151,16 +151,17 @@ fn a_full_disk_loses_nothing() {
     let mut run = Run::start(&train);
     run.wait_for_step(30);
     run.wait_for("a checkpoint", |run| (run.newest_checkpoint() > 0).then_some(()));
+    let shards = files_with_ending(&run.dir().join("store"), ".safetensors");
+    let sizes = shards
+        .iter()
+        .map(|shard| std::fs::metadata(shard).map_or(u64::MAX, |file| file.len()));
+    let smallest = sizes.min();
     // The trace has room for some fifteen more lines, a shard of a checkpoint has none.
     let written = run.trace();
     let length = written.len() as u64;
     let limit = length + 15 * length / line_count(&written);
-    let shards = files_with_ending(&run.dir().join("store"), ".safetensors");
-    let smallest = shards
-        .iter()
-        .map(|shard| std::fs::metadata(shard).map_or(u64::MAX, |file| file.len()));
-    assert!(smallest.min() > Some(limit), "every shard is larger than {limit} bytes");
     run.fill_disk(limit);
+    assert!(smallest > Some(limit), "every shard is larger than {limit} bytes");
     let outcome = run.finish();
     assert_halted(&outcome, &["runs/disk/trace.jsonl", "start again"]);
     assert_eq!(run.processes().ranks(), [0_u32; 0]);
