@@ -257,7 +257,7 @@ async fn rank(
 
 fn held(plan: &BeginPlan, me: Member) -> Vec<ShardHolding> {
     let rank = plan.roster.iter().position(|entry| entry.member == me);
-    let holds = |holders: &[tarazed_protocol::message::ShardHolder]| {
+    let holds = |holders: &[tarazed_protocol::placement::ShardHolder]| {
         holders.iter().any(|holder| Some(holder.rank.index()) == rank)
     };
     let shards = plan.shards.iter().zip(0..).filter(|(holders, _)| holds(holders));

@@ -15,8 +15,8 @@ use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{
-    BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, ShardGeometry,
-    ShardRecord, StoreError, TraceHead, WriterId,
+    BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
+    ShardGeometry, ShardRecord, StoreError, TraceHead, WriterId,
 };
 
 /// Tries of an operation that the store may grant later; the store's own retries come on top.
@@ -164,7 +164,7 @@ pub struct CheckpointerArguments {
     /// `trace.jsonl`.
     pub trace: PathBuf,
     pub facts: ManifestFacts,
-    pub keep_last: u32,
+    pub retention: Retention,
     pub coordinator: ActorRef<CoordinatorMessage>,
 }
 
@@ -321,13 +321,13 @@ impl CheckpointerState {
 
     #[tracing::instrument(name = "commit", skip_all, fields(step = manifest.step.0))]
     async fn commit(&mut self, manifest: Manifest) -> CoordinatorMessage {
-        let CheckpointerArguments { claimed, keep_last, .. } = &self.arguments;
+        let CheckpointerArguments { claimed, retention, .. } = &self.arguments;
         let step = manifest.step;
         // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).
         match patiently(|| claimed.store.commit(&claimed.fence, &manifest)).await {
             Ok(committed) => {
                 self.lineage.parent = Some(committed.reference);
-                if let Err(error) = claimed.store.gc(&claimed.fence, (*keep_last).max(1)).await {
+                if let Err(error) = claimed.store.gc(&claimed.fence, *retention).await {
                     self.warn(format!("old checkpoints stay: {error}"));
                 }
                 CoordinatorMessage::Committed(step)

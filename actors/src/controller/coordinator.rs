@@ -25,6 +25,7 @@ use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incid
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
+use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
 use tokio::time::Instant;
 
@@ -90,6 +91,7 @@ pub struct CoordinatorArguments {
     pub tracker: CheckpointTracker,
     pub root: ActorRef<RootMessage>,
     pub checkpoint_interval_steps: u64,
+    pub schedule: CheckpointSchedule,
 }
 
 pub struct CoordinatorState {
@@ -186,6 +188,8 @@ impl Actor for CoordinatorActor {
                 state.arguments.tracker.on_committed(step);
                 state.arguments.ledger.forget(step);
                 state.heads = state.heads.split_off(&step);
+                let now_ms = state.now_ms();
+                state.arguments.schedule.on_committed(now_ms, step);
                 state.event(Event::CheckpointCommitted { step })
             }
             CoordinatorMessage::CommitFailed { step, cause, full } => {
@@ -316,11 +320,15 @@ impl CoordinatorState {
         } = &incident
         {
             self.arguments.tracker.on_generation(*generation, *base);
+            self.arguments.schedule.on_generation(members.len() as u32);
             let placed = SharderMessage::Placed {
                 members: members.clone(),
-                shards: self.arguments.machine.placement().to_vec(),
+                shards: self.arguments.machine.placement().cloned().unwrap_or_default(),
             };
             self.peers()?.sharder.cast(placed)?;
+        }
+        if let Incident::RankLost { rank: Some(_), .. } = &incident {
+            self.arguments.schedule.on_loss();
         }
         if let Incident::Adopted { .. } = &incident {
             self.peers()?.checkpointer.cast(CheckpointerMessage::Inherit)?;
@@ -591,8 +599,13 @@ impl CoordinatorState {
         if self.heads.len() > 2 * UNACKNOWLEDGED_LINES_MAX {
             let interval = self.arguments.checkpoint_interval_steps;
             let recent = StepsCompleted(step.0.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
+            let recent = self
+                .arguments
+                .schedule
+                .expected_from()
+                .map_or(recent, |from| recent.min(from));
             self.heads
-                .retain(|step, _| *step > recent || (interval > 0 && step.0.is_multiple_of(interval)));
+                .retain(|step, _| *step >= recent || (interval > 0 && step.0.is_multiple_of(interval)));
         }
         if let Some(line) = self.writing.take() {
             let ranks_alive = self.arguments.machine.roster().len();
@@ -600,6 +613,7 @@ impl CoordinatorState {
         }
         let effects = self.arguments.ledger.on_written(step);
         self.record(effects)?;
+        self.ask_for_checkpoint(step)?;
         let effects = self.arguments.tracker.on_line_written(step);
         self.checkpoint(effects)?;
         self.event(Event::LineWritten { step })
@@ -639,7 +653,21 @@ impl CoordinatorState {
         Ok(())
     }
 
+    /// By the clock; `checkpoint.interval_steps` the ranks count by themselves.
+    fn ask_for_checkpoint(&mut self, written: StepsCompleted) -> Result<(), ActorProcessingErr> {
+        let now_ms = self.now_ms();
+        if let Some(from) = self.arguments.schedule.on_line(now_ms, written) {
+            let generation = self.arguments.machine.generation();
+            for (member, _) in self.arguments.machine.roster().to_vec() {
+                self.send(member, &ToRank::Checkpoint { generation, from })?;
+            }
+        }
+        Ok(())
+    }
+
     fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String, full: bool) -> Result<(), ActorProcessingErr> {
+        let now_ms = self.now_ms();
+        self.arguments.schedule.on_failed(now_ms, step);
         self.observe(ObservatoryMessage::Warning(format!(
             "no checkpoint of step {step}: {cause}"
         )))?;

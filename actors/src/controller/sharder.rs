@@ -4,14 +4,12 @@
 
 use super::{Notice, Notify};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use tarazed_protocol::message::{Member, ShardHolder};
+use tarazed_protocol::message::Member;
+use tarazed_protocol::placement::{Placement, ShardHolder};
 
 pub enum SharderMessage {
     /// A generation begins with these holders per shard.
-    Placed {
-        members: Vec<Member>,
-        shards: Vec<Vec<ShardHolder>>,
-    },
+    Placed { members: Vec<Member>, shards: Placement },
     /// Who holds what, for `status`.
     Show(RpcReplyPort<serde_json::Value>),
 }
@@ -23,7 +21,7 @@ pub struct SharderState {
     replicas: usize,
     notify: Notify,
     members: Vec<Member>,
-    shards: Vec<Vec<ShardHolder>>,
+    shards: Option<Placement>,
 }
 
 impl Actor for OptimizerSharder {
@@ -40,7 +38,7 @@ impl Actor for OptimizerSharder {
             replicas,
             notify,
             members: Vec::new(),
-            shards: Vec::new(),
+            shards: None,
         })
     }
 
@@ -52,8 +50,8 @@ impl Actor for OptimizerSharder {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             SharderMessage::Placed { members, shards } => {
-                let fewest = shards.iter().map(Vec::len).min().unwrap_or(0);
-                let before = state.shards.iter().map(Vec::len).min().unwrap_or(state.replicas);
+                let fewest = shards.copies();
+                let before = state.shards.as_ref().map_or(state.replicas, Placement::copies);
                 if fewest < state.replicas && before >= state.replicas {
                     (state.notify)(Notice::Warning(format!(
                         "{} of {} copies of each optimizer shard: the loss of the last rank that holds one means a \
@@ -62,12 +60,13 @@ impl Actor for OptimizerSharder {
                     )));
                 }
                 state.members = members;
-                state.shards = shards;
+                state.shards = Some(shards);
             }
             SharderMessage::Show(reply) => {
                 let shards: Vec<Vec<u32>> = state
                     .shards
                     .iter()
+                    .flat_map(Placement::iter)
                     .map(|holders| {
                         let worker = |holder: &ShardHolder| state.members.get(holder.rank.index()).map(|m| m.worker.0);
                         holders.iter().filter_map(worker).collect()

@@ -24,7 +24,9 @@ use tarazed_domain::{LaneTree, StepsCompleted};
 use tarazed_protocol::checkpoint::CheckpointTracker;
 use tarazed_protocol::coordinator::{Coordinator as Machine, Options, PastLife};
 use tarazed_protocol::ledger::Ledger;
+use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
+use tarazed_store::Retention;
 use tokio::sync::oneshot;
 
 /// What a tree is made of.
@@ -169,6 +171,7 @@ impl Tree {
             tracker,
             root: root.clone(),
             checkpoint_interval_steps: config.checkpoint.interval_steps,
+            schedule: CheckpointSchedule::new(config.checkpoint.interval, config.cluster.ranks),
         };
         let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())
             .await
@@ -187,7 +190,10 @@ impl Tree {
             claimed: parts.claimed,
             trace: parts.paths.trace(),
             facts: parts.facts,
-            keep_last: config.checkpoint.keep_last,
+            retention: Retention {
+                last: config.checkpoint.keep_last,
+                every_steps: config.checkpoint.keep_every_steps,
+            },
             coordinator: coordinator.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, checkpointer_arguments, parent.clone())

@@ -21,6 +21,7 @@ use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateReport, StepLine, ToRank};
+use tarazed_protocol::placement::ShardHolder;
 use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
 use tarazed_train::feeder::{Feeder, Share};
@@ -292,6 +293,11 @@ impl RankActorState {
                     control.switches.pause.store(true, Ordering::Relaxed);
                 }
             }
+            ToRank::Checkpoint { generation, from } => {
+                if let Some(control) = self.control.as_ref().filter(|control| control.generation == generation) {
+                    control.switches.checkpoint_from.store(from.0, Ordering::Relaxed);
+                }
+            }
             ToRank::Acknowledge { through, decisions } => self.acknowledge(through, decisions)?,
             ToRank::Shutdown => self.leave().await?,
             ToRank::Fence { .. } | ToRank::Begin(_) => {} // of a generation that is over
@@ -327,10 +333,11 @@ impl RankActorState {
             &self.arguments.config.mixture,
             &feed,
         )?;
-        let held = |shard: usize| plan.shards[shard].iter().any(|holder| holder.rank.index() == rank);
-        let mine: Vec<OptimizerShardIndex> = (0..plan.shards.len())
-            .filter(|&shard| held(shard))
-            .map(|shard| OptimizerShardIndex(shard as u32))
+        let held = |holders: &[ShardHolder]| holders.iter().any(|holder| holder.rank.index() == rank);
+        let mine: Vec<OptimizerShardIndex> = (0..)
+            .map(OptimizerShardIndex)
+            .zip(plan.shards.iter())
+            .filter_map(|(shard, holders)| held(holders).then_some(shard))
             .collect();
         self.hold(myself, &mine).await?;
         self.device(Command::Begin { plan, control })

@@ -8,9 +8,10 @@ pub mod message {
     use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind};
     use tarazed_protocol::data::stats::LaneStats;
     use tarazed_protocol::message::{
-        BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
-        ShardHolder, ShardHolding, ShardOrigin, StateReport, StepLine, ToRank,
+        Addresses, BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
+        ShardHolding, StateReport, StepLine, ToRank,
     };
+    use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 
     const DOMAINS: usize = 3;
 
@@ -84,15 +85,20 @@ pub mod message {
                     worker: WorkerId(0),
                     incarnation: Incarnation(1),
                 },
-                address: "unix:/tmp/a-socket".into(),
                 lanes: LaneRange { start: 0, end: 8 },
             }],
+            addresses: Addresses::from_iter(["unix:/tmp/a-socket"]),
             base: StepsCompleted(4),
             outcome: Some(outcome()),
-            shards: vec![
-                vec![holder(0, ShardOrigin::Keep), holder(1, ShardOrigin::CopyFrom(Rank(0)))],
-                vec![holder(0, ShardOrigin::Restore)],
-            ],
+            shards: Placement::new(
+                2,
+                vec![
+                    holder(0, ShardOrigin::Keep),
+                    holder(1, ShardOrigin::CopyFrom(Rank(0))),
+                    holder(0, ShardOrigin::Restore),
+                    holder(1, ShardOrigin::Initialise),
+                ],
+            ),
             restore: Some(RestoreFrom {
                 step: StepsCompleted(4),
                 manifest_key: "manifests/a-key".into(),

@@ -1,7 +1,8 @@
 //! Which rank holds which shards: what the runtime's plans said, kept by slot, and looked up when a fence is answered.
 
 use super::cost::From;
-use tarazed_protocol::message::{BeginPlan, ShardOrigin};
+use tarazed_protocol::message::BeginPlan;
+use tarazed_protocol::placement::ShardOrigin;
 
 /// Shards by slot, in one piece of memory.
 #[derive(Debug, Default)]
@@ -23,7 +24,7 @@ impl BySlot {
         self.starts.clear();
         self.starts.resize(slots + 1, 0);
         let slot_of = |rank: usize| slot_of_rank[rank] as usize;
-        for holder in plan.shards.iter().flatten() {
+        for holder in plan.shards.holders() {
             self.starts[slot_of(holder.rank.index()) + 1] += 1;
         }
         for slot in 0..slots {
@@ -107,8 +108,8 @@ impl Holdings {
         let slot_of = |rank: usize| self.slot_of_rank[rank];
         let (mut takes, mut gives) = (vec![0_u32; plan.roster.len()], vec![0_u32; plan.roster.len()]);
         let mut begun = Begun::default();
-        if plan.shards.len() != self.shard_count {
-            return Err(format!("a plan for {} shards", plan.shards.len()));
+        if plan.shards.shard_count() != self.shard_count {
+            return Err(format!("a plan for {} shards", plan.shards.shard_count()));
         }
         for (shard, holders) in plan.shards.iter().enumerate() {
             let has = |rank: usize| self.of(slot_of(rank)).contains(&(shard as u32));

@@ -266,7 +266,7 @@ impl<'a> World<'a> {
                     &ToRank::Fence { generation } => fence = Some(generation),
                     &ToRank::Pause { generation, checkpoint } => pause = Some((generation, checkpoint)),
                     ToRank::Shutdown => leaving.push(*member),
-                    ToRank::Begin(_) | ToRank::Acknowledge { .. } => {}
+                    ToRank::Begin(_) | ToRank::Checkpoint { .. } | ToRank::Acknowledge { .. } => {}
                 },
                 Effect::Begin { plan } => self.begin(now_ms, plan),
                 Effect::FindCheckpoint { .. } => {
@@ -501,7 +501,7 @@ impl<'a> World<'a> {
         let cost = &self.setup.cost;
         let lanes = plan.roster.iter().map(|entry| entry.lanes.len());
         Stretch {
-            from_ms: now_ms + cost.begin_ms(ranks, bytes, from, plan.shards.len(), replicas),
+            from_ms: now_ms + cost.begin_ms(ranks, bytes, from, plan.shards.shard_count(), replicas),
             base: plan.base.0,
             step_ms: cost.step_with_ms(lanes.max().unwrap_or_default() as u32),
             full_step_ms: cost.step_ms,

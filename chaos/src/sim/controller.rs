@@ -209,7 +209,7 @@ impl SimHub {
         let (what, recovery) = match ToRank::decode(body) {
             Ok(ToRank::Fence { generation }) => (format!("fence {generation}"), true),
             Ok(ToRank::Begin(plan)) => {
-                let copies = plan.shards.iter().map(Vec::len).min().unwrap_or(0);
+                let copies = plan.shards.copies();
                 self.world.losses.begins(plan.generation, copies);
                 let ranks = plan.roster.len();
                 (
@@ -218,6 +218,7 @@ impl SimHub {
                 )
             }
             Ok(ToRank::Pause { checkpoint, .. }) => (format!("pause, checkpoint: {checkpoint}"), true),
+            Ok(ToRank::Checkpoint { from, .. }) => (format!("checkpoint from {from} on"), false),
             Ok(ToRank::Acknowledge { through, .. }) => (format!("acknowledge {through}"), false),
             Ok(ToRank::Shutdown) => ("shutdown".to_owned(), false),
             Err(error) => (error.to_string(), false),

@@ -16,7 +16,8 @@ use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
-use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
+use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
+use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
@@ -164,14 +165,11 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
     };
     BeginPlan {
         generation: Generation(1),
-        roster: vec![RosterEntry {
-            member,
-            address: String::new(),
-            lanes,
-        }],
+        roster: vec![RosterEntry { member, lanes }],
+        addresses: Addresses::from_iter([""]),
         base: StepsCompleted(0),
         outcome: None,
-        shards: vec![vec![holder]; shard_count],
+        shards: Placement::same(shard_count, &[holder]),
         restore: None,
         acknowledged: StepsCompleted(0),
         decisions: Vec::new(),

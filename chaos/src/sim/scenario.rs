@@ -95,6 +95,10 @@ pub struct Scenario {
     pub replicas: u32,
     /// Steps between checkpoints; 0 for the last only.
     pub checkpoint_interval_steps: u64,
+    /// `checkpoint.interval`.
+    pub checkpoint_interval: &'static str,
+    /// Every checkpoint of a multiple of this step is kept; 0 for none.
+    pub keep_every_steps: u64,
     /// Checkpoints kept.
     pub keep_last: u32,
     /// The mixture adapts.
@@ -132,6 +136,7 @@ impl Scenario {
         let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
         let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
         let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
+        let mut clock = Random::of(seed, "checkpoints by the clock", 0);
         if wrong_update {
             faults.retain(|fault| fault.spares_steps());
         }
@@ -144,6 +149,8 @@ impl Scenario {
             shards: random.between(1, 6) as u32,
             replicas: random.between(1, u64::from(ranks.min(3))) as u32,
             checkpoint_interval_steps: random.pick(&[0, 2, 3, 5, 8]),
+            checkpoint_interval: clock.pick(&["off", "off", "1s", "2s"]),
+            keep_every_steps: clock.pick(&[0, 0, 4]),
             keep_last: random.between(1, 3) as u32,
             adaptive: random.chance(0.5),
             timeout_ms,
@@ -178,6 +185,8 @@ impl Scenario {
             steps,
             shards,
             checkpoint_interval_steps,
+            checkpoint_interval,
+            keep_every_steps,
             keep_last,
             spares,
             ..
@@ -233,6 +242,8 @@ interval_steps = 4
 sequences_per_domain_max = 2
 [checkpoint]
 interval_steps = {checkpoint_interval_steps}
+interval = "{checkpoint_interval}"
+keep_every_steps = {keep_every_steps}
 keep_last = {keep_last}
 [cluster]
 ranks = {ranks}

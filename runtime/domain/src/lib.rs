@@ -11,6 +11,7 @@ pub mod layout;
 pub mod limits;
 pub mod mutant;
 
+pub use config::CheckpointInterval;
 pub use ids::{
     BlockIndex, DomainIndex, Generation, Incarnation, LaneIndex, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
     WorkerId,

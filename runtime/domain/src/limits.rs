@@ -45,6 +45,14 @@ pub const OPTIMIZER_SHARDS_MAX: u64 = RANKS_MAX as u64;
 pub const THREADS_PER_RANK_MAX: u64 = 1_024;
 /// Checkpoints that collection may be told to keep.
 pub const CHECKPOINTS_KEPT_MAX: u64 = 1_000_000;
+/// The shortest `checkpoint.interval` that a config may give.
+pub const CHECKPOINT_EVERY_MS_MIN: u64 = 1_000;
+/// The longest.
+pub const CHECKPOINT_EVERY_MS_MAX: u64 = 24 * 3_600_000;
+/// The shortest interval that `checkpoint.interval = "auto"` chooses: more often, its measure of their cost is noise.
+pub const CHECKPOINT_AUTO_MS_MIN: u64 = 10_000;
+/// The longest: nobody likes to lose more than an hour, whatever the optimum.
+pub const CHECKPOINT_AUTO_MS_MAX: u64 = 3_600_000;
 /// Bytes of text that a tokenizer is trained on, held in memory meanwhile.
 pub const TOKENIZER_TRAIN_BYTES_MAX: u64 = 1 << 40;
 /// Deaths of one worker without progress between them: each leaves a line in the chain of causes.

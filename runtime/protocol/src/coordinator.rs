@@ -39,7 +39,8 @@ use alarm::Alarm;
 pub use events::{Effect, Event, Incident, Options, PastLife};
 
 use crate::commit::{Agreement, Holders, Survey};
-use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom, ShardHolder};
+use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom};
+use crate::placement::Placement;
 use crate::restart::RestartLimiter;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -300,8 +301,8 @@ impl Coordinator {
 
     /// Holders of each optimizer shard in the present generation, primary first.
     #[must_use]
-    pub fn placement(&self) -> &[Vec<ShardHolder>] {
-        self.plan.as_ref().map_or(&[], |plan| &plan.shards)
+    pub fn placement(&self) -> Option<&Placement> {
+        self.plan.as_ref().map(|plan| &plan.shards)
     }
 
     /// The roster of the present generation, by rank.

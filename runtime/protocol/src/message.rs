@@ -4,6 +4,7 @@
 //! says nothing of integrity. Tensors never travel here.
 
 use crate::data::decision::Decision;
+use crate::placement::Placement;
 use rkyv::{Archive, Deserialize, Serialize};
 use tarazed_domain::{
     Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
@@ -133,36 +134,6 @@ pub struct Claim {
     pub digest: ItemDigest,
 }
 
-/// Where a holder takes its shard from at the start of a generation.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
-pub enum ShardOrigin {
-    /// It is there, at the base step or one reduced gradient before it.
-    Keep,
-    /// From this rank, once that rank stands at the base step.
-    CopyFrom(Rank),
-    /// From the seed: the run begins.
-    Initialise,
-    /// From the checkpoint named in the plan.
-    Restore,
-}
-
-impl ShardOrigin {
-    /// Whether the run begins here.
-    #[must_use]
-    pub const fn is_seed(self) -> bool {
-        matches!(self, Self::Initialise)
-    }
-}
-
-/// One holder of one optimizer shard; the first holder of a shard is its primary.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
-pub struct ShardHolder {
-    /// Who.
-    pub rank: Rank,
-    /// From where.
-    pub origin: ShardOrigin,
-}
-
 /// The checkpoint to restore from: the manifest's object as the commit record names it. What the controller verified and
 /// what the ranks read are the same bytes, whatever else of that step is in the store.
 #[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
@@ -178,14 +149,54 @@ pub struct RestoreFrom {
 }
 
 /// One member of a generation's roster.
-#[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub struct RosterEntry {
     /// Identity.
     pub member: Member,
-    /// Address of its data plane listener.
-    pub address: String,
     /// Lanes it computes.
     pub lanes: LaneRange,
+}
+
+/// Addresses of all ranks' data plane listeners, in order of ranks and in one piece of memory.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Archive, Serialize, Deserialize)]
+pub struct Addresses {
+    text: String,
+    ends: Vec<u32>,
+}
+
+impl Addresses {
+    /// Adds the next rank's.
+    ///
+    /// # Panics
+    /// If all of them have 4 GiB: a programmer's error.
+    pub fn push(&mut self, address: &str) {
+        self.text.push_str(address);
+        self.ends
+            .push(u32::try_from(self.text.len()).expect("addresses are short"));
+    }
+
+    /// Each rank's, in order. What came over a wire damaged has none.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let address = |(start, end): (u32, &u32)| self.text.get(start as usize..*end as usize);
+        starts
+            .zip(&self.ends)
+            .map(move |range| address(range).unwrap_or_default())
+    }
+
+    /// None, with the memory kept.
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+}
+
+impl<T: AsRef<str>> FromIterator<T> for Addresses {
+    fn from_iter<I: IntoIterator<Item = T>>(addresses: I) -> Self {
+        let mut all = Self::default();
+        addresses.into_iter().for_each(|address| all.push(address.as_ref()));
+        all
+    }
 }
 
 /// Everything a rank needs to start a generation.
@@ -195,12 +206,14 @@ pub struct BeginPlan {
     pub generation: Generation,
     /// Its members by rank.
     pub roster: Vec<RosterEntry>,
+    /// Their addresses on the data plane.
+    pub addresses: Addresses,
     /// Every holder first brings its shards to this count.
     pub base: StepsCompleted,
     /// The outcome of the base step's barrier, for holders one step behind; and for a line not yet complete.
     pub outcome: Option<BarrierOutcome>,
     /// Per optimizer shard its holders, primary first.
-    pub shards: Vec<Vec<ShardHolder>>,
+    pub shards: Placement,
     /// The checkpoint to restore from, where some origin says so; of the base step.
     pub restore: Option<RestoreFrom>,
     /// Lines written so far; a rank keeps only later ones.
@@ -248,6 +261,13 @@ mod envelopes {
             generation: Generation,
             /// Also write a checkpoint there.
             checkpoint: bool,
+        },
+        /// Write a checkpoint of the first boundary from this one on that all agree on.
+        Checkpoint {
+            /// Of this generation.
+            generation: Generation,
+            /// A checkpoint of this step, or of a later one, is what was asked for.
+            from: StepsCompleted,
         },
         /// Lines through this one are written; these decisions stand in them.
         Acknowledge {
@@ -405,3 +425,28 @@ macro_rules! codec {
 }
 codec!(ToRank);
 codec!(FromRank);
+
+#[cfg(test)]
+mod tests {
+    use super::Addresses;
+
+    #[test]
+    fn addresses_come_back_as_they_went_in() {
+        let texts = ["unix:/tmp/a", "", "tcp:127.0.0.1:9", "unix:/tmp/\u{4e2d}"];
+        let mut addresses = Addresses::from_iter(texts);
+        assert_eq!(addresses.iter().collect::<Vec<_>>(), texts);
+        addresses.clear();
+        assert_eq!(addresses.iter().count(), 0);
+        addresses.push("again");
+        assert_eq!(addresses.iter().collect::<Vec<_>>(), ["again"]);
+    }
+
+    #[test]
+    fn damaged_addresses_are_none_and_no_panic() {
+        let damaged = Addresses {
+            text: "\u{4e2d}b".to_owned(),
+            ends: vec![1, 4, 3, 9],
+        };
+        assert_eq!(damaged.iter().collect::<Vec<_>>(), ["", "", "", ""]);
+    }
+}

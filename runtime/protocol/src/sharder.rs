@@ -4,8 +4,7 @@
 //! a worker that holds a shard whole keeps it while that leaves the load even. Pure and deterministic: the same
 //! holdings and roster give the same map. Placement never shows in a number; it decides only who works.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::VecDeque;
 use tarazed_domain::{OptimizerShardIndex, Rank};
 
 /// Holders per shard, primary first.
@@ -57,6 +56,11 @@ impl Placed {
     /// Each shard's holders, primary first, in order of shards.
     pub(crate) fn all(&self) -> impl ExactSizeIterator<Item = &[Rank]> {
         self.ranks.chunks_exact(self.copies)
+    }
+
+    /// Holders of each shard.
+    pub(crate) const fn copies(&self) -> usize {
+        self.copies
     }
 
     fn holders(&self, shard: usize) -> &[Rank] {
@@ -136,9 +140,12 @@ struct Quota {
     share: usize,
     /// How many ranks may still take one more than the even share.
     extra: usize,
-    /// Every rank once, by a load it has or had: loads only grow, so one that comes out with an old load goes back in
-    /// with the present one. Made when it is first needed: most shards stay where they are.
-    by_load: Option<BinaryHeap<Reverse<(usize, Rank)>>>,
+    /// No rank has a smaller load. Loads only grow, so a search goes on where the last one ended.
+    least: usize,
+    /// Ranks before this one have more than the least load, besides those in `passed_over`.
+    searched: usize,
+    /// Ranks that a search came by and could not use, or used; in order.
+    passed_over: VecDeque<Rank>,
 }
 
 impl Quota {
@@ -147,7 +154,9 @@ impl Quota {
             loads: vec![0; world_size],
             share: shard_count / world_size,
             extra: shard_count % world_size,
-            by_load: None,
+            least: 0,
+            searched: 0,
+            passed_over: VecDeque::new(),
         }
     }
 
@@ -172,27 +181,32 @@ impl Quota {
 
     /// The first of the ranks with the least load, besides those in `not`.
     fn least_loaded(&mut self, not: &[Rank]) -> Rank {
-        let loads = &self.loads;
-        let by_load = self.by_load.get_or_insert_with(|| {
-            let ranks = (0..loads.len() as u32).map(Rank);
-            ranks.map(|rank| Reverse((loads[rank.index()], rank))).collect()
-        });
-        let mut aside = Vec::new();
-        let mut found = None;
-        while let Some(Reverse((load, rank))) = by_load.pop() {
-            let now = loads[rank.index()];
-            if load != now {
-                by_load.push(Reverse((now, rank)));
-                continue;
+        loop {
+            let (loads, least) = (&self.loads, self.least);
+            self.passed_over.retain(|rank| loads[rank.index()] == least);
+            if let Some(&rank) = self.passed_over.iter().find(|rank| !not.contains(rank)) {
+                return rank;
             }
-            aside.push(Reverse((now, rank)));
-            if !not.contains(&rank) {
-                found = Some(rank);
-                break;
+            while let Some(&load) = self.loads.get(self.searched) {
+                let rank = Rank(self.searched as u32);
+                self.searched += 1;
+                if load == self.least {
+                    self.passed_over.push_back(rank);
+                    if !not.contains(&rank) {
+                        return rank;
+                    }
+                }
             }
+            if !self.passed_over.is_empty() {
+                // Those with the least load are all in `not`: the next best, for once.
+                let others = (0..self.loads.len() as u32)
+                    .map(Rank)
+                    .filter(|rank| !not.contains(rank));
+                return others.min_by_key(|&rank| self.load(rank)).unwrap_or_default();
+            }
+            self.least += 1;
+            self.searched = 0;
         }
-        by_load.extend(aside);
-        found.unwrap_or_default()
     }
 }
 
@@ -200,6 +214,14 @@ impl Quota {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// What [`Quota::least_loaded`] means, said plainly.
+    fn plain_least_loaded(loads: &[usize], not: &[Rank]) -> Rank {
+        let ranks = (0..loads.len() as u32).map(Rank).filter(|rank| !not.contains(rank));
+        ranks
+            .min_by_key(|rank| (loads[rank.index()], *rank))
+            .unwrap_or_default()
+    }
 
     fn check(map: &ShardMap, world_size: usize, copies: usize) -> (Vec<usize>, Vec<usize>) {
         let mut primaries = vec![0; world_size];
@@ -223,6 +245,21 @@ mod tests {
     }
 
     proptest! {
+        /// Any order of questions and takings, taken as told or elsewhere, and sets of ranks to leave out.
+        #[test]
+        fn a_search_that_goes_on_finds_what_a_new_one_would(
+            world in 1usize..6,
+            calls in prop::collection::vec((prop::collection::vec(0u32..6, 0..6), prop::option::of(0usize..6)), 1..60),
+        ) {
+            let mut quota = Quota::new(calls.len(), world);
+            for (not, elsewhere) in calls {
+                let not: Vec<Rank> = not.into_iter().map(Rank).collect();
+                let found = quota.least_loaded(&not);
+                prop_assert_eq!(found, plain_least_loaded(&quota.loads, &not));
+                quota.take(elsewhere.map_or(found, |rank| Rank((rank % world) as u32)));
+            }
+        }
+
         #[test]
         fn every_shard_has_its_copies_and_primaries_are_even(
             shards in 1usize..40, world in 1usize..9, copies in 1usize..4

@@ -6,8 +6,8 @@
 use std::time::{Duration, Instant};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
-    BYTES_PER_ELEMENT, BinaryId, CheckpointStore, Digest, Fence, Lineage, Manifest, ShardGeometry, ShardRecord,
-    ShardSlices, StoreError, TraceHead, WriterId,
+    BYTES_PER_ELEMENT, BinaryId, CheckpointStore, Digest, Fence, Lineage, Manifest, Retention, ShardGeometry,
+    ShardRecord, ShardSlices, StoreError, TraceHead, WriterId,
 };
 
 const BLOCK_ELEMENTS: u64 = 1024;
@@ -116,7 +116,7 @@ async fn measure(location: &str, mib: u64, commits: u64) -> Result<(), StoreErro
         println!("{look:15} {:8.1} ms", start.elapsed().as_secs_f64() * 1e3);
     }
     let start = Instant::now();
-    let report = store.gc(&fence, 2).await?;
+    let report = store.gc(&fence, Retention::last(2)).await?;
     println!(
         "collection      {:8.1} ms, {} objects",
         start.elapsed().as_secs_f64() * 1e3,

@@ -25,6 +25,30 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tarazed_domain::{Mutant, StepsCompleted};
 
+/// Which checkpoints a collection keeps, besides the pinned ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Retention {
+    /// So many of the newest good ones; at least one is always kept.
+    pub last: u32,
+    /// Every one whose step is a multiple of this; 0 for none.
+    pub every_steps: u64,
+}
+
+impl Retention {
+    /// The newest good ones alone.
+    #[must_use]
+    pub const fn last(count: u32) -> Self {
+        Self {
+            last: count,
+            every_steps: 0,
+        }
+    }
+
+    const fn keeps(&self, step: StepsCompleted) -> bool {
+        self.every_steps > 0 && step.0.is_multiple_of(self.every_steps)
+    }
+}
+
 /// What a collection did.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct GcReport {
@@ -97,23 +121,22 @@ impl OrphanRule {
 }
 
 impl CheckpointStore {
-    /// Retires all but the newest `keep_last` good checkpoints and the pinned ones, and deletes their objects and what
-    /// failed uploads left. At least one good checkpoint is always kept; bad ones newer than a kept one are kept as
-    /// evidence; if fewer than `keep_last` are good, none is retired. Never deletes a commit record.
+    /// Retires all checkpoints but those that `retention` names and the pinned ones, and deletes their objects and what failed
+    /// uploads left. At least one good checkpoint is always kept; bad ones newer than a kept one are kept as evidence; if
+    /// fewer than `retention.last` are good, none is retired. Never deletes a commit record.
     ///
     /// # Errors
     /// [`StoreError::Fenced`] if another controller claimed the store: nothing was deleted. Else by cause; what was left
     /// is collected next time.
-    pub async fn gc(&self, fence: &Fence, keep_last: u32) -> Result<GcReport, StoreError> {
+    pub async fn gc(&self, fence: &Fence, retention: Retention) -> Result<GcReport, StoreError> {
         let chain = self.chain().await?;
         let judgement = chain.judge();
         self.check_fence(fence, &judgement)?;
         let mut report = GcReport::default();
         let listing = self.listing().await?;
         let horizon = self.horizon(&judgement, &mut report);
-        let keep_last = keep_last.max(1) as usize;
         let (doomed, mut needed) = self
-            .sort_commits(&judgement, &listing, keep_last, horizon, &mut report)
+            .sort_commits(&judgement, &listing, retention, horizon, &mut report)
             .await?;
         // First what needs no record: on a full disk that makes room for the record.
         let mut garbage = self.garbage_of_retired(&judgement, &listing, &needed).await?;
@@ -189,7 +212,7 @@ impl CheckpointStore {
         &self,
         judgement: &Judgement,
         listing: &Listing,
-        keep_last: usize,
+        retention: Retention,
         horizon: u64,
         report: &mut GcReport,
     ) -> Result<(Vec<Doomed>, Needed), StoreError> {
@@ -199,11 +222,11 @@ impl CheckpointStore {
             let (Some(reference), Some((key, _, _))) = (standing.reference(), manifest_of(&standing.record)) else {
                 continue;
             };
-            let pinned = judgement.pinned.contains_key(&reference.sequence);
-            let kept = keep_last - usize::from(Mutant::GreedyCollector.is_on());
+            let stays = judgement.pinned.contains_key(&reference.sequence) || retention.keeps(reference.step);
+            let kept = retention.last.max(1) as usize - usize::from(Mutant::GreedyCollector.is_on());
             let full = good >= kept && doomed.len() < RETIRED_PER_RECORD_MAX;
             let (objects, whole) = self.needs_of(standing, key, listing, report).await?;
-            if full && !pinned && reference.sequence >= horizon {
+            if full && !stays && reference.sequence >= horizon {
                 let standing = standing.clone();
                 doomed.push(Doomed { standing, objects });
                 continue;

@@ -41,7 +41,7 @@ pub use commit::{Committed, Fence};
 pub use digest::Digest;
 pub use download::{ShardState, ShardStateMut, WeightsPart};
 pub use error::StoreError;
-pub use gc::GcReport;
+pub use gc::{GcReport, Retention};
 pub use manifest::{BinaryId, CommitRef, Lineage, MANIFEST_SCHEMA, Manifest, ObjectRecord, ShardRecord, TraceHead};
 pub use record::{CommitRecord, RECORD_SCHEMA, RecordKind};
 pub use restore::{CheckpointState, CheckpointSummary, Depth, Restorable, Select, Verdict, VerifyReport};

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointState, CheckpointStore, Depth, Select, StoreError};
+use tarazed_store::{CheckpointState, CheckpointStore, Depth, Retention, Select, StoreError};
 
 fn memory() -> Arc<dyn ObjectStore> {
     Arc::new(InMemory::new())
@@ -45,7 +45,7 @@ async fn the_newest_stay_and_the_chain_is_never_cut() {
         checkpoint(&store, &fence, step).await;
     }
     store.pin(StepsCompleted(20), "a result in the paper").await.unwrap();
-    let report = store.gc(&fence, 2).await.unwrap();
+    let report = store.gc(&fence, Retention::last(2)).await.unwrap();
     assert_eq!(
         (steps(&report.kept), steps(&report.retired)),
         (vec![50, 40, 20], vec![30, 10])
@@ -69,10 +69,13 @@ async fn the_newest_stay_and_the_chain_is_never_cut() {
     let (kept, gone) = (CheckpointState::Committed, CheckpointState::Retired);
     assert_eq!(listed, [(50, kept), (40, kept), (30, gone), (20, kept), (10, gone)]);
     // Nothing is left to do; then the pin goes.
-    let idle = store.gc(&fence, 2).await.unwrap();
+    let idle = store.gc(&fence, Retention::last(2)).await.unwrap();
     assert_eq!((idle.retired.len(), idle.deleted_objects), (0, 0));
     store.unpin(StepsCompleted(20)).await.unwrap();
-    assert_eq!(steps(&store.gc(&fence, 2).await.unwrap().retired), [20]);
+    assert_eq!(
+        steps(&store.gc(&fence, Retention::last(2)).await.unwrap().retired),
+        [20]
+    );
     assert_eq!(restore(&store).await.unwrap(), Some(50));
 }
 
@@ -88,7 +91,7 @@ async fn the_last_good_checkpoint_stays_however_many_bad_ones_follow() {
         let shard = keys(&objects, &format!("shards/{step:020}/")).await[0].clone();
         objects.delete(&Path::from(shard)).await.unwrap();
     }
-    let report = store.gc(&fence, 0).await.unwrap();
+    let report = store.gc(&fence, Retention::last(0)).await.unwrap();
     assert_eq!(
         (steps(&report.kept), steps(&report.retired)),
         (vec![40, 30, 20], vec![10])
@@ -104,10 +107,10 @@ async fn uploads_under_way_stay_and_abandoned_ones_go() {
     upload(&store, 10, fence.generation).await;
     let early = upload(&store, 30, fence.generation).await;
     // Without a commit behind this fence nothing says what is abandoned.
-    assert_eq!(store.gc(&fence, 1).await.unwrap().deleted_objects, 0);
+    assert_eq!(store.gc(&fence, Retention::last(1)).await.unwrap().deleted_objects, 0);
     checkpoint(&store, &fence, 20).await;
     let late = upload(&store, 15, fence.generation).await;
-    let report = store.gc(&fence, 1).await.unwrap();
+    let report = store.gc(&fence, Retention::last(1)).await.unwrap();
     assert_eq!(report.deleted_objects, 3, "the shards of step 10");
     // Step 30 is still to come; step 15 came after the commit of 20, as after a roll-back.
     for manifest in [late, early] {
@@ -127,7 +130,7 @@ async fn an_interrupted_collection_is_finished_by_the_next() {
         }
         let faulty = Faulty::new(objects.clone(), fail_at, Fault::After, true);
         let dying = CheckpointStore::with_object_store(faulty, "", writer(1));
-        let finished = dying.gc(&fence, 1).await.is_ok();
+        let finished = dying.gc(&fence, Retention::last(1)).await.is_ok();
         // CKPT-5: at no moment is anything missing from what still counts.
         let heir = open(&objects, 2);
         let fence = heir.claim(Generation(0)).await.unwrap();
@@ -136,7 +139,7 @@ async fn an_interrupted_collection_is_finished_by_the_next() {
             "death at {fail_at}"
         );
         assert_eq!(restore(&heir).await.unwrap(), Some(30));
-        heir.gc(&fence, 1).await.unwrap();
+        heir.gc(&fence, Retention::last(1)).await.unwrap();
         assert_eq!(keys(&objects, "manifests/").await.len(), 1, "death at {fail_at}");
         assert_eq!(keys(&objects, "shards/").await.len(), 3, "death at {fail_at}");
         if finished {
@@ -161,7 +164,7 @@ async fn what_is_older_than_damage_in_the_chain_is_kept() {
         .put(&Path::from("commits/00000000000000000003.jsonl"), "rotten".into())
         .await
         .unwrap();
-    let report = store.gc(&fence, 1).await.unwrap();
+    let report = store.gc(&fence, Retention::last(1)).await.unwrap();
     assert_eq!(steps(&report.retired), [40, 30], "the lost record was a pin");
     assert!(!report.warnings.is_empty());
     assert!(store.at_step(StepsCompleted(10)).await.is_ok());
@@ -184,7 +187,7 @@ async fn a_full_disk_loses_nothing_and_collection_makes_room() {
         .unwrap_err();
     assert!(matches!(error, StoreError::Full { .. }), "{error}");
     // Even the record of what is to go does not fit, but what failed uploads left needs none.
-    let error = full.gc(&fence, 1).await.unwrap_err();
+    let error = full.gc(&fence, Retention::last(1)).await.unwrap_err();
     assert!(matches!(error, StoreError::Full { .. }), "{error}");
     assert_eq!(
         keys(&objects, "shards/").await.len(),
@@ -192,7 +195,10 @@ async fn a_full_disk_loses_nothing_and_collection_makes_room() {
         "the shards of step 5 went, no others"
     );
     assert!(store.verify(Select::All, Depth::Full).await.unwrap().is_clean());
-    assert_eq!(steps(&store.gc(&fence, 1).await.unwrap().retired), [10]);
+    assert_eq!(
+        steps(&store.gc(&fence, Retention::last(1)).await.unwrap().retired),
+        [10]
+    );
     assert_eq!(restore(&store).await.unwrap(), Some(20));
 }
 
@@ -213,7 +219,7 @@ proptest! {
             for step in [10, 20, 30] {
                 checkpoint(&collector, &fence, step).await;
             }
-            let (collected, pinned) = tokio::join!(collector.gc(&fence, 1), person.pin(StepsCompleted(10), "mine"));
+            let (collected, pinned) = tokio::join!(collector.gc(&fence, Retention::last(1)), person.pin(StepsCompleted(10), "mine"));
             let gone = steps(&collected.unwrap().retired);
             match pinned {
                 Ok(_) => assert_eq!(gone, [20]),
@@ -255,7 +261,7 @@ async fn half_written_files_of_a_dead_process_are_swept_from_a_folder() {
         store.verify(Select::All, Depth::Full).await.unwrap().is_clean(),
         "half-written objects never count"
     );
-    store.gc(&fence, 1).await.unwrap();
+    store.gc(&fence, Retention::last(1)).await.unwrap();
     assert!(
         !torn(5).exists() && !torn(5).parent().unwrap().exists(),
         "passed by a commit"
@@ -314,11 +320,11 @@ proptest! {
                     Act::Checkpoint => {
                         step += 10;
                         let manifest = upload(&store, step, fence.generation).await;
-                        store.gc(&fence, 1).await.unwrap();
+                        store.gc(&fence, Retention::last(1)).await.unwrap();
                         store.commit(&fence, &manifest).await.unwrap();
                     }
                     Act::Gc(keep) => {
-                        let report = store.gc(&fence, keep).await.unwrap();
+                        let report = store.gc(&fence, Retention::last(keep)).await.unwrap();
                         assert!(live.is_empty() || !report.kept.is_empty());
                     }
                     Act::Pin(index) => if let Some(step) = pick(index) {

@@ -11,7 +11,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proptest::prelude::*;
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointState, CheckpointStore, Depth, Fence, Manifest, Select, StoreError};
+use tarazed_store::{CheckpointState, CheckpointStore, Depth, Fence, Manifest, Retention, Select, StoreError};
 
 fn open(objects: &Arc<dyn ObjectStore>, number: u8) -> CheckpointStore {
     CheckpointStore::with_object_store(objects.clone(), "runs/a", writer(number))
@@ -123,7 +123,7 @@ async fn any_death_leaves_a_whole_checkpoint_or_none() {
             seen[usize::from(restored == 20)] = true;
             assert_eq!(commits_of(&third, 20).await, usize::from(restored == 20));
             checkpoint(&third, &fence, 30).await;
-            let kept = third.gc(&fence, 1).await.unwrap();
+            let kept = third.gc(&fence, Retention::last(1)).await.unwrap();
             assert_eq!(kept.kept.len(), 1);
             assert!(third.verify(Select::All, Depth::Full).await.unwrap().is_clean());
         }
@@ -150,7 +150,7 @@ async fn a_fenced_controller_can_neither_commit_nor_delete() {
     };
     let before = objects_under(&objects).await;
     assert_eq!(old.commit(&old_fence, &pending).await.unwrap_err(), fenced);
-    assert_eq!(old.gc(&old_fence, 1).await.unwrap_err(), fenced);
+    assert_eq!(old.gc(&old_fence, Retention::last(1)).await.unwrap_err(), fenced);
     assert_eq!(
         objects_under(&objects).await,
         before,

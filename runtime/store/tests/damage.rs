@@ -12,7 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use proptest::prelude::*;
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Depth, Select, StoreError};
+use tarazed_store::{CheckpointStore, Depth, Retention, Select, StoreError};
 
 #[derive(Clone, Debug)]
 enum Damage {
@@ -181,7 +181,7 @@ proptest! {
             reader.verify(Select::All, Depth::Full).await.unwrap();
             let fence = reader.claim(Generation(0)).await.unwrap();
             checkpoint(&reader, &fence, 40).await;
-            reader.gc(&fence, 1).await.unwrap();
+            reader.gc(&fence, Retention::last(1)).await.unwrap();
             assert_eq!(restore(&reader).await.unwrap(), Some(40));
         });
     }

@@ -84,7 +84,7 @@ impl DataPlane for Sockets {
         control: &GenerationControl,
         timeouts: &Timeouts,
     ) -> Result<Box<dyn Collective>, FabricError> {
-        let roster: Vec<String> = plan.roster.iter().map(|entry| entry.address.clone()).collect();
+        let roster: Vec<String> = plan.addresses.iter().map(str::to_owned).collect();
         let mesh = connect_mesh(
             &self.listener,
             plan.generation,

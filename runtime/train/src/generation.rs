@@ -27,7 +27,8 @@ use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{BlockIndex, Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{Blocks, Device, ViewMut};
-use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, ShardOrigin, StepLine};
+use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, StepLine};
+use tarazed_protocol::placement::ShardOrigin;
 
 /// Reads checkpoint shards; blocks, but never past an abort (SUP-4).
 pub trait ShardSource: Sync {
@@ -50,6 +51,8 @@ pub struct Switches {
     pub pause: AtomicBool,
     /// Write a checkpoint there.
     pub checkpoint: AtomicBool,
+    /// Write a checkpoint of a boundary from this one on, unless there was one; 0 for none.
+    pub checkpoint_from: AtomicU64,
     /// Lines acknowledged so far.
     pub acknowledged: AtomicU64,
 }
@@ -135,7 +138,8 @@ pub fn run<D: HostVisible>(
         let batch = means.feeder.next(at.step.next(), &state.abort)?;
         let wishes = Wishes {
             pause: means.switches.pause.load(Ordering::Relaxed),
-            checkpoint: means.switches.checkpoint.load(Ordering::Relaxed),
+            checkpoint: means.switches.checkpoint.load(Ordering::Relaxed)
+                || state.saved.0 < means.switches.checkpoint_from.load(Ordering::Relaxed),
         };
         let span = tracing::info_span!("step", step = batch.step.completed().0, generation = plan.generation.0);
         let line = span.in_scope(|| step::run_step(state, world, means.fabric, &batch, wishes))?;
@@ -180,7 +184,7 @@ fn is_due<D: Device>(state: &RankState<D>, step: StepsCompleted, last: StepsComp
     step == last || (interval > 0 && step.0.is_multiple_of(interval))
 }
 
-fn save<D: Device>(state: &RankState<D>, world: &World, means: &Means<'_, D>, step: StepsCompleted) {
+fn save<D: Device>(state: &mut RankState<D>, world: &World, means: &Means<'_, D>, step: StepsCompleted) {
     let shards = world
         .primaries_of(world.rank)
         .map(|shard| ShardToSave {
@@ -193,6 +197,7 @@ fn save<D: Device>(state: &RankState<D>, world: &World, means: &Means<'_, D>, st
             ticket: state.gate.ticket(),
         })
         .collect();
+    state.saved = step;
     means.reporter.save(step, shards);
 }
 
@@ -226,7 +231,7 @@ fn start<D: HostVisible>(
     state.shards.retain(|_, shard| shard.read_steps() == plan.base);
     if Mutant::DroppedBeforeCopied.is_on() {
         let donates = |shard: OptimizerShardIndex| {
-            let holders = &plan.shards[shard.index()];
+            let holders = plan.shards.of(shard);
             holders
                 .iter()
                 .any(|holder| holder.origin == ShardOrigin::CopyFrom(world.rank))
@@ -267,7 +272,7 @@ fn hex(bytes: &[u8]) -> String {
 /// before anything else is tried: a start that is cut short must not report it again.
 pub(crate) fn forget_old_course<D: Device>(state: &mut RankState<D>, plan: &BeginPlan) {
     let from_elsewhere = |origin| matches!(origin, ShardOrigin::Initialise | ShardOrigin::Restore);
-    if plan.shards.iter().flatten().any(|holder| from_elsewhere(holder.origin)) {
+    if plan.shards.holders().iter().any(|holder| from_elsewhere(holder.origin)) {
         state.forget();
     }
 }
@@ -327,7 +332,7 @@ fn copy_shards<D: HostVisible>(
     fabric: &mut dyn Collective,
 ) -> Result<Vec<Shard<D>>, StepError> {
     let mut copies: Vec<(OptimizerShardIndex, Rank, Rank)> = Vec::new();
-    for (shard, holders) in world.shards.shards().zip(&plan.shards) {
+    for (shard, holders) in world.shards.shards().zip(plan.shards.iter()) {
         for holder in holders {
             if let ShardOrigin::CopyFrom(donor) = holder.origin {
                 copies.push((shard, donor, holder.rank));
@@ -401,7 +406,7 @@ fn make_shards<D: HostVisible>(
     source: &dyn ShardSource,
 ) -> Result<Vec<Shard<D>>, StepError> {
     let mut made = Vec::new();
-    for (index, holders) in world.shards.shards().zip(&plan.shards) {
+    for (index, holders) in world.shards.shards().zip(plan.shards.iter()) {
         let Some(mine) = holders.iter().find(|holder| holder.rank == world.rank) else {
             continue;
         };

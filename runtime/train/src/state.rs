@@ -41,6 +41,8 @@ pub struct RankState<D: Device> {
     pub staging: Vec<D::Buffer>,
     /// Newest barrier passed.
     pub passed: Option<BarrierOutcome>,
+    /// The newest step of this life whose checkpoint was begun here.
+    pub saved: StepsCompleted,
     /// Facts of the step last fed, for its line.
     pub facts: Option<StepFacts>,
     /// Complete lines that the controller has not acknowledged.
@@ -105,6 +107,7 @@ impl<D: Device + Clone> RankState<D> {
             engine,
             staging: Vec::new(),
             passed: None,
+            saved: StepsCompleted(0),
             facts: None,
             lines: BTreeMap::new(),
             shard_digests: Vec::new(),
@@ -153,6 +156,7 @@ impl<D: Device> RankState<D> {
     pub fn forget(&mut self) {
         self.shards.clear();
         self.passed = None;
+        self.saved = StepsCompleted(0);
         self.facts = None;
         self.lines.clear();
     }

@@ -25,9 +25,8 @@ use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Ra
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
 use tarazed_protocol::data::stats::LaneStats;
-use tarazed_protocol::message::{
-    BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, ItemDigest, ShardHolder, ShardOrigin, StepLine,
-};
+use tarazed_protocol::message::{BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, ItemDigest, StepLine};
+use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
 
 const HASH_BYTES: usize = size_of::<BlockHash>();
 
@@ -594,7 +593,7 @@ fn gather_hashes<D: Device>(
     for (shard, claims) in world.shards.shards().zip(claims) {
         if claims.iter().any(|claim| claim.digest != claims[0].digest) && !Mutant::ReplicasUncompared.is_on() {
             let item = DisputedItem::Shard(shard);
-            let claims = independent(claims, start.map_or(&[], |plan| &plan.shards[shard.index()]));
+            let claims = independent(claims, start.map_or(&[][..], |plan| plan.shards.of(shard)));
             return Err(StepError::Disputed(Dispute { step, item, claims }));
         }
     }

@@ -119,7 +119,7 @@ fn begin(generation: u64, base: u64, restore: Option<RestoreFrom>, address: &str
         restore,
     };
     let mut plan = plan(&wanted, &BTreeMap::new());
-    plan.roster[0].address = address.to_owned();
+    plan.addresses = std::iter::once(address).collect();
     plan.checkpoint_at_base = true;
     plan
 }
@@ -155,7 +155,7 @@ fn a_fence_during_a_restore_is_answered_and_the_next_generation_begins() {
     assert_eq!(next(&heard), Heard::Report(generation, StateReport::default()));
 
     let plan = begin(7, 0, None, &address);
-    let shards = plan.shards.len();
+    let shards = plan.shards.shard_count();
     let control = GenerationControl::new(plan.generation).unwrap();
     let plan = Box::new(plan);
     commands.send(Command::Begin { plan, control }).unwrap();

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, FabricError};
 use tarazed_kernels::CpuDevice;
-use tarazed_protocol::message::{BeginPlan, DisputedItem, Member, RestoreFrom, ShardOrigin, StateReport, StepLine};
+use tarazed_protocol::message::{BeginPlan, DisputedItem, Member, RestoreFrom, StateReport, StepLine};
+use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardSource;
 use tarazed_train::harm::{Harm, Place};
@@ -54,21 +55,20 @@ fn held(report: &StateReport) -> Vec<OptimizerShardIndex> {
 
 fn given(plan: &BeginPlan, rank: u32) -> Vec<OptimizerShardIndex> {
     let holds = |shard: &u32| {
-        plan.shards[*shard as usize]
+        plan.shards
+            .of(OptimizerShardIndex(*shard))
             .iter()
             .any(|holder| holder.rank == Rank(rank))
     };
-    (0..plan.shards.len() as u32)
+    (0..plan.shards.shard_count() as u32)
         .filter(holds)
         .map(OptimizerShardIndex)
         .collect()
 }
 
 fn copies_to(plan: &BeginPlan, rank: u32) -> usize {
-    let copied = |holder: &&tarazed_protocol::message::ShardHolder| {
-        holder.rank == Rank(rank) && matches!(holder.origin, ShardOrigin::CopyFrom(_))
-    };
-    plan.shards.iter().flatten().filter(copied).count()
+    let copied = |holder: &&ShardHolder| holder.rank == Rank(rank) && matches!(holder.origin, ShardOrigin::CopyFrom(_));
+    plan.shards.holders().iter().filter(copied).count()
 }
 
 /// STEP-5: rank 0 alone says that a generation runs, after its base's line where that is still to come.
@@ -148,7 +148,10 @@ fn a_newcomer_that_dies_before_it_is_whole_takes_no_shard_with_it() {
         wanted.generation = 3;
         wanted.members.pop();
         let survivors = reports(&outcomes[..2]);
-        assert!(agreed(&survivors, admission.shards.len()).is_some(), "no shard is lost");
+        assert!(
+            agreed(&survivors, admission.shards.shard_count()).is_some(),
+            "no shard is lost"
+        );
         let next = plan(&wanted, &survivors);
         let outcomes = run(&mut nodes, &next, &mut meshes(&next), &NoStore);
         let base = &trace[&StepsCompleted(2)];
@@ -239,7 +242,7 @@ fn run_with_death(dies: usize, dies_at: usize) -> (bool, Lines) {
     wanted.acknowledged = lines.keys().next_back().map_or(0, |step| step.0);
     let living = reports(&outcomes);
     assert!(
-        agreed(&living, admission.shards.len()).is_some(),
+        agreed(&living, admission.shards.shard_count()).is_some(),
         "two copies cover one death"
     );
     let next = plan(&wanted, &living);
@@ -462,7 +465,7 @@ fn copies_that_are_given_up_are_compared_before() {
         .find_map(|rank| Some((rank, gives_up(rank)?)))
         .expect("a shard that moves to the newcomer");
     let wrong = 1 - honest;
-    for holder in &mut next.shards[shard.index()] {
+    for holder in next.shards.of_mut(shard) {
         if holder.rank == Rank(2) {
             holder.origin = ShardOrigin::CopyFrom(Rank(wrong));
         }

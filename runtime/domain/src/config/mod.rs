@@ -2,9 +2,11 @@
 //!
 //! Sections that decide numbers ([`Config::identity`]) are apart from those that only decide when and where.
 
+mod interval;
 mod sections;
 mod validate;
 
+pub use interval::CheckpointInterval;
 pub use sections::{
     BatchConfig, CheckpointConfig, ClusterConfig, ClusterTransport, ControllerKind, DataConfig, DomainConfig,
     EvaluationConfig, FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig, OptimizerConfig,

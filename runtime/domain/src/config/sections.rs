@@ -1,5 +1,6 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
+use super::CheckpointInterval;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -403,8 +404,12 @@ pub struct CheckpointConfig {
     pub store: String,
     /// Steps between checkpoints; 0 for none but the last.
     pub interval_steps: u64,
+    /// How often by the clock, besides: `"off"`, `"auto"` (Young and Daly), or a time such as `"10m"`.
+    pub interval: CheckpointInterval,
     /// Newest checkpoints to keep.
     pub keep_last: u32,
+    /// Every checkpoint whose step is a multiple of this is kept, too; 0 for none.
+    pub keep_every_steps: u64,
 }
 
 impl Default for CheckpointConfig {
@@ -412,7 +417,9 @@ impl Default for CheckpointConfig {
         Self {
             store: String::new(),
             interval_steps: 100,
+            interval: CheckpointInterval::Off,
             keep_last: 3,
+            keep_every_steps: 0,
         }
     }
 }

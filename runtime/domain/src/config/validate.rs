@@ -449,6 +449,7 @@ fn loops(config: &Config) -> Result<(), ConfigError> {
         ("mixture.lag_steps", m.lag_steps, 1),
         ("evaluation.interval_steps", e.interval_steps, 0),
         ("checkpoint.interval_steps", config.checkpoint.interval_steps, 0),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0),
     ] {
         within(key, value, least..=STEPS_MAX, "choose a number of steps of a run")?;
     }

@@ -2,26 +2,33 @@
 
 use super::resize::Cast;
 use super::{Coordinator, Effect, Ground, Incident, Phase, WorkerSet};
-use crate::message::{BeginPlan, Member, RosterEntry, ShardHolder, ShardOrigin};
+use crate::message::{Addresses, BeginPlan, Member, RosterEntry};
+use crate::placement::{Placement, ShardHolder, ShardOrigin};
 use crate::sharder;
 use std::sync::Arc;
-use tarazed_domain::{LaneRange, Mutant, Rank};
+use tarazed_domain::{Mutant, Rank};
 
-/// What of the last plan can be filled anew: a large world's plan is a few hundred thousand small pieces of memory.
+/// The memory of the last plan, to be filled anew: a large world's plan has several MiB.
 #[derive(Default)]
 struct Remains {
     roster: Vec<RosterEntry>,
-    shards: Vec<Vec<ShardHolder>>,
+    addresses: Addresses,
+    holders: Vec<ShardHolder>,
 }
 
 impl Remains {
     /// Nothing where somebody still holds the plan.
     fn of(plan: Option<Arc<BeginPlan>>) -> Self {
-        let plan = plan.and_then(Arc::into_inner);
-        plan.map_or_else(Self::default, |BeginPlan { roster, shards, .. }| Self {
-            roster,
-            shards,
-        })
+        let Some(mut plan) = plan.and_then(Arc::into_inner) else {
+            return Self::default();
+        };
+        plan.roster.clear();
+        plan.addresses.clear();
+        Self {
+            roster: plan.roster,
+            addresses: plan.addresses,
+            holders: plan.shards.into_memory(),
+        }
     }
 }
 
@@ -61,14 +68,22 @@ impl Coordinator {
             }
         }
         let restored = ground.holders.is_empty();
-        let Remains { roster, mut shards } = Remains::of(self.plan.take());
-        let copies = self.place_shards(&ground, holders, &mut shards);
-        let roster = self.fill_roster(roster);
+        let Remains {
+            mut roster,
+            mut addresses,
+            holders: memory,
+        } = Remains::of(self.plan.take());
+        let (shards, copies) = self.place_shards(&ground, holders, memory);
+        for &(member, lanes) in &self.roster {
+            roster.push(RosterEntry { member, lanes });
+            addresses.push(self.workers.address(member.worker));
+        }
 
         let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
         let plan = BeginPlan {
             generation: self.generation,
             roster,
+            addresses,
             base: ground.base,
             outcome: ground.outcome.filter(|_| !Mutant::OutcomeKept.is_on()),
             shards,
@@ -113,31 +128,15 @@ impl Coordinator {
         effects
     }
 
-    /// Entries of the last plan are moved, not compared: both rosters are in order, and an address belongs to a life.
-    fn fill_roster(&self, last: Vec<RosterEntry>) -> Vec<RosterEntry> {
-        let mut last = last.into_iter().peekable();
-        let entry = |&(member, lanes): &(Member, LaneRange)| {
-            while last.next_if(|entry| entry.member < member).is_some() {}
-            let address = last.next_if(|entry| entry.member == member).map_or_else(
-                || self.workers.address(member.worker).to_owned(),
-                |RosterEntry { address, .. }| address,
-            );
-            RosterEntry { member, address, lanes }
-        };
-        self.roster.iter().map(entry).collect()
-    }
-
     /// Gives every shard its holders among the first ranks of the new roster, and says how many copies that takes.
-    fn place_shards(&mut self, ground: &Ground, holders: usize, shards: &mut Vec<Vec<ShardHolder>>) -> usize {
+    fn place_shards(&mut self, ground: &Ground, ranks: usize, mut holders: Vec<ShardHolder>) -> (Placement, usize) {
         let shard_count = self.options.shard_count;
         let whole = self.whole_ranks(ground);
-        let placed = sharder::place(shard_count, holders, self.options.replicas, |shard| whole.of(shard));
-        shards.resize_with(shard_count, Vec::new);
+        let placed = sharder::place(shard_count, ranks, self.options.replicas, |shard| whole.of(shard));
         self.primaries.clear();
         let mut copies = 0;
-        for (shard, (holders, ranks)) in shards.iter_mut().zip(placed.all()).enumerate() {
+        for (shard, ranks) in placed.all().enumerate() {
             let donors = whole.of(shard);
-            holders.clear();
             holders.extend(ranks.iter().map(|&rank| {
                 let origin = match donors.first() {
                     Some(_) if donors.contains(&rank) => ShardOrigin::Keep,
@@ -150,7 +149,7 @@ impl Coordinator {
             }));
             self.primaries.push(self.roster[ranks[0].index()].0);
         }
-        copies
+        (Placement::new(placed.copies(), holders), copies)
     }
 
     fn whole_ranks(&self, ground: &Ground) -> Whole {

@@ -6,7 +6,8 @@ mod trial;
 mod world;
 
 use super::*;
-use crate::message::{BeginPlan, Claim, Dispute, DisputedItem, ShardHolding, ShardOrigin, StateReport, ToRank};
+use crate::message::{BeginPlan, Claim, Dispute, DisputedItem, ShardHolding, StateReport, ToRank};
+use crate::placement::ShardOrigin;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tarazed_domain::limits::Timeouts;
@@ -253,15 +254,15 @@ impl Cluster {
                     orderly: true,
                 });
             }
-            Some(ToRank::Acknowledge { .. }) | None => {}
+            Some(ToRank::Checkpoint { .. } | ToRank::Acknowledge { .. }) | None => {}
         }
     }
 
     fn begin(&mut self, worker: u32, plan: Box<BeginPlan>) {
         let fresh = plan
             .shards
+            .holders()
             .iter()
-            .flatten()
             .any(|h| !matches!(h.origin, ShardOrigin::Keep | ShardOrigin::CopyFrom(_)));
         assert!(
             fresh || plan.base.0 >= self.floor,

@@ -111,7 +111,7 @@ impl Coordinator {
             self.refuted = Some(step);
             let diagnosis = diagnosis.clone();
             effects.push(Effect::Note(Incident::CheckpointRefuted { step, diagnosis }));
-        } else if plan.shards.iter().flatten().any(|holder| holder.origin.is_seed()) {
+        } else if plan.shards.holders().iter().any(|holder| holder.origin.is_seed()) {
             return self.halt(3, diagnosis); // the seed itself gives another state than it did
         }
         self.distrusted = true;

@@ -13,7 +13,7 @@ use server::{Mischief, Server};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Depth, Select, StoreError};
+use tarazed_store::{CheckpointStore, Depth, Retention, Select, StoreError};
 
 const CASE: &str = "TARAZED_TEST_CASE";
 const KEY_ID: &str = "AKIDFORTESTSONLY";
@@ -152,7 +152,7 @@ async fn life() {
     }
     large(&store).await;
     assert_eq!(restore(&store).await.unwrap(), Some(30));
-    let report = store.gc(&fence, 2).await.unwrap();
+    let report = store.gc(&fence, Retention::last(2)).await.unwrap();
     assert_eq!(
         (report.kept.len(), report.retired.len(), report.deleted_objects),
         (2, 1, 4)

@@ -12,7 +12,8 @@ use std::path::Path;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_store::{
-    CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Select, StoreError, VerifyReport, WriterId,
+    CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Retention, Select, StoreError, VerifyReport,
+    WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
@@ -74,6 +75,9 @@ pub enum Command {
         /// Good checkpoints to keep, at least 1.
         #[arg(long, value_name = "N")]
         keep_last: u32,
+        /// Also keep every checkpoint whose step is a multiple of this.
+        #[arg(long, value_name = "STEPS", default_value_t = 0)]
+        keep_every: u64,
         /// Claim the store: a run that still writes there halts. A run collects its own store by itself.
         #[arg(long)]
         claim: bool,
@@ -149,13 +153,20 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
         Command::Gc {
             store,
             keep_last,
+            keep_every,
             claim,
-        } => return collect(store, *keep_last, *claim).await,
+        } => {
+            let retention = Retention {
+                last: *keep_last,
+                every_steps: *keep_every,
+            };
+            return collect(store, retention, *claim).await;
+        }
     }
     Ok(Exit::Done)
 }
 
-async fn collect(store: &str, keep_last: u32, claim: bool) -> Result<Exit, Failure> {
+async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit, Failure> {
     if !claim {
         return Err(Failure::refused(
             "--claim",
@@ -165,7 +176,7 @@ async fn collect(store: &str, keep_last: u32, claim: bool) -> Result<Exit, Failu
     }
     let store = open(store).await?;
     let fence = store.claim(Generation(0)).await.map_err(failure)?;
-    let report = store.gc(&fence, keep_last).await.map_err(failure)?;
+    let report = store.gc(&fence, retention).await.map_err(failure)?;
     for warning in &report.warnings {
         eprintln!("tarazed: {warning}");
     }

@@ -17,9 +17,8 @@ use tarazed_fabric::{
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::commit::{self, Resolution};
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::message::{
-    BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StateReport, StepLine,
-};
+use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, StateReport, StepLine};
+use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_protocol::sharder;
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
@@ -335,25 +334,25 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         None if restore.is_some() => ShardOrigin::Restore,
         None => ShardOrigin::Initialise,
     };
-    let shards = map.all().iter().zip(&whole).map(|(holders, donors)| {
+    let shards = map.all().iter().zip(&whole).flat_map(|(holders, donors)| {
         let holder = |&rank: &Rank| ShardHolder {
             rank,
             origin: origin(donors, rank),
         };
-        holders.iter().map(holder).collect()
+        holders.iter().map(holder)
     });
     let lanes = LaneTree::new(config().batch.lanes).assign(&vec![1; members.len()]);
-    let roster = members.iter().zip(lanes).map(|(&member, lanes)| RosterEntry {
-        member,
-        address: String::new(),
-        lanes,
-    });
+    let roster = members
+        .iter()
+        .zip(lanes)
+        .map(|(&member, lanes)| RosterEntry { member, lanes });
     BeginPlan {
         generation: Generation(wanted.generation),
         roster: roster.collect(),
+        addresses: members.iter().map(|_| "").collect(),
         base,
         outcome,
-        shards: shards.collect(),
+        shards: Placement::new(map.all()[0].len(), shards.collect()),
         restore: restore.clone(),
         acknowledged: StepsCompleted(wanted.acknowledged),
         decisions: Vec::new(),

@@ -18,7 +18,8 @@ use tarazed_domain::{
 use tarazed_fabric::{LocalMesh, local_mesh};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, ShardHolder, ShardOrigin, StepLine};
+use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
+use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share, StepBatch};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
@@ -164,12 +165,12 @@ fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
         generation: GENERATION,
         roster: vec![RosterEntry {
             member: member(),
-            address: String::new(),
             lanes,
         }],
+        addresses: Addresses::from_iter([""]),
         base: StepsCompleted(0),
         outcome: None,
-        shards: vec![vec![holder]; shard_count],
+        shards: Placement::same(shard_count, &[holder]),
         restore: None,
         acknowledged: StepsCompleted(0),
         decisions: Vec::new(),

@@ -5,7 +5,11 @@ use super::*;
 impl Cluster {
     /// Everybody of the generation reports the same claims on shard 0; returns its holders.
     fn dispute(&mut self, step: u64, digests: &[u8]) -> Vec<Member> {
-        let ranks: Vec<Rank> = self.coordinator.placement()[0]
+        let ranks: Vec<Rank> = self
+            .coordinator
+            .placement()
+            .expect("a generation")
+            .of(OptimizerShardIndex(0))
             .iter()
             .map(|holder| holder.rank)
             .collect();
