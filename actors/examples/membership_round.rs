@@ -158,8 +158,11 @@ impl Bench {
             let mut next = Vec::new();
             for effect in queue {
                 match effect {
-                    Effect::Send { member, message } => {
-                        self.hub.send(peer_of(member), message.encode().map_err(text)?)?
+                    Effect::Send { members, message } => {
+                        let body = message.encode().map_err(text)?;
+                        for member in members {
+                            self.hub.send(peer_of(member), body.clone())?;
+                        }
                     }
                     Effect::Begin { plan } => {
                         let body = ToRank::Begin(Box::new(BeginPlan::clone(&plan)))

@@ -66,11 +66,11 @@ impl TraceSink for TraceAppender {
     }
 }
 
-/// Heads of the trace in `path` for each whole line after `base`: what a manifest of one of these steps names.
+/// Heads of the trace in `path` for each whole line from `base` on: what a manifest of one of these steps names.
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn heads_after(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> std::io::Result<TraceHeads> {
+pub fn heads_from(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> std::io::Result<TraceHeads> {
     let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         read => read?,
@@ -81,7 +81,7 @@ pub fn heads_after(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> st
     for (line, text) in lines.iter().zip(bytes.split_inclusive(|byte| *byte == b'\n')) {
         hasher.update(text);
         length_bytes += text.len() as u64;
-        if line.step > base {
+        if line.step >= base {
             let last_line = String::from_utf8_lossy(text).trim_end().to_owned();
             let head = TraceHead {
                 step: line.step,

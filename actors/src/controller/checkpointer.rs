@@ -1,6 +1,6 @@
 //! `Checkpointer`: locates, commits and collects checkpoints; the only one that writes commit records (CKPT-1, CKPT-3).
 
-use super::appender::heads_after;
+use super::appender::heads_from;
 use super::coordinator::CoordinatorMessage;
 use super::{RunError, TraceHeads, unix_ms};
 use crate::run_folder;
@@ -215,11 +215,28 @@ impl Actor for Checkpointer {
 }
 
 impl CheckpointerState {
+    /// The checkpoint's step and the trace as it was then must be of one run: from another state the replay would go astray at
+    /// the first line, and with an edited or exchanged trace its lines would vouch for nothing.
+    fn compare_trace(head: &TraceHead, heads: &TraceHeads) -> Result<(), (u8, String)> {
+        match heads.get(&head.step) {
+            // A trace that ends before the checkpoint is refused by whoever knows where it ends.
+            Some(found) if found.blake3 != head.blake3 => Err((
+                3,
+                format!(
+                    "the first {} lines of trace.jsonl are not those that the checkpoint of step {} was made with; put the \
+                     run folder's own trace.jsonl back, or begin in another --run-dir with another checkpoint.store",
+                    head.step, head.step
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     #[tracing::instrument(name = "locate", skip_all)]
     async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
         let found = newest(store, below).await.map_err(judge)?;
-        let mut from = None;
+        let (mut from, mut head) = (None, None);
         if let Some(found) = found {
             for warning in found.warnings {
                 self.warn(warning);
@@ -238,6 +255,7 @@ impl CheckpointerState {
                 blake3: found.object.blake3.0,
             });
             self.restored_from(&found.reference, declared);
+            head = Some(found.manifest.trace_head);
         }
         let base = from.as_ref().map_or(StepsCompleted(0), |from| from.step);
         let trace = self.arguments.trace.clone();
@@ -245,6 +263,9 @@ impl CheckpointerState {
             .await
             .and_then(|read| read)
             .map_err(|e| (3, e))?;
+        if let Some(head) = head {
+            Self::compare_trace(&head, &heads)?;
+        }
         Ok(Located { from, lines, heads })
     }
 
@@ -382,10 +403,10 @@ fn judge(error: StoreError) -> (u8, String) {
     (code, error.to_string())
 }
 
-/// Lines of the trace from `base` on, its own included, and the heads after it.
+/// Lines of the trace from `base` on, its own included, and their heads.
 fn trace_from(trace: &Path, base: StepsCompleted) -> Result<(Vec<TraceLine>, TraceHeads), String> {
     let mut lines = run_folder::lines_after(trace, StepsCompleted(0)).map_err(|e| e.to_string())?;
-    let heads = heads_after(trace, base, &lines).map_err(|e| format!("{}: {e}", trace.display()))?;
+    let heads = heads_from(trace, base, &lines).map_err(|e| format!("{}: {e}", trace.display()))?;
     lines.retain(|line| line.step >= base);
     Ok((lines, heads))
 }

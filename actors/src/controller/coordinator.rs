@@ -274,7 +274,7 @@ impl CoordinatorState {
                         reason,
                     })?;
                 }
-                Effect::Send { member, message } => self.send(member, &message)?,
+                Effect::Send { members, message } => self.send(members, &message)?,
                 Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
                 Effect::FindCheckpoint { below } => {
                     self.arguments.tracker.on_locating();
@@ -289,15 +289,11 @@ impl CoordinatorState {
         Ok(())
     }
 
-    /// A plan is completed and encoded once, whatever the size of the world.
+    /// A plan is completed once, whatever the size of the world.
     fn begin(&mut self, mut plan: BeginPlan) -> Result<(), ActorProcessingErr> {
         self.complete(&mut plan);
         let members: Vec<Member> = plan.roster.iter().map(|entry| entry.member).collect();
-        let body = ToRank::Begin(Box::new(plan)).encode().map_err(|e| e.to_string())?;
-        for member in members {
-            self.send_body(member, body.clone())?;
-        }
-        Ok(())
+        self.send(members, &ToRank::Begin(Box::new(plan)))
     }
 
     /// What the ledger knows of a plan.
@@ -336,9 +332,22 @@ impl CoordinatorState {
         self.observe(ObservatoryMessage::Incident(incident))
     }
 
-    fn send(&mut self, member: Member, message: &ToRank) -> Result<(), ActorProcessingErr> {
+    /// One message, encoded once, to all of them.
+    fn send(&mut self, members: Vec<Member>, message: &ToRank) -> Result<(), ActorProcessingErr> {
         let body = message.encode().map_err(|e| e.to_string())?;
-        self.send_body(member, body)
+        for member in members {
+            self.send_body(member, body.clone())?;
+        }
+        Ok(())
+    }
+
+    fn everybody(&self) -> Vec<Member> {
+        self.arguments
+            .machine
+            .roster()
+            .iter()
+            .map(|&(member, _)| member)
+            .collect()
     }
 
     fn send_body(&mut self, member: Member, body: Vec<u8>) -> Result<(), ActorProcessingErr> {
@@ -581,10 +590,7 @@ impl CoordinatorState {
                 LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
                 LedgerEffect::Acknowledge { through, decisions } => {
                     let decisions = bare(&decisions);
-                    let message = ToRank::Acknowledge { through, decisions };
-                    for (member, _) in self.arguments.machine.roster().to_vec() {
-                        self.send(member, &message)?;
-                    }
+                    self.send(self.everybody(), &ToRank::Acknowledge { through, decisions })?;
                 }
             }
         }
@@ -658,9 +664,7 @@ impl CoordinatorState {
         let now_ms = self.now_ms();
         if let Some(from) = self.arguments.schedule.on_line(now_ms, written) {
             let generation = self.arguments.machine.generation();
-            for (member, _) in self.arguments.machine.roster().to_vec() {
-                self.send(member, &ToRank::Checkpoint { generation, from })?;
-            }
+            self.send(self.everybody(), &ToRank::Checkpoint { generation, from })?;
         }
         Ok(())
     }

@@ -59,6 +59,10 @@ pub struct ObservatoryState {
     loss: Option<Loss>,
     written: StepsCompleted,
     saving: BTreeMap<StepsCompleted, Instant>,
+    /// The newest step whose checkpoint exists.
+    durable: Option<StepsCompleted>,
+    /// Lines after it, and when they came.
+    not_durable: VecDeque<(StepsCompleted, Instant)>,
     spent_us: [u64; PHASES],
     spent_before: (Generation, [u64; PHASES]),
     lost_ms: u64,
@@ -97,6 +101,8 @@ impl Actor for Observatory {
             loss: None,
             written: StepsCompleted(0),
             saving: BTreeMap::new(),
+            durable: None,
+            not_durable: VecDeque::new(),
             spent_us: [0; PHASES],
             spent_before: (Generation(0), [0; PHASES]),
             lost_ms: 0,
@@ -194,6 +200,9 @@ impl ObservatoryState {
                 if let Some(loss) = &mut self.loss {
                     loss.began = true;
                     loss.base = base;
+                }
+                if restored && base > StepsCompleted(0) {
+                    self.durable = Some(base);
                 }
                 self.notify(Notice::Generation {
                     generation,
@@ -293,6 +302,7 @@ impl ObservatoryState {
         let now = Instant::now();
         self.written = line.step;
         self.recovered(line.step);
+        self.not_durable.push_back((line.step, now));
         self.lines.push_back((now, line.step));
         if self.lines.len() > SPEED_WINDOW_LINES + 1 {
             self.lines.pop_front();
@@ -329,7 +339,8 @@ impl ObservatoryState {
         self.arguments.metrics.append(&json!({
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
-            "ranks": ranks_alive, "phase_ms": phases,
+            "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
+            "durability_lag_s": self.not_durable.front().map_or(0.0, |(_, since)| (now - *since).as_secs_f64()),
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
         }));
         if !line.decisions.is_empty() {
@@ -359,6 +370,10 @@ impl ObservatoryState {
     fn checkpoint(&mut self, step: StepsCompleted) {
         let began = self.saving.remove(&step);
         self.saving = self.saving.split_off(&step);
+        self.durable = self.durable.max(Some(step));
+        while self.not_durable.front().is_some_and(|(line, _)| *line <= step) {
+            self.not_durable.pop_front();
+        }
         let took_ms = began.map_or(0, |at| at.elapsed().as_millis() as u64);
         self.event("checkpoint", &json!({"checkpoint_step": step, "took_ms": took_ms}));
         self.notify(Notice::Checkpoint { step, took_ms });

@@ -3,7 +3,7 @@
 //! The edges are what touches the world outside: the way to the ranks, the processes, the trace's file. They come with
 //! [`Tree::begin`], and what happens out there is told to the [`Ear`].
 
-use super::appender::{Appended, JsonLines, TraceSink, heads_after};
+use super::appender::{Appended, JsonLines, TraceSink, heads_from};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
 use super::loops::{LookAt, Loop, LoopRules};
@@ -84,7 +84,7 @@ impl Past {
         // A rank stands nowhere before these: it waits where it has more lines than that.
         let base = StepsCompleted(written.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
         let heads = match lives.iter().any(|life| life.lives) {
-            true => heads_after(path, base, lines)?,
+            true => heads_from(path, base, lines)?,
             false => TraceHeads::new(),
         };
         Ok(Self { lives, heads })

@@ -256,16 +256,15 @@ impl<'a> World<'a> {
     fn act(&mut self, now_ms: u64, effects: Vec<Effect>) {
         self.tally.effects += effects.len() as u64;
         let (mut fence, mut pause, mut leaving) = (None, None, Vec::new());
-        // By reference: nearly all are one message to a member each, and there are as many as ranks.
         for effect in &effects {
             match effect {
                 &Effect::Start { member, after_ms } => self.start(now_ms, member, after_ms),
                 Effect::Adopt { .. } => {} // its controllers leave nobody behind
                 &Effect::Kill { member, .. } => self.kill(now_ms, member),
-                Effect::Send { member, message } => match message {
+                Effect::Send { members, message } => match message {
                     &ToRank::Fence { generation } => fence = Some(generation),
                     &ToRank::Pause { generation, checkpoint } => pause = Some((generation, checkpoint)),
-                    ToRank::Shutdown => leaving.push(*member),
+                    ToRank::Shutdown => leaving.extend(members),
                     ToRank::Begin(_) | ToRank::Checkpoint { .. } | ToRank::Acknowledge { .. } => {}
                 },
                 Effect::Begin { plan } => self.begin(now_ms, plan),

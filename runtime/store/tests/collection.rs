@@ -80,6 +80,30 @@ async fn the_newest_stay_and_the_chain_is_never_cut() {
 }
 
 #[tokio::test]
+async fn multiples_of_a_step_stay_beside_the_newest() {
+    let objects = memory();
+    let store = open(&objects, 1);
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20, 30, 40, 50, 60, 70] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let retention = Retention {
+        last: 1,
+        every_steps: 30,
+    };
+    let report = store.gc(&fence, retention).await.unwrap();
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![70, 60, 30], vec![50, 40, 20, 10])
+    );
+    assert!(store.verify(Select::All, Depth::Full).await.unwrap().is_clean());
+    assert_eq!(
+        steps(&store.gc(&fence, Retention::last(1)).await.unwrap().retired),
+        [60, 30]
+    );
+}
+
+#[tokio::test]
 async fn the_last_good_checkpoint_stays_however_many_bad_ones_follow() {
     let objects = memory();
     let store = open(&objects, 1);

@@ -49,6 +49,8 @@ phases! {
     Updating = 8, "updating";
     /// Working weights travel.
     Gathering = 9, "gathering";
+    /// Waits until a snapshot for a checkpoint is copied: what a checkpoint costs a step.
+    Snapshotting = 10, "snapshot";
 }
 
 /// Shared counters of one device thread.
@@ -66,7 +68,7 @@ pub struct Progress {
 }
 
 /// Number of phases.
-pub const PHASES: usize = 10;
+pub const PHASES: usize = 11;
 
 impl Default for Progress {
     fn default() -> Self {

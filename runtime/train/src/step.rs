@@ -514,6 +514,7 @@ fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
 fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) -> Result<(), StepError> {
     let _span = tracing::info_span!("update").entered();
     if !Mutant::SnapshotTorn.is_on() {
+        state.progress.enter(Phase::Snapshotting);
         state.gate.wait(); // a snapshot of the state that this changes
     }
     state.progress.enter(Phase::Updating);

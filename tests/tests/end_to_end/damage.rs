@@ -180,3 +180,30 @@ fn a_full_disk_loses_nothing() {
     assert!(!fresh.run_dir().exists(), "a new run that cannot begin leaves nothing");
     assert_undisturbed(&mut Run::start(&train), 1_000, "with room again");
 }
+
+/// CKPT-4: the newest checkpoint names the trace that it was made with, and is not gone on from with another one. With its own
+/// trace back the run goes on.
+#[test]
+fn a_trace_that_is_not_the_checkpoints_halts() {
+    let project = Project::tiny();
+    let train = project.train("edited").ranks(2);
+    Run::start(&train.clone().steps(40)).finish().assert_code(0);
+    let path = project.run_dir("edited").join("trace.jsonl");
+    let own = std::fs::read_to_string(&path).expect("a trace");
+    let (head, rest) = own.split_once("\"grad_norm\":").expect("a norm");
+    let digit = rest
+        .find(|letter: char| ('1'..='8').contains(&letter))
+        .expect("a digit");
+    let edited = format!("{head}\"grad_norm\":{}9{}", &rest[..digit], &rest[digit + 1..]);
+    assert_eq!(edited.len(), own.len());
+    std::fs::write(&path, &edited).expect("written");
+    let refused = train.clone().steps(60).finish();
+    assert_halted(&refused, &["trace.jsonl", "checkpoint of step 40", "--run-dir"]);
+    assert_eq!(
+        std::fs::read_to_string(&path).expect("a trace"),
+        edited,
+        "nothing is written"
+    );
+    std::fs::write(&path, &own).expect("written");
+    assert_undisturbed(&mut Run::start(&train.steps(60)), 60, "with its own trace");
+}

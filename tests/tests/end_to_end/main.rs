@@ -8,6 +8,7 @@
 //! What this does not do: simulated time and thousands of schedules, larger models, other machines.
 
 mod bad_input;
+mod checkpoints;
 mod common;
 mod corruption;
 mod damage;

@@ -180,10 +180,10 @@ pub enum Effect {
         /// Why.
         reason: String,
     },
-    /// Send a message.
+    /// Send a message, the same to all of them.
     Send {
-        /// To whom.
-        member: Member,
+        /// To whom; somebody.
+        members: Vec<Member>,
         /// What.
         message: ToRank,
     },

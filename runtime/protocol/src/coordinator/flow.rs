@@ -222,13 +222,9 @@ impl Coordinator {
             return Vec::new();
         }
         *pause_sent = true;
-        self.roster
-            .iter()
-            .map(|&(member, _)| Effect::Send {
-                member,
-                message: ToRank::Pause { generation, checkpoint },
-            })
-            .collect()
+        let members: Vec<Member> = self.roster.iter().map(|&(member, _)| member).collect();
+        let message = ToRank::Pause { generation, checkpoint };
+        send_to(members, message).into_iter().collect()
     }
 
     fn on_exited(&mut self, now_ms: u64, member: Member, cause: String, orderly: bool) -> Vec<Effect> {
@@ -328,17 +324,13 @@ impl Coordinator {
         }
         let generation = self.generation;
         let survivors = self.workers.members();
-        let mut effects = Vec::with_capacity(survivors.len());
-        effects.extend(survivors.iter().map(|&member| Effect::Send {
-            member,
-            message: ToRank::Fence { generation },
-        }));
         self.phase = Phase::Fencing {
             deadline_ms: now_ms + self.options.timeouts.fence_ms,
             alarm,
-            awaiting: survivors.into_iter().map(|member| member.worker).collect(),
+            awaiting: survivors.iter().map(|member| member.worker).collect(),
             survey: Survey::default(),
         };
+        let mut effects: Vec<Effect> = send_to(survivors, ToRank::Fence { generation }).into_iter().collect();
         effects.extend(self.settle_fence(now_ms));
         effects
     }
@@ -498,16 +490,9 @@ impl Coordinator {
         self.phase = Phase::Leaving {
             deadline_ms: now_ms + self.options.timeouts.failure_ms,
         };
-        let mut effects: Vec<Effect> = self
-            .workers
-            .members()
-            .into_iter()
-            .chain(self.workers.ready())
-            .map(|member| Effect::Send {
-                member,
-                message: ToRank::Shutdown,
-            })
-            .collect();
+        let mut members = self.workers.members();
+        members.extend(self.workers.ready());
+        let mut effects: Vec<Effect> = send_to(members, ToRank::Shutdown).into_iter().collect();
         for member in self.workers.starting() {
             effects.push(Effect::Kill {
                 member,
@@ -583,4 +568,9 @@ impl Coordinator {
             _ => Vec::new(), // the generation being agreed on begins, saves its base and ends
         }
     }
+}
+
+/// One message to all of them, where there is anybody.
+fn send_to(members: Vec<Member>, message: ToRank) -> Option<Effect> {
+    (!members.is_empty()).then_some(Effect::Send { members, message })
 }

@@ -134,7 +134,11 @@ impl Cluster {
                     });
                 }
                 Effect::Kill { member, .. } => self.kill(member.worker.0),
-                Effect::Send { member, message } => self.deliver(member, message),
+                Effect::Send { members, message } => {
+                    for member in members {
+                        self.deliver(member, message.clone());
+                    }
+                }
                 Effect::Begin { plan } => {
                     for entry in &plan.roster {
                         self.deliver(entry.member, ToRank::Begin(Box::new(BeginPlan::clone(&plan))));

@@ -3,6 +3,7 @@
 //! Each part starts real runs of a config, as a person does, and reads their files. Numbers of one part come from runs that
 //! alternate, so that a machine that slows down slows both sides. See `tests/bench/README.md`.
 
+mod checkpoint;
 mod overhead;
 mod recovery;
 mod start;
@@ -89,6 +90,12 @@ enum Part {
         #[arg(long, default_value_t = 40)]
         steps: u64,
     },
+    /// What a checkpoint costs the steps around it.
+    Checkpoint {
+        /// Checkpoints.
+        #[arg(long, default_value_t = 100)]
+        checkpoints: u64,
+    },
     /// Start of a rank process to its readiness.
     Start {
         /// Runs; each starts all ranks.
@@ -115,6 +122,7 @@ fn main() -> Result<()> {
         }
         Part::Takeover { rounds } => takeover::measure(&config, ranks, rounds),
         Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
+        Part::Checkpoint { checkpoints } => checkpoint::measure(&config, ranks, checkpoints),
         Part::Start { rounds } => start::measure(&config, ranks, rounds),
     };
     println!("load average at the end {}", figures::load_average());

@@ -9,7 +9,9 @@
 //! The whole cost is one ratio, by round: a step with all of it over a step with none of it, that is the step with one
 //! copy less the hashes of that copy, before and after the update, and its barrier. It is an upper bound: hashes are made in
 //! the update's own pass over the state and not in two of theirs, and gradients would have to be waited for without a
-//! barrier, too. Audits, one lane computed twice each `fault.audit_interval_steps`, are on on both sides and in no median.
+//! barrier, too. Wall-clock time scatters by more than what is looked for where others share the machine, so the processor
+//! time of all processes of a run, start included, is compared as well: ranks keep all processors busy, so it is what steps
+//! cost, less what they wait. Audits, one lane computed twice each `fault.audit_interval_steps`, are on on both sides and in no median.
 
 use anyhow::{Result, anyhow};
 use std::path::Path;
@@ -29,6 +31,8 @@ const HASH_TURNS: usize = 15;
 
 struct Side {
     step_ms: f64,
+    /// Processor time of all processes of the run, per step.
+    cpu_ms: f64,
     barrier_ms: f64,
 }
 
@@ -63,12 +67,21 @@ struct Rounds {
     ratios: Vec<f64>,
     /// With everything over nothing.
     whole: Vec<f64>,
+    /// The same by processor time.
+    cpu_ratios: Vec<f64>,
+    whole_cpu: Vec<f64>,
 }
 
 impl Rounds {
     fn add(&mut self, on: &Side, off: &Side, hash_one_ms: f64, hash_two_ms: f64) {
         let ratio = on.step_ms / off.step_ms;
         let whole = on.step_ms / (off.step_ms - HASHES_PER_UPDATE * hash_one_ms - off.barrier_ms);
+        // The hashes of one copy, made by all ranks at once, keep every processor busy.
+        let processors = std::thread::available_parallelism().map_or(1.0, |count| count.get() as f64);
+        let hashes_cpu_ms = HASHES_PER_UPDATE * hash_one_ms * processors;
+        let (cpu_ratio, whole_cpu) = (on.cpu_ms / off.cpu_ms, on.cpu_ms / (off.cpu_ms - hashes_cpu_ms));
+        self.cpu_ratios.push(cpu_ratio);
+        self.whole_cpu.push(whole_cpu);
         self.on_ms.push(on.step_ms);
         self.off_ms.push(off.step_ms);
         self.barrier_ms.push(off.barrier_ms);
@@ -78,11 +91,14 @@ impl Rounds {
         self.whole.push(whole);
         println!(
             "round {}: {:.1} ms with replicas, {:.1} ms without, ratio {ratio:.4}; hashes {hash_one_ms:.2} ms and barrier \
-             {:.2} ms of the latter, whole ratio {whole:.4}",
+             {:.2} ms of the latter, whole ratio {whole:.4}; processor time {:.1} and {:.1} ms, ratio {cpu_ratio:.4}, \
+             whole {whole_cpu:.4}",
             self.whole.len(),
             on.step_ms,
             off.step_ms,
             off.barrier_ms,
+            on.cpu_ms,
+            off.cpu_ms,
         );
     }
 
@@ -110,7 +126,18 @@ impl Rounds {
             percent(whole.least),
             percent(whole.most)
         );
+        let (cpu_ratio, whole_cpu) = (Summary::of(&self.cpu_ratios), Summary::of(&self.whole_cpu));
+        println!(
+            "by processor time      {whole_cpu}: {:+.1}%, {:+.1}% to {:+.1}% by round; replicas alone {:+.1}%",
+            percent(whole_cpu.median),
+            percent(whole_cpu.least),
+            percent(whole_cpu.most),
+            percent(cpu_ratio.median),
+        );
         Figures::new("overhead")
+            .number("whole_cpu_percent", percent(whole_cpu.median))
+            .summary("cpu_ratio", cpu_ratio)
+            .summary("whole_cpu_ratio", whole_cpu)
             .number("hash_percent", share(hash_one.median))
             .number("barrier_percent", share(barrier.median))
             .number("whole_percent", percent(whole.median))
@@ -138,8 +165,10 @@ fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -
         .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("checkpoint.interval_steps", "0");
+    let before_ms = children_cpu_ms();
     let mut run = Run::start(&train);
     run.finish().assert_code(0);
+    let cpu_ms = (children_cpu_ms() - before_ms) / steps as f64;
     let metrics = run.json_lines("metrics.jsonl");
     let counted = metrics
         .iter()
@@ -151,8 +180,17 @@ fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -
     }
     Side {
         step_ms: Summary::of(&step_ms).median,
+        cpu_ms,
         barrier_ms: Summary::of(&barrier_ms).median,
     }
+}
+
+/// Processor time of all children that have ended, and of theirs (proc(5), fields 16 and 17, in hundredths of a second).
+fn children_cpu_ms() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after_name.split_whitespace().skip(13).take(2);
+    ticks.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() * 10.0
 }
 
 /// Hashing what all of `ranks` ranks hold, each on a thread, all at once: from the first to the last, the start of the

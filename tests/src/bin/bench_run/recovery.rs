@@ -95,6 +95,9 @@ fn since(began_ms: u64, event: &serde_json::Value) -> f64 {
     event["time_unix_ms"].as_u64().unwrap_or_default() as f64 - began_ms as f64
 }
 
+/// More than any machine computes while somebody looks on.
+const PEACE_STEPS: &str = "10000000";
+
 /// Stops ranks for good, one after another, with `fault.timeout_ms` as given, and then trains for a while to see whether
 /// anybody is suspected who is well.
 pub fn measure_stops(config: &Path, ranks: u32, stops: usize, timeout_ms: u64, calm: Duration) -> Figures {
@@ -102,6 +105,7 @@ pub fn measure_stops(config: &Path, ranks: u32, stops: usize, timeout_ms: u64, c
     let train = project
         .train("stops")
         .ranks(ranks)
+        .set("run.steps", PEACE_STEPS)
         .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("fault.timeout_ms", &timeout_ms.to_string());
