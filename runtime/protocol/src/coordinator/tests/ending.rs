@@ -1,0 +1,102 @@
+//! How a run ends: stopped, saved, or over already.
+
+use super::*;
+
+/// The last checkpoint may fail before all stand still; it is then saved again, and given up for now after some tries.
+#[test]
+fn a_last_checkpoint_that_fails_is_saved_again() {
+    for (failures, full, expected) in [(1, false, 33), (LAST_SAVES_MAX, false, 33), (LAST_SAVES_MAX, true, 3)] {
+        let mut cluster = Cluster::new();
+        cluster.settle(20);
+        let members: Vec<Member> = (0..WORKERS).map(|worker| cluster.member(worker)).collect();
+        let last = StepsCompleted(LAST);
+        cluster.event(Event::LineWritten { step: last });
+        for failure in 0..failures {
+            let generation = cluster.coordinator.generation();
+            let paused = |member| Event::Paused {
+                member,
+                generation,
+                step: last,
+                saving: true,
+            };
+            cluster.event(paused(members[0]));
+            cluster.event(Event::CheckpointFailed {
+                step: last,
+                cause: format!("disk full {failure}"),
+                full,
+            });
+            assert!(cluster.end.is_none() && cluster.coordinator.is_running());
+            members[1..].iter().for_each(|&member| cluster.event(paused(member)));
+            let generation = cluster.coordinator.generation();
+            for &member in &members {
+                let shards = (0..SHARDS as u32).map(|shard| ShardHolding {
+                    shard: OptimizerShardIndex(shard),
+                    state: last,
+                    reduced: None,
+                });
+                let report = StateReport {
+                    shards: shards.collect(),
+                    passed: Some(outcome(LAST)),
+                    lines: vec![],
+                    waits_for: None,
+                };
+                cluster.event(Event::State {
+                    member,
+                    generation,
+                    report,
+                });
+            }
+        }
+        if failures == LAST_SAVES_MAX {
+            assert!(
+                matches!(&cluster.end, Some(Effect::Halt { code, diagnosis })
+                    if *code == expected && diagnosis.contains("disk full 0")),
+                "{:?}",
+                cluster.end
+            );
+        } else {
+            let begun = cluster.processes[&0].inbox.back();
+            assert!(
+                matches!(begun, Some(ToRank::Begin(plan)) if plan.checkpoint_at_base),
+                "{begun:?}"
+            );
+        }
+    }
+}
+
+/// A stop signal ends in a checkpoint and code 34, also when it comes while a generation is being agreed on.
+#[test]
+fn a_stop_signal_saves_and_leaves() {
+    for kill_first in [false, true] {
+        let mut cluster = Cluster::new();
+        cluster.settle(40);
+        assert!(cluster.end.is_none() && cluster.coordinator.is_running());
+        if kill_first {
+            cluster.kill(1);
+        }
+        cluster.event(Event::StopRequested);
+        cluster.settle(2000);
+        assert_eq!(
+            cluster.end,
+            Some(Effect::Done { code: 34 }),
+            "{:?}",
+            cluster.coordinator.phase
+        );
+    }
+}
+
+/// A run that is whole already is neither computed nor saved again (STEP-5).
+#[test]
+fn a_finished_run_started_again_ends_at_once() {
+    let mut cluster = Cluster::new();
+    cluster.saved = Some(LAST);
+    cluster.coordinator.written = StepsCompleted(LAST);
+    cluster.settle(20);
+    assert_eq!(
+        cluster.end,
+        Some(Effect::Done { code: 0 }),
+        "{:?}",
+        cluster.coordinator.phase
+    );
+    assert!(cluster.lines.is_empty(), "computed again: {:?}", cluster.lines);
+}
