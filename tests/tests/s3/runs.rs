@@ -5,7 +5,8 @@ use rustix::process::Signal;
 use std::path::Path;
 use tarazed_tests::harness::{Project, Run, Train, assert_prefix, assert_refused, assert_undisturbed};
 
-const STEPS: u64 = 120;
+/// Enough that a busy machine is still training when the run is stopped.
+const STEPS: u64 = 400;
 
 fn on_store(train: Train, url: &str) -> Train {
     train.steps(STEPS).set("checkpoint.store", url)
@@ -83,6 +84,9 @@ fn a_run_without_its_bucket_is_refused() {
             let outcome = on_store(project.train("refused").ranks(2), &place.url()).finish();
             assert_refused(&outcome, &["s3://", remedy]);
             place.assert_silent(&outcome.tail());
+            let looked = project.tarazed(&["checkpoint", "ls", &place.url()]);
+            assert_refused(&looked, &["s3://", remedy]);
+            place.assert_silent(&looked.tail());
             assert!(
                 !project.run_dir("refused").exists(),
                 "{}: something is left",

@@ -31,10 +31,13 @@ pub async fn run(case: &str, location: &str) {
 }
 
 async fn refused(store: &CheckpointStore, remedy: &str) {
-    let error = store.self_test().await.expect_err("unfit");
-    assert!(matches!(error, StoreError::Reconfigure { .. }), "{error:?}");
-    let text = error.to_string();
-    assert!(text.contains(remedy) && text.contains(store.location()), "{text}");
+    let written = store.self_test().await.expect_err("unfit");
+    let listed = store.newest_valid(None).await.expect_err("unreadable");
+    for error in [written, listed] {
+        assert!(matches!(error, StoreError::Reconfigure { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains(remedy) && text.contains(store.location()), "{text}");
+    }
 }
 
 /// The server without our store around it, and the prefix of the test.
