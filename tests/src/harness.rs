@@ -19,6 +19,7 @@
 //!
 //! It uses the program as a person does, through its command line and its files; it knows nothing of what is inside.
 
+mod claims;
 mod collector;
 mod processes;
 mod program;
@@ -27,6 +28,7 @@ mod run;
 mod texts;
 mod trace;
 
+pub use claims::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, wait_for_no_ranks};
 pub use collector::{Collector, Export};
 pub use processes::Processes;
 pub use program::{tarazed, verifier};

@@ -113,6 +113,9 @@ const SECRET_VARIABLES: [&str; 9] = [
     "AZURE_STORAGE_CLIENT_SECRET",
     "AZURE_STORAGE_SAS_KEY",
 ];
+/// What to do where a store does not let us in.
+const ACCESS: &str = "check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
+                      AWS_ENDPOINT_URL) and that they may read, write, list and delete there";
 /// Shorter values are no secrets, and removing them would garble messages.
 const SECRET_CHARS_MIN: usize = 8;
 
@@ -165,18 +168,18 @@ impl Redactor {
                 _ => {}
             }
         }
+        // Of a listing, the object store says no more than the server's answer.
+        let is_denied = cause.contains("403 Forbidden") || cause.contains("401 Unauthorized");
         match error {
-            E::NotFound { .. } if cause.contains("NoSuchBucket") => {
+            E::NotFound { .. } | E::Generic { .. } if cause.contains("NoSuchBucket") => {
                 reconfigure("create the bucket, or correct its name in checkpoint.store")
             }
             E::NotFound { .. } => StoreError::NotFound {
                 what: format!("{key} in {}", self.location),
                 remedy: "the object was deleted or never written".to_string(),
             },
-            E::PermissionDenied { .. } | E::Unauthenticated { .. } => reconfigure(
-                "check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
-                 AWS_ENDPOINT_URL) and that they may read, write, list and delete there",
-            ),
+            E::PermissionDenied { .. } | E::Unauthenticated { .. } => reconfigure(ACCESS),
+            E::Generic { .. } if is_denied => reconfigure(ACCESS),
             E::NotImplemented { .. } | E::NotSupported { .. } | E::UnknownConfigurationKey { .. } => {
                 reconfigure("use a store that supports create-if-absent writes and strongly consistent listing")
             }
@@ -269,5 +272,24 @@ mod tests {
             redactor.sort("write", "k", &missing),
             StoreError::Reconfigure { .. }
         ));
+    }
+
+    #[test]
+    fn a_listing_that_is_refused_is_no_reason_to_try_again() {
+        let redactor = Redactor::with_secrets("s3://bucket", std::iter::empty());
+        let answer =
+            |text: &str| redactor.sort("list", "commits", &generic(format!("Server returned non-2xx: {text}")));
+        for (text, remedy) in [
+            (
+                "403 Forbidden: <Code>SignatureDoesNotMatch</Code>",
+                "check the credentials",
+            ),
+            ("404 Not Found: <Code>NoSuchBucket</Code>", "create the bucket"),
+        ] {
+            let error = answer(text);
+            assert!(matches!(&error, StoreError::Reconfigure { .. }), "{error:?}");
+            assert!(error.to_string().contains(remedy), "{error}");
+        }
+        assert!(matches!(answer("503 Slow Down"), StoreError::Retry { .. }));
     }
 }

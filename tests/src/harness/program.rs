@@ -122,7 +122,14 @@ fn build(profile_dir: &Path) -> Result<(), String> {
         Some("debug") | None => "dev",
         Some(name) => name,
     };
-    let output = Command::new(env!("CARGO"))
+    let mut cargo = Command::new(env!("CARGO"));
+    // Cargo tells a test which package it is of. Build scripts look at the same names (ring's does), and with these set they,
+    // and all that depends on them, would be built anew: here, and again when a person builds next.
+    let of_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(of_package)) {
+        cargo.env_remove(name);
+    }
+    let output = cargo
         .args(["test", "--quiet", "--workspace", "--no-run", "--test", PROGRAM_TEST])
         .args(["--profile", profile])
         .arg("--target-dir")

@@ -59,6 +59,7 @@ const LIMITED: &str = "trap '' XFSZ && ulimit -S -f \"$0\" && exec \"$@\"";
 pub struct Project {
     folder: tempfile::TempDir,
     config: PathBuf,
+    variables: Vec<(String, String)>,
 }
 
 impl Project {
@@ -85,7 +86,11 @@ impl Project {
         let data = config["data"].as_table_mut().expect("a section");
         data.insert("domains".to_owned(), domains.into());
         let file = folder.path().join("tiny.toml");
-        let project = Self { folder, config: file };
+        let project = Self {
+            folder,
+            config: file,
+            variables: Vec::new(),
+        };
         project.write(&config);
         project
     }
@@ -96,6 +101,7 @@ impl Project {
         Self {
             folder: folder(),
             config: config.to_owned(),
+            variables: Vec::new(),
         }
     }
 
@@ -107,6 +113,13 @@ impl Project {
             project.set(key, value);
         }
         project
+    }
+
+    /// With an environment variable for every program that it starts.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     /// Sets one key of the config file.
@@ -179,7 +192,7 @@ impl Project {
             config: self.config(),
             run_dir: self.run_dir(run),
             args: Vec::new(),
-            variables: Vec::new(),
+            variables: self.variables.clone(),
             disk: None,
         }
     }
@@ -204,6 +217,7 @@ impl Project {
 
     fn complete<S: AsRef<std::ffi::OsStr>>(&self, program: &Path, args: &[S]) -> Outcome {
         let output = command(program, self.path())
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .args(args)
             .output()
             .expect("the program runs");
@@ -344,9 +358,13 @@ fn folder() -> tempfile::TempDir {
     folder
 }
 
-/// A program in a test's folder. Sockets go there too, so that a killed run leaves nothing in the system's folder.
+/// A program in a test's folder. Sockets go there too, so that a killed run leaves nothing in the system's folder. Where its
+/// store is and who may use it, a test says itself.
 fn command(program: &Path, folder: &Path) -> Command {
     let mut command = Command::new(program);
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("AWS_")) {
+        command.env_remove(name);
+    }
     command
         .current_dir(folder)
         .stdin(Stdio::null())

@@ -2,41 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
-use tarazed_tests::harness::{Outcome, POLL, Run, WAIT, assert_same_trace, line_count, undisturbed};
-
-/// Fails unless the run ended with code 0 and its first `steps` lines, all it has, are the undisturbed ones.
-#[track_caller]
-pub fn assert_undisturbed(run: &mut Run, steps: u64, what: &str) {
-    let outcome = run.finish();
-    assert_eq!(outcome.code, Some(0), "{what}\n{}", run.tail());
-    assert_same_trace(&run.trace(), undisturbed(steps), &format!("{what}\n{}", run.tail()));
-    assert_eq!(run.processes().ranks(), [0_u32; 0], "{what}: ranks are left");
-}
-
-/// Fails unless what the run wrote so far is the beginning of the undisturbed trace; its number of lines.
-#[track_caller]
-pub fn assert_prefix(run: &Run) -> u64 {
-    let trace = run.trace();
-    let count = line_count(&trace);
-    assert_same_trace(&trace, undisturbed(count), "a trace so far");
-    count
-}
-
-/// Waits until no rank is left: those whose controller is gone end by themselves where no other comes for a dozen times
-/// `fault.timeout_ms`.
-#[track_caller]
-pub fn wait_for_no_ranks(run: &mut Run) {
-    let deadline = Instant::now() + WAIT;
-    while !run.processes().ranks().is_empty() {
-        assert!(
-            Instant::now() < deadline,
-            "ranks without a controller stay\n{}",
-            run.tail()
-        );
-        std::thread::sleep(POLL);
-    }
-}
+pub use tarazed_tests::harness::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, wait_for_no_ranks};
 
 /// Every file below a folder, by its path in there; one that a live run removes meanwhile is none.
 pub fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -72,29 +38,6 @@ pub fn assert_untouched(folder: &Path, before: &BTreeMap<PathBuf, Vec<u8>>) {
         .chain(after.keys().filter(|name| !before.contains_key(*name)))
         .collect();
     assert!(changed.is_empty(), "changed in {}: {changed:?}", folder.display());
-}
-
-/// Fails unless the program refused: code 2, one message that begins so and holds all `parts`, and no ranks started.
-#[track_caller]
-pub fn assert_refused(outcome: &Outcome, parts: &[&str]) {
-    outcome.assert_code(2);
-    assert!(outcome.stderr.starts_with("tarazed: refused: "), "{}", outcome.tail());
-    assert_eq!(
-        outcome.stderr.matches("tarazed: ").count(),
-        1,
-        "one message\n{}",
-        outcome.tail()
-    );
-    parts.iter().for_each(|part| outcome.assert_says(part));
-    assert!(!outcome.stdout.contains("started as process"), "{}", outcome.tail());
-}
-
-/// Fails unless the program halted: code 3, and a diagnosis that holds all `parts`.
-#[track_caller]
-pub fn assert_halted(outcome: &Outcome, parts: &[&str]) {
-    outcome.assert_code(3);
-    assert!(outcome.stderr.contains("tarazed: halted: "), "{}", outcome.tail());
-    parts.iter().for_each(|part| outcome.assert_says(part));
 }
 
 /// Puts another file into this one's place, with bytes in its middle turned around. Who has it open keeps the good one.

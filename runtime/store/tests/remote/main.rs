@@ -8,12 +8,11 @@
 mod common;
 mod server;
 
-use common::{checkpoint, restore, upload, writer};
+use common::{life, writer};
 use server::{Mischief, Server};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Depth, Retention, Select, StoreError};
+use tarazed_store::{CheckpointStore, StoreError};
 
 const CASE: &str = "TARAZED_TEST_CASE";
 const KEY_ID: &str = "AKIDFORTESTSONLY";
@@ -115,7 +114,7 @@ fn child() {
         .unwrap();
     runtime.block_on(async {
         match case.as_str() {
-            "run" => life().await,
+            "run" => life("s3://checkpoints/some/run").await,
             "ignores conditions" => refused("s3://checkpoints/run", "ignores conditional writes").await,
             "no bucket" => refused("s3://elsewhere/run", "create the bucket").await,
             "wrong credentials" => refused("s3://checkpoints/run", "check the credentials").await,
@@ -138,58 +137,4 @@ async fn refused(location: &str, reason: &str) {
         error.to_string().contains(reason) && error.to_string().contains(location),
         "{error}"
     );
-}
-
-async fn life() {
-    let location = "s3://checkpoints/some/run";
-    let store = CheckpointStore::open(location, writer(1)).await.unwrap();
-    assert_eq!(store.location(), location);
-    store.self_test().await.unwrap();
-    assert!(store.newest_valid(None).await.unwrap().is_none());
-    let fence = store.claim(Generation(0)).await.unwrap();
-    for step in [10, 20, 30] {
-        checkpoint(&store, &fence, step).await;
-    }
-    large(&store).await;
-    assert_eq!(restore(&store).await.unwrap(), Some(30));
-    let report = store.gc(&fence, Retention::last(2)).await.unwrap();
-    assert_eq!(
-        (report.kept.len(), report.retired.len(), report.deleted_objects),
-        (2, 1, 4)
-    );
-    // CKPT-3
-    let other = CheckpointStore::open(location, writer(2)).await.unwrap();
-    let pending = upload(&store, 40, fence.generation).await;
-    let taken = other.claim(Generation(0)).await.unwrap();
-    assert!(matches!(
-        store.commit(&fence, &pending).await,
-        Err(StoreError::Fenced { .. })
-    ));
-    checkpoint(&other, &taken, 40).await;
-    let report = other.verify(Select::All, Depth::Full).await.unwrap();
-    assert!(report.is_clean() && report.checkpoints.len() == 3, "{report:?}");
-    assert_eq!(restore(&other).await.unwrap(), Some(40));
-}
-
-async fn large(store: &CheckpointStore) {
-    let geometry = tarazed_store::ShardGeometry {
-        block_elements: 500_000,
-        ..common::geometries()[0]
-    };
-    let tensors: Vec<Vec<f32>> = (0..3)
-        .map(|t| (0..1_000_000).map(|i| (i * 3 + t) as f32).collect())
-        .collect();
-    let state = tarazed_store::ShardSlices {
-        master: &tensors[0],
-        exp_avg: &tensors[1],
-        exp_avg_sq: &tensors[2],
-    };
-    let record = store
-        .put_shard(StepsCompleted(10), Generation(1), &geometry, state)
-        .await
-        .unwrap();
-    let mut manifest = common::manifest(store, 10, Generation(1), vec![record]);
-    manifest.block_elements = geometry.block_elements;
-    let read = store.get_shard(&manifest, geometry.shard).await.unwrap();
-    assert!(read.master == tensors[0] && read.exp_avg == tensors[1] && read.exp_avg_sq == tensors[2]);
 }

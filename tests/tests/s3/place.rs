@@ -1,0 +1,143 @@
+//! Where a test keeps its objects: a server, a bucket in it, and a prefix that nobody else uses.
+
+use std::process::Command;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tarazed_s3::{Credentials, Server};
+use tarazed_tests::harness::Project;
+
+/// Names a bucket on another server, whose variables are set too.
+const BUCKET: &str = "TARAZED_TEST_BUCKET";
+const CASE: &str = "TARAZED_TEST_CASE";
+const LOCATION: &str = "TARAZED_TEST_LOCATION";
+const SECRET: &str = "AWS_SECRET_ACCESS_KEY";
+
+/// One server, as clients find it.
+#[derive(Clone)]
+pub struct Place {
+    name: String,
+    bucket: String,
+    variables: Vec<(String, String)>,
+    secret: String,
+    /// The server and its folder, where they are the test's own; in the order in which they go.
+    _own: Option<Rc<(Server, tempfile::TempDir)>>,
+}
+
+impl Place {
+    /// The project's own server, and the one of the environment where there is one.
+    pub fn all() -> Vec<Self> {
+        let mut places = vec![Self::own()];
+        places.extend(Self::of_environment());
+        places
+    }
+
+    fn own() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let credentials = Credentials::random().expect("random numbers");
+        let server = Server::start(folder.path(), credentials).expect("a server");
+        let bucket = "tarazed-test".to_owned();
+        server.create_bucket(&bucket).expect("a bucket");
+        let mut variables: Vec<_> = server.environment().into();
+        variables.push(("NO_PROXY", "127.0.0.1".to_owned()));
+        let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value));
+        Self::new("tests/s3", bucket, variables.collect(), Some(Rc::new((server, folder))))
+    }
+
+    fn of_environment() -> Option<Self> {
+        let bucket = std::env::var(BUCKET).ok()?;
+        let variables = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
+        Some(Self::new(BUCKET, bucket, variables.collect(), None))
+    }
+
+    fn new(
+        name: &str,
+        bucket: String,
+        variables: Vec<(String, String)>,
+        own: Option<Rc<(Server, tempfile::TempDir)>>,
+    ) -> Self {
+        let secret = variables.iter().find(|(name, _)| name == SECRET);
+        let (_, secret) = secret.expect("a secret in the environment").clone();
+        Self {
+            name: name.to_owned(),
+            bucket,
+            variables,
+            secret,
+            _own: own,
+        }
+    }
+
+    /// The same server, found in another way.
+    pub fn clone_with(&self, name: &str, value: &str) -> Self {
+        let mut other = self.clone();
+        other.variables.retain(|(known, _)| known != name);
+        other.variables.push((name.to_owned(), value.to_owned()));
+        other
+    }
+
+    /// Another bucket of the same server.
+    pub fn in_bucket(&self, bucket: &str) -> Self {
+        Self {
+            bucket: bucket.to_owned(),
+            ..self.clone()
+        }
+    }
+
+    /// The URL of a store that nobody has used, with a prefix as long as people's may be.
+    pub fn url(&self) -> String {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (process, count) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let prefix = format!("people/somebody/runs/{}-{process}-{count}/store", now.as_nanos());
+        format!("s3://{}/{prefix}", self.bucket)
+    }
+
+    /// A project whose programs use this server.
+    pub fn project(&self, project: Project) -> Project {
+        let with = |project: Project, (name, value): &(String, String)| project.variable(name, value);
+        self.variables.iter().fold(project, with)
+    }
+
+    /// Runs a case of the store in a child process whose only credentials are this place's; it says no secret.
+    #[track_caller]
+    pub fn run(&self, case: &str) {
+        let mut child = Command::new(std::env::current_exe().expect("a test knows its own path"));
+        child.args(["child", "--exact", "--ignored", "--nocapture"]);
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("AWS_")) {
+            child.env_remove(name);
+        }
+        let output = child
+            .env(CASE, case)
+            .env(LOCATION, self.url())
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .output()
+            .expect("the child runs");
+        let (said, complained) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        let text = format!("{}, {case}: {said}{complained}", self.name);
+        self.assert_silent(&text);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+
+    /// Fails if a text holds a secret, and does not show it then.
+    #[track_caller]
+    pub fn assert_silent(&self, text: &str) {
+        let given = self.variables.iter().filter(|(name, _)| name == SECRET);
+        for secret in given.map(|(_, secret)| secret).chain([&self.secret]) {
+            let shown = text.replace(secret.as_str(), "***");
+            assert!(!text.contains(secret.as_str()), "a secret was printed: {shown}");
+        }
+    }
+
+    /// What the failure of a test names it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// The case that this process is to run, and where; none where a person started it.
+pub fn case() -> Option<(String, String)> {
+    Some((std::env::var(CASE).ok()?, std::env::var(LOCATION).ok()?))
+}

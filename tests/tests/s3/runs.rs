@@ -1,0 +1,97 @@
+//! The program itself with its checkpoints on S3.
+
+use crate::place::Place;
+use rustix::process::Signal;
+use std::path::Path;
+use tarazed_tests::harness::{Project, Run, Train, assert_prefix, assert_refused, assert_undisturbed};
+
+/// Enough that a busy machine is still training when the run is stopped.
+const STEPS: u64 = 400;
+
+fn on_store(train: Train, url: &str) -> Train {
+    train.steps(STEPS).set("checkpoint.store", url)
+}
+
+/// All that a run leaves on its machine, but its config and its trace.
+fn lose(run_dir: &Path) {
+    for entry in std::fs::read_dir(run_dir).expect("the run folder") {
+        let entry = entry.expect("an entry");
+        let name = entry.file_name();
+        if name == "config.toml" || name == "trace.jsonl" {
+            continue;
+        }
+        let removed = match entry.file_type().expect("a file type").is_dir() {
+            true => std::fs::remove_dir_all(entry.path()),
+            false => std::fs::remove_file(entry.path()),
+        };
+        removed.expect("removed");
+    }
+}
+
+/// STEP-2, CKPT-1, CKPT-6: a run whose checkpoints are in a bucket loses a rank, is stopped, loses all that its machine held
+/// but config and trace, and goes on from the bucket at another world size; its trace is that of an undisturbed run.
+#[test]
+fn a_run_goes_on_from_its_bucket() {
+    for place in Place::all() {
+        let (name, url) = (place.name(), place.url());
+        let project = place.project(Project::tiny());
+        let mut run = Run::start(&on_store(project.train("bucket").ranks(2), &url));
+        run.wait_for_step(25);
+        assert!(run.kill_rank(1).is_some(), "{name}\n{}", run.tail());
+        run.wait_for("a recovery", |run| (!run.events("recovered").is_empty()).then_some(()));
+        let later = run.step() + 10;
+        run.wait_for_step(later);
+        run.signal(Signal::TERM);
+        run.finish().assert_code(34);
+        let stopped_at = assert_prefix(&run);
+        assert!(stopped_at < STEPS, "{name}: it was done before it was stopped");
+        assert_eq!(run.newest_checkpoint(), stopped_at, "{name}\n{}", run.tail());
+        place.assert_silent(&run.tail());
+        assert!(!run.dir().join("store").exists(), "{name}: a folder besides the bucket");
+        lose(run.dir());
+        let again = on_store(project.train("bucket").ranks(3), &url).arg("--resume");
+        let mut again = Run::start(&again);
+        assert_undisturbed(&mut again, STEPS, name);
+        let restored = again.events("generation");
+        let base = restored.iter().find(|event| event["restored"] == true);
+        assert_eq!(
+            base.map(|event| &event["base"]),
+            Some(&stopped_at.into()),
+            "{name}\n{}",
+            again.tail()
+        );
+        look_at(&project, &url, name);
+    }
+}
+
+/// The commands for people who look after checkpoints, and the second opinion, take the URL.
+fn look_at(project: &Project, url: &str, name: &str) {
+    let listed = project.tarazed(&["checkpoint", "ls", url]);
+    listed.assert_code(0);
+    assert!(listed.stdout.contains(&STEPS.to_string()), "{name}\n{}", listed.tail());
+    project.tarazed(&["checkpoint", "verify", url]).assert_code(0);
+    project.verify(&["bucket", url]).assert_code(0);
+}
+
+/// A run that cannot use its bucket is refused before anything starts, with the remedy and without the secret.
+#[test]
+fn a_run_without_its_bucket_is_refused() {
+    for place in Place::all() {
+        let wrong = place.clone_with("AWS_SECRET_ACCESS_KEY", "wrong-horse-battery-staple");
+        let missing = place.in_bucket("tarazed-no-such-bucket");
+        for (place, remedy) in [(wrong, "check the credentials"), (missing, "create the bucket")] {
+            let project = place.project(Project::tiny());
+            let outcome = on_store(project.train("refused").ranks(2), &place.url()).finish();
+            assert_refused(&outcome, &["s3://", remedy]);
+            place.assert_silent(&outcome.tail());
+            let looked = project.tarazed(&["checkpoint", "ls", &place.url()]);
+            assert_refused(&looked, &["s3://", remedy]);
+            place.assert_silent(&looked.tail());
+            assert!(
+                !project.run_dir("refused").exists(),
+                "{}: something is left",
+                place.name()
+            );
+        }
+    }
+}
