@@ -78,10 +78,11 @@ impl Coordinator {
         let mut leaving = staying.split_off(wants.min(staying.len()));
         let room = wants - staying.len();
         staying.extend(self.workers.ready().take(room));
-        staying.sort_unstable();
+        // Stable: it makes use of what is in order already, and that is nearly all.
+        staying.sort();
         let mut released = Vec::new();
-        let nothing_missed = self.holds_all(ground, &staying) || Mutant::LeaversDropped.is_on();
-        if !leaving.is_empty() && nothing_missed {
+        let nothing_missed = || self.holds_all(ground, &staying) || Mutant::LeaversDropped.is_on();
+        if !leaving.is_empty() && nothing_missed() {
             released = std::mem::take(&mut leaving);
         }
         Cast {
