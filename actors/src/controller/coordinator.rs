@@ -585,6 +585,7 @@ impl CoordinatorState {
                 }
                 LedgerEffect::Checked(step) => {
                     self.observe(ObservatoryMessage::Replayed(step))?;
+                    self.ask_for_checkpoint(step)?;
                     self.event(Event::LineWritten { step })?;
                 }
                 LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
@@ -604,14 +605,17 @@ impl CoordinatorState {
         // those whose checkpoint is due are needed.
         if self.heads.len() > 2 * UNACKNOWLEDGED_LINES_MAX {
             let interval = self.arguments.checkpoint_interval_steps;
-            let recent = StepsCompleted(step.0.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
-            let recent = self
-                .arguments
-                .schedule
-                .expected_from()
-                .map_or(recent, |from| recent.min(from));
-            self.heads
-                .retain(|step, _| *step >= recent || (interval > 0 && step.0.is_multiple_of(interval)));
+            let lines_max = UNACKNOWLEDGED_LINES_MAX as u64;
+            let recent = StepsCompleted(step.0.saturating_sub(lines_max));
+            // One that was asked for is of one of the steps that ranks may have been ahead then.
+            let (tracker, asked) = (&self.arguments.tracker, self.arguments.schedule.expected_from());
+            let is_asked = |step: StepsCompleted| {
+                asked.is_some_and(|from| (from.0..=from.0.saturating_add(lines_max)).contains(&step.0))
+            };
+            self.heads.retain(|&step, _| {
+                let is_due = interval > 0 && step.0.is_multiple_of(interval);
+                step > recent || is_due || is_asked(step) || tracker.is_open(step)
+            });
         }
         if let Some(line) = self.writing.take() {
             let ranks_alive = self.arguments.machine.roster().len();

@@ -14,6 +14,8 @@ use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
 use tokio::time::Instant;
 
+/// Entries of lines that no checkpoint has yet.
+const NOT_DURABLE_MAX: usize = 4_096;
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;
 
@@ -61,7 +63,7 @@ pub struct ObservatoryState {
     saving: BTreeMap<StepsCompleted, Instant>,
     /// The newest step whose checkpoint exists.
     durable: Option<StepsCompleted>,
-    /// Lines after it, and when they came.
+    /// Lines after it, some together: the newest of them, and when the first came.
     not_durable: VecDeque<(StepsCompleted, Instant)>,
     spent_us: [u64; PHASES],
     spent_before: (Generation, [u64; PHASES]),
@@ -302,7 +304,7 @@ impl ObservatoryState {
         let now = Instant::now();
         self.written = line.step;
         self.recovered(line.step);
-        self.not_durable.push_back((line.step, now));
+        self.not_durable(line.step, now);
         self.lines.push_back((now, line.step));
         if self.lines.len() > SPEED_WINDOW_LINES + 1 {
             self.lines.pop_front();
@@ -353,6 +355,19 @@ impl ObservatoryState {
             ranks_alive,
             eta_s,
         });
+    }
+
+    /// Of the lines of a second one entry is kept, and where no checkpoint comes for long, of those of several.
+    fn not_durable(&mut self, step: StepsCompleted, now: Instant) {
+        match self.not_durable.back_mut() {
+            Some((newest, first)) if now - *first < Duration::from_secs(1) => *newest = step,
+            _ => self.not_durable.push_back((step, now)),
+        }
+        if self.not_durable.len() > NOT_DURABLE_MAX {
+            let all: Vec<_> = self.not_durable.drain(..).collect();
+            let together = |pair: &[(StepsCompleted, Instant)]| (pair[pair.len() - 1].0, pair[0].1);
+            self.not_durable.extend(all.chunks(2).map(together));
+        }
     }
 
     /// Time by phase since the report before, of one rank in one generation.

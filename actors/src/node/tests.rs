@@ -414,7 +414,7 @@ fn controller_process() {
     runtime.block_on(async {
         let folder = Path::new(&folder);
         let script = format!(
-            "echo $$ > {0}/pid.new; mv {0}/pid.new {0}/pid; while [ ! -e {0}/stop ]; do echo >> {0}/work; sleep 0.01; done",
+            "echo $$ > {0}/pid.new; mv {0}/pid.new {0}/pid; while [ -d {0} ] && [ ! -e {0}/stop ]; do echo >> {0}/work; sleep 0.01; done",
             folder.display()
         );
         let (sender, mut events) = unbounded_channel();

@@ -286,7 +286,10 @@ impl RankActorState {
                 self.abort();
                 self.device(Command::Report { generation })?;
             }
-            ToRank::Begin(plan) if plan.generation >= self.newest => self.begin(myself, plan).await?,
+            ToRank::Begin(plan) if plan.generation >= self.newest => {
+                plan.check().map_err(|e| e.to_string())?;
+                self.begin(myself, plan).await?;
+            }
             ToRank::Pause { generation, checkpoint } => {
                 if let Some(control) = self.control.as_ref().filter(|control| control.generation == generation) {
                     control.switches.checkpoint.fetch_or(checkpoint, Ordering::Relaxed);

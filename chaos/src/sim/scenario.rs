@@ -97,7 +97,7 @@ pub struct Scenario {
     pub checkpoint_interval_steps: u64,
     /// `checkpoint.interval`.
     pub checkpoint_interval: &'static str,
-    /// Every checkpoint of a multiple of this step is kept; 0 for none.
+    /// `checkpoint.keep_every_steps`.
     pub keep_every_steps: u64,
     /// Checkpoints kept.
     pub keep_last: u32,

@@ -108,6 +108,12 @@ impl CheckpointTracker {
         self.open.retain(|&step, _| step <= base);
     }
 
+    /// Whether shards of this step lie in the store, and others are still to come.
+    #[must_use]
+    pub fn is_open(&self, step: StepsCompleted) -> bool {
+        self.open.contains_key(&step)
+    }
+
     /// A checkpoint shard lies in the store.
     pub fn on_shard_saved(
         &mut self,

@@ -233,6 +233,26 @@ pub struct BeginPlan {
     pub disputed: Option<(StepsCompleted, DisputedItem)>,
 }
 
+impl BeginPlan {
+    /// Whether its parts fit each other. The hash of a message says that it is as it was sent, not that it makes sense.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), Malformed> {
+        let ranks = self.roster.len();
+        if self.addresses.iter().count() != ranks {
+            return Err(Malformed(format!(
+                "a plan for {ranks} ranks with {} addresses",
+                self.addresses.iter().count()
+            )));
+        }
+        if !self.shards.is_sound(ranks) {
+            return Err(Malformed(format!("a plan whose shards are not on its {ranks} ranks")));
+        }
+        Ok(())
+    }
+}
+
 pub use envelopes::{FromRank, ToRank};
 
 mod envelopes {

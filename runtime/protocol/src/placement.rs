@@ -109,6 +109,18 @@ impl Placement {
         &self.holders
     }
 
+    /// Whether every shard has its holders, and all of them are among so many ranks: what came over a wire may say anything.
+    #[must_use]
+    pub fn is_sound(&self, ranks: usize) -> bool {
+        let whole = self.copies > 0 && self.holders.len().is_multiple_of(self.copies());
+        let is_there = |rank: Rank| rank.index() < ranks;
+        let can_be = |holder: &ShardHolder| match holder.origin {
+            ShardOrigin::CopyFrom(donor) => is_there(holder.rank) && is_there(donor),
+            _ => is_there(holder.rank),
+        };
+        whole && self.holders.iter().all(can_be)
+    }
+
     /// The memory, to be filled again.
     pub(crate) fn into_memory(mut self) -> Vec<ShardHolder> {
         self.holders.clear();
@@ -140,5 +152,8 @@ mod tests {
         assert_eq!(placement.holders()[0], all[3]);
         assert_eq!(Placement::same(3, &all[..2]).of(OptimizerShardIndex(2)), &all[..2]);
         assert_eq!(Placement::default().shard_count(), 0);
+        assert!(placement.is_sound(4) && !placement.is_sound(2) && !Placement::default().is_sound(4));
+        placement.copies = 3;
+        assert!(!placement.is_sound(4));
     }
 }

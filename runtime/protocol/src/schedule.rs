@@ -21,8 +21,8 @@ const HOURS_PER_LOSS_ASSUMED: f64 = 54.0 * 24.0 * 16_384.0 / 419.0;
 const COST_MS_MIN: f64 = 1.0;
 /// Weight of the newest checkpoint's cost against those before.
 const COST_WEIGHT: f64 = 0.3;
-/// Steps whose median tells how long one takes without a checkpoint.
-const STEPS_REMEMBERED: usize = 31;
+/// Steps whose mean tells how long one takes without a checkpoint: enough to hold some with an evaluation.
+const STEPS_REMEMBERED: usize = 101;
 
 /// A checkpoint on its way.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +30,7 @@ struct UnderWay {
     /// The ranks save the first boundary from this one on.
     from: StepsCompleted,
     asked_ms: u64,
-    /// By how much steps have taken longer since.
+    /// By how much steps have taken longer since, or shorter.
     cost_ms: f64,
 }
 
@@ -44,7 +44,10 @@ pub struct CheckpointSchedule {
     /// When the newest whole checkpoint was asked for, or became known.
     newest_ms: u64,
     under_way: Option<UnderWay>,
-    line_ms: Option<u64>,
+    /// The newest step given up: ranks have saved it, and do not save it again.
+    failed: StepsCompleted,
+    /// The newest line of this generation, and when it came.
+    line: Option<(StepsCompleted, u64)>,
     steps_ms: VecDeque<u64>,
     cost_ms: Option<f64>,
 }
@@ -60,19 +63,25 @@ impl CheckpointSchedule {
             losses: 0,
             newest_ms: 0,
             under_way: None,
-            line_ms: None,
+            failed: StepsCompleted(0),
+            line: None,
             steps_ms: VecDeque::new(),
             cost_ms: None,
         }
     }
 
-    /// A line is written through `step`. An answer asks all ranks for a checkpoint of the first boundary from there on.
+    /// A line is written through `step`, or replayed and found to be the one that is there. An answer asks all ranks for a
+    /// checkpoint of the first boundary from that step on.
     pub fn on_line(&mut self, now_ms: u64, step: StepsCompleted) -> Option<StepsCompleted> {
         if self.began_ms.is_none() {
             self.began_ms = Some(now_ms);
             self.newest_ms = now_ms;
         }
-        self.measure(now_ms);
+        // Several ranks may send a generation's first line, and old lines may still be on their way.
+        if self.line.is_some_and(|(newest, _)| step <= newest) {
+            return None;
+        }
+        self.measure(now_ms, step);
         if self.under_way.is_some() {
             return None;
         }
@@ -80,7 +89,7 @@ impl CheckpointSchedule {
         if now_ms.saturating_sub(self.newest_ms) < interval_ms {
             return None;
         }
-        let from = step.next().completed();
+        let from = step.max(self.failed).next().completed();
         self.under_way = Some(UnderWay {
             from,
             asked_ms: now_ms,
@@ -89,15 +98,14 @@ impl CheckpointSchedule {
         Some(from)
     }
 
-    fn measure(&mut self, now_ms: u64) {
-        let took_ms = self
-            .line_ms
-            .replace(now_ms)
-            .map(|last_ms| now_ms.saturating_sub(last_ms));
-        let Some(took_ms) = took_ms else { return };
+    fn measure(&mut self, now_ms: u64, step: StepsCompleted) {
+        let Some((_, last_ms)) = self.line.replace((step, now_ms)) else {
+            return;
+        };
+        let took_ms = now_ms.saturating_sub(last_ms);
         let usual_ms = self.usual_step_ms();
         match (&mut self.under_way, usual_ms) {
-            (Some(under_way), Some(usual_ms)) => under_way.cost_ms += took_ms.saturating_sub(usual_ms) as f64,
+            (Some(under_way), Some(usual_ms)) => under_way.cost_ms += took_ms as f64 - usual_ms,
             _ => {
                 if self.steps_ms.len() == STEPS_REMEMBERED {
                     self.steps_ms.pop_front();
@@ -107,10 +115,9 @@ impl CheckpointSchedule {
         }
     }
 
-    fn usual_step_ms(&self) -> Option<u64> {
-        let mut steps: Vec<u64> = self.steps_ms.iter().copied().collect();
-        steps.sort_unstable();
-        steps.get(steps.len() / 2).copied()
+    fn usual_step_ms(&self) -> Option<f64> {
+        let sum_ms: u64 = self.steps_ms.iter().sum();
+        (!self.steps_ms.is_empty()).then(|| sum_ms as f64 / self.steps_ms.len() as f64)
     }
 
     /// A checkpoint of `step` is committed, whoever asked for it.
@@ -118,6 +125,7 @@ impl CheckpointSchedule {
         match self.under_way.take_if(|under_way| under_way.from <= step) {
             Some(UnderWay { asked_ms, cost_ms, .. }) => {
                 self.newest_ms = asked_ms;
+                let cost_ms = cost_ms.max(0.0);
                 let before = self.cost_ms.unwrap_or(cost_ms);
                 self.cost_ms = Some(before + COST_WEIGHT * (cost_ms - before));
             }
@@ -128,6 +136,7 @@ impl CheckpointSchedule {
     /// A checkpoint of `step` is given up: the next is due an interval later, so that a store that is away is not asked at
     /// every step.
     pub fn on_failed(&mut self, now_ms: u64, step: StepsCompleted) {
+        self.failed = self.failed.max(step);
         if self.under_way.take_if(|under_way| under_way.from <= step).is_some() {
             self.newest_ms = now_ms;
         }
@@ -138,12 +147,13 @@ impl CheckpointSchedule {
         self.losses = self.losses.saturating_add(1);
     }
 
-    /// A generation begins. What was asked of the last one nobody remembers.
+    /// A generation begins. What was asked of the last one may be lost with it, and is asked for anew.
     pub fn on_generation(&mut self, ranks: u32) {
         self.ranks = ranks;
         self.under_way = None;
-        // The time without steps says nothing of a step.
-        self.line_ms = None;
+        self.failed = StepsCompleted(0);
+        // It may go on from an earlier step, and the time without steps says nothing of one.
+        self.line = None;
     }
 
     /// The oldest boundary whose checkpoint may still come because it was asked for.
@@ -213,6 +223,29 @@ mod tests {
         );
     }
 
+    /// Ranks do not save a step again that they have saved: after a failure a later one is asked for.
+    #[test]
+    fn what_failed_is_not_asked_for_again() {
+        let mut schedule = CheckpointSchedule::new(CheckpointInterval::EveryMs(1_000), 4);
+        assert_eq!(run(&mut schedule, 1..13), [12]);
+        schedule.on_failed(1_300, StepsCompleted(40));
+        assert_eq!(run(&mut schedule, 13..30), [41], "lines lag behind what was saved");
+    }
+
+    /// Every rank sends a generation's first line; old lines may come after it.
+    #[test]
+    fn lines_that_come_again_say_nothing() {
+        let mut schedule = CheckpointSchedule::new(CheckpointInterval::EveryMs(1_000), 4);
+        assert_eq!(run(&mut schedule, 1..11), [0_u64; 0]);
+        for step in [10, 10, 4] {
+            assert_eq!(schedule.on_line(5_000, StepsCompleted(step)), None);
+        }
+        assert_eq!(schedule.on_line(5_000, StepsCompleted(11)), Some(StepsCompleted(12)));
+        // Another generation begins behind: its replayed lines count.
+        schedule.on_generation(4);
+        assert_eq!(schedule.on_line(6_100, StepsCompleted(5)), Some(StepsCompleted(6)));
+    }
+
     #[test]
     fn without_a_clock_nothing_is_asked_for() {
         let mut schedule = CheckpointSchedule::new(CheckpointInterval::Off, 4);
@@ -277,34 +310,57 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens: never two under way, never before the interval is over, and the interval within its bounds.
+        /// Whatever happens: never two under way, never before an interval is over since the newest that counts, never of a
+        /// step that ranks have saved already, and the interval within its bounds.
         #[test]
         fn no_history_confuses_it(auto: bool, all in prop::collection::vec(happens(), 1..200)) {
             let interval = if auto { CheckpointInterval::Auto } else { CheckpointInterval::EveryMs(30_000) };
             let mut schedule = CheckpointSchedule::new(interval, 4);
-            let (mut now_ms, mut step, mut last_asked_ms) = (0, 0, None);
+            let (mut now_ms, mut step, mut failed) = (0, 0, 0);
+            // When the newest checkpoint was asked for or became known; the first line counts as one.
+            let (mut newest_ms, mut asked_ms) = (None, 0);
             for happens in all {
+                let expected = schedule.expected_from();
                 match happens {
                     Happens::Line(after_ms) => {
                         now_ms += after_ms;
                         step += 1;
-                        let busy = schedule.expected_from().is_some();
+                        let newest_ms = *newest_ms.get_or_insert(now_ms);
                         let due_ms = schedule.interval_ms(now_ms).unwrap();
+                        prop_assert!(auto || due_ms == 30_000);
                         prop_assert!((CHECKPOINT_AUTO_MS_MIN..=CHECKPOINT_AUTO_MS_MAX).contains(&due_ms));
                         if let Some(from) = schedule.on_line(now_ms, StepsCompleted(step)) {
-                            prop_assert!(!busy);
-                            prop_assert_eq!(from, StepsCompleted(step + 1));
+                            prop_assert_eq!(expected, None);
+                            prop_assert_eq!(from, StepsCompleted(step.max(failed) + 1));
                             prop_assert_eq!(schedule.expected_from(), Some(from));
-                            last_asked_ms = Some(now_ms);
+                            prop_assert!(now_ms - newest_ms >= schedule.interval_ms(now_ms).unwrap());
+                            asked_ms = now_ms;
                         }
                     }
-                    Happens::Committed(back) => schedule.on_committed(now_ms, StepsCompleted(step.saturating_sub(back))),
-                    Happens::Failed(back) => schedule.on_failed(now_ms, StepsCompleted(step.saturating_sub(back))),
+                    Happens::Committed(back) => {
+                        let of = StepsCompleted(step.saturating_sub(back));
+                        schedule.on_committed(now_ms, of);
+                        newest_ms = match expected.filter(|from| *from <= of) {
+                            Some(_) => Some(asked_ms),
+                            None => newest_ms.map(|newest_ms: u64| newest_ms.max(now_ms)),
+                        };
+                    }
+                    Happens::Failed(back) => {
+                        let of = step.saturating_sub(back);
+                        schedule.on_failed(now_ms, StepsCompleted(of));
+                        failed = failed.max(of);
+                        if expected.is_some_and(|from| from.0 <= of) {
+                            newest_ms = Some(now_ms);
+                        }
+                    }
                     Happens::Loss => schedule.on_loss(),
-                    Happens::Generation(ranks) => schedule.on_generation(ranks),
+                    Happens::Generation(ranks) => {
+                        schedule.on_generation(ranks);
+                        failed = 0;
+                        prop_assert_eq!(schedule.expected_from(), None);
+                    }
                 }
             }
-            prop_assert!(last_asked_ms.is_none_or(|asked_ms| asked_ms <= now_ms));
         }
     }
 }

@@ -102,7 +102,7 @@ pub(crate) struct Redactor {
 }
 
 /// Environment variables whose values never appear in a message.
-const SECRET_VARIABLES: [&str; 9] = [
+const SECRET_VARIABLES: [&str; 17] = [
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -112,10 +112,18 @@ const SECRET_VARIABLES: [&str; 9] = [
     "AZURE_STORAGE_ACCOUNT_KEY",
     "AZURE_STORAGE_CLIENT_SECRET",
     "AZURE_STORAGE_SAS_KEY",
+    "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_MASTER_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_TOKEN",
+    "AZURE_STORAGE_ENCRYPTION_KEY",
+    "AZURE_CLIENT_SECRET",
+    "AZURE_FABRIC_SESSION_TOKEN",
+    "GOOGLE_BEARER_TOKEN",
 ];
 /// What to do where a store does not let us in.
-const ACCESS: &str = "check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
-                      AWS_ENDPOINT_URL) and that they may read, write, list and delete there";
+const ACCESS: &str = "check the credentials in the environment (s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
+                      AWS_ENDPOINT_URL; gs: GOOGLE_…; az: AZURE_…) and that they may read, write, list and delete there";
 /// Shorter values are no secrets, and removing them would garble messages.
 const SECRET_CHARS_MIN: usize = 8;
 

@@ -30,7 +30,7 @@ use tarazed_domain::{Mutant, StepsCompleted};
 pub struct Retention {
     /// So many of the newest good ones; at least one is always kept.
     pub last: u32,
-    /// Every one whose step is a multiple of this; 0 for none.
+    /// The first one at or after every multiple of this step; 0 for none.
     pub every_steps: u64,
 }
 
@@ -44,8 +44,17 @@ impl Retention {
         }
     }
 
-    const fn keeps(&self, step: StepsCompleted) -> bool {
-        self.every_steps > 0 && step.0.is_multiple_of(self.every_steps)
+    /// Which of these steps are the first at or after a multiple.
+    fn firsts(&self, steps: impl Iterator<Item = StepsCompleted>) -> BTreeSet<StepsCompleted> {
+        let mut firsts = BTreeMap::<u64, StepsCompleted>::new();
+        for step in steps {
+            let multiples = step.0.checked_div(self.every_steps).unwrap_or(0);
+            if multiples > 0 {
+                let first = firsts.entry(multiples).or_insert(step);
+                *first = step.min(*first);
+            }
+        }
+        firsts.into_values().collect()
     }
 }
 
@@ -218,11 +227,13 @@ impl CheckpointStore {
     ) -> Result<(Vec<Doomed>, Needed), StoreError> {
         let (mut doomed, mut needed) = (Vec::<Doomed>::new(), Needed::default());
         let mut good = 0;
+        let references = judgement.commits().filter_map(Standing::reference);
+        let firsts = retention.firsts(references.map(|reference| reference.step));
         for standing in judgement.commits() {
             let (Some(reference), Some((key, _, _))) = (standing.reference(), manifest_of(&standing.record)) else {
                 continue;
             };
-            let stays = judgement.pinned.contains_key(&reference.sequence) || retention.keeps(reference.step);
+            let stays = judgement.pinned.contains_key(&reference.sequence) || firsts.contains(&reference.step);
             let kept = retention.last.max(1) as usize - usize::from(Mutant::GreedyCollector.is_on());
             let full = good >= kept && doomed.len() < RETIRED_PER_RECORD_MAX;
             let (objects, whole) = self.needs_of(standing, key, listing, report).await?;

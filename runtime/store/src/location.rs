@@ -60,7 +60,7 @@ pub(crate) async fn open(location: &str, if_absent: IfAbsent) -> Result<Place, S
     open_cloud(&url, &shown)
 }
 
-const REMEDY: &str = "give a folder or a URL such as file:///data/run, s3://bucket/prefix";
+const REMEDY: &str = "give a folder or a URL such as file:///data/run, s3://bucket/prefix (gs://, az://)";
 
 fn reconfigure(location: &str, cause: impl ToString, remedy: &str) -> StoreError {
     StoreError::Reconfigure {

@@ -139,7 +139,7 @@ pub fn run<D: HostVisible>(
         let wishes = Wishes {
             pause: means.switches.pause.load(Ordering::Relaxed),
             checkpoint: means.switches.checkpoint.load(Ordering::Relaxed)
-                || state.saved.0 < means.switches.checkpoint_from.load(Ordering::Relaxed),
+                || is_asked_for(batch.step.completed(), state.saved, means.switches),
         };
         let span = tracing::info_span!("step", step = batch.step.completed().0, generation = plan.generation.0);
         let line = span.in_scope(|| step::run_step(state, world, means.fabric, &batch, wishes))?;
@@ -177,6 +177,12 @@ fn digest_of<D: Device>(state: &RankState<D>, item: DisputedItem) -> ItemDigest 
         DisputedItem::Finite | DisputedItem::Base => None,
     }
     .unwrap_or_default()
+}
+
+/// Whether a checkpoint of this boundary is what was asked for: it has come so far, and nothing was saved since.
+fn is_asked_for(step: StepsCompleted, saved: StepsCompleted, switches: &Switches) -> bool {
+    let from = switches.checkpoint_from.load(Ordering::Relaxed);
+    from > 0 && step.0 >= from && saved.0 < from
 }
 
 fn is_due<D: Device>(state: &RankState<D>, step: StepsCompleted, last: StepsCompleted) -> bool {
@@ -223,6 +229,8 @@ fn start<D: HostVisible>(
     state.progress.enter(Phase::Recovering);
     state.gate.wait();
     forget_old_course(state, plan);
+    // What was saved in the last generation may have been lost with it.
+    state.saved = StepsCompleted(0);
     check_memory(state)?;
     if let Some(outcome) = &plan.outcome {
         state.apply(outcome)?;
@@ -488,4 +496,23 @@ fn publish_own_weights<D: Device>(state: &mut RankState<D>, world: &World) -> Re
     }
     state.device.synchronize(&mut state.stream)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A checkpoint that was asked for is made once, not before its step, and not again by one that hears of it late.
+    #[test]
+    fn what_is_asked_for_is_saved_once() {
+        let switches = Switches::default();
+        let asked = |step: u64, saved: u64| is_asked_for(StepsCompleted(step), StepsCompleted(saved), &switches);
+        assert!(!asked(5, 0), "nobody has asked");
+        switches.checkpoint_from.store(7, Ordering::Relaxed);
+        assert!(!asked(6, 0), "the run is still on its way there");
+        assert!(asked(7, 0) && asked(8, 6));
+        assert!(!asked(8, 7) && !asked(9, 8), "it is saved");
+        switches.checkpoint_from.store(12, Ordering::Relaxed);
+        assert!(!asked(9, 8) && asked(12, 8));
+    }
 }

@@ -7,8 +7,19 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+/// Ends with the test, also where that fails.
+struct Started(Child);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // An error means that it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts it, and reads what it says up to the last line.
-fn start(folder: &Path, variables: &[(&str, &str)]) -> (Child, String) {
+fn start(folder: &Path, variables: &[(&str, &str)]) -> (Started, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_tarazed-s3"))
         .arg("--folder")
         .arg(folder)
@@ -19,8 +30,9 @@ fn start(folder: &Path, variables: &[(&str, &str)]) -> (Child, String) {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut said = String::new();
-    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+    let output = child.stdout.take().unwrap();
+    let (child, mut said) = (Started(child), String::new());
+    for line in BufReader::new(output).lines() {
         said += &line.unwrap();
         said.push('\n');
         if said.ends_with("checkpoint ls s3://some-bucket/quickstart\n") {
@@ -54,8 +66,8 @@ fn it_says_how_to_use_it_and_stops_when_told() {
         secrets.push(exported(&said, "AWS_SECRET_ACCESS_KEY").to_owned());
         assert!(said.contains("checkpoint.store=s3://some-bucket/"), "{said}");
         assert!(folder.join("some-bucket").is_dir());
-        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-        assert!(child.wait().unwrap().success());
+        kill_process(Pid::from_child(&child.0), Signal::TERM).unwrap();
+        assert!(child.0.wait().unwrap().success());
     }
     assert_eq!(secrets[1], "hunter2");
     assert_ne!(secrets[0], secrets[2], "random each time");

@@ -408,7 +408,7 @@ pub struct CheckpointConfig {
     pub interval: CheckpointInterval,
     /// Newest checkpoints to keep.
     pub keep_last: u32,
-    /// Every checkpoint whose step is a multiple of this is kept, too; 0 for none.
+    /// The first checkpoint at or after every multiple of this step is kept, too; 0 for none.
     pub keep_every_steps: u64,
 }
 

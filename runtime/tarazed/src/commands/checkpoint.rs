@@ -75,9 +75,9 @@ pub enum Command {
         /// Good checkpoints to keep, at least 1.
         #[arg(long, value_name = "N")]
         keep_last: u32,
-        /// Also keep every checkpoint whose step is a multiple of this.
+        /// Also keep the first checkpoint at or after every multiple of this step; 0 for none.
         #[arg(long, value_name = "STEPS", default_value_t = 0)]
-        keep_every: u64,
+        keep_every_steps: u64,
         /// Claim the store: a run that still writes there halts. A run collects its own store by itself.
         #[arg(long)]
         claim: bool,
@@ -153,12 +153,12 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
         Command::Gc {
             store,
             keep_last,
-            keep_every,
+            keep_every_steps,
             claim,
         } => {
             let retention = Retention {
                 last: *keep_last,
-                every_steps: *keep_every,
+                every_steps: *keep_every_steps,
             };
             return collect(store, retention, *claim).await;
         }

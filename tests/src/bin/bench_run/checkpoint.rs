@@ -2,7 +2,8 @@
 //! while it is uploaded, and how long that takes.
 //!
 //! Each third step is followed by a checkpoint. The stall is the run's own clock of that phase, of rank 0; the state that all
-//! ranks together copy is printed beside it. Steps with a stall or an upload are compared with the others of the same run.
+//! ranks together copy is printed beside it. The step after each checkpoint, which has the stall and the beginning of the
+//! upload, is compared with the others of the same run; an upload that takes longer than a step is in those.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -39,7 +39,10 @@ struct Side {
 pub fn measure(config: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<Figures> {
     let project = Project::of(config);
     let loaded = Config::load(config, &[])?;
-    let mut seen = Rounds::default();
+    let mut seen = Rounds {
+        ranks,
+        ..Rounds::default()
+    };
     for round in 0..rounds {
         let side = |replicas: u32| run(&project, ranks, steps, replicas, round);
         // The order alternates, so that neither side always meets the warmer machine.
@@ -58,6 +61,7 @@ pub fn measure(config: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<F
 /// What each round gave.
 #[derive(Default)]
 struct Rounds {
+    ranks: u32,
     on_ms: Vec<f64>,
     off_ms: Vec<f64>,
     barrier_ms: Vec<f64>,
@@ -76,8 +80,10 @@ impl Rounds {
     fn add(&mut self, on: &Side, off: &Side, hash_one_ms: f64, hash_two_ms: f64) {
         let ratio = on.step_ms / off.step_ms;
         let whole = on.step_ms / (off.step_ms - HASHES_PER_UPDATE * hash_one_ms - off.barrier_ms);
-        // The hashes of one copy, made by all ranks at once, keep every processor busy.
-        let processors = std::thread::available_parallelism().map_or(1.0, |count| count.get() as f64);
+        // The hashes of one copy, made by all ranks at once, keep so many processors busy.
+        let processors = std::thread::available_parallelism()
+            .map_or(1, |count| count.get())
+            .min(self.ranks as usize) as f64;
         let hashes_cpu_ms = HASHES_PER_UPDATE * hash_one_ms * processors;
         let (cpu_ratio, whole_cpu) = (on.cpu_ms / off.cpu_ms, on.cpu_ms / (off.cpu_ms - hashes_cpu_ms));
         self.cpu_ratios.push(cpu_ratio);
