@@ -67,25 +67,6 @@ struct Key<V: Lanes> {
     present: Option<V::Words>,
 }
 
-/// The keys of sixteen elements of one array, one for each sum.
-struct ArrayKey<V: Lanes> {
-    first: V::Words,
-    second: V::Words,
-    present: Option<V::Words>,
-}
-
-impl<V: Lanes> Key<V> {
-    #[inline(always)]
-    fn of<const ARRAY: usize>(&self) -> ArrayKey<V> {
-        let keyed = |sum: usize| V::word_mul(self.key, V::splat_word(KEY_FACTORS[ARRAY][sum]));
-        ArrayKey {
-            first: V::word_and(keyed(0), V::splat_word(KEY_MASK_FIRST)),
-            second: V::word_or(keyed(1), V::splat_word(KEY_MASK_SECOND)),
-            present: self.present,
-        }
-    }
-}
-
 impl<V: Lanes> Keys<V> {
     #[inline(always)]
     fn new(block: BlockIndex) -> Self {
@@ -137,11 +118,19 @@ impl<V: Lanes> Hasher<V> {
         }
     }
 
-    /// Adds one array's words, under its keys.
+    /// Adds one array's words, under the keys derived from `key`.
     #[inline(always)]
-    fn add(&mut self, key: &ArrayKey<V>, words: V::Words) {
-        let (mut a, mut b) = (V::word_add(words, key.first), V::word_add(words, key.second));
-        if let Some(present) = key.present {
+    fn add<const ARRAY: usize>(&mut self, &Key { key, present }: &Key<V>, words: V::Words) {
+        let first = V::word_and(
+            V::word_mul(key, V::splat_word(KEY_FACTORS[ARRAY][0])),
+            V::splat_word(KEY_MASK_FIRST),
+        );
+        let second = V::word_or(
+            V::word_mul(key, V::splat_word(KEY_FACTORS[ARRAY][1])),
+            V::splat_word(KEY_MASK_SECOND),
+        );
+        let (mut a, mut b) = (V::word_add(words, first), V::word_add(words, second));
+        if let Some(present) = present {
             a = V::word_and(a, present);
             b = V::word_and(b, present);
         }
@@ -152,9 +141,9 @@ impl<V: Lanes> Hasher<V> {
     /// Adds sixteen elements of the three arrays.
     #[inline(always)]
     fn update(&mut self, key: &Key<V>, [master, first_moment, second_moment]: [V; 3]) {
-        self.add(&key.of::<0>(), master.words());
-        self.add(&key.of::<1>(), first_moment.words());
-        self.add(&key.of::<2>(), second_moment.words());
+        self.add::<0>(key, master.words());
+        self.add::<1>(key, first_moment.words());
+        self.add::<2>(key, second_moment.words());
     }
 
     #[inline(always)]
@@ -192,6 +181,7 @@ fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockSta
         let old_v = get::<V>(second_moment, &range, whole);
         let old_p = get::<V>(master, &range, whole);
         let key = keys.next(range.len());
+        before.update(&key, [old_p, old_m, old_v]);
         let m = g.fma(rest1, old_m.mul(beta1));
         let v = g.mul(rest2).fma(g, old_v.mul(beta2));
         let decayed = old_p.mul(keep);
@@ -203,15 +193,8 @@ fn adamw_on<V: Lanes>(scalars: &AdamwScalars, block: BlockIndex, state: BlockSta
         if let Some(working) = &mut working {
             set(p, working, &range, whole);
         }
-        // Zero lanes beyond a short end stay zero: every lane's inputs there are zero. Array by array: keys cost as much as
-        // sums, and are made once for both hashes.
-        let (of_p, of_m, of_v) = (key.of::<0>(), key.of::<1>(), key.of::<2>());
-        before.add(&of_p, old_p.words());
-        after.add(&of_p, p.words());
-        before.add(&of_m, old_m.words());
-        after.add(&of_m, m.words());
-        before.add(&of_v, old_v.words());
-        after.add(&of_v, v.words());
+        // Zero lanes beyond a short end stay zero: every lane's inputs there are zero.
+        after.update(&key, [p, m, v]);
     });
     Hashes {
         before: before.finish(),
