@@ -265,18 +265,17 @@ mod tests {
         let mut schedule = CheckpointSchedule::new(CheckpointInterval::Auto, 16_384);
         run(&mut schedule, 1..100);
         // Nothing seen yet: 54 days / 419 between losses, and a checkpoint that costs a millisecond.
-        let mean_ms: f64 = 54.0 * 86_400_000.0 / 419.0 + 9_800.0;
         assert_eq!(schedule.interval_ms(9_900), Some(CHECKPOINT_AUTO_MS_MIN));
-        // One that made steps longer by five seconds in all.
-        let mut now_ms = 9_900;
-        let asked = schedule.on_line(now_ms + CHECKPOINT_AUTO_MS_MIN, StepsCompleted(100));
-        now_ms += CHECKPOINT_AUTO_MS_MIN;
-        assert_eq!(asked, Some(StepsCompleted(101)));
-        for step in 101..111 {
+        assert_eq!(run(&mut schedule, 100..1_000), [102]);
+        // Ten steps are longer, by five seconds in all; the many others before the commit are not.
+        let mut now_ms = 999 * STEP_MS;
+        for step in 1_000..1_010 {
             now_ms += STEP_MS + 500;
             assert_eq!(schedule.on_line(now_ms, StepsCompleted(step)), None);
         }
-        schedule.on_committed(now_ms, StepsCompleted(101));
+        schedule.on_committed(now_ms, StepsCompleted(102));
+        let seen_ms = (now_ms - STEP_MS) as f64;
+        let mean_ms: f64 = 54.0 * 86_400_000.0 / 419.0 + seen_ms;
         let expected_ms = (2.0 * 5_000.0 * mean_ms).sqrt() - 5_000.0;
         let interval_ms = schedule.interval_ms(now_ms).unwrap() as f64;
         assert!(
