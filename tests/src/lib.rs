@@ -2,3 +2,4 @@
 
 pub mod figures;
 pub mod harness;
+pub mod peer;

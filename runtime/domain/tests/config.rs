@@ -233,6 +233,10 @@ fn impossible_sizes_are_refused_by_key() {
         ),
         (&["checkpoint.keep_last=4294967295"], "checkpoint.keep_last"),
         (
+            &["checkpoint.keep_every_steps=1000000001"],
+            "checkpoint.keep_every_steps",
+        ),
+        (
             &["data.tokenizer.train_bytes_max=9223372036854775807"],
             "data.tokenizer.train_bytes_max",
         ),

@@ -70,8 +70,8 @@ impl CheckpointSchedule {
         }
     }
 
-    /// A line is written through `step`, or replayed and found to be the one that is there. An answer asks all ranks for a
-    /// checkpoint of the first boundary from that step on.
+    /// A line is written through `step`, or replayed and found to be the one that is there. An answer names the first
+    /// boundary whose checkpoint all ranks are to be asked for.
     pub fn on_line(&mut self, now_ms: u64, step: StepsCompleted) -> Option<StepsCompleted> {
         if self.began_ms.is_none() {
             self.began_ms = Some(now_ms);

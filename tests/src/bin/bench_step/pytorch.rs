@@ -2,20 +2,17 @@
 
 use crate::ours::Ours;
 use crate::{BenchConfig, Timed};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
+use tarazed_tests::peer::Peer;
 
 /// A running `pytorch_step.py`.
 pub struct PyTorch {
-    name: String,
-    child: Child,
-    commands: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    peer: Peer,
     /// Config and inputs; removed with this.
     _folder: tempfile::TempDir,
 }
@@ -49,48 +46,33 @@ impl PyTorch {
         let folder = tempfile::tempdir().context("cannot make a folder for the inputs")?;
         write_inputs(folder.path(), config, threads, ours, tokens)?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/pytorch_step.py");
-        let mut child = Command::new(python)
+        let mut command = Command::new(python);
+        command
             .arg(script)
             .arg(folder.path())
             .arg(mode)
-            .env("OMP_NUM_THREADS", threads.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}; see tests/bench/README.md", python.display()))?;
-        let commands = child.stdin.take();
-        let answers = BufReader::new(child.stdout.take().context("PyTorch's side has no output")?);
-        let name = format!("torch {mode}");
-        let mut pytorch = Self {
-            name,
-            child,
-            commands,
-            answers,
-            _folder: folder,
-        };
+            .env("OMP_NUM_THREADS", threads.to_string());
+        let mut peer = Peer::start(&format!("torch {mode}"), &mut command)?;
         eprintln!(
             "starting torch {mode} (timing micro-batches{}) …",
             if mode == "compiled" { ", compiling" } else { "" }
         );
-        let ready: Ready = pytorch.answer()?;
+        let ready: Ready = peer.answer()?;
         println!(
             "torch {} {mode}: micro-batch {}, the fastest of {} (seconds without the update)",
             ready.torch, ready.micro_batch, ready.calibration_seconds
         );
-        Ok(pytorch)
+        Ok(Self { peer, _folder: folder })
     }
 
     /// `torch eager` or `torch compiled`.
     pub fn name(&self) -> &str {
-        &self.name
+        self.peer.name()
     }
 
     /// One update on the batch of that round.
     pub fn step(&mut self, round: usize) -> Result<Timed> {
-        let commands = self.commands.as_mut().context("PyTorch's side has no input")?;
-        writeln!(commands, "step {round}").context("PyTorch's side is gone")?;
-        commands.flush().context("PyTorch's side is gone")?;
-        let answer: Answer = self.answer()?;
+        let answer: Answer = self.peer.ask(&format!("step {round}"))?;
         Ok(Timed {
             seconds: answer.seconds,
             cpu_seconds: answer.cpu_seconds,
@@ -98,24 +80,6 @@ impl PyTorch {
             gradient_norm: answer.gradient_norm,
             peak_mib: answer.peak_mib,
         })
-    }
-
-    fn answer<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).context("PyTorch's side is gone")?;
-        ensure!(!line.is_empty(), "{} ended early; its error stands above", self.name);
-        serde_json::from_str(&line).with_context(|| format!("{} said: {line}", self.name))
-    }
-}
-
-impl Drop for PyTorch {
-    fn drop(&mut self) {
-        // End of input ends the script; if it does not listen any more, it is ended. Nothing is left to report to.
-        self.commands = None;
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
     }
 }
 

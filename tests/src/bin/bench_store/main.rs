@@ -10,7 +10,7 @@ mod peer;
 use anyhow::{Context, Result};
 use clap::Parser;
 use ours::Ours;
-use peer::Peer;
+use peer::Other;
 use std::path::PathBuf;
 use tarazed_tests::figures::{self, Figures, Summary};
 
@@ -57,7 +57,7 @@ async fn main() -> Result<()> {
     let mut peer = match &arguments.python {
         Some(python) => {
             store.write_files(inputs.path())?;
-            Some(Peer::start(python, inputs.path(), &arguments.store, arguments.shards)?)
+            Some(Other::start(python, inputs.path(), &arguments.store, arguments.shards)?)
         }
         None => None,
     };

@@ -1,19 +1,17 @@
-//! The others' side: a process that stores or fetches when told to.
+//! The others' side: `tests/bench/store_peers.py`, which stores or fetches when told to.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use serde::Deserialize;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
+use tarazed_tests::peer::Peer;
 
 /// Bytes of a part, as ours has them.
 const PART_BYTES: u64 = tarazed_store::limits::PART_BYTES_MIN;
 
-/// A running `store_peers.py`.
-pub struct Peer {
-    child: Child,
-    commands: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+/// Another tool, at the same place.
+pub struct Other {
+    peer: Peer,
     version: String,
     is_dcp: bool,
 }
@@ -31,37 +29,20 @@ pub struct Answer {
     pub stall: Option<f64>,
 }
 
-impl Peer {
+impl Other {
     pub fn start(python: &Path, inputs: &Path, store: &str, shards: u32) -> Result<Self> {
         let is_dcp = !store.starts_with("s3://");
+        let name = if is_dcp { "dcp" } else { "boto3" };
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/store_peers.py");
         let mut command = Command::new(python);
-        command
-            .arg(script)
-            .arg(if is_dcp { "dcp" } else { "boto3" })
-            .arg(inputs);
+        command.arg(script).arg(name).arg(inputs);
         match is_dcp {
             true => command.arg(Path::new(store).join("peer")),
             false => command.arg(store).arg(PART_BYTES.to_string()),
         };
-        let mut child = command
-            .arg(shards.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}; see tests/bench/README.md", python.display()))?;
-        let commands = child.stdin.take();
-        let answers = BufReader::new(child.stdout.take().context("the peer has no output")?);
-        let mut peer = Self {
-            child,
-            commands,
-            answers,
-            version: String::new(),
-            is_dcp,
-        };
-        let ready: Ready = peer.answer()?;
-        peer.version = ready.version;
-        Ok(peer)
+        let mut peer = Peer::start(name, command.arg(shards.to_string()))?;
+        let Ready { version } = peer.answer()?;
+        Ok(Self { peer, version, is_dcp })
     }
 
     pub fn version(&self) -> &str {
@@ -74,27 +55,6 @@ impl Peer {
     }
 
     pub fn run(&mut self, command: &str, name: usize) -> Result<Answer> {
-        let commands = self.commands.as_mut().context("the peer has no input")?;
-        writeln!(commands, "{command} {name}").context("the peer is gone")?;
-        commands.flush().context("the peer is gone")?;
-        self.answer()
-    }
-
-    fn answer<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).context("the peer is gone")?;
-        ensure!(!line.is_empty(), "the peer ended early; its error stands above");
-        serde_json::from_str(&line).with_context(|| format!("the peer said: {line}"))
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        // End of input ends the script; if it does not listen any more, it is ended. Nothing is left to report to.
-        self.commands = None;
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        self.peer.ask(&format!("{command} {name}"))
     }
 }
