@@ -2,6 +2,7 @@
 
 use super::appender::heads_from;
 use super::coordinator::CoordinatorMessage;
+use super::root::OWN_PROGRAM;
 use super::{RunError, TraceHeads, unix_ms};
 use crate::run_folder;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -148,7 +149,7 @@ impl ManifestFacts {
 
 /// Version and BLAKE3 of the running program.
 fn binary_id() -> BinaryId {
-    let bytes = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
+    let bytes = std::fs::read(OWN_PROGRAM).unwrap_or_default();
     let build = blake3::hash(&bytes).to_hex()[..16].to_owned();
     BinaryId {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -378,12 +379,13 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl
     }
 }
 
-/// The newest checkpoint that can be used. Where objects are not as they should be, the listing is asked for again: one that
+/// The newest checkpoint whose manifest is right and whose objects are all there; their bytes are hashed by the ranks that
+/// read them. Where objects are not as they should be, the listing is asked for again: one that
 /// is old names what has been collected since, and not what took its place.
 async fn newest(store: &CheckpointStore, below: Option<StepsCompleted>) -> Result<Option<Restorable>, StoreError> {
     let mut tries = 1;
     loop {
-        match patiently(|| store.newest_verified(below)).await {
+        match patiently(|| store.newest_valid(below)).await {
             Err(error @ StoreError::Corrupt { .. }) if tries < LISTING_TRIES_MAX => {
                 tracing::warn!(tries, "{error}");
                 tokio::time::sleep(Duration::from_millis(STORE_RETRY_WAIT_MS << (tries - 1))).await;

@@ -90,7 +90,6 @@ pub struct CoordinatorArguments {
     pub ledger: Ledger,
     pub tracker: CheckpointTracker,
     pub root: ActorRef<RootMessage>,
-    pub checkpoint_interval_steps: u64,
     pub schedule: CheckpointSchedule,
 }
 
@@ -444,6 +443,10 @@ impl CoordinatorState {
                 })
             }
             FromRank::Running { .. } => Ok(()), // for whoever looks on
+            FromRank::Saving { step } => {
+                self.arguments.tracker.on_saving(step);
+                Ok(())
+            }
             FromRank::Line {
                 generation,
                 line,
@@ -601,21 +604,13 @@ impl CoordinatorState {
     fn written(&mut self, head: tarazed_store::TraceHead) -> Result<(), ActorProcessingErr> {
         let step = head.step;
         self.heads.insert(step, head);
-        // A manifest names the head of its own step; a stop may checkpoint any of the last steps, and of older ones only
-        // those whose checkpoint is due are needed.
+        // A manifest names the head of its own step. Which steps get one, ranks say when they begin it: not more lines after
+        // that step than they may be ahead.
         if self.heads.len() > 2 * UNACKNOWLEDGED_LINES_MAX {
-            let interval = self.arguments.checkpoint_interval_steps;
-            let lines_max = UNACKNOWLEDGED_LINES_MAX as u64;
-            let recent = StepsCompleted(step.0.saturating_sub(lines_max));
-            // One that was asked for is of one of the steps that ranks may have been ahead then.
-            let (tracker, asked) = (&self.arguments.tracker, self.arguments.schedule.expected_from());
-            let is_asked = |step: StepsCompleted| {
-                asked.is_some_and(|from| (from.0..=from.0.saturating_add(lines_max)).contains(&step.0))
-            };
-            self.heads.retain(|&step, _| {
-                let is_due = interval > 0 && step.0.is_multiple_of(interval);
-                step > recent || is_due || is_asked(step) || tracker.is_open(step)
-            });
+            let recent = StepsCompleted(step.0.saturating_sub(UNACKNOWLEDGED_LINES_MAX as u64));
+            let tracker = &self.arguments.tracker;
+            self.heads
+                .retain(|&step, _| step > recent || tracker.is_under_way(step));
         }
         if let Some(line) = self.writing.take() {
             let ranks_alive = self.arguments.machine.roster().len();

@@ -252,7 +252,7 @@ impl ObservatoryState {
             Incident::CheckpointRefuted { step, diagnosis } => {
                 self.event("checkpoint_refuted", &json!({"of_step": step, "cause": diagnosis}));
                 self.notify(Notice::Warning(format!(
-                    "the checkpoint of step {step} restores another state than the trace says: {diagnosis}"
+                    "the checkpoint of step {step} is passed over for an older one: {diagnosis}"
                 )));
             }
             Incident::StateLost { shards_missing } => {

@@ -168,6 +168,9 @@ fn disk(path: PathBuf) -> impl Fn(std::io::Error) -> RunError {
 /// What a controller says that has been put out of charge.
 pub const DEPOSED: &str = "the run folder is in other hands: another controller took over, or it was moved";
 
+/// The file that this process runs, whatever has its name by now.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Which folder the run lies in, whatever its name.
 fn folder_identity(paths: &RunPaths) -> [u64; 2] {
     std::fs::metadata(paths.dir()).map_or([0, 0], |folder| [folder.dev(), folder.ino()])
@@ -400,8 +403,11 @@ fn launch_spec(
         prepared.folder.clone().into(),
     ];
     let more = ["--controller".into(), hub.into(), "--sockets".into(), sockets.into()];
+    // A file that is replaced while the run goes on is not the program that began it: ranks to come are this very one (DET-4).
+    let own = PathBuf::from(OWN_PROGRAM);
     LaunchSpec {
-        program,
+        program: if own.exists() { own } else { program.clone() },
+        shown_as: program,
         args: args.into_iter().chain(more).collect(),
         env: vec![(TOKEN_VARIABLE.into(), token.into())],
         log_dir: paths.logs(),

@@ -170,7 +170,6 @@ impl Tree {
             ledger,
             tracker,
             root: root.clone(),
-            checkpoint_interval_steps: config.checkpoint.interval_steps,
             schedule: CheckpointSchedule::new(config.checkpoint.interval, config.cluster.ranks),
         };
         let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())

@@ -20,6 +20,7 @@
 //! that prints. The file is not rotated.
 
 mod agent;
+mod environment;
 mod process;
 mod rank_process;
 pub mod registry;
@@ -41,9 +42,11 @@ use tarazed_domain::{Incarnation, WorkerId};
 pub struct LaunchSpec {
     /// The program.
     pub program: PathBuf,
+    /// What `ps` calls it.
+    pub shown_as: PathBuf,
     /// Arguments before the two that name the worker. They show in `ps`: pass secrets in `env`.
     pub args: Vec<OsString>,
-    /// Variables added to the inherited environment.
+    /// Variables added to the inherited environment, in which `TARAZED_RANK_NAME` is `NAME` for ranks.
     pub env: Vec<(OsString, OsString)>,
     /// Output goes to `worker-N.log` in here, after that of earlier incarnations. Created if missing.
     pub log_dir: PathBuf,

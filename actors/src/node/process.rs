@@ -1,7 +1,7 @@
 //! One operating-system process, from its start to its reaping. Everything here that can block says so.
 
 use super::registry::{self, Entry, started_ticks};
-use super::{ExitCause, LaunchSpec, StartError};
+use super::{ExitCause, LaunchSpec, StartError, environment};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -76,7 +76,15 @@ impl Process {
         // Before it is there: an incarnation is never used twice, whenever this process dies (SUP-2).
         write_down(&entry)?;
         let log_again = log.try_clone().map_err(program("duplicate its log"))?;
-        let mut child = Command::new(&spec.program)
+        let mut command = Command::new(&spec.program);
+        for (name, value) in environment::changes(std::env::vars_os()) {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        let mut child = command
+            .arg0(&spec.shown_as)
             .args(&spec.args)
             .args(["--worker".to_owned(), worker.to_string()])
             .args(["--incarnation".to_owned(), incarnation.to_string()])

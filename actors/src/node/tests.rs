@@ -15,6 +15,7 @@ const I0: Incarnation = Incarnation(0);
 fn shell(script: &str, folder: &Path) -> LaunchSpec {
     LaunchSpec {
         program: "/bin/sh".into(),
+        shown_as: "/bin/sh".into(),
         args: vec!["-c".into(), script.into(), "sh".into()],
         env: vec![("TARAZED_TEST".into(), "set".into())],
         log_dir: folder.join("logs"),

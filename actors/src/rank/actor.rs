@@ -387,6 +387,9 @@ impl RankActorState {
         step: StepsCompleted,
         shards: Vec<ShardToSave<CpuDevice>>,
     ) -> Result<(), ActorProcessingErr> {
+        if !shards.is_empty() {
+            self.tell(&FromRank::Saving { step })?;
+        }
         for shard in shards {
             let index = shard.shard;
             match self.shards.get(&index) {

@@ -2,22 +2,25 @@
 //!
 //! - **SUP-4** The wait ends within milliseconds of an abort, whatever the store does: a fence must not find a healthy
 //!   rank stuck in a read.
-//! - **CKPT-4** What is read is the checkpoint that the controller verified, named by its manifest's very bytes, and not
-//!   whatever else of that step lies in the store by now.
+//! - **CKPT-4** What is read is the checkpoint that the controller found, named by its manifest's very bytes, and not
+//!   whatever else of that step lies in the store by now. Every byte is hashed before it counts; where one is not as
+//!   recorded, the controller hears that the checkpoint is bad.
 //! - Where the store asks to try again, it is asked again, a bounded number of times.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tarazed_domain::{Generation, OptimizerShardIndex};
+use tarazed_domain::OptimizerShardIndex;
 use tarazed_protocol::message::RestoreFrom;
-use tarazed_store::{CheckpointStore, Digest, Manifest, ObjectRecord, StoreError, WriterId};
+use tarazed_store::{Digest, Manifest, RankStore, StoreError};
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardSource;
 
 /// Tries of one read while the store asks to try again; its client's own retries come on top.
 const READ_TRIES_MAX: u32 = 6;
+/// Reads of an object after which it counts as bad.
+const BAD_READS_MAX: u32 = 3;
 /// Wait before the second try; doubles from try to try. Together about six seconds.
 const READ_BACKOFF_MS: u64 = 200;
 /// How soon an abort is seen.
@@ -31,7 +34,7 @@ type NamedManifest = (RestoreFrom, Arc<Manifest>);
 pub struct StoreSource {
     location: String,
     runtime: tokio::runtime::Handle,
-    store: Arc<tokio::sync::OnceCell<CheckpointStore>>,
+    store: Arc<tokio::sync::OnceCell<RankStore>>,
     /// The manifest read last: all shards of a restore come from one.
     manifest: Arc<Mutex<Option<NamedManifest>>>,
 }
@@ -50,7 +53,7 @@ impl StoreSource {
 
     /// A store that is open already.
     #[must_use]
-    pub fn over(store: CheckpointStore, runtime: tokio::runtime::Handle) -> Self {
+    pub fn over(store: RankStore, runtime: tokio::runtime::Handle) -> Self {
         let location = store.location().to_owned();
         Self {
             store: Arc::new(tokio::sync::OnceCell::new_with(Some(store))),
@@ -62,25 +65,22 @@ impl StoreSource {
     ///
     /// # Errors
     /// If it cannot be opened; the next call tries again.
-    pub async fn store(&self) -> Result<CheckpointStore, StoreError> {
-        let open = || CheckpointStore::open_existing(&self.location, WriterId::fresh(Generation(0)));
+    pub async fn store(&self) -> Result<RankStore, StoreError> {
+        let open = || RankStore::open(&self.location);
         self.store.get_or_try_init(open).await.cloned()
     }
 
-    async fn manifest(&self, store: &CheckpointStore, from: &RestoreFrom) -> Result<Arc<Manifest>, StoreError> {
+    async fn manifest(&self, store: &RankStore, from: &RestoreFrom) -> Result<Arc<Manifest>, StoreError> {
         let known = self.manifest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some((_, manifest)) = known.filter(|(name, _)| name == from) {
             return Ok(manifest);
         }
-        let object = ObjectRecord {
-            key: from.manifest_key.clone(),
-            length: from.length,
-            blake3: Digest(from.blake3),
-        };
-        let manifest = Arc::new(store.manifest_at(&object).await?);
+        let key = from.manifest_key.clone();
+        let manifest = store.manifest_at(key.clone(), from.length, Digest(from.blake3)).await?;
+        let manifest = Arc::new(manifest);
         if manifest.step != from.step {
             let why = format!("it is of step {}, and step {} was asked for", manifest.step, from.step);
-            return Err(StoreError::Corrupt { key: object.key, why });
+            return Err(StoreError::Corrupt { key, why });
         }
         let read = Some((from.clone(), Arc::clone(&manifest)));
         *self.manifest.lock().unwrap_or_else(PoisonError::into_inner) = read;
@@ -107,7 +107,16 @@ impl StoreSource {
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
         let read = retried(Duration::from_millis(READ_BACKOFF_MS), || self.read_shard(from, shard));
-        unless_aborted(abort, read).await
+        let judged = async {
+            read.await.map_err(|error| {
+                let cause = error.to_string();
+                match error.is_bad_object() {
+                    true => StepError::BadCheckpoint { step: from.step, cause },
+                    false => StepError::Restore(cause),
+                }
+            })
+        };
+        unless_aborted(abort, judged).await
     }
 }
 
@@ -125,7 +134,7 @@ impl ShardSource for StoreSource {
 /// What `read` gives, or `Aborted` as soon as the flag is set; the read is then given up where it stands.
 async fn unless_aborted<T>(
     abort: &AtomicBool,
-    read: impl Future<Output = Result<T, StoreError>>,
+    read: impl Future<Output = Result<T, StepError>>,
 ) -> Result<T, StepError> {
     // The flag has no waker of its own: it is the one that compute threads look at between kernels.
     let aborted = async {
@@ -136,19 +145,25 @@ async fn unless_aborted<T>(
     tokio::select! {
         biased;
         () = aborted => Err(StepError::Aborted),
-        read = read => read.map_err(|error| StepError::Restore(error.to_string())),
+        read = read => read,
     }
 }
 
-/// Tries until the store gives an answer other than "try again", or [`READ_TRIES_MAX`] times.
+/// Tries until the store gives an answer other than "try again", or [`READ_TRIES_MAX`] times. What comes back damaged may
+/// have been damaged on its way: it is read again, too, [`BAD_READS_MAX`] times in all.
 async fn retried<T, F>(first_wait: Duration, attempt: impl Fn() -> F) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
 {
     let mut wait = first_wait;
+    let mut bad_reads = 0;
     for _ in 1..READ_TRIES_MAX {
-        match attempt().await {
-            Err(error @ StoreError::Retry { .. }) => {
+        let answer = attempt().await;
+        bad_reads += u32::from(answer.as_ref().is_err_and(StoreError::is_bad_object));
+        match answer {
+            Err(error)
+                if matches!(error, StoreError::Retry { .. }) || error.is_bad_object() && bad_reads < BAD_READS_MAX =>
+            {
                 let wait_ms = wait.as_millis() as u64;
                 tracing::warn!(%error, wait_ms, "a checkpoint could not be read; trying again");
                 tokio::time::sleep(wait).await;
@@ -167,8 +182,8 @@ mod tests {
     use super::*;
     use std::cell::Cell;
     use std::time::Instant;
-    use tarazed_domain::StepsCompleted;
-    use tarazed_store::{BinaryId, Lineage, ShardGeometry, ShardSlices, TraceHead};
+    use tarazed_domain::{Generation, StepsCompleted};
+    use tarazed_store::{BinaryId, CheckpointStore, Lineage, ShardGeometry, ShardSlices, TraceHead, WriterId};
 
     const STEP: StepsCompleted = StepsCompleted(7);
     const SHARD: OptimizerShardIndex = OptimizerShardIndex(0);
@@ -260,8 +275,9 @@ mod tests {
         let mut other_step = first.clone();
         other_step.step = StepsCompleted(8);
         for name in [other_bytes, other_step] {
-            let error = source.read(&name, SHARD, &go).unwrap_err().to_string();
-            assert!(error.contains(&name.manifest_key), "{error}");
+            let error = source.read(&name, SHARD, &go).unwrap_err();
+            assert!(matches!(error, StepError::BadCheckpoint { .. }), "{error}");
+            assert!(error.to_string().contains(&name.manifest_key), "{error}");
         }
     }
 
@@ -276,7 +292,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(50));
                 abort.store(true, Ordering::Relaxed);
             });
-            runtime.block_on(unless_aborted(&abort, std::future::pending::<Result<(), StoreError>>()))
+            runtime.block_on(unless_aborted(&abort, std::future::pending::<Result<(), StepError>>()))
         });
         assert!(matches!(ended, Err(StepError::Aborted)), "{ended:?}");
         assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
@@ -296,6 +312,7 @@ mod tests {
             abort.store(true, Ordering::Relaxed);
         };
         abort.store(false, Ordering::Relaxed);
+        let waiting = async { waiting.await.map_err(|error| StepError::Restore(error.to_string())) };
         let ended = runtime.block_on(async { tokio::join!(unless_aborted(&abort, waiting), abort_soon).0 });
         assert!(matches!(ended, Err(StepError::Aborted)), "{ended:?}");
     }
@@ -330,5 +347,20 @@ mod tests {
             Err(gone.clone())
         );
         assert_eq!(tries.get(), 1, "any other answer is final");
+
+        let bad = StoreError::NotFound {
+            what: "shards/x".to_owned(),
+            remedy: "use another checkpoint".to_owned(),
+        };
+        let attempt = || async {
+            tries.set(tries.get() + 1);
+            Err::<(), _>(bad.clone())
+        };
+        tries.set(0);
+        assert_eq!(
+            runtime.block_on(retried(Duration::from_millis(1), attempt)),
+            Err(bad.clone())
+        );
+        assert_eq!(tries.get(), BAD_READS_MAX, "one bad read may be the network's");
     }
 }

@@ -1,19 +1,21 @@
 //! `CheckpointWriter`: uploads this rank's checkpoint shards while training goes on.
 //!
-//! At most [`CHECKPOINTS_IN_FLIGHT_MAX`] checkpoints are under way at once. Behind them waits one snapshot of each shard, the
-//! newest: an older one that waited is given up, said aloud, because memory must stay bounded where the store is slower than
-//! the checkpoint interval. So the last checkpoint of a run is never given up for an older one.
+//! At most [`CHECKPOINTS_IN_FLIGHT_MAX`] checkpoints are under way at once; ranks begin no other meanwhile, all alike, unless
+//! the run ends or pauses there (`tarazed_train::generation`). That one waits here, one snapshot of each shard, the newest:
+//! an older one that waited is given up, said aloud. So the last checkpoint of a run is never given up for an older one.
 
 use super::actor::RankMessage;
 use super::restore::StoreSource;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::limits::CHECKPOINTS_IN_FLIGHT_MAX;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
 use tarazed_kernels::CpuBuffer;
 use tarazed_protocol::message::FromRank;
 use tarazed_store::{ShardGeometry, ShardSlices, StoreError};
+use tarazed_train::snapshot::UploadTicket;
 
 /// Tries of one upload; the store's own retries come on top.
 const UPLOAD_TRIES_MAX: u32 = 3;
@@ -26,6 +28,8 @@ pub struct Snapshot {
     pub master: CpuBuffer,
     pub exp_avg: CpuBuffer,
     pub exp_avg_sq: CpuBuffer,
+    /// Held until this shard is stored or given up.
+    pub _upload: Arc<UploadTicket>,
 }
 
 pub enum WriterMessage {

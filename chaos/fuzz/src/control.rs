@@ -57,6 +57,7 @@ pub mod message {
             stats: LaneStats::new(DOMAINS).encode(),
             pause: false,
             checkpoint: true,
+            busy: true,
         }
     }
 

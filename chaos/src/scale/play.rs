@@ -351,5 +351,6 @@ fn outcome(step: u64) -> BarrierOutcome {
         stats: Vec::new(),
         pause: false,
         checkpoint: false,
+        busy: false,
     }
 }

@@ -283,7 +283,10 @@ async fn assemble(
     let waiting = Waiting::GivingWay(give_way);
     let cursor = DataCursor::new(world.recipe.clone(), &config.mixture).map_err(|e| e.to_string())?;
     let feeder = Feeder::with_waiting(cursor, world.feed_rules(), world.samples(), waiting.clone());
-    let store = StoreSource::over(world.store(u64::from(process.pid)), tokio::runtime::Handle::current());
+    let store = StoreSource::over(
+        world.store(u64::from(process.pid)).into(),
+        tokio::runtime::Handle::current(),
+    );
     let parts = RankParts {
         member: process.member,
         config: Arc::clone(&config),
@@ -449,6 +452,7 @@ fn name_of(body: &[u8]) -> String {
         Ok(FromRank::Running { generation, base, .. }) => format!("generation {generation} runs from {base}"),
         Ok(FromRank::Failed { generation, cause, .. }) => format!("failed in {generation}: {cause}"),
         Ok(FromRank::Settled { step, .. }) => format!("step {step} settled"),
+        Ok(FromRank::Saving { step }) => format!("saves {step}"),
         Ok(FromRank::Paused { step, saving, .. }) => format!("paused at {step}, saving: {saving}"),
         Ok(FromRank::ShardSaved { step, shard, .. }) => format!("shard {shard} of {step} saved"),
         Ok(FromRank::ShardLost { step, shard, cause, .. }) => format!("shard {shard} of {step} lost: {cause}"),

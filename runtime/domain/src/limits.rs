@@ -68,8 +68,9 @@ pub const FRAME_PAYLOAD_BYTES_MAX: usize = 256 * 1024 * 1024;
 pub const UNACKNOWLEDGED_LINES_MAX: usize = 4096;
 /// Global batches the data feeder holds ready.
 pub const PREFETCH_STEPS_MAX: usize = 2;
-/// Checkpoints whose upload may be under way at once on one rank.
-pub const CHECKPOINTS_IN_FLIGHT_MAX: usize = 2;
+/// Checkpoints whose upload may be under way at once on one rank: each is a copy of its optimizer shards in memory. Two at
+/// once would share the way to the store, and neither would be whole sooner.
+pub const CHECKPOINTS_IN_FLIGHT_MAX: usize = 1;
 
 /// Control messages that one side may have sent and the other not yet handled; past this the peer is disconnected
 /// (SUP-5).

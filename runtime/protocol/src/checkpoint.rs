@@ -54,6 +54,8 @@ pub struct CheckpointTracker {
     locating: bool,
     /// Losses of older generations say nothing of the present one's objects.
     generation: Generation,
+    /// Begun by some rank, and neither there nor given up.
+    begun: BTreeSet<StepsCompleted>,
     open: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, StoredShard>>,
     failed: BTreeSet<StepsCompleted>,
 }
@@ -69,6 +71,7 @@ impl CheckpointTracker {
             committed: None,
             locating: false,
             generation: Generation(0),
+            begun: BTreeSet::new(),
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
         }
@@ -84,6 +87,7 @@ impl CheckpointTracker {
         self.locating = false;
         self.newest = from;
         self.committed = from;
+        self.begun.clear();
         self.open.clear();
         self.failed.clear();
     }
@@ -91,10 +95,12 @@ impl CheckpointTracker {
     /// A commit that was asked for was made.
     pub fn on_committed(&mut self, step: StepsCompleted) {
         self.committed = self.committed.max(Some(step));
+        self.begun = self.begun.split_off(&step.next().completed());
     }
 
     /// A commit that was asked for could not be made: the step's shards may be saved again.
     pub fn on_commit_failed(&mut self, step: StepsCompleted) {
+        self.begun.remove(&step);
         if self.newest == Some(step) {
             self.newest = self.committed;
         }
@@ -106,12 +112,20 @@ impl CheckpointTracker {
         self.failed.clear();
         // The base may be saved once more; its old objects are replaced as they come.
         self.open.retain(|&step, _| step <= base);
+        self.begun.retain(|&step| step <= base);
     }
 
-    /// Whether shards of this step lie in the store, and others are still to come.
+    /// A rank has begun with its share.
+    pub fn on_saving(&mut self, step: StepsCompleted) {
+        if self.committed.is_none_or(|committed| committed < step) {
+            self.begun.insert(step);
+        }
+    }
+
+    /// Whether a checkpoint of this step may still come: what it names besides shards must be kept.
     #[must_use]
-    pub fn is_open(&self, step: StepsCompleted) -> bool {
-        self.open.contains_key(&step)
+    pub fn is_under_way(&self, step: StepsCompleted) -> bool {
+        self.begun.contains(&step) || self.open.contains_key(&step)
     }
 
     /// A checkpoint shard lies in the store.
@@ -143,6 +157,7 @@ impl CheckpointTracker {
             return Vec::new();
         }
         self.open.remove(&step);
+        self.begun.remove(&step);
         vec![CheckpointEffect::GivenUp { step, cause, full }]
     }
 
@@ -173,6 +188,7 @@ impl CheckpointTracker {
         let mut effects = vec![CheckpointEffect::Commit { step, shards }];
         for older in overtaken {
             self.open.remove(&older);
+            self.begun.remove(&older);
             let cause = format!("the checkpoint of step {step} was whole first");
             effects.push(CheckpointEffect::GivenUp {
                 step: older,
@@ -219,6 +235,36 @@ mod tests {
             tracker.on_shard_saved(step, OptimizerShardIndex(0), stored("a")),
             [],
             "committed already"
+        );
+    }
+
+    #[test]
+    fn a_checkpoint_is_under_way_from_the_first_word_of_it_to_its_end() {
+        let mut tracker = CheckpointTracker::new(1, StepsCompleted(99));
+        for step in [10, 20, 30, 40].map(StepsCompleted) {
+            assert!(!tracker.is_under_way(step));
+            tracker.on_saving(step);
+            assert!(tracker.is_under_way(step));
+        }
+        tracker.on_shard_lost(Generation(1), StepsCompleted(10), "no answer".into(), false);
+        assert!(!tracker.is_under_way(StepsCompleted(10)), "given up");
+        let effects = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
+        assert!(
+            !effects.is_empty() && tracker.is_under_way(StepsCompleted(20)),
+            "to be committed"
+        );
+        tracker.on_committed(StepsCompleted(20));
+        tracker.on_saving(StepsCompleted(20));
+        assert!(
+            !tracker.is_under_way(StepsCompleted(20)),
+            "a late word of one that is there"
+        );
+        tracker.on_commit_failed(StepsCompleted(30));
+        assert!(!tracker.is_under_way(StepsCompleted(30)));
+        tracker.on_generation(Generation(2), StepsCompleted(35));
+        assert!(
+            !tracker.is_under_way(StepsCompleted(40)),
+            "its step is to be done again"
         );
     }
 

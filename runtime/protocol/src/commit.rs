@@ -226,6 +226,7 @@ mod tests {
             stats: vec![],
             pause: false,
             checkpoint: false,
+            busy: false,
         }
     }
 

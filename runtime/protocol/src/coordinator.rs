@@ -170,6 +170,8 @@ pub struct Coordinator {
     distrusted: bool,
     /// Checkpoints of this step and later ones are not to be believed either.
     refuted: Option<StepsCompleted>,
+    /// What was wrong with those whose objects could not be read, since a checkpoint was committed.
+    unreadable: Vec<String>,
     /// Relative speeds of those that are not as fast as the rest.
     slow: BTreeMap<Member, u32>,
     /// Since when other lanes would make steps much shorter, and when that was last looked at.
@@ -211,6 +213,7 @@ impl Coordinator {
             trial: None,
             distrusted: false,
             refuted: None,
+            unreadable: Vec::new(),
             slow: BTreeMap::new(),
             uneven_since_ms: None,
             looked_at_pace_ms: 0,

@@ -40,6 +40,8 @@ pub struct BarrierOutcome {
     pub pause: bool,
     /// Some rank was asked for a checkpoint at this boundary.
     pub checkpoint: bool,
+    /// Some rank still stores its share of the last checkpoint.
+    pub busy: bool,
 }
 
 /// What a rank measured in one committed step; the controller makes the trace line of it.
@@ -101,6 +103,8 @@ pub enum DisputedItem {
     Finite,
     /// The whole state that a generation is about to begin from, by the trace and by its ranks.
     Base,
+    /// An object of the checkpoint that a generation is about to begin from is not what its manifest says, or not there.
+    Checkpoint,
 }
 
 impl std::fmt::Display for DisputedItem {
@@ -110,6 +114,7 @@ impl std::fmt::Display for DisputedItem {
             Self::Lane(lane) => write!(f, "the gradient of lane {lane}"),
             Self::Finite => write!(f, "a loss or gradient norm that is not a number"),
             Self::Base => write!(f, "the state to begin from"),
+            Self::Checkpoint => write!(f, "the checkpoint to begin from"),
         }
     }
 }
@@ -356,6 +361,11 @@ mod envelopes {
             step: StepsCompleted,
             /// The item, on which all agree.
             digest: ItemDigest,
+        },
+        /// This rank's share of a checkpoint is copied and on its way to the store.
+        Saving {
+            /// The checkpoint's step.
+            step: StepsCompleted,
         },
         /// Stands at a step boundary and waits.
         Paused {

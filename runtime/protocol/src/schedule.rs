@@ -157,8 +157,8 @@ impl CheckpointSchedule {
     }
 
     /// The oldest boundary whose checkpoint may still come because it was asked for.
-    #[must_use]
-    pub fn expected_from(&self) -> Option<StepsCompleted> {
+    #[cfg(test)]
+    fn expected_from(&self) -> Option<StepsCompleted> {
         self.under_way.map(|under_way| under_way.from)
     }
 

@@ -133,6 +133,12 @@ impl Redactor {
         Self::with_secrets(location, secrets)
     }
 
+    /// The same, which knows these secrets, too.
+    #[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "folders have no secrets"))]
+    pub(crate) fn and_secrets(&self, more: impl Iterator<Item = String>) -> Self {
+        Self::with_secrets(&self.location, self.secrets.iter().cloned().chain(more))
+    }
+
     fn with_secrets(location: &str, secrets: impl Iterator<Item = String>) -> Self {
         Self {
             location: location.into(),

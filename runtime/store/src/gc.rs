@@ -14,11 +14,12 @@ use crate::Fence;
 use crate::chain::{Chain, Decision, Judgement, Standing};
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{RETIRED_PER_RECORD_MAX, SELF_TEST_MS_MAX};
+use crate::limits::{MANIFESTS_IN_FLIGHT_MAX, RETIRED_PER_RECORD_MAX, SELF_TEST_MS_MAX};
 use crate::manifest::{CommitRef, Manifest};
 use crate::record::{CommitRecord, RecordKind};
 use crate::restore::manifest_of;
 use crate::store::CheckpointStore;
+use futures::StreamExt;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -229,14 +230,21 @@ impl CheckpointStore {
         let mut good = 0;
         let references = judgement.commits().filter_map(Standing::reference);
         let firsts = retention.firsts(references.map(|reference| reference.step));
-        for standing in judgement.commits() {
-            let (Some(reference), Some((key, _, _))) = (standing.reference(), manifest_of(&standing.record)) else {
-                continue;
-            };
+        let named: Vec<(&Standing, CommitRef, &String)> = judgement
+            .commits()
+            .filter_map(|standing| Some((standing, standing.reference()?, manifest_of(&standing.record)?.0)))
+            .collect();
+        let reads: Vec<_> = named
+            .iter()
+            .map(|(standing, ..)| self.readable_manifest(&standing.record))
+            .collect();
+        let manifests = futures::stream::iter(reads).buffered(MANIFESTS_IN_FLIGHT_MAX);
+        let mut read = futures::stream::iter(named).zip(manifests);
+        while let Some(((standing, reference, key), manifest)) = read.next().await {
             let stays = judgement.pinned.contains_key(&reference.sequence) || firsts.contains(&reference.step);
             let kept = retention.last.max(1) as usize - usize::from(Mutant::GreedyCollector.is_on());
             let full = good >= kept && doomed.len() < RETIRED_PER_RECORD_MAX;
-            let (objects, whole) = self.needs_of(standing, key, listing, report).await?;
+            let (objects, whole) = needs_of(standing, key, manifest?, listing, report);
             if full && !stays && reference.sequence >= horizon {
                 let standing = standing.clone();
                 doomed.push(Doomed { standing, objects });
@@ -247,31 +255,6 @@ impl CheckpointStore {
             needed.add(objects);
         }
         Ok((doomed, needed))
-    }
-
-    /// What a commit needs, and whether all of it is there.
-    async fn needs_of(
-        &self,
-        standing: &Standing,
-        manifest_key: &str,
-        listing: &Listing,
-        report: &mut GcReport,
-    ) -> Result<(Needed, bool), StoreError> {
-        let mut needed = Needed::default();
-        needed.keys.insert(manifest_key.to_string());
-        match self.readable_manifest(&standing.record).await? {
-            Ok(manifest) => {
-                let whole = is_whole(&manifest, listing);
-                let keys = manifest.shards.into_iter().map(|shard| shard.object.key);
-                needed.keys.extend(keys);
-                Ok((needed, whole))
-            }
-            Err(why) => {
-                report.warnings.push(why);
-                needed.steps.extend(standing.record.step());
-                Ok((needed, false))
-            }
-        }
     }
 
     /// The manifest, or why it is bad; an error only if the store did not answer.
@@ -366,6 +349,31 @@ impl CheckpointStore {
                 .sum::<u64>();
         }
         Ok(())
+    }
+}
+
+/// What a commit needs, and whether all of it is there; `manifest` is its own, or why that is bad.
+fn needs_of(
+    standing: &Standing,
+    manifest_key: &str,
+    manifest: Result<Manifest, String>,
+    listing: &Listing,
+    report: &mut GcReport,
+) -> (Needed, bool) {
+    let mut needed = Needed::default();
+    needed.keys.insert(manifest_key.to_string());
+    match manifest {
+        Ok(manifest) => {
+            let whole = is_whole(&manifest, listing);
+            let keys = manifest.shards.into_iter().map(|shard| shard.object.key);
+            needed.keys.extend(keys);
+            (needed, whole)
+        }
+        Err(why) => {
+            report.warnings.push(why);
+            needed.steps.extend(standing.record.step());
+            (needed, false)
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! A checkpoint is a set of checkpoint shards (`shards/`, safetensors, one per optimizer shard), a manifest
 //! (`manifests/`, [`Manifest`]) and a commit record in a hash-chained sequence (`commits/`, [`CommitRecord`]), created
-//! last and only if its place is free. Rank processes call [`CheckpointStore::put_shard`] and
-//! [`CheckpointStore::get_shard`]; the controller claims the store, commits, restores and collects.
+//! last and only if its place is free. Rank processes write and read shards by [`RankStore`], which can do nothing
+//! else; the controller claims the store, commits, restores and collects.
 //!
 //! - **CKPT-1** A checkpoint exists if and only if its commit record stands (see `chain.rs` for what that means).
 //! - **CKPT-2** An ambiguous outcome of a conditional write is resolved by reading back.
@@ -29,6 +29,9 @@ mod keys;
 pub mod limits;
 mod location;
 mod manifest;
+#[cfg(feature = "s3")]
+mod profile;
+mod rank;
 mod record;
 mod restore;
 mod self_test;
@@ -43,6 +46,7 @@ pub use download::{ShardState, ShardStateMut, WeightsPart};
 pub use error::StoreError;
 pub use gc::{GcReport, Retention};
 pub use manifest::{BinaryId, CommitRef, Lineage, MANIFEST_SCHEMA, Manifest, ObjectRecord, ShardRecord, TraceHead};
+pub use rank::RankStore;
 pub use record::{CommitRecord, RECORD_SCHEMA, RecordKind};
 pub use restore::{CheckpointState, CheckpointSummary, Depth, Restorable, Select, Verdict, VerifyReport};
 pub use shard_file::{BYTES_PER_ELEMENT, ShardGeometry, TENSORS};

@@ -14,12 +14,16 @@ pub const PART_BYTES_MIN: u64 = 8 * 1024 * 1024;
 pub const PARTS_MAX: u64 = 9_000;
 /// Parts of one object on their way at once.
 pub const PARTS_IN_FLIGHT_MAX: usize = 4;
+/// Bytes copied for uploads on their way, of all objects of one process: what an upload costs in memory besides the snapshot.
+pub const UPLOAD_BYTES_IN_FLIGHT_MAX: u64 = 32 * 1024 * 1024;
 /// Bytes asked for in one ranged read of a checkpoint shard.
 pub const READ_RANGE_BYTES: u64 = 8 * 1024 * 1024;
 /// Ranged reads of one object on their way at once.
 pub const READS_IN_FLIGHT_MAX: usize = 4;
 /// Small objects (records, object heads) asked for at once.
 pub const SMALL_REQUESTS_IN_FLIGHT_MAX: usize = 32;
+/// Manifests that a collection reads at once.
+pub const MANIFESTS_IN_FLIGHT_MAX: usize = 8;
 /// Sequence numbers tried by one append before the caller is told to retry.
 pub const APPEND_ATTEMPTS_MAX: usize = 16;
 /// Reads of one record before its place counts as unreadable, unless two in a row give the same bytes.
@@ -59,6 +63,10 @@ const _: () = {
         "S3's smallest part"
     );
     assert!(PARTS_MAX <= 10_000, "S3's part limit");
+    assert!(
+        UPLOAD_BYTES_IN_FLIGHT_MAX >= SINGLE_PUT_BYTES_MAX && UPLOAD_BYTES_IN_FLIGHT_MAX <= u32::MAX as u64,
+        "a small object is copied whole; room is counted in bytes by a semaphore"
+    );
     assert!(
         OPERATION_TIMEOUT_MS > RETRY_WINDOW_MS + REQUEST_TIMEOUT_MS,
         "the last attempt of a request may run to its own time-out"

@@ -2,6 +2,8 @@
 //! is left to a library's default. Credentials come from the environment only: a URL that carries any is refused.
 
 use crate::error::{Redactor, StoreError};
+#[cfg(feature = "s3")]
+use crate::profile::Profile;
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -136,7 +138,7 @@ fn open_cloud(url: &Url, shown: &str) -> Result<Place, StoreError> {
     let bucket = url.host_str().filter(|name| !name.is_empty());
     let bucket = bucket.ok_or_else(|| reconfigure(shown, "the URL names no bucket", REMEDY))?;
     let root = Path::from_url_path(url.path()).map_err(|error| reconfigure(shown, error, REMEDY))?;
-    let redactor = Redactor::new(shown);
+    let mut redactor = Redactor::new(shown);
     let client = [
         (ClientConfigKey::Timeout, crate::limits::REQUEST_TIMEOUT_MS),
         (ClientConfigKey::ConnectTimeout, crate::limits::CONNECT_TIMEOUT_MS),
@@ -145,9 +147,20 @@ fn open_cloud(url: &Url, shown: &str) -> Result<Place, StoreError> {
     let built: Result<Arc<dyn ObjectStore>, object_store::Error> = match url.scheme() {
         "s3" => {
             use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+            let profile = Profile::of_environment().map_err(|cause| {
+                reconfigure(
+                    shown,
+                    cause,
+                    "correct AWS_PROFILE or the profile, or set AWS_ACCESS_KEY_ID",
+                )
+            })?;
+            redactor = redactor.and_secrets(profile.secrets());
             let mut builder = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
                 .with_retry(cloud::retries());
+            for (key, value) in profile {
+                builder = builder.with_config(key, value);
+            }
             for (key, value) in client {
                 builder = builder.with_config(AmazonS3ConfigKey::Client(key), value);
             }

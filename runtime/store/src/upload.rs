@@ -105,6 +105,7 @@ impl CheckpointStore {
             self.next_upload(),
         );
         let blake3 = if length <= SINGLE_PUT_BYTES_MAX {
+            let _room = self.room_for(length).await;
             let bytes = source.bytes(0..length);
             let hash = blake3::hash(&bytes);
             self.put(&key, bytes).await?;
@@ -154,12 +155,17 @@ impl CheckpointStore {
         let mut start = 0;
         while start < source.length {
             let end = source.length.min(start + part);
-            let bytes = source.bytes(start..end);
-            hasher.update(&bytes);
             while parts.len() >= PARTS_IN_FLIGHT_MAX {
                 self.part_done(parts).await?;
             }
-            parts.spawn(upload.put_part(bytes.into()));
+            let room = self.room_for(end - start).await;
+            let bytes = source.bytes(start..end);
+            hasher.update(&bytes);
+            let put = upload.put_part(bytes.into());
+            parts.spawn(async move {
+                let _room = room;
+                put.await
+            });
             start = end;
         }
         while !parts.is_empty() {

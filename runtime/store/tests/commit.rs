@@ -409,6 +409,43 @@ async fn large_shards_go_up_in_parts_and_come_back() {
     assert!(left.is_empty(), "aborted uploads clean up after themselves: {left:?}");
 }
 
+/// However many shards go up at once, large or small, the copies made for it stay within the bound.
+#[tokio::test]
+async fn uploads_copy_no_more_than_their_bound() {
+    let objects = Faulty::interleaved(memory(), 7);
+    let carried = objects.carried.clone();
+    let store = CheckpointStore::with_object_store(objects, "x", writer(1));
+    let uploads = (0..24_u32).map(|index| {
+        let geometry = tarazed_store::ShardGeometry {
+            shard: tarazed_domain::OptimizerShardIndex(index),
+            block_elements: if index.is_multiple_of(2) { 500_000 } else { 200_000 },
+            ..geometries()[0]
+        };
+        let tensors = vec![index as f32; geometry.elements() as usize];
+        let store = store.clone();
+        tokio::spawn(async move {
+            let state = tarazed_store::ShardSlices {
+                master: &tensors,
+                exp_avg: &tensors,
+                exp_avg_sq: &tensors,
+            };
+            store
+                .put_shard(StepsCompleted(1), Generation(1), &geometry, state)
+                .await
+        })
+    });
+    for upload in uploads.collect::<Vec<_>>() {
+        upload.await.unwrap().unwrap();
+    }
+    let bound = tarazed_store::limits::UPLOAD_BYTES_IN_FLIGHT_MAX;
+    assert!(carried.most() <= bound, "{} bytes at once", carried.most());
+    assert!(
+        carried.most() > bound / 2,
+        "nothing was carried together: {}",
+        carried.most()
+    );
+}
+
 fn walk(folder: &std::path::Path) -> Vec<String> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().flatten() {

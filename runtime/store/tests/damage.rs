@@ -271,3 +271,67 @@ async fn a_bit_flipped_on_the_way_costs_no_record() {
         }
     }
 }
+
+/// Every object with its bytes.
+async fn contents(objects: &Arc<dyn ObjectStore>) -> Vec<(Path, Vec<u8>)> {
+    let mut contents = Vec::new();
+    for key in keys(objects).await {
+        let bytes = read(objects, &key).await;
+        contents.push((key, bytes));
+    }
+    contents
+}
+
+/// Checkpoints of the steps 10, 20 and 30; a shard of the newest is damaged, so a restore has to go back to 20.
+async fn newest_is_bad() -> Arc<dyn ObjectStore> {
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = CheckpointStore::with_object_store(objects.clone(), "runs/a", writer(1));
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20, 30] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let shards = keys(&objects).await;
+    let shard = shards
+        .iter()
+        .rev()
+        .find(|key| key.as_ref().contains("shards/"))
+        .unwrap();
+    let mut bytes = read(&objects, shard).await;
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    objects.put(shard, bytes.into()).await.unwrap();
+    objects
+}
+
+// CKPT-4: whoever restores dies at any operation, or one operation of its fails: it never takes the failure for a bad
+// checkpoint and goes back further than it must, it changes nothing, and the next one restores what it would have.
+#[tokio::test]
+async fn a_restore_that_is_cut_short_anywhere_harms_nothing() {
+    for (fault, dies) in [(Fault::Before, true), (Fault::Before, false), (Fault::After, false)] {
+        for fail_at in 0.. {
+            let objects = newest_is_bad().await;
+            let before = contents(&objects).await;
+            let faulty = Faulty::new(objects.clone(), fail_at, fault, dies);
+            let operations = faulty.operations.clone();
+            let restoring = CheckpointStore::with_object_store(faulty, "runs/a", writer(2));
+            match restore(&restoring).await {
+                Ok(found) => assert_eq!(found, Some(20), "{fault:?} at {fail_at}"),
+                Err(error) => assert!(
+                    matches!(error, StoreError::Retry { .. }),
+                    "{fault:?} at {fail_at}: {error}"
+                ),
+            }
+            assert_eq!(
+                contents(&objects).await,
+                before,
+                "a restore only reads ({fault:?} at {fail_at})"
+            );
+            let next = CheckpointStore::with_object_store(objects, "runs/a", writer(3));
+            assert_eq!(restore(&next).await.unwrap(), Some(20), "{fault:?} at {fail_at}");
+            if operations.load(std::sync::atomic::Ordering::SeqCst) <= fail_at {
+                assert!(fail_at > 10, "the fault must have hit every operation of a restore");
+                break;
+            }
+        }
+    }
+}

@@ -68,9 +68,17 @@ pub enum StepError {
     /// Samples could not be read or planned: this rank must be replaced; halt if it comes again.
     #[error("data: {0}")]
     Data(String),
-    /// A checkpoint shard could not be read back.
+    /// A checkpoint shard could not be read back: this rank must be replaced.
     #[error("restore: {0}")]
     Restore(String),
+    /// A checkpoint shard is not what its manifest says, or is not there: restore from an older checkpoint (CKPT-4).
+    #[error("the checkpoint of step {step} is bad: {cause}")]
+    BadCheckpoint {
+        /// Its step.
+        step: StepsCompleted,
+        /// What is wrong with it.
+        cause: String,
+    },
 }
 
 impl StepError {
@@ -98,6 +106,11 @@ impl StepError {
             Self::OtherBase { step, .. } => Some(Dispute {
                 step: *step,
                 item: DisputedItem::Base,
+                claims: Vec::new(),
+            }),
+            Self::BadCheckpoint { step, .. } => Some(Dispute {
+                step: *step,
+                item: DisputedItem::Checkpoint,
                 claims: Vec::new(),
             }),
             _ => None,

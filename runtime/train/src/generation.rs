@@ -17,13 +17,13 @@ use crate::feeder::Feeder;
 use crate::host::HostVisible;
 use crate::optimizer::Shard;
 use crate::progress::Phase;
-use crate::snapshot::SnapshotTicket;
+use crate::snapshot::{SnapshotTicket, UploadTicket};
 use crate::state::RankState;
 use crate::step::{self, Wishes};
 use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
+use tarazed_domain::limits::{CHECKPOINTS_IN_FLIGHT_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_domain::{BlockIndex, Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{Blocks, Device, ViewMut};
@@ -35,7 +35,8 @@ pub trait ShardSource: Sync {
     /// Master weights and both moments of a shard of exactly this checkpoint.
     ///
     /// # Errors
-    /// `Aborted` within milliseconds of `abort` being set; `Restore`, naming object, cause and remedy.
+    /// `Aborted` within milliseconds of `abort` being set; `BadCheckpoint`, naming the object and what is wrong with it;
+    /// `Restore`, naming object, cause and remedy.
     fn read(
         &self,
         from: &RestoreFrom,
@@ -81,6 +82,8 @@ pub struct ShardToSave<D: Device> {
     pub state: Arc<std::sync::RwLock<crate::optimizer::ShardState<D>>>,
     /// Drop when the copy is made.
     pub ticket: SnapshotTicket,
+    /// Drop when the copy is stored, or given up.
+    pub upload: Arc<UploadTicket>,
 }
 
 /// How a generation ended in order.
@@ -132,6 +135,7 @@ pub fn run<D: HostVisible>(
         save(state, world, means, plan.base);
         at.saving = true;
     }
+    let mut is_due = false;
     while at.step < plan.last_step {
         wait_for_acknowledgement(state, means.switches)?;
         state.progress.enter(Phase::Feeding);
@@ -140,6 +144,7 @@ pub fn run<D: HostVisible>(
             pause: means.switches.pause.load(Ordering::Relaxed),
             checkpoint: means.switches.checkpoint.load(Ordering::Relaxed)
                 || is_asked_for(batch.step.completed(), state.saved, means.switches),
+            busy: state.uploads.count() >= CHECKPOINTS_IN_FLIGHT_MAX,
         };
         let span = tracing::info_span!("step", step = batch.step.completed().0, generation = plan.generation.0);
         let line = span.in_scope(|| step::run_step(state, world, means.fabric, &batch, wishes))?;
@@ -147,21 +152,19 @@ pub fn run<D: HostVisible>(
             step: line.step,
             saving: false,
         };
-        let (pause, asked) = state
-            .passed
-            .as_ref()
-            .map_or((false, false), |o| (o.pause, o.checkpoint));
+        let wishes = state.passed.as_ref().map_or_else(Wishes::default, Wishes::of_all);
         if world.rank == Rank(0) {
             means.reporter.line(line);
             if let Some((step, item)) = plan.disputed.filter(|(step, _)| *step == at.step) {
                 means.reporter.settled(step, digest_of(state, item));
             }
         }
-        if asked || is_due(state, at.step, plan.last_step) {
+        is_due |= wishes.checkpoint || is_multiple(state, at.step);
+        if is_taken(is_due, at.step == plan.last_step, wishes) {
             save(state, world, means, at.step);
-            at.saving = true;
+            (is_due, at.saving) = (false, true);
         }
-        if pause {
+        if wishes.pause {
             break;
         }
     }
@@ -174,7 +177,7 @@ fn digest_of<D: Device>(state: &RankState<D>, item: DisputedItem) -> ItemDigest 
     match item {
         DisputedItem::Shard(shard) => state.shard_digests.get(shard.index()).copied(),
         DisputedItem::Lane(_) => state.audited,
-        DisputedItem::Finite | DisputedItem::Base => None,
+        DisputedItem::Finite | DisputedItem::Base | DisputedItem::Checkpoint => None,
     }
     .unwrap_or_default()
 }
@@ -185,12 +188,20 @@ fn is_asked_for(step: StepsCompleted, saved: StepsCompleted, switches: &Switches
     from > 0 && step.0 >= from && saved.0 < from
 }
 
-fn is_due<D: Device>(state: &RankState<D>, step: StepsCompleted, last: StepsCompleted) -> bool {
+fn is_multiple<D: Device>(state: &RankState<D>, step: StepsCompleted) -> bool {
     let interval = state.config.checkpoint.interval_steps;
-    step == last || (interval > 0 && step.0.is_multiple_of(interval))
+    interval > 0 && step.0.is_multiple_of(interval)
+}
+
+/// Whether a checkpoint is begun at this boundary. One that is due waits for a boundary at which no rank still stores its
+/// share of the last one: memory stays bounded, and under lasting overload checkpoints get rarer instead of torn. The last of
+/// all waits for nothing. All ranks ask with the same arguments, from the barrier and the config, so all take it or none.
+const fn is_taken(is_due: bool, is_last: bool, all: Wishes) -> bool {
+    is_last || (is_due && (!all.busy || all.pause))
 }
 
 fn save<D: Device>(state: &mut RankState<D>, world: &World, means: &Means<'_, D>, step: StepsCompleted) {
+    let upload = state.uploads.begin();
     let shards = world
         .primaries_of(world.rank)
         .map(|shard| ShardToSave {
@@ -201,6 +212,7 @@ fn save<D: Device>(state: &mut RankState<D>, world: &World, means: &Means<'_, D>
             },
             state: state.shards[&shard].shared(),
             ticket: state.gate.ticket(),
+            upload: Arc::clone(&upload),
         })
         .collect();
     state.saved = step;
@@ -501,6 +513,23 @@ fn publish_own_weights<D: Device>(state: &mut RankState<D>, world: &World) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A checkpoint waits for the store, but for the last one and for one at which all stop.
+    #[test]
+    fn a_due_checkpoint_waits_for_the_store() {
+        let wishes = |pause, busy| Wishes {
+            pause,
+            checkpoint: false,
+            busy,
+        };
+        let (due, last) = (true, true);
+        for (pause, busy) in [(false, false), (false, true), (true, false), (true, true)] {
+            let all = wishes(pause, busy);
+            assert_eq!(is_taken(due, !last, all), pause || !busy);
+            assert!(!is_taken(!due, !last, all), "nobody asked");
+            assert!(is_taken(due, last, all) && is_taken(!due, last, all));
+        }
+    }
 
     /// A checkpoint that was asked for is made once, not before its step, and not again by one that hears of it late.
     #[test]

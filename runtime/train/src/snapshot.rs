@@ -5,7 +5,7 @@
 //! exactly the step it is named after, however late its thread was scheduled.
 
 use crate::waiting::Waiting;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// Between two looks at a gate that nobody announced to be open.
@@ -17,6 +17,31 @@ pub struct SnapshotGate {
     copying: Mutex<usize>,
     done: Condvar,
     waiting: Waiting,
+}
+
+/// A checkpoint of this rank from its first snapshot to the end of its last upload: it lasts as long as somebody holds it.
+/// Each of its shards does, until it is stored or given up.
+#[derive(Debug)]
+pub struct UploadTicket(());
+
+/// Checkpoints of one rank whose upload is under way.
+#[derive(Debug, Default)]
+pub struct Uploads(Vec<Weak<UploadTicket>>);
+
+impl Uploads {
+    /// One more.
+    #[must_use]
+    pub fn begin(&mut self) -> Arc<UploadTicket> {
+        let ticket = Arc::new(UploadTicket(()));
+        self.0.push(Arc::downgrade(&ticket));
+        ticket
+    }
+
+    /// How many there are.
+    pub fn count(&mut self) -> usize {
+        self.0.retain(|upload| upload.strong_count() > 0);
+        self.0.len()
+    }
 }
 
 /// One shard's snapshot under way; ends when dropped, however its copying ends.
@@ -59,5 +84,25 @@ impl Drop for SnapshotTicket {
     fn drop(&mut self) {
         *self.0.lock() -= 1;
         self.0.done.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Uploads;
+    use std::sync::Arc;
+
+    #[test]
+    fn an_upload_is_under_way_until_the_last_of_its_shards_is_done() {
+        let mut uploads = Uploads::default();
+        let shards = vec![uploads.begin(); 3];
+        let other = uploads.begin();
+        assert_eq!(uploads.count(), 2);
+        drop(other);
+        let last = Arc::clone(&shards[2]);
+        drop(shards);
+        assert_eq!(uploads.count(), 1);
+        drop(last);
+        assert_eq!(uploads.count(), 0);
     }
 }

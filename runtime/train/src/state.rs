@@ -5,7 +5,7 @@ use crate::compute::LaneEngine;
 use crate::harm::Harm;
 use crate::optimizer::Shard;
 use crate::progress::Progress;
-use crate::snapshot::SnapshotGate;
+use crate::snapshot::{SnapshotGate, Uploads};
 use crate::waiting::Waiting;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,6 +55,8 @@ pub struct RankState<D: Device> {
     pub harm: Option<Harm>,
     /// Shown to the outside.
     pub progress: Arc<Progress>,
+    /// Checkpoints of this rank that are being stored, those of earlier generations, too.
+    pub uploads: Uploads,
     /// Snapshots that the next update must wait for.
     pub gate: Arc<SnapshotGate>,
     /// How the device thread waits for the rest of its process.
@@ -114,6 +116,7 @@ impl<D: Device + Clone> RankState<D> {
             audited: None,
             harm: None,
             progress,
+            uploads: Uploads::default(),
             gate: Arc::default(),
             waiting: Waiting::default(),
             abort: Arc::new(AtomicBool::new(false)),

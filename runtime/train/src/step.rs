@@ -37,6 +37,20 @@ pub struct Wishes {
     pub pause: bool,
     /// Write a checkpoint there.
     pub checkpoint: bool,
+    /// Not there, if it can wait: this rank still stores its share of the last one.
+    pub busy: bool,
+}
+
+impl Wishes {
+    /// What any rank brought to a barrier that is passed: the same on all of them.
+    #[must_use]
+    pub const fn of_all(passed: &BarrierOutcome) -> Self {
+        Self {
+            pause: passed.pause,
+            checkpoint: passed.checkpoint,
+            busy: passed.busy,
+        }
+    }
 }
 
 /// Runs one step to its end and returns its line.
@@ -384,7 +398,7 @@ fn barrier<D: Device>(
     let domain_count = state.config.data.domains.len();
     let stats_bytes = LaneStats::encoded_bytes(domain_count);
     let mut mine = vec![
-        u8::from(wishes.pause) | u8::from(wishes.checkpoint) << 1,
+        u8::from(wishes.pause) | u8::from(wishes.checkpoint) << 1 | u8::from(wishes.busy) << 2,
         0,
         0,
         0,
@@ -471,14 +485,14 @@ fn barrier<D: Device>(
     if !grad_norm.is_finite() || !loss.is_finite() {
         return Err(StepError::NotFinite { step, loss, grad_norm });
     }
-    let (pause, checkpoint) = (flags & 1 != 0, flags & 2 != 0);
     Ok(BarrierOutcome {
         step,
         grad_norm,
         loss,
         stats: total.encode(),
-        pause,
-        checkpoint,
+        pause: flags & 1 != 0,
+        checkpoint: flags & 2 != 0,
+        busy: flags & 4 != 0,
     })
 }
 

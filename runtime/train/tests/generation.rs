@@ -33,6 +33,30 @@ fn begin(workers: &[u32], replicas: usize, last_step: u64) -> (Vec<Node>, BeginP
     (nodes, plan(&wanted, &BTreeMap::new()))
 }
 
+/// One rank still stores its share: all leave the due checkpoint out, and all take it as soon as that rank has stored it.
+#[test]
+fn a_slow_store_makes_checkpoints_rarer_on_all_ranks_alike() {
+    let (mut nodes, plan) = begin(&[0, 1, 2], 2, 12);
+    for node in &mut nodes {
+        Arc::make_mut(&mut node.state.config).checkpoint.interval_steps = 2;
+    }
+    nodes[0].stores_from = StepsCompleted(6);
+    let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
+    for outcome in outcomes {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+        let saved = outcome.said.iter().filter_map(|said| match said {
+            Said::Saved(step) => Some(step.0),
+            _ => None,
+        });
+        assert_eq!(
+            saved.collect::<Vec<_>>(),
+            [2, 7, 8, 10, 12],
+            "rank of {}",
+            outcome.member
+        );
+    }
+}
+
 /// The trace of a run in which nothing happens, on one rank.
 fn undisturbed(last_step: u64) -> Lines {
     let (mut nodes, plan) = begin(&[0], 1, last_step);

@@ -7,8 +7,10 @@
 //! The HTTP and XML side is the crate `s3s`. Its companion `s3s-fs` is not used: it checks a condition and then writes, makes
 //! a bucket that is missing, and cannot hold keys much longer than a hundred characters.
 //!
-//! What it does not do: survive a power cut (nothing is synced), keep metadata or checksums that come with an object, tell
-//! users apart, encrypt. It listens on 127.0.0.1 alone. One process serves a folder at a time.
+//! Its users are two: one who may do everything, and a run's ranks, who may not delete.
+//!
+//! What it does not do: survive a power cut (nothing is synced), keep metadata or checksums that come with an object,
+//! encrypt. It listens on 127.0.0.1 alone. One process serves a folder at a time.
 
 mod folder;
 mod service;
@@ -18,8 +20,10 @@ mod tests;
 use folder::Folder;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
+use s3s::access::{S3Access, S3AccessContext};
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
+use s3s::{S3Result, s3_error};
 use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -83,6 +87,7 @@ impl Credentials {
 pub struct Server {
     address: SocketAddr,
     credentials: Credentials,
+    of_ranks: Credentials,
     folder: Arc<Folder>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -107,10 +112,15 @@ impl Server {
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let mut builder = S3ServiceBuilder::new(service::Objects(folder.clone()));
-        builder.set_auth(SimpleAuth::from_single(
-            credentials.key_id.clone(),
-            credentials.secret.clone(),
-        ));
+        let of_ranks = Credentials::random()?;
+        let mut known = SimpleAuth::new();
+        for Credentials { key_id, secret } in [&credentials, &of_ranks] {
+            known.register(key_id.clone(), secret.clone().into());
+        }
+        builder.set_auth(known);
+        builder.set_access(Rights {
+            of_ranks: of_ranks.key_id.clone(),
+        });
         let service = builder.build();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(THREADS)
@@ -130,6 +140,7 @@ impl Server {
         Ok(Self {
             address,
             credentials,
+            of_ranks,
             folder,
             stop: Some(stop),
             thread: Some(thread),
@@ -160,6 +171,36 @@ impl Server {
             ("AWS_SECRET_ACCESS_KEY", self.credentials.secret.clone()),
             ("AWS_REGION", REGION.to_owned()),
         ]
+    }
+}
+
+impl Server {
+    /// Variables with which a run's ranks sign as somebody who may do everything but delete.
+    #[must_use]
+    pub fn environment_of_ranks(&self) -> [(&'static str, String); 2] {
+        [
+            ("TARAZED_RANK_AWS_ACCESS_KEY_ID", self.of_ranks.key_id.clone()),
+            ("TARAZED_RANK_AWS_SECRET_ACCESS_KEY", self.of_ranks.secret.clone()),
+        ]
+    }
+}
+
+/// Who may do what.
+struct Rights {
+    of_ranks: String,
+}
+
+#[async_trait::async_trait]
+impl S3Access for Rights {
+    async fn check(&self, request: &mut S3AccessContext<'_>) -> S3Result<()> {
+        let deletes = matches!(
+            request.s3_op().name(),
+            "DeleteObject" | "DeleteObjects" | "DeleteBucket"
+        );
+        match request.credentials() {
+            Some(who) if !deletes || who.access_key != self.of_ranks => Ok(()),
+            _ => Err(s3_error!(AccessDenied, "these credentials may not do that")),
+        }
     }
 }
 

@@ -40,6 +40,10 @@ async fn main() -> anyhow::Result<()> {
     for (name, value) in server.environment() {
         println!("export {name}={value}");
     }
+    println!("# Keys of its own for the ranks, which may not delete:");
+    for (name, value) in server.environment_of_ranks() {
+        println!("export {name}={value}");
+    }
     println!(
         "cargo run --release -- train configs/quickstart.toml --run-dir runs/s3 \\\n    \
          --set checkpoint.store=s3://{bucket}/quickstart\n\

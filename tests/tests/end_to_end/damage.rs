@@ -59,11 +59,10 @@ fn bad_checkpoints_are_passed_over_aloud() {
         // The trace ends at 60 and the newest good checkpoint is of step 40.
         let mut same = Run::start(&project.train(name).ranks(3).steps(60));
         assert_undisturbed(&mut same, 60, name);
-        let warnings = same.events("warning");
-        let told = warnings
-            .iter()
-            .any(|w| w["cause"].to_string().contains("checkpoint of step 60"));
-        assert!(told, "{name}: {warnings:?}\n{}", same.tail());
+        // What is missing or too short the controller sees; what is in it those who read it.
+        let told = [same.events("warning"), same.events("checkpoint_refuted")].concat();
+        let names_it = |event: &serde_json::Value| event["cause"].to_string().contains("checkpoint of step 60");
+        assert!(told.iter().any(names_it), "{name}: {told:?}\n{}", same.tail());
         let bases: Vec<_> = same.events("generation").iter().map(|g| g["base"].clone()).collect();
         assert_eq!(bases.last(), Some(&40.into()), "{name}\n{}", same.tail());
         // It was saved again, so that the next start needs no replay.
@@ -83,12 +82,18 @@ fn remove(file: &Path) {
 #[test]
 fn a_store_of_bad_checkpoints_halts_and_stays() {
     let project = Project::tiny();
-    let run = project.train("bad").ranks(2).steps(60).complete();
+    for (name, harm) in [("cut", truncate as fn(&Path)), ("flip", damage)] {
+        all_bad(&project, name, harm);
+    }
+}
+
+fn all_bad(project: &Project, name: &str, harm: fn(&Path)) {
+    let run = project.train(name).ranks(2).steps(60).complete();
     for folder in checkpoint_folders(run.dir()) {
-        truncate(&files_with_ending(&folder, ".safetensors")[0]);
+        harm(&files_with_ending(&folder, ".safetensors")[0]);
     }
     let before = files(run.dir());
-    let mut again = Run::start(&project.train("bad").ranks(2).steps(90));
+    let mut again = Run::start(&project.train(name).ranks(2).steps(90));
     let outcome = again.finish();
     // Where the machine is busy one of them may have been overtaken by the next.
     let steps = (1..=3).map(|part| part * 20).filter(|&step| {

@@ -230,3 +230,21 @@ fn another_program_is_a_declared_lineage() {
     assert_undisturbed(&mut resumed, 40, "another program");
     assert_eq!(warnings(&resumed), 1, "{}", resumed.tail());
 }
+
+/// DET-4: the program's file is replaced while the run goes on. A rank that is replaced then is the program that began it.
+#[test]
+fn a_program_replaced_on_disk_changes_nothing_in_a_run() {
+    let project = Project::tiny();
+    let copy = project.path().join("tarazed-copy");
+    std::fs::copy(tarazed_tests::harness::tarazed(), &copy).expect("copied");
+    let mut run = Run::start(&project.train("upgrade").ranks(2).steps(60).program(&copy));
+    run.wait_for_step(10);
+    let upgrade = project.path().join("tarazed-upgrade");
+    std::fs::write(&upgrade, "#!/bin/false\n").expect("written");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&upgrade, mode).expect("executable");
+    std::fs::rename(&upgrade, &copy).expect("replaced");
+    assert!(run.kill_rank(1).is_some(), "{}", run.tail());
+    assert_undisturbed(&mut run, 60, "another program has the name");
+    assert!(!run.events("recovered").is_empty(), "{}", run.tail());
+}

@@ -39,6 +39,7 @@ impl Place {
         let bucket = "tarazed-test".to_owned();
         server.create_bucket(&bucket).expect("a bucket");
         let mut variables: Vec<_> = server.environment().into();
+        variables.extend(server.environment_of_ranks());
         variables.push(("NO_PROXY", "127.0.0.1".to_owned()));
         let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value));
         Self::new("tests/s3", bucket, variables.collect(), Some(Rc::new((server, folder))))
@@ -73,6 +74,16 @@ impl Place {
         other.variables.retain(|(known, _)| known != name);
         other.variables.push((name.to_owned(), value.to_owned()));
         other
+    }
+
+    /// The same server for somebody who has what its ranks have; none where they have nothing of their own.
+    pub fn of_ranks(&self) -> Option<Self> {
+        let theirs = self.variables.iter();
+        let theirs: Vec<_> = theirs
+            .filter_map(|(name, value)| Some((name.strip_prefix("TARAZED_RANK_")?, value)))
+            .collect();
+        let with = |place: Self, (name, value): &(&str, &String)| place.clone_with(name, value);
+        (!theirs.is_empty()).then(|| theirs.iter().fold(self.clone(), with))
     }
 
     /// Another bucket of the same server.
@@ -124,7 +135,7 @@ impl Place {
     /// Fails if a text holds a secret, and does not show it then.
     #[track_caller]
     pub fn assert_silent(&self, text: &str) {
-        let given = self.variables.iter().filter(|(name, _)| name == SECRET);
+        let given = self.variables.iter().filter(|(name, _)| name.ends_with(SECRET));
         for secret in given.map(|(_, secret)| secret).chain([&self.secret]) {
             let shown = text.replace(secret.as_str(), "***");
             assert!(!text.contains(secret.as_str()), "a secret was printed: {shown}");

@@ -95,3 +95,49 @@ fn a_run_without_its_bucket_is_refused() {
         }
     }
 }
+
+/// CKPT-5: only the controller deletes. Ranks whose credentials do not allow it train, save and restore, and old checkpoints go.
+#[test]
+fn ranks_need_no_right_to_delete() {
+    for place in Place::all() {
+        let Some(of_ranks) = place.of_ranks() else { continue };
+        of_ranks.run("no deletion");
+        let project = place.project(Project::tiny());
+        let url = place.url();
+        let train = project.train("rights").ranks(2).steps(40);
+        let train = train
+            .set("checkpoint.store", &url)
+            .set("checkpoint.interval_steps", "10");
+        let mut run = Run::start(&train.set("checkpoint.keep_last", "1"));
+        run.wait_for_step(15);
+        assert!(run.kill_rank(0).is_some(), "{}", run.tail());
+        assert_undisturbed(&mut run, 40, place.name());
+        let listed = project.tarazed(&["checkpoint", "ls", &url, "--json"]);
+        listed.assert_code(0);
+        let listed: serde_json::Value = serde_json::from_str(&listed.stdout).expect("JSON");
+        let of_state = |state: &str| {
+            let all = listed.as_array().into_iter().flatten();
+            let state = state.to_owned();
+            all.filter(move |one| one["state"].as_str().is_some_and(|is| is.eq_ignore_ascii_case(&state)))
+                .filter_map(|one| one["reference"]["step"].as_u64())
+                .collect::<Vec<_>>()
+        };
+        assert!(of_state("committed").contains(&40), "{listed}");
+        assert!(of_state("retired").contains(&10), "{listed}");
+        place.assert_silent(&run.tail());
+    }
+}
+
+/// Ranks have other credentials than the controller, and these are wrong: the run says so where it cannot save.
+#[test]
+fn a_rank_that_may_not_write_is_heard_of() {
+    for place in Place::all() {
+        let place = place.clone_with("TARAZED_RANK_AWS_SECRET_ACCESS_KEY", "wrong-horse-battery-staple");
+        let project = place.project(Project::tiny());
+        let train = project.train("unheard").ranks(2).steps(12);
+        let outcome = train.set("checkpoint.store", &place.url()).finish();
+        assert_ne!(outcome.code, Some(0), "{}", outcome.tail());
+        assert!(outcome.tail().contains("check the credentials"), "{}", outcome.tail());
+        place.assert_silent(&outcome.tail());
+    }
+}

@@ -24,10 +24,25 @@ pub async fn run(case: &str, location: &str) {
         "race" => race(location).await,
         "claims" => claims(location).await,
         "objects" => objects(location).await,
+        "no deletion" => no_deletion(location).await,
         "wrong credentials" => refused(&store, "check the credentials").await,
         "no bucket" => refused(&store, "create the bucket").await,
         other => panic!("no case {other}"),
     }
+}
+
+/// Whoever may not delete can write and read all the same.
+async fn no_deletion(location: &str) {
+    let (client, prefix) = client(location);
+    let path = prefix.join("kept");
+    client
+        .put(&path, PutPayload::from(vec![7; 10]))
+        .await
+        .expect("may write");
+    let deleted = client.delete(&path).await.expect_err("may not delete").to_string();
+    assert!(deleted.contains("403"), "{deleted}");
+    let read = client.get(&path).await.expect("may read").bytes().await.expect("bytes");
+    assert_eq!(read.as_ref(), [7; 10]);
 }
 
 async fn refused(store: &CheckpointStore, remedy: &str) {

@@ -280,7 +280,7 @@ pub enum Incident {
         /// Who.
         members: Vec<Member>,
     },
-    /// A checkpoint's bytes are as recorded and its state is not what the trace says: an older one is looked for.
+    /// A checkpoint's state is not what the trace says, or its bytes are not as recorded: an older one is looked for.
     CheckpointRefuted {
         /// Its step.
         step: StepsCompleted,

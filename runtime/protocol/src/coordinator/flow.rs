@@ -110,6 +110,7 @@ impl Coordinator {
             Event::CheckpointCommitted { step } => {
                 self.checkpointed = self.checkpointed.max(Some(step));
                 self.refuted = None;
+                self.unreadable.clear();
                 self.leave_when_saved(now_ms)
             }
             Event::ShardSaved => {
@@ -392,6 +393,11 @@ impl Coordinator {
     fn on_located(&mut self, now_ms: u64, checkpoint: Option<RestoreFrom>) -> Vec<Effect> {
         if !matches!(self.phase, Phase::Locating) {
             return Vec::new();
+        }
+        if checkpoint.is_none()
+            && let Some(halt) = self.nothing_to_restore()
+        {
+            return halt;
         }
         // Survivors may still run an old generation's leftovers: the number they begin with must be new to all.
         if !Mutant::RestoreReusesGeneration.is_on() {

@@ -437,6 +437,7 @@ fn outcome(step: u64) -> BarrierOutcome {
         stats: vec![],
         pause: false,
         checkpoint: false,
+        busy: false,
     }
 }
 

@@ -7,7 +7,8 @@
 //! nobody can decide after a few tries was no accident, and halts the run with the ranks named.
 //!
 //! A checkpoint may have been made of a state that was already wrong: its bytes are as recorded, and what it restores is
-//! not what the trace says of its step. Then an older one is looked for.
+//! not what the trace says of its step. Or its bytes are not as recorded, which those see who read them. Then an older one
+//! is looked for (CKPT-4); where none is left, it is for a person to say whether the run begins anew.
 
 use super::{Coordinator, Effect, Incident, Phase, WorkerPhase};
 use crate::message::{Dispute, DisputedItem, ItemDigest, Member};
@@ -34,8 +35,13 @@ impl Coordinator {
             return Vec::new();
         }
         let Dispute { step, item, claims } = dispute;
-        if item == DisputedItem::Base {
-            return self.on_base_differs(now_ms, cause);
+        match item {
+            DisputedItem::Base => return self.on_base_differs(now_ms, cause),
+            DisputedItem::Checkpoint => {
+                self.unreadable.push(cause.clone());
+                return self.on_base_differs(now_ms, cause);
+            }
+            DisputedItem::Shard(_) | DisputedItem::Lane(_) | DisputedItem::Finite => {}
         }
         let claims: Vec<(Member, ItemDigest)> = claims
             .iter()
@@ -117,6 +123,19 @@ impl Coordinator {
         self.distrusted = true;
         effects.extend(self.fence(now_ms, diagnosis, None));
         effects
+    }
+
+    /// There is no checkpoint to restore from. Where there were some that could not be read, that is no answer.
+    pub(super) fn nothing_to_restore(&mut self) -> Option<Vec<Effect>> {
+        let causes = std::mem::take(&mut self.unreadable);
+        (!causes.is_empty()).then(|| {
+            let diagnosis = format!(
+                "no checkpoint in the store can be restored: {}; restore its objects from a copy, or begin anew in another \
+                 --run-dir with another checkpoint.store",
+                causes.join("; ")
+            );
+            self.halt(3, diagnosis)
+        })
     }
 
     pub(super) fn find_checkpoint(&mut self) -> Effect {

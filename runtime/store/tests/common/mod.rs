@@ -39,10 +39,34 @@ pub enum Fault {
 pub struct Faulty {
     inner: Arc<dyn ObjectStore>,
     pub operations: Arc<AtomicU64>,
+    pub carried: Arc<Carried>,
     fail_at: u64,
     fault: Fault,
     dies: bool,
     schedule: u64,
+}
+
+/// Bytes of uploads on their way.
+#[derive(Debug, Default)]
+pub struct Carried {
+    now: AtomicU64,
+    most: AtomicU64,
+}
+
+impl Carried {
+    /// The most there ever were.
+    pub fn most(&self) -> u64 {
+        self.most.load(Ordering::SeqCst)
+    }
+
+    fn take(&self, bytes: u64) {
+        let now = self.now.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        self.most.fetch_max(now, Ordering::SeqCst);
+    }
+
+    fn put_down(&self, bytes: u64) {
+        self.now.fetch_sub(bytes, Ordering::SeqCst);
+    }
 }
 
 impl Faulty {
@@ -50,6 +74,7 @@ impl Faulty {
         Arc::new(Self {
             inner,
             operations: Arc::default(),
+            carried: Arc::default(),
             fail_at,
             fault,
             dies,
@@ -63,6 +88,7 @@ impl Faulty {
         Arc::new(Self {
             inner,
             operations: Arc::default(),
+            carried: Arc::default(),
             fail_at,
             fault,
             dies: false,
@@ -170,7 +196,11 @@ impl ObjectStore for Faulty {
         if stops(fault) {
             return Err(lost());
         }
-        outcome(fault, conditional, self.inner.put_opts(location, payload, opts).await)
+        let bytes = payload.content_length() as u64;
+        self.carried.take(bytes);
+        let put = self.inner.put_opts(location, payload, opts).await;
+        self.carried.put_down(bytes);
+        outcome(fault, conditional, put)
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
@@ -183,6 +213,7 @@ impl ObjectStore for Faulty {
         Ok(Box::new(FaultyUpload {
             inner,
             operations,
+            carried: self.carried.clone(),
             fail_at,
             fault,
         }))
@@ -227,6 +258,7 @@ impl ObjectStore for Faulty {
 struct FaultyUpload {
     inner: Box<dyn MultipartUpload>,
     operations: Arc<AtomicU64>,
+    carried: Arc<Carried>,
     fail_at: u64,
     fault: Fault,
 }
@@ -244,8 +276,17 @@ impl MultipartUpload for FaultyUpload {
         if stops(fault) {
             return async { Err(lost()) }.boxed();
         }
+        let (bytes, carried) = (data.content_length() as u64, self.carried.clone());
+        carried.take(bytes);
         let part = self.inner.put_part(data);
-        async move { outcome(fault, false, part.await) }.boxed()
+        async move {
+            // Others of the same process begin theirs meanwhile.
+            tokio::task::yield_now().await;
+            let part = part.await;
+            carried.put_down(bytes);
+            outcome(fault, false, part)
+        }
+        .boxed()
     }
 
     async fn complete(&mut self) -> Result<PutResult> {

@@ -52,6 +52,8 @@ fn harm_for(worker: u32, incarnation: u32, text: Option<String>) -> Result<Optio
 /// # Errors
 /// Transient: the node agent counts it as a lost rank and starts another.
 pub fn run(args: Args) -> Result<Exit, Failure> {
+    // It was started by another name (`controller::root`); `pkill tarazed` and `top` are to know it. Nothing depends on it.
+    let _ = std::fs::write("/proc/self/comm", env!("CARGO_PKG_NAME"));
     let paths = RunPaths::new(&args.run_dir);
     let config = Config::load(&paths.config(), &[])?;
     let role = Role::Rank(WorkerId(args.worker), Incarnation(args.incarnation));

@@ -23,6 +23,7 @@ use tarazed_protocol::sharder;
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
 use tarazed_train::generation::{self, Means, Paused, Reporter, ShardSource, ShardToSave, Switches};
+use tarazed_train::snapshot::UploadTicket;
 use tarazed_train::state::RankState;
 use tarazed_train::world::World;
 
@@ -134,6 +135,8 @@ pub struct Node {
     pub state: RankState<CpuDevice>,
     /// Of the generation to come.
     pub abort: Arc<AtomicBool>,
+    /// Nothing is stored before the line of this step; said on rank 0 alone, so it is for rank 0.
+    pub stores_from: StepsCompleted,
     feeder: Arc<Feeder>,
 }
 
@@ -144,6 +147,7 @@ impl Node {
             member: member(worker),
             state: RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).unwrap(),
             abort: Arc::default(),
+            stores_from: StepsCompleted(0),
             feeder: feeder(&config),
         }
     }
@@ -159,7 +163,10 @@ impl Node {
         self.feeder
             .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);
         self.state.abort = Arc::clone(&self.abort);
-        let recorder = Recorder::default();
+        let recorder = Recorder {
+            stores_from: self.stores_from,
+            ..Recorder::default()
+        };
         let mut means = Means {
             fabric,
             feeder: &self.feeder,
@@ -216,6 +223,9 @@ impl Outcome {
 
 #[derive(Default)]
 struct Recorder {
+    stores_from: StepsCompleted,
+    /// Uploads that are not done.
+    uploads: RefCell<Vec<Arc<UploadTicket>>>,
     said: RefCell<Vec<Said>>,
     saved: RefCell<BTreeMap<OptimizerShardIndex, Tensors>>,
 }
@@ -228,6 +238,9 @@ impl Reporter<CpuDevice> for Recorder {
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 
     fn line(&self, line: StepLine) {
+        if line.step >= self.stores_from {
+            self.uploads.borrow_mut().clear();
+        }
         self.said.borrow_mut().push(Said::Line(line));
     }
 
@@ -237,6 +250,9 @@ impl Reporter<CpuDevice> for Recorder {
             let state = save.state.read().unwrap();
             let tensors = [&state.master, &state.first_moment, &state.second_moment].map(|buffer| buffer.to_vec());
             self.saved.borrow_mut().insert(save.shard, tensors);
+            if step < self.stores_from {
+                self.uploads.borrow_mut().push(save.upload);
+            }
         }
     }
 }

@@ -157,9 +157,38 @@ fn a_majority_overrules_one() {
     );
 }
 
-/// CKPT-4: a checkpoint whose state is not what the trace says of its step is passed over for an older one.
+/// CKPT-4: a checkpoint whose state is not what the trace says of its step, or whose objects are bad, is passed over for an
+/// older one.
 #[test]
 fn a_checkpoint_that_restores_another_state_is_refuted() {
+    let (mut cluster, bad) = refuted(DisputedItem::Base);
+    assert_eq!(asked_below(&mut cluster), Some(bad));
+    let (mut cluster, bad) = refuted(DisputedItem::Checkpoint);
+    assert_eq!(asked_below(&mut cluster), Some(bad));
+}
+
+/// CKPT-1, CKPT-4: where no checkpoint is left that could be read, whether to begin anew is a person's decision; where one was
+/// refuted by its state alone, the run begins from the seed, for there is nothing better.
+#[test]
+fn unreadable_checkpoints_are_no_reason_to_begin_anew() {
+    for (item, halts) in [(DisputedItem::Checkpoint, true), (DisputedItem::Base, false)] {
+        let (mut cluster, _) = refuted(item);
+        asked_below(&mut cluster);
+        let located = Event::Located { checkpoint: None };
+        let effects = cluster.coordinator.on_event(cluster.now_ms, located);
+        let halt = effects.iter().find_map(|effect| match effect {
+            Effect::Halt { code, diagnosis } => Some((*code, diagnosis.clone())),
+            _ => None,
+        });
+        assert_eq!(halt.is_some(), halts, "{item:?}: {effects:?}");
+        if let Some((code, diagnosis)) = halt {
+            assert!(code == 3 && diagnosis.contains("another state"), "{diagnosis}");
+        }
+    }
+}
+
+/// All state is lost, the newest checkpoint is restored, and a rank finds it wrong in this way.
+fn refuted(item: DisputedItem) -> (Cluster, StepsCompleted) {
     let mut cluster = Cluster::new();
     cluster.settle(25);
     (0..SLOTS).for_each(|worker| cluster.kill(worker));
@@ -180,7 +209,7 @@ fn a_checkpoint_that_restores_another_state_is_refuted() {
         fatal: false,
         dispute: Some(Dispute {
             step: bad.step,
-            item: DisputedItem::Base,
+            item,
             claims: vec![],
         }),
     };
@@ -189,6 +218,11 @@ fn a_checkpoint_that_restores_another_state_is_refuted() {
         |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step, .. }) if *step == bad.step);
     assert!(effects.iter().any(refuted), "{effects:?}");
     cluster.act(effects);
+    (cluster, bad.step)
+}
+
+/// Below which step a checkpoint is looked for, when all have answered the fence.
+fn asked_below(cluster: &mut Cluster) -> Option<StepsCompleted> {
     let mut below = None;
     for worker in 0..SLOTS {
         if let Some(process) = cluster.processes.get(&worker)
@@ -206,5 +240,5 @@ fn a_checkpoint_that_restores_another_state_is_refuted() {
             }
         }
     }
-    assert_eq!(below, Some(bad.step));
+    below
 }

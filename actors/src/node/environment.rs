@@ -1,0 +1,60 @@
+//! What ranks inherit: the controller's environment, but for what `TARAZED_RANK_` says otherwise.
+//!
+//! `TARAZED_RANK_NAME=value` is `NAME=value` for ranks, and no value is no variable. So ranks get credentials of their own for
+//! the store, which may write and not delete, and never see the controller's.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+
+const PREFIX: &[u8] = b"TARAZED_RANK_";
+
+/// Changes to an inherited environment; no value removes a variable.
+pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> Vec<(OsString, Option<OsString>)> {
+    let mut changes = Vec::new();
+    for (name, value) in inherited {
+        let Some(theirs) = name.as_bytes().strip_prefix(PREFIX).filter(|theirs| !theirs.is_empty()) else {
+            continue;
+        };
+        let theirs = OsString::from_vec(theirs.to_vec());
+        let value = Some(value).filter(|value| value != OsStr::new(""));
+        changes.extend([(theirs, value), (name, None)]);
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn ranks_get_what_is_meant_for_them_and_nothing_else_of_it() {
+        let inherited = [
+            ("AWS_ACCESS_KEY_ID", "all"),
+            ("AWS_SESSION_TOKEN", "all"),
+            ("PATH", "/bin"),
+            ("TARAZED_RANK_", "odd"),
+            ("TARAZED_RANK_AWS_ACCESS_KEY_ID", "few"),
+            ("TARAZED_RANK_AWS_SESSION_TOKEN", ""),
+            ("TARAZED_RANK_LANG", "C"),
+        ];
+        let mut theirs: BTreeMap<OsString, OsString> = inherited
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        for (name, value) in changes(theirs.clone().into_iter()) {
+            match value {
+                Some(value) => theirs.insert(name, value),
+                None => theirs.remove(&name),
+            };
+        }
+        let expected = [
+            ("AWS_ACCESS_KEY_ID", "few"),
+            ("LANG", "C"),
+            ("PATH", "/bin"),
+            ("TARAZED_RANK_", "odd"),
+        ];
+        let expected = expected.iter().map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(theirs, expected.collect());
+    }
+}

@@ -1,0 +1,278 @@
+//! Credentials of AWS's shared files (`~/.aws/credentials`, `~/.aws/config`), which `object_store` does not read.
+//!
+//! As other clients of S3 have it: variables of the environment come first; then the profile that `AWS_PROFILE` names, or
+//! `default`. The formats are those of the AWS SDKs' reference guide, "Shared config and credentials files". Static keys,
+//! region and endpoint are taken; profiles that ask a program or another account for keys are not known here, and say so.
+
+use object_store::aws::AmazonS3ConfigKey;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Bytes of such a file that are read at most.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// Settings that lead to credentials in a way that is not known here.
+const UNKNOWN_WAYS: [&str; 5] = [
+    "credential_process",
+    "role_arn",
+    "source_profile",
+    "sso_session",
+    "sso_start_url",
+];
+
+/// What a profile sets that no variable of the environment does.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub(crate) struct Profile(Vec<(AmazonS3ConfigKey, String)>);
+
+/// Printing it shows no values.
+impl std::fmt::Debug for Profile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.iter().map(|(key, _)| key)).finish()
+    }
+}
+
+impl Profile {
+    /// The profile in force for this process; empty where there is none and none was asked for.
+    ///
+    /// # Errors
+    /// Why the profile that is asked for cannot be used; no value of it is repeated.
+    pub(crate) fn of_environment() -> Result<Self, String> {
+        Self::of(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+    }
+
+    fn of(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+        let home = variable("HOME").map(|home| PathBuf::from(home).join(".aws"));
+        let file = |name: &str, default: &str| {
+            variable(name)
+                .map(PathBuf::from)
+                .or_else(|| home.as_ref().map(|home| home.join(default)))
+        };
+        let wanted = variable("AWS_PROFILE");
+        let name = wanted.as_deref().unwrap_or("default");
+        let mut found = BTreeMap::new();
+        // What both files set, the file of credentials decides.
+        let section = if name == "default" {
+            name.to_owned()
+        } else {
+            format!("profile {name}")
+        };
+        for (path, section) in [
+            (file("AWS_CONFIG_FILE", "config"), section.as_str()),
+            (file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), name),
+        ] {
+            let Some(path) = path else { continue };
+            if let Some(text) = read(&path)? {
+                found.extend(settings_of(&text, section));
+            }
+        }
+        if found.is_empty() && wanted.is_some() {
+            return Err(format!(
+                "AWS_PROFILE names {name}, and no such profile is in ~/.aws/credentials or ~/.aws/config"
+            ));
+        }
+        let has_keys = variable("AWS_ACCESS_KEY_ID").is_some();
+        match UNKNOWN_WAYS.iter().find(|way| found.contains_key(**way)) {
+            Some(way) if !has_keys && !found.contains_key("aws_access_key_id") => Err(format!(
+                "the AWS profile {name} gets its keys by {way}, which is not known here; set AWS_ACCESS_KEY_ID, \
+                 AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN from it (`aws configure export-credentials --format env`)"
+            )),
+            _ => Ok(Self(
+                SETTINGS
+                    .into_iter()
+                    // Keys of two sources are no pair: one variable stands for all three.
+                    .filter(|(_, variables, _)| variables.iter().all(|name| variable(name).is_none()))
+                    .filter_map(|(setting, _, key)| Some((key, found.get(setting)?.clone())))
+                    .collect(),
+            )),
+        }
+    }
+
+    /// What must not appear in any message.
+    pub(crate) fn secrets(&self) -> impl Iterator<Item = String> {
+        use AmazonS3ConfigKey::{AccessKeyId, SecretAccessKey, Token};
+        let secret = |key: &AmazonS3ConfigKey| matches!(key, AccessKeyId | SecretAccessKey | Token);
+        self.0
+            .iter()
+            .filter(move |(key, _)| secret(key))
+            .map(|(_, value)| value.clone())
+    }
+}
+
+impl IntoIterator for Profile {
+    type Item = (AmazonS3ConfigKey, String);
+    type IntoIter = std::vec::IntoIter<Self::Item>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+/// A setting, the variables of the environment that come before it, and what it means to the client.
+const SETTINGS: [(&str, &[&str], AmazonS3ConfigKey); 5] = [
+    (
+        "aws_access_key_id",
+        &["AWS_ACCESS_KEY_ID"],
+        AmazonS3ConfigKey::AccessKeyId,
+    ),
+    (
+        "aws_secret_access_key",
+        &["AWS_ACCESS_KEY_ID"],
+        AmazonS3ConfigKey::SecretAccessKey,
+    ),
+    ("aws_session_token", &["AWS_ACCESS_KEY_ID"], AmazonS3ConfigKey::Token),
+    (
+        "region",
+        &["AWS_REGION", "AWS_DEFAULT_REGION"],
+        AmazonS3ConfigKey::Region,
+    ),
+    (
+        "endpoint_url",
+        &["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"],
+        AmazonS3ConfigKey::Endpoint,
+    ),
+];
+
+fn read(path: &Path) -> Result<Option<String>, String> {
+    let shown = path.display();
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("{shown}: {error}")),
+        Ok(facts) if facts.len() > FILE_BYTES_MAX => {
+            return Err(format!("{shown} is no file of AWS profiles: too long"));
+        }
+        Ok(_) => {}
+    }
+    // The error of a file that is no text would show what is in it.
+    let bytes = std::fs::read(path).map_err(|error| format!("{shown}: {error}"))?;
+    let text = String::from_utf8(bytes).map_err(|_| format!("{shown} is no text in UTF-8"))?;
+    Ok(Some(text))
+}
+
+/// The settings of one section. Indented lines belong to a setting of several, none of which is of use here.
+fn settings_of(text: &str, wanted: &str) -> BTreeMap<String, String> {
+    let mut settings = BTreeMap::new();
+    let mut is_wanted = false;
+    for line in text.lines() {
+        if line.starts_with(char::is_whitespace) || line.starts_with(['#', ';']) {
+            continue;
+        }
+        if let Some(section) = line.strip_prefix('[') {
+            let section = section.split(']').next().unwrap_or_default();
+            is_wanted = section.split_whitespace().eq(wanted.split_whitespace());
+        } else if let Some((name, value)) = line.split_once('=').filter(|_| is_wanted) {
+            let value = [" #", " ;", "\t#", "\t;"]
+                .into_iter()
+                .fold(value, |value, comment| value.split(comment).next().unwrap_or_default());
+            settings.insert(name.trim().to_lowercase(), value.trim().to_owned());
+        }
+    }
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use AmazonS3ConfigKey::{AccessKeyId, Endpoint, Region, SecretAccessKey};
+
+    const CREDENTIALS: &str = "\
+# mine
+[default]
+aws_access_key_id = AKIDDEFAULT
+aws_secret_access_key=secret/of+default==
+[lab]
+aws_access_key_id = AKIDLAB ; of the lab
+aws_secret_access_key = secretoflab
+";
+    const CONFIG: &str = "\
+[default]
+region = eu-west-1
+s3 =
+  endpoint_url = http://nested.example
+[profile  lab]
+region=us-west-2
+endpoint_url = http://lab.example:8000
+aws_secret_access_key = overruled
+[profile sso]
+sso_session = corp
+[services lab]
+region = nowhere
+";
+
+    fn profile(settings: &[(AmazonS3ConfigKey, &str)]) -> Profile {
+        Profile(
+            settings
+                .iter()
+                .map(|(key, value)| (*key, (*value).to_owned()))
+                .collect(),
+        )
+    }
+
+    fn of(variables: &[(&str, &str)]) -> Result<Profile, String> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join(".aws")).unwrap();
+        std::fs::write(folder.path().join(".aws/credentials"), CREDENTIALS).unwrap();
+        std::fs::write(folder.path().join(".aws/config"), CONFIG).unwrap();
+        let home = folder.path().to_str().unwrap();
+        Profile::of(&|name| {
+            let known = variables.iter().find(|(known, _)| *known == name);
+            match (known, name) {
+                (Some((_, value)), _) => Some((*value).to_owned()),
+                (None, "HOME") => Some(home.to_owned()),
+                _ => None,
+            }
+        })
+    }
+
+    #[test]
+    fn the_default_profile_serves_where_nothing_is_said() {
+        let expected = [
+            (AccessKeyId, "AKIDDEFAULT"),
+            (SecretAccessKey, "secret/of+default=="),
+            (Region, "eu-west-1"),
+        ];
+        assert_eq!(of(&[]).unwrap(), profile(&expected));
+    }
+
+    #[test]
+    fn a_named_profile_is_taken_from_both_files() {
+        let expected = [
+            (AccessKeyId, "AKIDLAB"),
+            (SecretAccessKey, "secretoflab"),
+            (Region, "us-west-2"),
+            (Endpoint, "http://lab.example:8000"),
+        ];
+        assert_eq!(of(&[("AWS_PROFILE", "lab")]).unwrap(), profile(&expected));
+    }
+
+    #[test]
+    fn the_environment_comes_first() {
+        let lab = [("AWS_ACCESS_KEY_ID", "AKIDENV"), ("AWS_PROFILE", "lab")];
+        let expected = [(Region, "us-west-2"), (Endpoint, "http://lab.example:8000")];
+        assert_eq!(of(&lab).unwrap(), profile(&expected), "no secret without its key");
+        let elsewhere = [lab[0], lab[1], ("AWS_DEFAULT_REGION", "x"), ("AWS_ENDPOINT_URL", "y")];
+        assert_eq!(of(&elsewhere).unwrap(), Profile::default());
+        let sso = [("AWS_ACCESS_KEY_ID", "AKIDENV"), ("AWS_PROFILE", "sso")];
+        assert_eq!(of(&sso).unwrap(), Profile::default(), "its way to keys is not needed");
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_said_without_secrets() {
+        assert!(
+            of(&[("AWS_PROFILE", "typo")])
+                .unwrap_err()
+                .contains("AWS_PROFILE names typo")
+        );
+        assert!(of(&[("AWS_PROFILE", "sso")]).unwrap_err().contains("sso_session"));
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x");
+        std::fs::write(&file, b"[default]\naws_secret_access_key = hush\xff").unwrap();
+        let refused = of(&[("AWS_SHARED_CREDENTIALS_FILE", file.to_str().unwrap())]).unwrap_err();
+        assert!(refused.contains("UTF-8") && !refused.contains("hush"), "{refused}");
+        assert!(!format!("{:?}", of(&[]).unwrap()).contains("secret/of"));
+    }
+
+    #[test]
+    fn no_files_are_no_profile() {
+        let nowhere = |name: &str| (name == "HOME").then(|| "/nonexistent".to_owned());
+        assert_eq!(Profile::of(&nowhere).unwrap(), Profile::default());
+    }
+}
