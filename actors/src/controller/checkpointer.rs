@@ -38,7 +38,7 @@ pub struct Located {
 }
 
 pub enum CheckpointerMessage {
-    /// Find the newest checkpoint whose every byte is good, of a step before `below`.
+    /// Find the newest checkpoint whose manifest is right and whose objects are there, of a step before `below`.
     Locate { below: Option<StepsCompleted> },
     /// Ranks of the controller before live on: so does their lineage.
     Inherit,

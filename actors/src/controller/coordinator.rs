@@ -443,8 +443,8 @@ impl CoordinatorState {
                 })
             }
             FromRank::Running { .. } => Ok(()), // for whoever looks on
-            FromRank::Saving { step } => {
-                self.arguments.tracker.on_saving(step);
+            FromRank::Saving { generation, step } => {
+                self.arguments.tracker.on_saving(generation, step);
                 Ok(())
             }
             FromRank::Line {

@@ -1,23 +1,32 @@
 //! What ranks inherit: the controller's environment, but for what `TARAZED_RANK_` says otherwise.
 //!
 //! `TARAZED_RANK_NAME=value` is `NAME=value` for ranks, and no value is no variable. So ranks get credentials of their own for
-//! the store, which may write and not delete, and never see the controller's.
+//! the store, which may write and not delete, and need not be given the controller's.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
+const ACCESS_KEY: &str = "AWS_ACCESS_KEY_ID";
+const SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
 const PREFIX: &[u8] = b"TARAZED_RANK_";
 
 /// Changes to an inherited environment; no value removes a variable.
 pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> Vec<(OsString, Option<OsString>)> {
     let mut changes = Vec::new();
+    let (mut has_key, mut has_token) = (false, false);
     for (name, value) in inherited {
         let Some(theirs) = name.as_bytes().strip_prefix(PREFIX).filter(|theirs| !theirs.is_empty()) else {
             continue;
         };
         let theirs = OsString::from_vec(theirs.to_vec());
+        has_key |= theirs == ACCESS_KEY;
+        has_token |= theirs == SESSION_TOKEN;
         let value = Some(value).filter(|value| value != OsStr::new(""));
         changes.extend([(theirs, value), (name, None)]);
+    }
+    if has_key && !has_token {
+        // The controller's belongs to its own key.
+        changes.push((SESSION_TOKEN.into(), None));
     }
     changes
 }
@@ -35,8 +44,9 @@ mod tests {
             ("PATH", "/bin"),
             ("TARAZED_RANK_", "odd"),
             ("TARAZED_RANK_AWS_ACCESS_KEY_ID", "few"),
-            ("TARAZED_RANK_AWS_SESSION_TOKEN", ""),
             ("TARAZED_RANK_LANG", "C"),
+            ("TARAZED_RANK_PAGER", ""),
+            ("PAGER", "more"),
         ];
         let mut theirs: BTreeMap<OsString, OsString> = inherited
             .iter()

@@ -56,7 +56,7 @@ impl Process {
             failure(&log_path, "open its log", remedy, e)
         })?;
         let program = |what| {
-            let path = spec.program.clone();
+            let path = spec.shown_as.clone();
             let remedy = "check that the program exists and may be executed";
             move |e| failure(&path, what, remedy, e)
         };

@@ -388,7 +388,7 @@ impl RankActorState {
         shards: Vec<ShardToSave<CpuDevice>>,
     ) -> Result<(), ActorProcessingErr> {
         if !shards.is_empty() {
-            self.tell(&FromRank::Saving { step })?;
+            self.tell(&FromRank::Saving { generation, step })?;
         }
         for shard in shards {
             let index = shard.shard;

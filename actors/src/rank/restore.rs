@@ -87,9 +87,13 @@ impl StoreSource {
         Ok(manifest)
     }
 
-    async fn read_shard(&self, from: &RestoreFrom, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], StoreError> {
-        let store = self.store().await?;
-        let manifest = self.manifest(&store, from).await?;
+    async fn read_shard(
+        &self,
+        store: &RankStore,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
+    ) -> Result<[Vec<f32>; 3], StoreError> {
+        let manifest = self.manifest(store, from).await?;
         let state = store.get_shard(&manifest, shard).await?;
         Ok([state.master, state.exp_avg, state.exp_avg_sq])
     }
@@ -106,9 +110,15 @@ impl StoreSource {
         shard: OptimizerShardIndex,
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
-        let read = retried(Duration::from_millis(READ_BACKOFF_MS), || self.read_shard(from, shard));
-        let judged = async {
-            read.await.map_err(|error| {
+        let read = async {
+            // A store that is not there says nothing of what is in it.
+            let store = self
+                .store()
+                .await
+                .map_err(|error| StepError::Restore(error.to_string()))?;
+            let attempt = || self.read_shard(&store, from, shard);
+            let read = retried(Duration::from_millis(READ_BACKOFF_MS), attempt).await;
+            read.map_err(|error| {
                 let cause = error.to_string();
                 match error.is_bad_object() {
                     true => StepError::BadCheckpoint { step: from.step, cause },
@@ -116,7 +126,7 @@ impl StoreSource {
                 }
             })
         };
-        unless_aborted(abort, judged).await
+        unless_aborted(abort, read).await
     }
 }
 
@@ -306,6 +316,8 @@ mod tests {
             blake3: [0; 32],
         };
         assert!(matches!(source.read(&name, SHARD, &abort), Err(StepError::Aborted)));
+        let absent = source.read(&name, SHARD, &AtomicBool::new(false));
+        assert!(matches!(absent, Err(StepError::Restore(_))), "{absent:?}");
         let waiting = retried(Duration::from_secs(3600), || async { Err::<(), _>(busy()) });
         let abort_soon = async {
             tokio::time::sleep(Duration::from_millis(50)).await;

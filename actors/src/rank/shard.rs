@@ -81,7 +81,7 @@ fn copy(step: StepsCompleted, generation: Generation, shard: ShardToSave<CpuDevi
         master: copied(&state.master)?,
         exp_avg: copied(&state.first_moment)?,
         exp_avg_sq: copied(&state.second_moment)?,
-        _upload: shard.upload,
+        upload: shard.upload,
     };
     let hashes = state.hashes.clone();
     drop(state);

@@ -29,7 +29,8 @@ pub struct Snapshot {
     pub exp_avg: CpuBuffer,
     pub exp_avg_sq: CpuBuffer,
     /// Held until this shard is stored or given up.
-    pub _upload: Arc<UploadTicket>,
+    #[expect(dead_code, reason = "it counts as long as it is there")]
+    pub upload: Arc<UploadTicket>,
 }
 
 pub enum WriterMessage {
@@ -82,7 +83,7 @@ impl Actor for CheckpointWriter {
             WriterMessage::Store(snapshot) if state.has_room(snapshot.step) => state.start(&myself, snapshot),
             WriterMessage::Store(snapshot) => {
                 if let Some(older) = state.waiting.insert(snapshot.shard, snapshot) {
-                    let cause = format!("{CHECKPOINTS_IN_FLIGHT_MAX} checkpoints are still being uploaded");
+                    let cause = "an earlier one is still being uploaded, and a later one waits, too".to_owned();
                     state.tell(lost(&older, cause, false))?;
                 }
             }

@@ -111,6 +111,7 @@ pub mod message {
             decided: StepsCompleted(3),
             last_step: StepsCompleted(9),
             checkpoint_at_base: false,
+            checkpointed: StepsCompleted(2),
             state: None,
             disputed: Some((StepsCompleted(5), DisputedItem::Lane(LaneIndex(2)))),
         }
@@ -195,6 +196,7 @@ pub mod message {
                 step,
                 saving: true,
             },
+            FromRank::Saving { generation, step },
         ]
     }
 
@@ -207,6 +209,17 @@ pub mod message {
                 suspects: vec![Rank(1)],
                 fatal: false,
                 dispute: Some(dispute()),
+            },
+            FromRank::Failed {
+                generation,
+                cause: "a checkpoint is bad".into(),
+                suspects: vec![],
+                fatal: false,
+                dispute: Some(Dispute {
+                    step,
+                    item: DisputedItem::Checkpoint,
+                    claims: vec![],
+                }),
             },
             FromRank::Settled {
                 generation,

@@ -9,7 +9,7 @@
 //! | a plan reaches all | `n · P / controller's link`: the controller sends each rank its own copy |
 //! | meshes connect | `(n - 1) · connect` |
 //! | copies of shards | `most copies of one rank · state / shards / rank's link` |
-//! | finding the checkpoint | `state / verify`: the controller hashes every byte of it |
+//! | finding the checkpoint | `(4 + shards / requests at once) · request`: manifest, and a look at every object |
 //! | restore | `replicas · state / store` |
 //! | weights gather | `weights / rank's link` |
 //!
@@ -52,8 +52,10 @@ pub struct Cost {
     pub link_bytes_per_s: f64,
     /// The object store to all ranks together (bytes per second).
     pub store_bytes_per_s: f64,
-    /// The controller reads and hashes a checkpoint (bytes per second).
-    pub verify_bytes_per_s: f64,
+    /// One request to the object store that carries little (milliseconds), and how many the controller has under way at once.
+    pub request_ms: u64,
+    /// See above.
+    pub requests_at_once: u64,
     /// A process on a host that is there, start to ready (milliseconds).
     pub process_start_ms: u64,
     /// A process on a spare host (milliseconds).
@@ -86,7 +88,8 @@ impl Default for Cost {
             weights_bytes: parameters * 4.0,
             link_bytes_per_s: 50e9,
             store_bytes_per_s: 200e9,
-            verify_bytes_per_s: 2e9,
+            request_ms: 20,
+            requests_at_once: 32,
             process_start_ms: 5_000,
             spare_start_ms: 30_000,
             exit_ms: 10,
@@ -121,10 +124,11 @@ impl Cost {
         self.round_trip_ms + (ranks as u64 * self.message_us).div_ceil(1_000)
     }
 
-    /// The newest checkpoint is found and verified.
+    /// The newest checkpoint is found: the chain's end and the manifest are read, and every object is looked up. Its bytes are
+    /// hashed by the ranks that read them.
     #[must_use]
-    pub fn locate_ms(&self) -> u64 {
-        ms(self.state_bytes, self.verify_bytes_per_s)
+    pub const fn locate_ms(&self, shards: u64) -> u64 {
+        self.request_ms * (4 + shards.div_ceil(self.requests_at_once))
     }
 
     /// The plan has reached every rank.
@@ -181,7 +185,7 @@ impl Cost {
                 Seen::Corruption => 0,
             };
             let detect = cause.hang_share * stalled as f64 + (1.0 - cause.hang_share) * detect as f64;
-            let back = self.locate_ms() + begin(From::Checkpoint);
+            let back = self.locate_ms(ranks as u64) + begin(From::Checkpoint);
             let restart = if cause.reach == Reach::Run {
                 self.person_ms + self.process_start_ms + back
             } else {

@@ -37,7 +37,7 @@ pub(super) enum Happening {
     Exited(Member, &'static str),
     /// All survivors answer the fence.
     Answers(Generation),
-    /// The newest checkpoint is verified.
+    /// The newest checkpoint is found.
     Located,
     /// Everybody stands at a step's boundary.
     Boundary {
@@ -269,7 +269,10 @@ impl<'a> World<'a> {
                 },
                 Effect::Begin { plan } => self.begin(now_ms, plan),
                 Effect::FindCheckpoint { .. } => {
-                    let locate_ms = self.saves.newest().map_or(1, |_| self.setup.cost.locate_ms());
+                    let locate_ms = self
+                        .saves
+                        .newest()
+                        .map_or(1, |_| self.setup.cost.locate_ms(u64::from(self.setup.ranks)));
                     self.at(now_ms + locate_ms, Happening::Located);
                 }
                 &Effect::Note(Incident::StateLost { shards_missing }) => self.state_lost(shards_missing),

@@ -452,7 +452,7 @@ fn name_of(body: &[u8]) -> String {
         Ok(FromRank::Running { generation, base, .. }) => format!("generation {generation} runs from {base}"),
         Ok(FromRank::Failed { generation, cause, .. }) => format!("failed in {generation}: {cause}"),
         Ok(FromRank::Settled { step, .. }) => format!("step {step} settled"),
-        Ok(FromRank::Saving { step }) => format!("saves {step}"),
+        Ok(FromRank::Saving { step, .. }) => format!("saves {step}"),
         Ok(FromRank::Paused { step, saving, .. }) => format!("paused at {step}, saving: {saving}"),
         Ok(FromRank::ShardSaved { step, shard, .. }) => format!("shard {shard} of {step} saved"),
         Ok(FromRank::ShardLost { step, shard, cause, .. }) => format!("shard {shard} of {step} lost: {cause}"),

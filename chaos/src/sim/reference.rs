@@ -176,6 +176,7 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(config.run.steps),
         checkpoint_at_base: false,
+        checkpointed: StepsCompleted(0),
         state: None,
         disputed: None,
     }

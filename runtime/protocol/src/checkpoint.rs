@@ -116,7 +116,10 @@ impl CheckpointTracker {
     }
 
     /// A rank has begun with its share.
-    pub fn on_saving(&mut self, step: StepsCompleted) {
+    pub fn on_saving(&mut self, generation: Generation, step: StepsCompleted) {
+        if generation < self.generation || self.failed.contains(&step) {
+            return; // given up already
+        }
         if self.committed.is_none_or(|committed| committed < step) {
             self.begun.insert(step);
         }
@@ -243,7 +246,7 @@ mod tests {
         let mut tracker = CheckpointTracker::new(1, StepsCompleted(99));
         for step in [10, 20, 30, 40].map(StepsCompleted) {
             assert!(!tracker.is_under_way(step));
-            tracker.on_saving(step);
+            tracker.on_saving(Generation(1), step);
             assert!(tracker.is_under_way(step));
         }
         tracker.on_shard_lost(Generation(1), StepsCompleted(10), "no answer".into(), false);
@@ -254,7 +257,7 @@ mod tests {
             "to be committed"
         );
         tracker.on_committed(StepsCompleted(20));
-        tracker.on_saving(StepsCompleted(20));
+        tracker.on_saving(Generation(1), StepsCompleted(20));
         assert!(
             !tracker.is_under_way(StepsCompleted(20)),
             "a late word of one that is there"

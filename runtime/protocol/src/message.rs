@@ -139,7 +139,7 @@ pub struct Claim {
     pub digest: ItemDigest,
 }
 
-/// The checkpoint to restore from: the manifest's object as the commit record names it. What the controller verified and
+/// The checkpoint to restore from: the manifest's object as the commit record names it. What the controller found and
 /// what the ranks read are the same bytes, whatever else of that step is in the store.
 #[derive(Clone, PartialEq, Eq, Debug, Archive, Serialize, Deserialize)]
 pub struct RestoreFrom {
@@ -231,6 +231,8 @@ pub struct BeginPlan {
     pub last_step: StepsCompleted,
     /// Save the base itself first: the run ends there.
     pub checkpoint_at_base: bool,
+    /// The newest checkpoint that there is; 0 for none. What was due since then and is not there is due still.
+    pub checkpointed: StepsCompleted,
     /// Hash of the whole state at the base as its line has it, where the line is written: from another one nobody begins
     /// (DET-3).
     pub state: Option<[u8; 32]>,
@@ -362,8 +364,10 @@ mod envelopes {
             /// The item, on which all agree.
             digest: ItemDigest,
         },
-        /// This rank's share of a checkpoint is copied and on its way to the store.
+        /// This rank's share of a checkpoint is on its way to the store.
         Saving {
+            /// Of this generation.
+            generation: Generation,
             /// The checkpoint's step.
             step: StepsCompleted,
         },

@@ -123,7 +123,8 @@ const SECRET_VARIABLES: [&str; 17] = [
 ];
 /// What to do where a store does not let us in.
 const ACCESS: &str = "check the credentials in the environment (s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
-                      AWS_ENDPOINT_URL; gs: GOOGLE_…; az: AZURE_…) and that they may read, write, list and delete there";
+                      AWS_ENDPOINT_URL; gs: GOOGLE_…; az: AZURE_…) and that they may read, write and list there, and delete, too, \
+                      unless they are a rank's";
 /// Shorter values are no secrets, and removing them would garble messages.
 const SECRET_CHARS_MIN: usize = 8;
 

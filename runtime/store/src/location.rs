@@ -1,5 +1,5 @@
 //! From `checkpoint.store` (a folder or a URL) to an object store. Time-outs and retries are set here, by name; nothing
-//! is left to a library's default. Credentials come from the environment only: a URL that carries any is refused.
+//! is left to a library's default. Credentials come from the environment or AWS's shared files: a URL that carries any is refused.
 
 use crate::error::{Redactor, StoreError};
 #[cfg(feature = "s3")]

@@ -1,7 +1,8 @@
 //! Credentials of AWS's shared files (`~/.aws/credentials`, `~/.aws/config`), which `object_store` does not read.
 //!
-//! As other clients of S3 have it: variables of the environment come first; then the profile that `AWS_PROFILE` names, or
-//! `default`. The formats are those of the AWS SDKs' reference guide, "Shared config and credentials files". Static keys,
+//! As other clients of S3 have it: variables of the environment come first, those of web identities and containers, too; then
+//! the profile that `AWS_PROFILE` names, or `default`; a role of the machine comes last. Where nothing names a file or a
+//! profile, one that cannot be read or used is none. The formats are those of the AWS SDKs' reference guide, "Shared config and credentials files". Static keys,
 //! region and endpoint are taken; profiles that ask a program or another account for keys are not known here, and say so.
 
 use object_store::aws::AmazonS3ConfigKey;
@@ -41,44 +42,41 @@ impl Profile {
 
     fn of(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
         let home = variable("HOME").map(|home| PathBuf::from(home).join(".aws"));
-        let file = |name: &str, default: &str| {
-            variable(name)
-                .map(PathBuf::from)
-                .or_else(|| home.as_ref().map(|home| home.join(default)))
-        };
         let wanted = variable("AWS_PROFILE");
-        let name = wanted.as_deref().unwrap_or("default");
-        let mut found = BTreeMap::new();
-        // What both files set, the file of credentials decides.
-        let section = if name == "default" {
-            name.to_owned()
-        } else {
-            format!("profile {name}")
+        let text_of = |name: &str, default: &str| match (variable(name), &home) {
+            (Some(named), _) => read(Path::new(&named)),
+            (None, Some(home)) if wanted.is_some() => read(&home.join(default)),
+            (None, Some(home)) => Ok(read(&home.join(default)).unwrap_or_default()),
+            (None, None) => Ok(None),
         };
-        for (path, section) in [
-            (file("AWS_CONFIG_FILE", "config"), section.as_str()),
-            (file("AWS_SHARED_CREDENTIALS_FILE", "credentials"), name),
-        ] {
-            let Some(path) = path else { continue };
-            if let Some(text) = read(&path)? {
-                found.extend(settings_of(&text, section));
-            }
+        let name = wanted.as_deref().unwrap_or("default");
+        let config = text_of("AWS_CONFIG_FILE", "config")?.unwrap_or_default();
+        let mut found = settings_of(&config, &format!("profile {name}"));
+        if name == "default" {
+            found.extend(settings_of(&config, name));
         }
+        let credentials = text_of("AWS_SHARED_CREDENTIALS_FILE", "credentials")?.unwrap_or_default();
+        let credentials = settings_of(&credentials, name);
+        if credentials.contains_key("aws_access_key_id") {
+            // Keys of two sources are no pair.
+            found.retain(|setting, _| !setting.starts_with("aws_"));
+        }
+        found.extend(credentials);
         if found.is_empty() && wanted.is_some() {
             return Err(format!(
                 "AWS_PROFILE names {name}, and no such profile is in ~/.aws/credentials or ~/.aws/config"
             ));
         }
-        let has_keys = variable("AWS_ACCESS_KEY_ID").is_some();
+        let has_keys = OWN_KEYS.iter().any(|name| variable(name).is_some());
         match UNKNOWN_WAYS.iter().find(|way| found.contains_key(**way)) {
-            Some(way) if !has_keys && !found.contains_key("aws_access_key_id") => Err(format!(
+            Some(way) if wanted.is_some() && !has_keys && !found.contains_key("aws_access_key_id") => Err(format!(
                 "the AWS profile {name} gets its keys by {way}, which is not known here; set AWS_ACCESS_KEY_ID, \
                  AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN from it (`aws configure export-credentials --format env`)"
             )),
             _ => Ok(Self(
                 SETTINGS
                     .into_iter()
-                    // Keys of two sources are no pair: one variable stands for all three.
+                    // Keys of two sources are no pair: one variable of them stands for all three.
                     .filter(|(_, variables, _)| variables.iter().all(|name| variable(name).is_none()))
                     .filter_map(|(setting, _, key)| Some((key, found.get(setting)?.clone())))
                     .collect(),
@@ -106,19 +104,18 @@ impl IntoIterator for Profile {
     }
 }
 
+/// Variables of the environment that give keys, one way or another.
+const OWN_KEYS: [&str; 4] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+];
 /// A setting, the variables of the environment that come before it, and what it means to the client.
 const SETTINGS: [(&str, &[&str], AmazonS3ConfigKey); 5] = [
-    (
-        "aws_access_key_id",
-        &["AWS_ACCESS_KEY_ID"],
-        AmazonS3ConfigKey::AccessKeyId,
-    ),
-    (
-        "aws_secret_access_key",
-        &["AWS_ACCESS_KEY_ID"],
-        AmazonS3ConfigKey::SecretAccessKey,
-    ),
-    ("aws_session_token", &["AWS_ACCESS_KEY_ID"], AmazonS3ConfigKey::Token),
+    ("aws_access_key_id", &OWN_KEYS, AmazonS3ConfigKey::AccessKeyId),
+    ("aws_secret_access_key", &OWN_KEYS, AmazonS3ConfigKey::SecretAccessKey),
+    ("aws_session_token", &OWN_KEYS, AmazonS3ConfigKey::Token),
     (
         "region",
         &["AWS_REGION", "AWS_DEFAULT_REGION"],
@@ -272,7 +269,44 @@ region = nowhere
 
     #[test]
     fn no_files_are_no_profile() {
-        let nowhere = |name: &str| (name == "HOME").then(|| "/nonexistent".to_owned());
-        assert_eq!(Profile::of(&nowhere).unwrap(), Profile::default());
+        for home in ["/nonexistent", "/dev/null"] {
+            let nowhere = |name: &str| (name == "HOME").then(|| home.to_owned());
+            assert_eq!(Profile::of(&nowhere).unwrap(), Profile::default());
+            let named = |name: &str| {
+                (name == "AWS_PROFILE")
+                    .then(|| "lab".to_owned())
+                    .or_else(|| nowhere(name))
+            };
+            assert!(Profile::of(&named).is_err(), "what is asked for must be there");
+        }
+    }
+
+    #[test]
+    fn an_identity_of_the_environment_is_not_overruled_by_a_profile_that_nobody_named() {
+        let regions = of(&[("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token")]).unwrap();
+        assert_eq!(regions, profile(&[(Region, "eu-west-1")]));
+    }
+
+    #[test]
+    fn keys_of_two_files_are_not_mixed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, credentials) = (folder.path().join("config"), folder.path().join("credentials"));
+        std::fs::write(
+            &config,
+            "[profile default]\naws_session_token = of another\nregion = x\n",
+        )
+        .unwrap();
+        std::fs::write(&credentials, CREDENTIALS).unwrap();
+        let files = |name: &str| match name {
+            "AWS_CONFIG_FILE" => Some(config.display().to_string()),
+            "AWS_SHARED_CREDENTIALS_FILE" => Some(credentials.display().to_string()),
+            _ => None,
+        };
+        let expected = [
+            (AccessKeyId, "AKIDDEFAULT"),
+            (SecretAccessKey, "secret/of+default=="),
+            (Region, "x"),
+        ];
+        assert_eq!(Profile::of(&files).unwrap(), profile(&expected));
     }
 }

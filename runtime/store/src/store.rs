@@ -38,6 +38,14 @@ struct Inner {
     records: Mutex<HashMap<u64, CachedLink>>,
 }
 
+/// An operation's answer, if it comes within [`OPERATION_TIMEOUT_MS`].
+pub(crate) async fn in_time<T>(operation: impl Future<Output = Result<T, object_store::Error>>) -> Result<T, Failure> {
+    match tokio::time::timeout(Duration::from_millis(OPERATION_TIMEOUT_MS), operation).await {
+        Ok(result) => result.map_err(Failure::Store),
+        Err(_) => Err(Failure::TimedOut),
+    }
+}
+
 /// Why an operation on an object failed.
 pub(crate) enum Failure {
     Store(object_store::Error),
@@ -129,7 +137,7 @@ impl CheckpointStore {
     }
 
     /// Waits until so many bytes may be copied for an upload; the room is free again when this is dropped. Whoever holds
-    /// some waits for a request alone, which ends.
+    /// some waits for one request alone, which ends ([`in_time`]).
     pub(crate) async fn room_for(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
         // A part of an object of hundreds of gigabytes may be larger than all the room: it goes alone.
         let bytes = bytes.min(UPLOAD_BYTES_IN_FLIGHT_MAX) as u32;
@@ -162,10 +170,7 @@ impl CheckpointStore {
         &self,
         operation: impl Future<Output = Result<T, object_store::Error>>,
     ) -> Result<T, Failure> {
-        match tokio::time::timeout(Duration::from_millis(OPERATION_TIMEOUT_MS), operation).await {
-            Ok(result) => result.map_err(Failure::Store),
-            Err(_) => Err(Failure::TimedOut),
-        }
+        in_time(operation).await
     }
 
     /// A small object's bytes; one larger than `bytes_max` is corrupt, and not read.

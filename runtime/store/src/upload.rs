@@ -5,7 +5,7 @@ use crate::keys;
 use crate::limits::{PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
 use crate::manifest::{ObjectRecord, ShardRecord};
 use crate::shard_file::{self, ShardGeometry};
-use crate::store::{CheckpointStore, Failure};
+use crate::store::{CheckpointStore, Failure, in_time};
 use bytes::Bytes;
 use object_store::{MultipartUpload, ObjectStoreExt};
 use std::ops::Range;
@@ -148,7 +148,7 @@ impl CheckpointStore {
         &self,
         source: &Source<'_>,
         upload: &mut dyn MultipartUpload,
-        parts: &mut JoinSet<Result<(), object_store::Error>>,
+        parts: &mut JoinSet<Result<(), Failure>>,
     ) -> Result<blake3::Hash, Failure> {
         let mut hasher = blake3::Hasher::new();
         let part = part_bytes(source.length);
@@ -156,33 +156,31 @@ impl CheckpointStore {
         while start < source.length {
             let end = source.length.min(start + part);
             while parts.len() >= PARTS_IN_FLIGHT_MAX {
-                self.part_done(parts).await?;
+                part_done(parts).await?;
             }
             let room = self.room_for(end - start).await;
             let bytes = source.bytes(start..end);
             hasher.update(&bytes);
             let put = upload.put_part(bytes.into());
             parts.spawn(async move {
+                // Whoever waits for this room waits no longer than for a request.
                 let _room = room;
-                put.await
+                in_time(put).await
             });
             start = end;
         }
         while !parts.is_empty() {
-            self.part_done(parts).await?;
+            part_done(parts).await?;
         }
         self.bounded(upload.complete()).await?;
         Ok(hasher.finalize())
     }
+}
 
-    async fn part_done(&self, parts: &mut JoinSet<Result<(), object_store::Error>>) -> Result<(), Failure> {
-        self.bounded(async {
-            match parts.join_next().await {
-                Some(joined) => joined.map_err(object_store::Error::from)?,
-                None => Ok(()),
-            }
-        })
-        .await
+async fn part_done(parts: &mut JoinSet<Result<(), Failure>>) -> Result<(), Failure> {
+    match parts.join_next().await {
+        Some(joined) => joined.map_err(|error| Failure::Store(error.into()))?,
+        None => Ok(()),
     }
 }
 

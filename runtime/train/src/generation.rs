@@ -135,7 +135,7 @@ pub fn run<D: HostVisible>(
         save(state, world, means, plan.base);
         at.saving = true;
     }
-    let mut is_due = false;
+    let mut is_due = was_missed(state, plan);
     while at.step < plan.last_step {
         wait_for_acknowledgement(state, means.switches)?;
         state.progress.enter(Phase::Feeding);
@@ -191,6 +191,12 @@ fn is_asked_for(step: StepsCompleted, saved: StepsCompleted, switches: &Switches
 fn is_multiple<D: Device>(state: &RankState<D>, step: StepsCompleted) -> bool {
     let interval = state.config.checkpoint.interval_steps;
     interval > 0 && step.0.is_multiple_of(interval)
+}
+
+/// Whether a checkpoint was due before this generation and is not there: put off, or lost with a rank.
+fn was_missed<D: Device>(state: &RankState<D>, plan: &BeginPlan) -> bool {
+    let due = |step: StepsCompleted| step.0.checked_div(state.config.checkpoint.interval_steps);
+    due(plan.base) > due(plan.checkpointed)
 }
 
 /// Whether a checkpoint is begun at this boundary. One that is due waits for a boundary at which no rank still stores its

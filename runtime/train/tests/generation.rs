@@ -44,16 +44,31 @@ fn a_slow_store_makes_checkpoints_rarer_on_all_ranks_alike() {
     let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
     for outcome in outcomes {
         assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
-        let saved = outcome.said.iter().filter_map(|said| match said {
-            Said::Saved(step) => Some(step.0),
-            _ => None,
-        });
-        assert_eq!(
-            saved.collect::<Vec<_>>(),
-            [2, 7, 8, 10, 12],
-            "rank of {}",
-            outcome.member
-        );
+        assert_eq!(outcome.saved_steps(), [2, 7, 8, 10, 12], "rank of {}", outcome.member);
+    }
+}
+
+/// What was due and is not there when a generation begins is made up for at its first boundary, and nothing else is.
+#[test]
+fn a_checkpoint_that_was_missed_is_made_up_for() {
+    for (checkpointed, expected) in [(0, &[5, 6, 8][..]), (2, &[5, 6, 8]), (3, &[6, 8]), (4, &[6, 8])] {
+        let (mut nodes, first) = begin(&[0, 1], 2, 4);
+        let before = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+        for node in &mut nodes {
+            Arc::make_mut(&mut node.state.config).checkpoint.interval_steps = 3;
+        }
+        let wanted = Wanted {
+            generation: 2,
+            members: vec![member(0), member(1)],
+            replicas: 2,
+            last_step: 8,
+            ..Wanted::default()
+        };
+        let mut second = plan(&wanted, &reports(&before));
+        second.checkpointed = StepsCompleted(checkpointed);
+        for outcome in run(&mut nodes, &second, &mut meshes(&second), &NoStore) {
+            assert_eq!(outcome.saved_steps(), expected, "checkpoint of {checkpointed}");
+        }
     }
 }
 

@@ -74,7 +74,12 @@ impl Credentials {
     /// Those of `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, where both are set.
     #[must_use]
     pub fn from_environment() -> Option<Self> {
-        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Self::of_variables("")
+    }
+
+    fn of_variables(prefix: &str) -> Option<Self> {
+        let variable = |name| std::env::var(format!("{prefix}{name}")).ok();
+        let variable = |name| variable(name).filter(|value| !value.is_empty());
         Some(Self {
             key_id: variable("AWS_ACCESS_KEY_ID")?,
             secret: variable("AWS_SECRET_ACCESS_KEY")?,
@@ -112,7 +117,10 @@ impl Server {
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let mut builder = S3ServiceBuilder::new(service::Objects(folder.clone()));
-        let of_ranks = Credentials::random()?;
+        let of_ranks = match Credentials::of_variables("TARAZED_RANK_") {
+            Some(given) => given,
+            None => Credentials::random()?,
+        };
         let mut known = SimpleAuth::new();
         for Credentials { key_id, secret } in [&credentials, &of_ranks] {
             known.register(key_id.clone(), secret.clone().into());
@@ -172,10 +180,9 @@ impl Server {
             ("AWS_REGION", REGION.to_owned()),
         ]
     }
-}
 
-impl Server {
-    /// Variables with which a run's ranks sign as somebody who may do everything but delete.
+    /// Variables with which a run's ranks sign as somebody who may do everything but delete: those of the environment where
+    /// they are set there, else new ones at each start.
     #[must_use]
     pub fn environment_of_ranks(&self) -> [(&'static str, String); 2] {
         [

@@ -54,9 +54,15 @@ fn bad_checkpoints_are_passed_over_aloud() {
     let project = Project::tiny();
     for (name, harm) in [("cut", truncate as fn(&Path)), ("flip", damage), ("gone", remove)] {
         let run = project.train(name).ranks(2).steps(60).complete();
-        let newest = checkpoint_folders(run.dir()).pop().expect("a checkpoint");
+        let mut folders = checkpoint_folders(run.dir());
+        let newest = folders.pop().expect("a checkpoint");
         harm(&files_with_ending(&newest, ".safetensors")[3]);
-        // The trace ends at 60 and the newest good checkpoint is of step 40.
+        // The trace ends at 60; the checkpoint before is of step 40, or a little later where the disk was slow.
+        let before = folders.pop().expect("another checkpoint");
+        let before: u64 = before
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok())
+            .expect("a step");
         let mut same = Run::start(&project.train(name).ranks(3).steps(60));
         assert_undisturbed(&mut same, 60, name);
         // What is missing or too short the controller sees; what is in it those who read it.
@@ -64,7 +70,7 @@ fn bad_checkpoints_are_passed_over_aloud() {
         let names_it = |event: &serde_json::Value| event["cause"].to_string().contains("checkpoint of step 60");
         assert!(told.iter().any(names_it), "{name}: {told:?}\n{}", same.tail());
         let bases: Vec<_> = same.events("generation").iter().map(|g| g["base"].clone()).collect();
-        assert_eq!(bases.last(), Some(&40.into()), "{name}\n{}", same.tail());
+        assert_eq!(bases.last(), Some(&before.into()), "{name}\n{}", same.tail());
         // It was saved again, so that the next start needs no replay.
         let mut longer = Run::start(&project.train(name).ranks(1).steps(70));
         assert_undisturbed(&mut longer, 70, name);
@@ -95,11 +101,11 @@ fn all_bad(project: &Project, name: &str, harm: fn(&Path)) {
     let before = files(run.dir());
     let mut again = Run::start(&project.train(name).ranks(2).steps(90));
     let outcome = again.finish();
-    // Where the machine is busy one of them may have been overtaken by the next.
-    let steps = (1..=3).map(|part| part * 20).filter(|&step| {
-        let folder = format!("{step:020}");
-        checkpoint_folders(run.dir()).iter().any(|path| path.ends_with(&folder))
-    });
+    // Where the disk is slow one of them may have been put off.
+    let steps = checkpoint_folders(run.dir());
+    let steps = steps
+        .iter()
+        .filter_map(|path| path.file_name()?.to_str()?.parse::<u64>().ok());
     let steps: Vec<String> = steps.map(|step| format!("step {step}")).collect();
     assert!(steps.len() > 1, "{steps:?}");
     let said: Vec<&str> = steps.iter().map(String::as_str).chain(["store"]).collect();

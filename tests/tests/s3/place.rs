@@ -47,7 +47,7 @@ impl Place {
 
     fn of_environment() -> Option<Self> {
         let bucket = std::env::var(BUCKET).ok()?;
-        let variables = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
+        let variables = std::env::vars().filter(|(name, _)| is_of_store(name));
         Some(Self::new(BUCKET, bucket, variables.collect(), None))
     }
 
@@ -114,7 +114,7 @@ impl Place {
     pub fn run(&self, case: &str) {
         let mut child = Command::new(std::env::current_exe().expect("a test knows its own path"));
         child.args(["child", "--exact", "--ignored", "--nocapture"]);
-        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("AWS_")) {
+        for (name, _) in std::env::vars().filter(|(name, _)| is_of_store(name)) {
             child.env_remove(name);
         }
         let output = child
@@ -146,6 +146,11 @@ impl Place {
     pub fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Whether it says how the store is reached.
+fn is_of_store(variable: &str) -> bool {
+    variable.starts_with("AWS_") || variable.starts_with("TARAZED_RANK_AWS_")
 }
 
 /// The case that this process is to run, and where; none where a person started it.

@@ -128,7 +128,7 @@ pub enum Event {
     },
     /// The checkpoint to start from, answer to [`Effect::FindCheckpoint`].
     Located {
-        /// As it was verified; none: begin from the seed.
+        /// As it was found; none: begin from the seed.
         checkpoint: Option<RestoreFrom>,
     },
     /// A checkpoint exists.

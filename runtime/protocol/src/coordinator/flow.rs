@@ -320,6 +320,11 @@ impl Coordinator {
             );
             return self.halt(3, what);
         }
+        self.begin_fence(now_ms, alarm)
+    }
+
+    /// The same, whatever led to it.
+    pub(super) fn begin_fence(&mut self, now_ms: u64, alarm: Option<Alarm>) -> Vec<Effect> {
         if !Mutant::FenceKeepsGeneration.is_on() {
             self.generation = self.generation.next();
         }

@@ -97,6 +97,7 @@ impl Coordinator {
                 self.options.last_step
             },
             checkpoint_at_base: ends_here && !self.is_saved(ground.base),
+            checkpointed: self.checkpointed.unwrap_or_default(),
             state: None,
             disputed: self.trial.as_ref().map(|trial| (trial.step, trial.item)),
         };

@@ -38,8 +38,12 @@ impl Coordinator {
         match item {
             DisputedItem::Base => return self.on_base_differs(now_ms, cause),
             DisputedItem::Checkpoint => {
-                self.unreadable.push(cause.clone());
-                return self.on_base_differs(now_ms, cause);
+                let effects = self.on_base_differs(now_ms, cause.clone());
+                // A newer one has been committed since, or it is not there any more because of that.
+                if self.refuted.is_some() {
+                    self.unreadable.push(cause);
+                }
+                return effects;
             }
             DisputedItem::Shard(_) | DisputedItem::Lane(_) | DisputedItem::Finite => {}
         }
@@ -114,9 +118,15 @@ impl Coordinator {
         let mut effects = Vec::new();
         if let Some(from) = &plan.restore {
             let step = from.step;
-            self.refuted = Some(step);
-            let diagnosis = diagnosis.clone();
+            // Where another was committed meanwhile that one is looked for, and this one may have been collected for it.
+            if self.checkpointed.is_none_or(|newest| newest <= step) {
+                self.refuted = Some(step);
+            }
+            self.distrusted = true;
             effects.push(Effect::Note(Incident::CheckpointRefuted { step, diagnosis }));
+            // It is no sign of getting nowhere: each refuted checkpoint is older than the last, so there is an end to it.
+            effects.extend(self.begin_fence(now_ms, None));
+            return effects;
         } else if plan.shards.holders().iter().any(|holder| holder.origin.is_seed()) {
             return self.halt(3, diagnosis); // the seed itself gives another state than it did
         }

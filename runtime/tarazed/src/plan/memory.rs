@@ -175,7 +175,9 @@ fn state_terms(shares: &Shares, on_gpu: bool) -> Vec<Term> {
             name: "checkpoint snapshot",
             place: if on_gpu { Place::Host } else { Place::Device },
             bytes: p * e * 12,
-            formula: format!("{p} primary shards x {e} x 12 B, while a checkpoint is written"),
+            formula: format!(
+                "{p} primary shards x {e} x 12 B, while a checkpoint is written; twice where a run ends then"
+            ),
         },
     ]
 }

@@ -213,6 +213,15 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Steps whose checkpoint was begun.
+    pub fn saved_steps(&self) -> Vec<u64> {
+        let saved = self.said.iter().filter_map(|said| match said {
+            Said::Saved(step) => Some(step.0),
+            _ => None,
+        });
+        saved.collect()
+    }
+
     pub fn lines(&self) -> impl Iterator<Item = &StepLine> {
         self.said.iter().filter_map(|said| match said {
             Said::Line(line) => Some(line),
@@ -375,6 +384,7 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         decided: base,
         last_step: StepsCompleted(wanted.last_step),
         checkpoint_at_base: false,
+        checkpointed: StepsCompleted(0),
         state: None,
         disputed: None,
     }

@@ -177,6 +177,7 @@ fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
         decided: StepsCompleted(0),
         last_step: StepsCompleted(0),
         checkpoint_at_base: false,
+        checkpointed: StepsCompleted(0),
         state: None,
         disputed: None,
     }

@@ -187,20 +187,44 @@ fn unreadable_checkpoints_are_no_reason_to_begin_anew() {
     }
 }
 
+/// CKPT-4: what was still being stored when a checkpoint began to be restored may be committed meanwhile, and the older one
+/// be collected: the newer one is looked for, and the older one's absence proves nothing.
+#[test]
+fn a_newer_checkpoint_is_not_passed_over_with_a_refuted_one() {
+    for item in [DisputedItem::Base, DisputedItem::Checkpoint] {
+        let (mut cluster, bad) = restoring();
+        let step = StepsCompleted(bad.0 + 1);
+        let effects = cluster
+            .coordinator
+            .on_event(cluster.now_ms, Event::CheckpointCommitted { step });
+        cluster.act(effects);
+        refute(&mut cluster, bad, item);
+        assert_eq!(asked_below(&mut cluster), None, "{item:?}");
+        assert!(cluster.coordinator.unreadable.is_empty());
+    }
+}
+
 /// All state is lost, the newest checkpoint is restored, and a rank finds it wrong in this way.
 fn refuted(item: DisputedItem) -> (Cluster, StepsCompleted) {
+    let (mut cluster, bad) = restoring();
+    refute(&mut cluster, bad, item);
+    (cluster, bad)
+}
+
+/// All state is lost, and ranks restore the newest checkpoint, of this step.
+fn restoring() -> (Cluster, StepsCompleted) {
     let mut cluster = Cluster::new();
     cluster.settle(25);
     (0..SLOTS).for_each(|worker| cluster.kill(worker));
     while !cluster.coordinator.is_running() {
         cluster.settle(1);
     }
-    let bad = cluster
-        .coordinator
-        .plan
-        .as_ref()
-        .and_then(|plan| plan.restore.clone())
-        .expect("restored");
+    let plan = cluster.coordinator.plan.as_ref();
+    let from = plan.and_then(|plan| plan.restore.clone()).expect("restored");
+    (cluster, from.step)
+}
+
+fn refute(cluster: &mut Cluster, step: StepsCompleted, item: DisputedItem) {
     let event = Event::Failed {
         member: cluster.coordinator.roster()[0].0,
         generation: cluster.coordinator.generation(),
@@ -208,17 +232,16 @@ fn refuted(item: DisputedItem) -> (Cluster, StepsCompleted) {
         suspects: vec![],
         fatal: false,
         dispute: Some(Dispute {
-            step: bad.step,
+            step,
             item,
             claims: vec![],
         }),
     };
     let effects = cluster.coordinator.on_event(cluster.now_ms, event);
     let refuted =
-        |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step, .. }) if *step == bad.step);
+        |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step: of, .. }) if *of == step);
     assert!(effects.iter().any(refuted), "{effects:?}");
     cluster.act(effects);
-    (cluster, bad.step)
 }
 
 /// Below which step a checkpoint is looked for, when all have answered the fence.
