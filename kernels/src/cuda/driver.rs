@@ -276,8 +276,7 @@ pub struct GemmKey {
 
 /// Alignment of every operand of a matrix product.
 pub const GEMM_ALIGNMENT_BYTES: u64 = 16;
-/// Workspace of a matrix product at most, and what each stream keeps for it. What NVIDIA advises for Hopper (cuBLAS 13.0,
-/// section 2.1.8, workspace of 32 MiB).
+/// Workspace of a matrix product at most, and what each stream keeps for it: what NVIDIA's cuBLAS manual advises for Hopper.
 pub const GEMM_WORKSPACE_BYTES: usize = 32 << 20;
 
 /// A matrix product whose algorithm is chosen, once and for all.
