@@ -4,7 +4,8 @@
 //! After an error that outlives its call the device refuses all further work and repeats the cause: what a lost context
 //! would answer tells nothing, and what it computed last is not to be trusted.
 
-use super::driver::{Driver, DriverError, GemmKey, GemmPlan, KernelId, KernelKey, Severity, StreamId, remedy};
+use super::driver::{Driver, DriverError, GemmKey, GemmPlan, KernelId, Severity, StreamId, remedy};
+use super::table::{ENTRIES, Entry};
 use crate::device::DeviceError;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Context<D: Driver> {
     driver: D,
     lost: Mutex<Option<String>>,
-    kernels: Mutex<BTreeMap<KernelKey, KernelId>>,
+    /// By name of the entry point; all of them.
+    kernels: BTreeMap<&'static str, KernelId>,
     plans: Mutex<BTreeMap<GemmKey, Arc<GemmPlan>>>,
     /// Where fresh memory is zeroed.
     home: StreamId,
@@ -24,16 +26,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<D: Driver> Context<D> {
-    /// Takes a driver into use.
+    /// Takes a driver into use and makes every kernel ready, so that none fails to compile in the middle of a run.
     ///
     /// # Errors
-    /// [`DeviceError::Failed`] if it gives no stream.
+    /// [`DeviceError::Failed`], with the compiler's log where a kernel does not compile.
     pub(super) fn new(driver: D) -> Result<Self, DeviceError> {
+        let mut kernels = BTreeMap::new();
+        for &entry in ENTRIES {
+            let kernel = driver.load(entry).map_err(|error| failed(entry.name, &error))?;
+            kernels.insert(entry.name, kernel);
+        }
         let home = driver.create_stream().map_err(|error| failed("start", &error))?;
         Ok(Self {
             driver,
             lost: Mutex::default(),
-            kernels: Mutex::default(),
+            kernels,
             plans: Mutex::default(),
             home,
         })
@@ -83,19 +90,12 @@ impl<D: Driver> Context<D> {
         failed
     }
 
-    /// A kernel, loaded at its first use.
-    ///
-    /// # Errors
-    /// [`DeviceError::Failed`], with the compiler's log where it does not compile.
-    pub(super) fn kernel(&self, key: &KernelKey, shared_bytes_max: u32) -> Result<KernelId, DeviceError> {
-        // The lock is held while a kernel compiles: others that need it would only compile it, too.
-        let mut kernels = lock(&self.kernels);
-        if let Some(&kernel) = kernels.get(key) {
-            return Ok(kernel);
+    /// A kernel.
+    pub(super) fn kernel(&self, entry: &'static Entry) -> KernelId {
+        match self.kernels.get(entry.name) {
+            Some(&kernel) => kernel,
+            None => unreachable!("every entry of the table is loaded"),
         }
-        let kernel = self.ask(key.name, |driver| driver.load(key, shared_bytes_max))?;
-        kernels.insert(key.clone(), kernel);
-        Ok(kernel)
     }
 
     /// The plan of a matrix product, made at its first use and kept (DET-2).

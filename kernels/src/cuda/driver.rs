@@ -7,7 +7,9 @@
 //! Every call may fail, and says how in a [`DriverError`]. Calls that hand the device an address are `unsafe`: the device
 //! reads and writes there later, when no borrow checker looks.
 
+use super::table::{Element, Entry, Launch, Value};
 use std::fmt;
+use std::ptr::NonNull;
 
 /// An address in device memory.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -46,26 +48,6 @@ handles! {
     GraphId,
     /// A matrix product whose algorithm is chosen.
     PlanId
-}
-
-/// How elements are stored.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Element {
-    /// Brain floating point: the upper half of an f32.
-    Bf16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl Element {
-    /// Bytes of one.
-    #[must_use]
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::Bf16 => 2,
-            Self::F32 => 4,
-        }
-    }
 }
 
 /// What is known of a device before anything runs on it.
@@ -209,43 +191,6 @@ pub enum Absence {
     Failed(#[from] DriverError),
 }
 
-/// The shape of a launch.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct LaunchShape {
-    /// Blocks: x, y, z.
-    pub grid: [u32; 3],
-    /// Threads of a block: x, y, z.
-    pub block: [u32; 3],
-    /// Dynamic shared memory of a block, bytes.
-    pub shared_bytes: u32,
-}
-
-/// One argument of a kernel, in the type that its source declares.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Argument {
-    /// A pointer; null where an optional tensor is not given.
-    Address(Option<Address>),
-    /// `uint32_t`
-    U32(u32),
-    /// `uint64_t`
-    U64(u64),
-    /// `float`
-    F32(f32),
-    /// `double`
-    F64(f64),
-}
-
-/// Which kernel, as [`super::table`] lists it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct KernelKey {
-    /// Name of its entry point.
-    pub name: &'static str,
-    /// File name of its source.
-    pub source: &'static str,
-    /// Constants that it is compiled with, `-D name=value`.
-    pub constants: Vec<(&'static str, u32)>,
-}
-
 /// `C = alpha · op(A) · op(B)` or `C += …`, row-major; see [`crate::Gemm`]. All that an algorithm is chosen by: the
 /// operands' addresses are multiples of [`GEMM_ALIGNMENT_BYTES`], so where they lie decides nothing (DET-1, DET-2).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -374,7 +319,7 @@ pub trait Driver: Send + Sync + 'static {
     ///
     /// # Errors
     /// Severity [`Severity::OutOfMemory`] where it is not there.
-    fn alloc_pinned(&self, bytes: usize) -> Result<std::ptr::NonNull<u8>, DriverError>;
+    fn alloc_pinned(&self, bytes: usize) -> Result<NonNull<u8>, DriverError>;
 
     /// Gives it back.
     ///
@@ -383,7 +328,7 @@ pub trait Driver: Send + Sync + 'static {
     ///
     /// # Errors
     /// A [`DriverError`].
-    unsafe fn free_pinned(&self, pointer: std::ptr::NonNull<u8>) -> Result<(), DriverError>;
+    unsafe fn free_pinned(&self, pointer: NonNull<u8>) -> Result<(), DriverError>;
 
     /// Copies to the device, in a queue's order.
     ///
@@ -439,17 +384,17 @@ pub trait Driver: Send + Sync + 'static {
     /// A [`DriverError`].
     unsafe fn set_bytes(&self, stream: StreamId, to: Address, value: u8, bytes: usize) -> Result<(), DriverError>;
 
-    /// Makes a kernel ready to launch with up to `shared_bytes_max` of dynamic shared memory; compiles it where it must.
+    /// Makes a kernel ready to launch; compiles its source where it must.
     ///
     /// # Errors
     /// A [`DriverError`]; of a compiler, with its log.
-    fn load(&self, kernel: &KernelKey, shared_bytes_max: u32) -> Result<KernelId, DriverError>;
+    fn load(&self, entry: &'static Entry) -> Result<KernelId, DriverError>;
 
-    /// Launches a kernel, in a queue's order.
+    /// Launches a kernel, in a queue's order, with as much dynamic shared memory as the launch says.
     ///
     /// # Safety
-    /// The arguments are those that the kernel declares, in number, order and type; the memory that it reads and writes is
-    /// allocated until it is done.
+    /// `kernel` was loaded from `launch.entry`, whose arguments these are; the memory that they point to is allocated, for
+    /// all that the kernel reads and writes, until it is done.
     ///
     /// # Errors
     /// A [`DriverError`].
@@ -457,8 +402,8 @@ pub trait Driver: Send + Sync + 'static {
         &self,
         stream: StreamId,
         kernel: KernelId,
-        shape: &LaunchShape,
-        arguments: &[Argument],
+        launch: &Launch,
+        arguments: &[Value],
     ) -> Result<(), DriverError>;
 
     /// Chooses the algorithm of a matrix product: a function of the key and of the device's type alone (DET-2).

@@ -1,7 +1,8 @@
 //! Memory of the device and of its host side: owned, given back once, never while work may still use it.
 
 use super::context::Context;
-use super::driver::{Address, Driver, Element, Severity};
+use super::driver::{Address, Driver, Severity};
+use super::table::Element;
 use crate::device::DeviceError;
 use std::ptr::NonNull;
 use std::sync::Arc;

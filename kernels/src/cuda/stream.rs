@@ -7,8 +7,10 @@
 //! While a capture is under way (`graph`) nothing may wait or allocate: such calls are refused.
 
 use super::context::Context;
-use super::driver::{Address, Argument, Driver, EventId, GEMM_WORKSPACE_BYTES, GemmPlan, KernelKey, LaunchShape, StreamId};
+use super::driver::{Address, Driver, GEMM_WORKSPACE_BYTES, GemmPlan, GraphId, StreamId};
+use super::event::Event;
 use super::memory::{Allocation, Pinned};
+use super::table::{Launch, Value};
 use crate::device::DeviceError;
 use std::sync::Arc;
 
@@ -32,38 +34,57 @@ pub(super) enum Scratch {
 
 const SCRATCH_KINDS: usize = 5;
 
-/// One thread's queue of operations and its scratch memory.
-pub struct CudaStream<D: Driver> {
+/// What may still read or write the staging buffer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum InFlight {
+    Nothing,
+    /// Copies to the device, up to the event.
+    Upload,
+    /// A copy whose end is not marked: only an idle stream is behind it.
+    Unmarked,
+}
+
+/// A queue, given back when dropped.
+pub(super) struct Queue<D: Driver> {
     context: Arc<Context<D>>,
     id: StreamId,
-    /// The last copy from the staging buffer, where one may be under way.
-    staged: EventId,
-    is_staged: bool,
+}
+
+impl<D: Driver> Queue<D> {
+    pub fn new(context: &Arc<Context<D>>) -> Result<Self, DeviceError> {
+        let id = context.ask("stream", Driver::create_stream)?;
+        Ok(Self {
+            context: Arc::clone(context),
+            id,
+        })
+    }
+
+    pub const fn id(&self) -> StreamId {
+        self.id
+    }
+}
+
+impl<D: Driver> Drop for Queue<D> {
+    fn drop(&mut self) {
+        // What stands in it is done first. A failure is that of earlier work: there is nobody left to tell, and the next
+        // operation on any other stream finds it, too.
+        let _ = self.context.driver().destroy_stream(self.id);
+    }
+}
+
+/// One thread's queue of operations and its scratch memory.
+pub struct CudaStream<D: Driver> {
+    /// Dropped first, which waits for all copies and kernels that use what follows.
+    queue: Queue<D>,
+    context: Arc<Context<D>>,
+    /// Recorded behind the last copy from the staging buffer.
+    staged: Event<D>,
     staging: Pinned<D>,
+    in_flight: InFlight,
     workspace: Arc<Allocation<D>>,
     scratch: [Option<Arc<Allocation<D>>>; SCRATCH_KINDS],
     /// What the work recorded so far uses; none while nothing is recorded.
     captured: Option<Vec<Arc<Allocation<D>>>>,
-}
-
-/// What gives stream and event back, also where the rest of a stream cannot be made.
-struct Queue<'a, D: Driver> {
-    context: &'a Context<D>,
-    stream: Option<StreamId>,
-    event: Option<EventId>,
-}
-
-impl<D: Driver> Drop for Queue<'_, D> {
-    fn drop(&mut self) {
-        let driver = self.context.driver();
-        // The error that led here is the one that counts.
-        if let Some(event) = self.event.take() {
-            let _ = driver.destroy_event(event);
-        }
-        if let Some(stream) = self.stream.take() {
-            let _ = driver.destroy_stream(stream);
-        }
-    }
 }
 
 impl<D: Driver> CudaStream<D> {
@@ -72,25 +93,13 @@ impl<D: Driver> CudaStream<D> {
     /// # Errors
     /// [`DeviceError::OutOfMemory`], [`DeviceError::Failed`].
     pub(super) fn new(context: &Arc<Context<D>>) -> Result<Self, DeviceError> {
-        let mut queue = Queue {
-            context,
-            stream: None,
-            event: None,
-        };
-        let id = context.ask("stream", Driver::create_stream)?;
-        queue.stream = Some(id);
-        let staged = context.ask("stream", Driver::create_event)?;
-        queue.event = Some(staged);
-        let staging = Pinned::new(context, STAGING_BYTES)?;
-        let workspace = Arc::new(Allocation::new(context, GEMM_WORKSPACE_BYTES)?);
-        (queue.stream, queue.event) = (None, None);
         Ok(Self {
+            queue: Queue::new(context)?,
             context: Arc::clone(context),
-            id,
-            staged,
-            is_staged: false,
-            staging,
-            workspace,
+            staged: Event::new(context)?,
+            staging: Pinned::new(context, STAGING_BYTES)?,
+            in_flight: InFlight::Nothing,
+            workspace: Arc::new(Allocation::new(context, GEMM_WORKSPACE_BYTES)?),
             scratch: std::array::from_fn(|_| None),
             captured: None,
         })
@@ -103,7 +112,7 @@ impl<D: Driver> CudaStream<D> {
 
     /// The queue.
     pub(super) const fn id(&self) -> StreamId {
-        self.id
+        self.queue.id()
     }
 
     /// The work asked for next uses this memory: a recorded graph keeps it alive.
@@ -150,25 +159,33 @@ impl<D: Driver> CudaStream<D> {
     /// Launches a kernel that uses memory already named by [`CudaStream::uses`].
     ///
     /// # Safety
-    /// The arguments are the kernel's own, and the memory they point to is allocated for what the kernel touches until the
-    /// stream is done with it.
+    /// The memory that the arguments point to is allocated, for all that the kernel reads and writes, until the stream is
+    /// done with it.
+    ///
+    /// # Panics
+    /// If the arguments are not those that the table lists.
     ///
     /// # Errors
     /// [`DeviceError::Failed`].
     pub(super) unsafe fn launch(
         &mut self,
         operation: &'static str,
-        kernel: &KernelKey,
-        shape: &LaunchShape,
-        arguments: &[Argument],
+        launch: &Launch,
+        arguments: &[Value],
     ) -> Result<(), DeviceError> {
-        if shape.grid.contains(&0) {
-            return Ok(()); // nothing to do, which the driver would take for a mistake
+        let declared = launch.entry.arguments;
+        assert_eq!(arguments.len(), declared.len(), "arguments of {}", launch.entry.name);
+        for (value, argument) in arguments.iter().zip(declared) {
+            assert!(value.fits(argument.kind), "{value:?} as {argument:?} of {}", launch.entry.name);
         }
-        let loaded = self.context.kernel(kernel, shape.shared_bytes)?;
-        // SAFETY: the caller's promise.
+        if launch.is_empty() {
+            return self.context.check(operation);
+        }
+        let kernel = self.context.kernel(launch.entry);
+        // SAFETY: the kernel is the entry's, and the arguments are its own, as was just checked; the memory is the caller's
+        // promise.
         self.context.ask(operation, |driver| unsafe {
-            driver.launch(self.id, loaded, shape, arguments)
+            driver.launch(self.id(), kernel, launch, arguments)
         })
     }
 
@@ -191,7 +208,7 @@ impl<D: Driver> CudaStream<D> {
         // SAFETY: the caller's promise; the workspace is as long as any plan needs, and one stream's products run one
         // after another.
         self.context.ask("gemm", |driver| unsafe {
-            driver.gemm(self.id, plan, alpha, operands, workspace.address())
+            driver.gemm(self.id(), plan, alpha, operands, workspace.address())
         })
     }
 
@@ -207,7 +224,7 @@ impl<D: Driver> CudaStream<D> {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.context.ask("zero", |driver| unsafe { driver.set_bytes(self.id, to, 0, bytes) })
+        self.context.ask("zero", |driver| unsafe { driver.set_bytes(self.id(), to, 0, bytes) })
     }
 
     /// Copies bytes on the device.
@@ -223,17 +240,18 @@ impl<D: Driver> CudaStream<D> {
         }
         // SAFETY: the caller's promise.
         self.context.ask("copy", |driver| unsafe {
-            driver.copy_on_device(self.id, to, from, bytes)
+            driver.copy_on_device(self.id(), to, from, bytes)
         })
     }
 
-    /// Waits until the staging buffer is no copy's source any more.
+    /// Waits until no copy uses the staging buffer.
     fn free_staging(&mut self, operation: &'static str) -> Result<(), DeviceError> {
-        if self.is_staged {
-            self.context
-                .ask(operation, |driver| driver.synchronize_event(self.staged))?;
-            self.is_staged = false;
+        match self.in_flight {
+            InFlight::Nothing => {}
+            InFlight::Upload => self.staged.synchronize(operation)?,
+            InFlight::Unmarked => self.context.ask(operation, |driver| driver.synchronize(self.id()))?,
         }
+        self.in_flight = InFlight::Nothing;
         Ok(())
     }
 
@@ -255,18 +273,17 @@ impl<D: Driver> CudaStream<D> {
         for start in (0..bytes).step_by(STAGING_BYTES) {
             let piece = STAGING_BYTES.min(bytes - start);
             self.free_staging(OPERATION)?;
-            // SAFETY: the last copy from the buffer is done, and copies into it are waited for where they are made.
+            // SAFETY: no copy uses the buffer.
             fill(start, unsafe { &mut self.staging.as_mut_slice()[..piece] });
             let from = self.staging.pointer();
-            // Set first: if the copy is under way and recording its end fails, dropping the stream still waits for it.
-            self.is_staged = true;
+            self.in_flight = InFlight::Unmarked;
             // SAFETY: the staging buffer is pinned and is not touched before the event recorded below is done; the
             // target is the caller's promise.
             self.context.ask(OPERATION, |driver| unsafe {
-                driver.copy_to_device(self.id, to.further(start), from, piece)
+                driver.copy_to_device(self.id(), to.further(start), from, piece)
             })?;
-            self.context
-                .ask(OPERATION, |driver| driver.record(self.staged, self.id))?;
+            self.staged.record(OPERATION, self.id())?;
+            self.in_flight = InFlight::Upload;
         }
         Ok(())
     }
@@ -290,10 +307,11 @@ impl<D: Driver> CudaStream<D> {
         for start in (0..bytes).step_by(STAGING_BYTES) {
             let piece = STAGING_BYTES.min(bytes - start);
             let to = self.staging.pointer();
-            // SAFETY: the stream's order puts this copy behind any from the buffer, and it is waited for below before
-            // anybody looks; on an error nobody looks. The source is the caller's promise.
+            self.in_flight = InFlight::Unmarked;
+            // SAFETY: the stream's order puts this copy behind any other that uses the buffer, and nobody looks before the
+            // stream is idle. The source is the caller's promise.
             self.context.ask(operation, |driver| unsafe {
-                driver.copy_to_host(self.id, to, from.further(start), piece)
+                driver.copy_to_host(self.id(), to, from.further(start), piece)
             })?;
             self.synchronize(operation)?;
             // SAFETY: the stream is idle.
@@ -308,32 +326,36 @@ impl<D: Driver> CudaStream<D> {
     /// [`DeviceError::Failed`], also for earlier work; [`DeviceError::Unsupported`] in a capture.
     pub(super) fn synchronize(&mut self, operation: &'static str) -> Result<(), DeviceError> {
         self.refuse_in_capture(operation)?;
-        self.context.ask(operation, |driver| driver.synchronize(self.id))?;
-        self.is_staged = false;
+        self.context.ask(operation, |driver| driver.synchronize(self.id()))?;
+        self.in_flight = InFlight::Nothing;
         Ok(())
     }
 
-    /// Begins to record what the stream is asked for.
+    /// From now on, what the stream is asked for is recorded.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`]; [`DeviceError::Unsupported`] in a capture.
     pub(super) fn begin_capture(&mut self) -> Result<(), DeviceError> {
         self.refuse_in_capture("graph")?;
-        self.context.ask("graph", |driver| driver.begin_capture(self.id))?;
+        self.context.ask("graph", |driver| driver.begin_capture(self.id()))?;
         self.captured = Some(Vec::new());
         Ok(())
     }
 
-    /// What was recorded uses this memory. Ends the state in which calls are refused, whatever the driver says next.
-    pub(super) fn take_captured(&mut self) -> Vec<Arc<Allocation<D>>> {
-        self.captured.take().unwrap_or_default()
+    /// Ends a capture. Whatever comes of it, the stream works as before.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`].
+    pub(super) fn end_capture(&mut self) -> Result<(GraphId, Vec<Arc<Allocation<D>>>), DeviceError> {
+        let used = self.captured.take().unwrap_or_default();
+        // Also where the device is lost: the driver's own state is to be tidy.
+        let graph = self.context.driver().end_capture(self.id());
+        let graph = graph.map_err(|error| self.context.judge("graph", &error))?;
+        Ok((graph, used))
     }
-}
 
-impl<D: Driver> Drop for CudaStream<D> {
-    fn drop(&mut self) {
-        let driver = self.context.driver();
-        // Buffers outlive the work that uses them: each waits for the device when it is dropped, and so does this. A
-        // failure is that of earlier work; there is nobody to tell, and the next operation elsewhere finds it, too.
-        let _ = driver.synchronize(self.id);
-        let _ = driver.destroy_event(self.staged);
-        let _ = driver.destroy_stream(self.id);
+    /// Whether a capture is under way.
+    pub(super) const fn is_capturing(&self) -> bool {
+        self.captured.is_some()
     }
 }
