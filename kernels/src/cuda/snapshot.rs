@@ -62,7 +62,7 @@ impl<D: Driver> Snapshots<D> {
     /// Begins to copy tensors (views with their lengths), as they are when all that `after` was asked for is done.
     ///
     /// # Panics
-    /// If a view does not fit its buffer.
+    /// If a view does not fit its buffer, or in a capture.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`] of pinned memory, [`DeviceError::Failed`].
@@ -71,6 +71,7 @@ impl<D: Driver> Snapshots<D> {
         after: &mut CudaStream<D>,
         tensors: &[(View<'_, CudaBuffer<D>>, usize)],
     ) -> Result<Snapshot<D>, DeviceError> {
+        assert!(!after.is_capturing(), "a snapshot is not part of a graph");
         let mut parts = Vec::with_capacity(tensors.len());
         let mut end = 0_usize;
         for (view, len) in tensors {
