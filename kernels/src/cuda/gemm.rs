@@ -34,7 +34,7 @@ impl Stored {
 }
 
 /// A, B and C of a product, as they are stored.
-pub(super) const fn stored(call: &Gemm) -> [Stored; 3] {
+pub(super) fn stored(call: &Gemm) -> [Stored; 3] {
     let matrix = |rows, columns, stride| Stored { rows, columns, stride };
     [
         if call.a_transposed {
@@ -67,7 +67,7 @@ pub struct ColumnMajor {
 /// The same product in column-major terms: `Cᵀ = op(B)ᵀ · op(A)ᵀ`. A row-major matrix *is* its transpose in column-major
 /// order, so B goes first and nothing moves. Returns the first operand (B), the second (A), and the result (C).
 #[must_use]
-pub const fn column_major(key: &GemmKey) -> [ColumnMajor; 3] {
+pub fn column_major(key: &GemmKey) -> [ColumnMajor; 3] {
     let first = if key.b_transposed {
         [key.k, key.n]
     } else {
