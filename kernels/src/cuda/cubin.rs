@@ -61,7 +61,11 @@ pub fn options(architecture: &str) -> Vec<String> {
 /// One line that says what to do.
 pub fn architecture((major, minor): (u32, u32), known: &[u32]) -> Result<String, String> {
     let own = 10 * major + minor;
-    let best = known.iter().copied().filter(|&arch| arch / 10 == major && arch <= own).max();
+    let best = known
+        .iter()
+        .copied()
+        .filter(|&arch| arch / 10 == major && arch <= own)
+        .max();
     match best {
         Some(90) => Ok("sm_90a".to_owned()),
         Some(arch) => Ok(format!("sm_{arch}")),
@@ -234,8 +238,14 @@ mod tests {
         }
     }
 
-    const SOURCE: Source = Source { file: "a.cu", text: "good" };
-    const HEADERS: [Source; 1] = [Source { file: "a.cuh", text: "x" }];
+    const SOURCE: Source = Source {
+        file: "a.cu",
+        text: "good",
+    };
+    const HEADERS: [Source; 1] = [Source {
+        file: "a.cuh",
+        text: "x",
+    }];
 
     fn folder() -> (tempfile::TempDir, CubinCache) {
         let folder = tempfile::tempdir().unwrap();
@@ -245,7 +255,10 @@ mod tests {
 
     fn files(cache: &CubinCache) -> Vec<PathBuf> {
         let folder = cache.folder.as_ref().unwrap();
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+        fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect()
     }
 
     #[test]
@@ -270,9 +283,15 @@ mod tests {
         assert_eq!(get(&compiler, &SOURCE, &HEADERS, "sm_80"), Origin::Compiled);
         assert_eq!(get(&compiler, &SOURCE, &HEADERS, "sm_90a"), Origin::Compiled);
         assert_eq!(get(&Echo::new("2"), &SOURCE, &HEADERS, "sm_80"), Origin::Compiled);
-        let other = [Source { file: "a.cuh", text: "y" }];
+        let other = [Source {
+            file: "a.cuh",
+            text: "y",
+        }];
         assert_eq!(get(&compiler, &SOURCE, &other, "sm_80"), Origin::Compiled);
-        let other = Source { file: "a.cu", text: "better" };
+        let other = Source {
+            file: "a.cu",
+            text: "better",
+        };
         assert_eq!(get(&compiler, &other, &HEADERS, "sm_80"), Origin::Compiled);
         assert_eq!(files(&cache).len(), 5);
         assert_eq!(get(&compiler, &SOURCE, &HEADERS, "sm_80"), Origin::Kept);
@@ -304,7 +323,10 @@ mod tests {
     #[test]
     fn a_source_that_does_not_compile_leaves_nothing_and_says_why() {
         let (_folder, cache) = folder();
-        let bad = Source { file: "b.cu", text: "bad" };
+        let bad = Source {
+            file: "b.cu",
+            text: "bad",
+        };
         let error = cache.get(&Echo::new("1"), &bad, &[], "sm_80").unwrap_err();
         assert!(error.to_string().contains("line 1: bad"), "{error}");
         assert!(!cache.folder.as_ref().unwrap().exists());
@@ -346,8 +368,14 @@ mod tests {
         };
         assert_eq!(set(&[]), None);
         assert_eq!(set(&[("HOME", "/h")]), Some("/h/.cache/tarazed/cubin".into()));
-        assert_eq!(set(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]), Some("/c/tarazed/cubin".into()));
-        assert_eq!(set(&[("XDG_CACHE_HOME", "relative"), ("HOME", "/h")]), Some("/h/.cache/tarazed/cubin".into()));
+        assert_eq!(
+            set(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]),
+            Some("/c/tarazed/cubin".into())
+        );
+        assert_eq!(
+            set(&[("XDG_CACHE_HOME", "relative"), ("HOME", "/h")]),
+            Some("/h/.cache/tarazed/cubin".into())
+        );
         assert_eq!(set(&[("TARAZED_CUBIN_DIR", "/t"), ("HOME", "/h")]), Some("/t".into()));
     }
 }

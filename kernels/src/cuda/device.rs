@@ -154,7 +154,10 @@ impl<'a, D: Driver> Call<'a, D> {
             let (operation, name) = (self.operation, argument.name);
             self.refused.get_or_insert_with(|| DeviceError::Unsupported {
                 operation,
-                cause: format!("{name} is {:?}, and the kernel takes {:?}", view.buffer.element, argument.kind),
+                cause: format!(
+                    "{name} is {:?}, and the kernel takes {:?}",
+                    view.buffer.element, argument.kind
+                ),
             });
         }
         let address = view.within(self.stream, len);
@@ -412,7 +415,10 @@ impl<D: Driver> Device for CudaDevice<D> {
 
     fn rope(&self, stream: &mut CudaStream<D>, call: &Rope, table: In<'_, D>, inverse: bool, x: Out<'_, D>) -> Done {
         assert!(call.head_dim.is_multiple_of(2), "rotation pairs the halves of a head");
-        assert!(call.heads * call.head_dim <= call.stride, "heads reach beyond their row");
+        assert!(
+            call.heads * call.head_dim <= call.stride,
+            "heads reach beyond their row"
+        );
         Call::new(stream, "rope", table::rope(call)?)
             .tensor(x.read(), call.rows * call.stride)
             .tensor(table, call.context * call.head_dim)
@@ -477,7 +483,14 @@ impl<D: Driver> Device for CudaDevice<D> {
         Ok(())
     }
 
-    fn swiglu(&self, stream: &mut CudaStream<D>, rows: usize, width: usize, gate_up: In<'_, D>, out: Out<'_, D>) -> Done {
+    fn swiglu(
+        &self,
+        stream: &mut CudaStream<D>,
+        rows: usize,
+        width: usize,
+        gate_up: In<'_, D>,
+        out: Out<'_, D>,
+    ) -> Done {
         let len = rows * width;
         Call::new(stream, "swiglu", table::swiglu(&table::SWIGLU, rows, width)?)
             .tensor(gate_up, 2 * len)
@@ -527,12 +540,16 @@ impl<D: Driver> Device for CudaDevice<D> {
         out_gradient: In<'_, D>,
         table_gradient: Out<'_, D>,
     ) -> Done {
-        Call::new(stream, "embed_backward", table::embed_backward(call.tokens, call.width)?)
-            .tokens(tokens, 0, call.tokens)
-            .tensor(out_gradient, call.tokens * call.width)
-            .tensor(table_gradient.read(), call.vocabulary * call.width)
-            .sizes(&[call.tokens, call.vocabulary, call.width])
-            .run()
+        Call::new(
+            stream,
+            "embed_backward",
+            table::embed_backward(call.tokens, call.width)?,
+        )
+        .tokens(tokens, 0, call.tokens)
+        .tensor(out_gradient, call.tokens * call.width)
+        .tensor(table_gradient.read(), call.vocabulary * call.width)
+        .sizes(&[call.tokens, call.vocabulary, call.width])
+        .run()
     }
 
     fn cross_entropy(
@@ -635,14 +652,18 @@ impl<D: Driver> Device for CudaDevice<D> {
         let (count, elements) = (hashes.len(), blocks.block_elements);
         let len = elements * count;
         let sums = zeroed_sums(stream, HASH_SUMS * count)?;
-        Call::new(stream, OPERATION, table::optimizer(&table::BLOCK_HASHES, count, elements)?)
-            .tensor(master, len)
-            .tensor(first_moment, len)
-            .tensor(second_moment, len)
-            .address(sums)
-            .sizes(&[blocks.first.0 as usize])
-            .long(elements)
-            .run()?;
+        Call::new(
+            stream,
+            OPERATION,
+            table::optimizer(&table::BLOCK_HASHES, count, elements)?,
+        )
+        .tensor(master, len)
+        .tensor(first_moment, len)
+        .tensor(second_moment, len)
+        .address(sums)
+        .sizes(&[blocks.first.0 as usize])
+        .long(elements)
+        .run()?;
         let sums = fetch_sums(stream, OPERATION, sums, HASH_SUMS * count)?;
         for (hash, sums) in hashes.iter_mut().zip(sums.chunks_exact(HASH_SUMS)) {
             *hash = BlockHash::from_sums([sums[0], sums[1]]);

@@ -126,8 +126,27 @@ pub const fn severity(code: u32) -> Severity {
         2 => Severity::OutOfMemory,
         // Invalid value, device, image, handle; not found; not ready; too much asked of a launch; not permitted, not
         // supported; and all that a capture refuses.
-        1 | 34 | 36 | 100..=103 | 200 | 209 | 215..=218 | 221..=225 | 300..=303 | 400..=402 | 500 | 600 | 701 | 720 | 800
-        | 801 | 803 | 804 | 900..=908 | 910 | 912..=915 => Severity::Refused,
+        1
+        | 34
+        | 36
+        | 100..=103
+        | 200
+        | 209
+        | 215..=218
+        | 221..=225
+        | 300..=303
+        | 400..=402
+        | 500
+        | 600
+        | 701
+        | 720
+        | 800
+        | 801
+        | 803
+        | 804
+        | 900..=908
+        | 910
+        | 912..=915 => Severity::Refused,
         _ => Severity::Sticky,
     }
 }
@@ -139,7 +158,9 @@ pub fn remedy(name: &str) -> &'static str {
         "CUDA_ERROR_ECC_UNCORRECTABLE" | "CUDA_ERROR_CONTAINED" => {
             "its memory has an error that cannot be corrected: look at `nvidia-smi -q -d ECC,PAGE_RETIREMENT`, reset or replace the GPU"
         }
-        "CUDA_ERROR_NVLINK_UNCORRECTABLE" => "a link to another GPU is broken: look at `nvidia-smi nvlink -e`, replace the host",
+        "CUDA_ERROR_NVLINK_UNCORRECTABLE" => {
+            "a link to another GPU is broken: look at `nvidia-smi nvlink -e`, replace the host"
+        }
         "CUDA_ERROR_ILLEGAL_ADDRESS"
         | "CUDA_ERROR_MISALIGNED_ADDRESS"
         | "CUDA_ERROR_INVALID_ADDRESS_SPACE"
@@ -150,7 +171,9 @@ pub fn remedy(name: &str) -> &'static str {
         | "CUDA_ERROR_LAUNCH_FAILED" => {
             "a kernel went wrong: if `dmesg` shows an Xid of the hardware, replace the GPU; else run `tarazed gpu-check` and report it"
         }
-        "CUDA_ERROR_LAUNCH_TIMEOUT" => "a kernel took longer than the display's watchdog allows: train on a GPU without a display",
+        "CUDA_ERROR_LAUNCH_TIMEOUT" => {
+            "a kernel took longer than the display's watchdog allows: train on a GPU without a display"
+        }
         "CUDA_ERROR_DEVICE_UNAVAILABLE" | "CUDA_ERROR_SYSTEM_NOT_READY" => {
             "the GPU is not to be had: look at `nvidia-smi` for its compute mode and at its fabric manager"
         }
@@ -493,7 +516,10 @@ mod tests {
         let absence = Absence::Library { library };
         assert_eq!(absence.to_string(), "no CUDA device: libcuda.so.1 is not there");
         let name = "Tesla T4".to_owned();
-        let absence = Absence::TooOld { name, capability: (7, 5) };
+        let absence = Absence::TooOld {
+            name,
+            capability: (7, 5),
+        };
         assert!(absence.to_string().contains("7.5, and 8.0 is needed"), "{absence}");
     }
 }

@@ -203,7 +203,11 @@ mod tests {
 
     /// The element `(row, column)` of `op(matrix)` in column-major order.
     fn at(matrix: &ColumnMajor, values: &[f64], row: usize, column: usize) -> f64 {
-        let (row, column) = if matrix.transposed { (column, row) } else { (row, column) };
+        let (row, column) = if matrix.transposed {
+            (column, row)
+        } else {
+            (row, column)
+        };
         assert!(row < matrix.rows && column < matrix.columns, "inside of {matrix:?}");
         values[column * matrix.leading + row]
     }
@@ -252,12 +256,33 @@ mod tests {
     #[test]
     #[should_panic(expected = "overlap")]
     fn overlapping_rows_are_a_mistake() {
-        let _ = Stored { rows: 2, columns: 3, stride: 2 }.span();
+        let _ = Stored {
+            rows: 2,
+            columns: 3,
+            stride: 2,
+        }
+        .span();
     }
 
     #[test]
     fn an_empty_matrix_touches_nothing() {
-        assert_eq!(Stored { rows: 0, columns: 3, stride: 0 }.span(), 0);
-        assert_eq!(Stored { rows: 3, columns: 0, stride: 0 }.span(), 0);
+        assert_eq!(
+            Stored {
+                rows: 0,
+                columns: 3,
+                stride: 0
+            }
+            .span(),
+            0
+        );
+        assert_eq!(
+            Stored {
+                rows: 3,
+                columns: 0,
+                stride: 0
+            }
+            .span(),
+            0
+        );
     }
 }

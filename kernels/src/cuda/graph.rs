@@ -40,13 +40,16 @@ impl<D: Driver> Graph<D> {
     /// # Errors
     /// [`DeviceError::Failed`].
     pub fn launch(&self, stream: &mut CudaStream<D>) -> Result<(), DeviceError> {
-        assert_eq!(stream.id(), self.stream, "a graph belongs to the stream on which it was recorded");
+        assert_eq!(
+            stream.id(),
+            self.stream,
+            "a graph belongs to the stream on which it was recorded"
+        );
         assert!(!stream.is_capturing(), "a graph is not part of another");
         // SAFETY: the graph holds all memory that its work uses, and its own drop comes after the launch; that memory is
         // freed only when the device is done.
-        self.context.ask("graph", |driver| unsafe {
-            driver.launch_graph(self.id, self.stream)
-        })
+        self.context
+            .ask("graph", |driver| unsafe { driver.launch_graph(self.id, self.stream) })
     }
 }
 
@@ -142,7 +145,9 @@ pub struct Graphs<D: Driver> {
 
 impl<D: Driver> Default for Graphs<D> {
     fn default() -> Self {
-        Self { stages: BTreeMap::new() }
+        Self {
+            stages: BTreeMap::new(),
+        }
     }
 }
 

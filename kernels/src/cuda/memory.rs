@@ -23,10 +23,13 @@ impl<D: Driver> Allocation<D> {
     pub(super) fn new(context: &Arc<Context<D>>, bytes: usize) -> Result<Self, DeviceError> {
         context.check("alloc")?;
         // Nothing cannot be allocated; one byte makes an empty buffer like any other.
-        let address = context.driver().alloc(bytes.max(1)).map_err(|error| match error.severity {
-            Severity::OutOfMemory => DeviceError::OutOfMemory { needed_bytes: bytes },
-            Severity::Refused | Severity::Sticky => context.judge("alloc", &error),
-        })?;
+        let address = context
+            .driver()
+            .alloc(bytes.max(1))
+            .map_err(|error| match error.severity {
+                Severity::OutOfMemory => DeviceError::OutOfMemory { needed_bytes: bytes },
+                Severity::Refused | Severity::Sticky => context.judge("alloc", &error),
+            })?;
         Ok(Self {
             context: Arc::clone(context),
             address,
@@ -83,6 +86,12 @@ impl<D: Driver> CudaBuffer<D> {
     #[must_use]
     pub const fn element(&self) -> Element {
         self.element
+    }
+
+    /// Where it begins: for data planes that send device memory themselves, and for tests.
+    #[must_use]
+    pub fn address(&self) -> Address {
+        self.memory.address()
     }
 }
 

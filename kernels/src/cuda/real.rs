@@ -72,7 +72,8 @@ fn refused(call: &'static str, detail: String) -> DriverError {
 
 /// A kernel, and how much dynamic shared memory it is allowed so far.
 struct Function {
-    handle: sys::CUfunction,
+    /// As a number.
+    handle: u64,
     allowed: AtomicU32,
 }
 
@@ -270,7 +271,7 @@ impl RealDriver {
         }
         // SAFETY: the function is loaded.
         check("cuFuncSetAttribute", unsafe {
-            sys::cuFuncSetAttribute(function.handle, attribute, bytes as c_int)
+            sys::cuFuncSetAttribute(handle(function.handle), attribute, bytes as c_int)
         })
         .map_err(|error| DriverError {
             detail: format!("{bytes} bytes of shared memory"),
@@ -318,9 +319,7 @@ impl Driver for RealDriver {
         let mut stream = std::ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the target is valid for the write.
-        check("cuStreamCreate", unsafe {
-            sys::cuStreamCreate(&raw mut stream, flags)
-        })?;
+        check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
         Ok(StreamId(number(stream)))
     }
 
@@ -506,7 +505,7 @@ impl Driver for RealDriver {
         })?;
         let mut functions = lock(&self.functions);
         functions.push(Arc::new(Function {
-            handle: function,
+            handle: number(function),
             allowed: AtomicU32::new(SHARED_BYTES_FREE),
         }));
         Ok(KernelId(functions.len() as u64 - 1))
@@ -520,7 +519,9 @@ impl Driver for RealDriver {
         arguments: &[Value],
     ) -> Result<(), DriverError> {
         self.enter()?;
-        let found = usize::try_from(kernel.0).ok().and_then(|id| lock(&self.functions).get(id).cloned());
+        let found = usize::try_from(kernel.0)
+            .ok()
+            .and_then(|id| lock(&self.functions).get(id).cloned());
         let Some(function) = found else {
             return Err(refused("cuLaunchKernel", format!("{kernel:?} of another driver")));
         };
@@ -533,7 +534,7 @@ impl Driver for RealDriver {
         // read before the call returns.
         let code = unsafe {
             sys::cuLaunchKernel(
-                function.handle,
+                handle(function.handle),
                 grid_x,
                 grid_y,
                 grid_z,
@@ -547,7 +548,10 @@ impl Driver for RealDriver {
             )
         };
         check("cuLaunchKernel", code).map_err(|error| DriverError {
-            detail: format!("{} over {:?} blocks of {:?}", launch.entry.name, launch.grid, launch.block),
+            detail: format!(
+                "{} over {:?} blocks of {:?}",
+                launch.entry.name, launch.grid, launch.block
+            ),
             ..error
         })
     }
@@ -609,7 +613,9 @@ impl Driver for RealDriver {
     fn destroy_graph(&self, graph: GraphId) -> Result<(), DriverError> {
         self.enter()?;
         // SAFETY: it came from `end_capture`, and is given back once; the driver lets launches under way end.
-        check("cuGraphExecDestroy", unsafe { sys::cuGraphExecDestroy(handle(graph.0)) })
+        check("cuGraphExecDestroy", unsafe {
+            sys::cuGraphExecDestroy(handle(graph.0))
+        })
     }
 }
 

@@ -16,6 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const ALIGNMENT_BYTES: usize = 256;
 /// Between two allocations, so that one that is overrun does not reach the next.
 const GAP_BYTES: u64 = 1 << 20;
+/// How much of fresh memory is poisoned.
+const POISONED_BYTES: usize = 1 << 20;
 /// The first address.
 const BASE: u64 = 0x7000_0000_0000;
 
@@ -90,9 +92,10 @@ impl Call {
 #[derive(Default)]
 struct State {
     calls: Vec<Call>,
-    /// Number of the call that fails, from 0, and with what.
-    fails: Option<(usize, DriverError)>,
-    asked: usize,
+    /// Number of the call that fails, from 0, and how.
+    fails: Option<(usize, Severity)>,
+    /// Every call by name, failed ones too.
+    asked: Vec<&'static str>,
     lost: Option<DriverError>,
     handles: u64,
     next_address: u64,
@@ -143,14 +146,14 @@ impl RecordingDriver {
     }
 
     /// Lets the call of this number, counted from 0 and from the driver's first call on, fail.
-    pub fn fail(&self, number: usize, error: DriverError) {
-        self.lock().fails = Some((number, error));
+    pub fn fail(&self, number: usize, severity: Severity) {
+        self.lock().fails = Some((number, severity));
     }
 
-    /// How many calls were asked for so far, failed ones too.
+    /// The names of all calls so far, in order; failed ones too.
     #[must_use]
-    pub fn asked(&self) -> usize {
-        self.lock().asked
+    pub fn asked(&self) -> Vec<&'static str> {
+        self.lock().asked.clone()
     }
 
     /// Takes the calls since the last time.
@@ -172,8 +175,18 @@ impl RecordingDriver {
     pub fn left(&self) -> Vec<String> {
         let state = self.lock();
         let mut left = Vec::new();
-        left.extend(state.memory.values().map(|memory| format!("{} bytes of device memory", memory.len())));
-        left.extend(state.pinned.values().map(|bytes| format!("{bytes} bytes of pinned memory")));
+        left.extend(
+            state
+                .memory
+                .values()
+                .map(|memory| format!("{} bytes of device memory", memory.len())),
+        );
+        left.extend(
+            state
+                .pinned
+                .values()
+                .map(|bytes| format!("{bytes} bytes of pinned memory")),
+        );
         left.extend(state.streams.iter().map(|stream| format!("{stream:?}")));
         left.extend(state.events.iter().map(|event| format!("{event:?}")));
         left.extend(state.graphs.keys().map(|graph| format!("{graph:?}")));
@@ -184,18 +197,19 @@ impl RecordingDriver {
 
 impl State {
     /// Counts a call, and fails it where it is to fail. After a sticky error every call repeats it.
-    fn enter(&mut self) -> Result<(), DriverError> {
-        let number = self.asked;
-        self.asked += 1;
+    fn enter(&mut self, call: &'static str) -> Result<(), DriverError> {
+        let number = self.asked.len();
+        self.asked.push(call);
         if let Some(lost) = &self.lost {
             return Err(lost.clone());
         }
-        match &self.fails {
-            Some((at, error)) if *at == number => {
-                if error.severity == Severity::Sticky {
+        match self.fails {
+            Some((at, severity)) if at == number => {
+                let error = failure(call, severity);
+                if severity == Severity::Sticky {
                     self.lost = Some(error.clone());
                 }
-                Err(error.clone())
+                Err(error)
             }
             _ => Ok(()),
         }
@@ -274,7 +288,7 @@ impl Driver for RecordingDriver {
 
     fn memory(&self) -> Result<MemoryState, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("memory")?;
         state.calls.push(Call::Memory);
         Ok(MemoryState {
             free_bytes: 0,
@@ -284,7 +298,7 @@ impl Driver for RecordingDriver {
 
     fn create_stream(&self) -> Result<StreamId, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("create_stream")?;
         let stream = StreamId(state.handle());
         state.streams.insert(stream);
         state.calls.push(Call::CreateStream(stream));
@@ -295,7 +309,7 @@ impl Driver for RecordingDriver {
         let mut state = self.lock();
         assert!(state.streams.remove(&stream), "{stream:?} is given back twice");
         state.capturing.remove(&stream);
-        state.enter()?;
+        state.enter("destroy_stream")?;
         state.calls.push(Call::DestroyStream(stream));
         Ok(())
     }
@@ -304,14 +318,14 @@ impl Driver for RecordingDriver {
         let mut state = self.lock();
         assert!(state.streams.contains(&stream), "{stream:?} is not there");
         state.outside_capture(stream, "a wait");
-        state.enter()?;
+        state.enter("synchronize")?;
         state.calls.push(Call::Synchronize(stream));
         Ok(())
     }
 
     fn create_event(&self) -> Result<EventId, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("create_event")?;
         let event = EventId(state.handle());
         state.events.insert(event);
         state.calls.push(Call::CreateEvent(event));
@@ -321,7 +335,7 @@ impl Driver for RecordingDriver {
     fn destroy_event(&self, event: EventId) -> Result<(), DriverError> {
         let mut state = self.lock();
         assert!(state.events.remove(&event), "{event:?} is given back twice");
-        state.enter()?;
+        state.enter("destroy_event")?;
         state.calls.push(Call::DestroyEvent(event));
         Ok(())
     }
@@ -330,7 +344,7 @@ impl Driver for RecordingDriver {
         let mut state = self.lock();
         assert!(state.events.contains(&event) && state.streams.contains(&stream));
         state.outside_capture(stream, "an event");
-        state.enter()?;
+        state.enter("record")?;
         state.calls.push(Call::Record(event, stream));
         Ok(())
     }
@@ -339,7 +353,7 @@ impl Driver for RecordingDriver {
         let mut state = self.lock();
         assert!(state.events.contains(&event) && state.streams.contains(&stream));
         state.outside_capture(stream, "an event");
-        state.enter()?;
+        state.enter("wait")?;
         state.calls.push(Call::Wait(stream, event));
         Ok(())
     }
@@ -347,7 +361,7 @@ impl Driver for RecordingDriver {
     fn synchronize_event(&self, event: EventId) -> Result<(), DriverError> {
         let mut state = self.lock();
         assert!(state.events.contains(&event), "{event:?} is not there");
-        state.enter()?;
+        state.enter("synchronize_event")?;
         state.calls.push(Call::SynchronizeEvent(event));
         Ok(())
     }
@@ -355,7 +369,7 @@ impl Driver for RecordingDriver {
     fn elapsed_ms(&self, start: EventId, end: EventId) -> Result<f32, DriverError> {
         let mut state = self.lock();
         assert!(state.events.contains(&start) && state.events.contains(&end));
-        state.enter()?;
+        state.enter("elapsed_ms")?;
         state.calls.push(Call::Elapsed(start, end));
         Ok(0.0)
     }
@@ -363,18 +377,10 @@ impl Driver for RecordingDriver {
     fn alloc(&self, bytes: usize) -> Result<Address, DriverError> {
         let mut state = self.lock();
         assert!(bytes > 0, "no driver allocates nothing");
-        state.enter()?;
-        let mut memory = Vec::new();
-        if memory.try_reserve_exact(bytes).is_err() {
-            return Err(DriverError {
-                call: "alloc",
-                severity: Severity::OutOfMemory,
-                name: "CUDA_ERROR_OUT_OF_MEMORY".to_owned(),
-                detail: format!("{bytes} bytes"),
-            });
-        }
-        // Contents that nobody may rely on: a quiet NaN in either precision.
-        memory.resize(bytes, 0xFF);
+        state.enter("alloc")?;
+        // Zeroed by the system, which touches no page; what a caller sees first is a quiet NaN in either precision.
+        let mut memory = vec![0; bytes];
+        memory[..bytes.min(POISONED_BYTES)].fill(0xFF);
         let address = Address(BASE + state.next_address);
         state.next_address += (bytes as u64).next_multiple_of(ALIGNMENT_BYTES as u64) + GAP_BYTES;
         state.memory.insert(address.0, memory);
@@ -384,21 +390,19 @@ impl Driver for RecordingDriver {
 
     unsafe fn free(&self, address: Address) -> Result<(), DriverError> {
         let mut state = self.lock();
-        assert!(state.memory.remove(&address.0).is_some(), "{address:?} is given back twice");
-        state.enter()?;
+        assert!(
+            state.memory.remove(&address.0).is_some(),
+            "{address:?} is given back twice"
+        );
+        state.enter("free")?;
         state.calls.push(Call::Free(address));
         Ok(())
     }
 
     fn alloc_pinned(&self, bytes: usize) -> Result<NonNull<u8>, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
-        let refused = || DriverError {
-            call: "alloc_pinned",
-            severity: Severity::OutOfMemory,
-            name: "CUDA_ERROR_OUT_OF_MEMORY".to_owned(),
-            detail: format!("{bytes} bytes"),
-        };
+        state.enter("alloc_pinned")?;
+        let refused = || failure("alloc_pinned", Severity::OutOfMemory);
         assert!(bytes > 0, "no driver allocates nothing");
         let layout = Layout::from_size_align(bytes, ALIGNMENT_BYTES).map_err(|_| refused())?;
         // SAFETY: the layout's size is not zero.
@@ -417,7 +421,7 @@ impl Driver for RecordingDriver {
             // SAFETY: the memory came from `alloc_zeroed` with this layout, and was in the list, so it was not freed yet.
             unsafe { dealloc(pointer.as_ptr(), layout) }
         }
-        state.enter()?;
+        state.enter("free_pinned")?;
         state.calls.push(Call::FreePinned);
         Ok(())
     }
@@ -431,7 +435,7 @@ impl Driver for RecordingDriver {
     ) -> Result<(), DriverError> {
         let mut state = self.lock();
         state.outside_capture(stream, "host data");
-        state.enter()?;
+        state.enter("copy_to_device")?;
         assert!(state.streams.contains(&stream), "{stream:?} is not there");
         assert_pinned(&state, from.addr(), bytes);
         // SAFETY: the range lies in pinned memory that is live, and the caller does not write it meanwhile.
@@ -450,7 +454,7 @@ impl Driver for RecordingDriver {
     ) -> Result<(), DriverError> {
         let mut state = self.lock();
         state.outside_capture(stream, "host data");
-        state.enter()?;
+        state.enter("copy_to_host")?;
         assert!(state.streams.contains(&stream), "{stream:?} is not there");
         assert_pinned(&state, to.addr(), bytes);
         let source = state.range(from, bytes);
@@ -469,21 +473,21 @@ impl Driver for RecordingDriver {
         bytes: usize,
     ) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("copy_on_device")?;
         state.work(stream, Call::CopyOnDevice(stream, to, from, bytes));
         Ok(())
     }
 
     unsafe fn set_bytes(&self, stream: StreamId, to: Address, value: u8, bytes: usize) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("set_bytes")?;
         state.work(stream, Call::SetBytes(stream, to, value, bytes));
         Ok(())
     }
 
     fn load(&self, entry: &'static Entry) -> Result<KernelId, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("load")?;
         let kernel = KernelId(state.handle());
         state.kernels.insert(kernel, entry.name);
         state.calls.push(Call::Load(entry.name));
@@ -498,7 +502,7 @@ impl Driver for RecordingDriver {
         arguments: &[Value],
     ) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("launch")?;
         assert_eq!(state.kernels.get(&kernel), Some(&launch.entry.name), "another kernel");
         assert!(!launch.is_empty(), "a driver refuses an empty grid");
         state.work(stream, Call::Launch(stream, *launch, arguments.to_vec()));
@@ -507,7 +511,7 @@ impl Driver for RecordingDriver {
 
     fn plan_gemm(&self, key: &GemmKey) -> Result<GemmPlan, DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("plan_gemm")?;
         let id = PlanId(state.handle());
         state.plans.insert(id, *key);
         state.calls.push(Call::Plan(*key));
@@ -527,7 +531,7 @@ impl Driver for RecordingDriver {
         workspace: Address,
     ) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("gemm")?;
         let Some(&key) = state.plans.get(&plan.id) else {
             panic!("{plan:?} is another driver's")
         };
@@ -537,7 +541,7 @@ impl Driver for RecordingDriver {
 
     fn begin_capture(&self, stream: StreamId) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("begin_capture")?;
         state.outside_capture(stream, "a capture");
         state.capturing.insert(stream, Vec::new());
         state.calls.push(Call::BeginCapture(stream));
@@ -549,7 +553,7 @@ impl Driver for RecordingDriver {
         let Some(captured) = state.capturing.remove(&stream) else {
             panic!("no capture on {stream:?}")
         };
-        state.enter()?;
+        state.enter("end_capture")?;
         let graph = GraphId(state.handle());
         state.graphs.insert(graph, captured);
         state.calls.push(Call::EndCapture(stream, graph));
@@ -558,7 +562,7 @@ impl Driver for RecordingDriver {
 
     unsafe fn launch_graph(&self, graph: GraphId, stream: StreamId) -> Result<(), DriverError> {
         let mut state = self.lock();
-        state.enter()?;
+        state.enter("launch_graph")?;
         let Some(captured) = state.graphs.get(&graph).cloned() else {
             panic!("{graph:?} is not there")
         };
@@ -572,9 +576,24 @@ impl Driver for RecordingDriver {
     fn destroy_graph(&self, graph: GraphId) -> Result<(), DriverError> {
         let mut state = self.lock();
         assert!(state.graphs.remove(&graph).is_some(), "{graph:?} is given back twice");
-        state.enter()?;
+        state.enter("destroy_graph")?;
         state.calls.push(Call::DestroyGraph(graph));
         Ok(())
+    }
+}
+
+/// An error of that severity, as a driver would word it.
+fn failure(call: &'static str, severity: Severity) -> DriverError {
+    let name = match severity {
+        Severity::OutOfMemory => "CUDA_ERROR_OUT_OF_MEMORY",
+        Severity::Refused => "CUDA_ERROR_INVALID_VALUE",
+        Severity::Sticky => "CUDA_ERROR_ILLEGAL_ADDRESS",
+    };
+    DriverError {
+        call,
+        severity,
+        name: name.to_owned(),
+        detail: String::new(),
     }
 }
 

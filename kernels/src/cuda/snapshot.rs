@@ -98,7 +98,10 @@ impl<D: Driver> Snapshots<D> {
             parts,
             host: Some(host),
             is_done: false,
-            _sources: tensors.iter().map(|(view, _)| Arc::clone(&view.buffer.memory)).collect(),
+            _sources: tensors
+                .iter()
+                .map(|(view, _)| Arc::clone(&view.buffer.memory))
+                .collect(),
         };
         let asked = snapshot.copy(&self.queue, after, tensors);
         // The event stands behind whatever was asked for, also where something failed.

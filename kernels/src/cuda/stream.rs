@@ -44,6 +44,9 @@ enum InFlight {
     Unmarked,
 }
 
+/// A graph, and the memory that its work uses.
+type Captured<D> = (GraphId, Vec<Arc<Allocation<D>>>);
+
 /// A queue, given back when dropped.
 pub(super) struct Queue<D: Driver> {
     context: Arc<Context<D>>,
@@ -176,7 +179,11 @@ impl<D: Driver> CudaStream<D> {
         let declared = launch.entry.arguments;
         assert_eq!(arguments.len(), declared.len(), "arguments of {}", launch.entry.name);
         for (value, argument) in arguments.iter().zip(declared) {
-            assert!(value.fits(argument.kind), "{value:?} as {argument:?} of {}", launch.entry.name);
+            assert!(
+                value.fits(argument.kind),
+                "{value:?} as {argument:?} of {}",
+                launch.entry.name
+            );
         }
         if launch.is_empty() {
             return self.context.check(operation);
@@ -202,7 +209,10 @@ impl<D: Driver> CudaStream<D> {
         alpha: f32,
         operands: [Address; 3],
     ) -> Result<(), DeviceError> {
-        assert!(plan.workspace_bytes <= self.workspace.bytes(), "a plan keeps to the workspace that streams have");
+        assert!(
+            plan.workspace_bytes <= self.workspace.bytes(),
+            "a plan keeps to the workspace that streams have"
+        );
         let workspace = Arc::clone(&self.workspace);
         self.uses(&workspace);
         // SAFETY: the caller's promise; the workspace is as long as any plan needs, and one stream's products run one
@@ -224,7 +234,8 @@ impl<D: Driver> CudaStream<D> {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        self.context.ask("zero", |driver| unsafe { driver.set_bytes(self.id(), to, 0, bytes) })
+        self.context
+            .ask("zero", |driver| unsafe { driver.set_bytes(self.id(), to, 0, bytes) })
     }
 
     /// Copies bytes on the device.
@@ -346,7 +357,7 @@ impl<D: Driver> CudaStream<D> {
     ///
     /// # Errors
     /// [`DeviceError::Failed`].
-    pub(super) fn end_capture(&mut self) -> Result<(GraphId, Vec<Arc<Allocation<D>>>), DeviceError> {
+    pub(super) fn end_capture(&mut self) -> Result<Captured<D>, DeviceError> {
         let used = self.captured.take().unwrap_or_default();
         // Also where the device is lost: the driver's own state is to be tidy.
         let graph = self.context.driver().end_capture(self.id());

@@ -7,7 +7,8 @@
 
 use super::handle;
 use crate::cuda::driver::{
-    Absence, Address, DriverError, GEMM_ALIGNMENT_BYTES, GEMM_WORKSPACE_BYTES, GemmKey, GemmPlan, PlanId, Severity, StreamId,
+    Absence, Address, DriverError, GEMM_ALIGNMENT_BYTES, GEMM_WORKSPACE_BYTES, GemmKey, GemmPlan, PlanId, Severity,
+    StreamId,
 };
 use crate::cuda::gemm::{ColumnMajor, column_major};
 use crate::cuda::table::Element;
@@ -80,7 +81,10 @@ owned!(
 
 impl Operation {
     fn new(first: &ColumnMajor, second: &ColumnMajor) -> Result<Self, DriverError> {
-        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F);
+        let (compute, scale) = (
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType::CUDA_R_32F,
+        );
         let mut made = std::ptr::null_mut();
         // SAFETY: the target is valid for the write of a pointer.
         check("cublasLtMatmulDescCreate", unsafe {
@@ -177,6 +181,11 @@ struct Plan {
     beta: f32,
 }
 
+// SAFETY: a plan does not change once it is made; the library only reads its descriptors.
+unsafe impl Send for Plan {}
+// SAFETY: as above.
+unsafe impl Sync for Plan {}
+
 /// The library with its plans.
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
@@ -184,8 +193,7 @@ pub(super) struct CublasLt {
     version: usize,
 }
 
-// SAFETY: NVIDIA's manual (cuBLAS, thread safety) allows one handle in many threads; descriptors are only read once made,
-// and the list is locked.
+// SAFETY: NVIDIA's manual (cuBLAS, thread safety) allows one handle in many threads, and the list of plans is locked.
 unsafe impl Send for CublasLt {}
 // SAFETY: as above.
 unsafe impl Sync for CublasLt {}
@@ -295,7 +303,9 @@ impl CublasLt {
                 return Ok((offer.algo, offer.workspaceSize, format!("{attributes:?}")));
             }
         }
-        Err(refused(format!("{count} offers, none without a reduction between blocks")))
+        Err(refused(format!(
+            "{count} offers, none without a reduction between blocks"
+        )))
     }
 
     /// Runs a planned product.
@@ -310,7 +320,9 @@ impl CublasLt {
         [a, b, c]: [Address; 3],
         workspace: Address,
     ) -> Result<(), DriverError> {
-        let found = usize::try_from(plan.id.0).ok().and_then(|id| self.lock().get(id).cloned());
+        let found = usize::try_from(plan.id.0)
+            .ok()
+            .and_then(|id| self.lock().get(id).cloned());
         let Some(plan) = found else {
             return Err(refused("a plan of another driver".to_owned()));
         };

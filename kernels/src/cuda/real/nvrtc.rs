@@ -58,7 +58,9 @@ impl Nvrtc {
         }
         let (mut major, mut minor, mut count) = (0, 0, 0);
         // SAFETY: both are valid for the write of an int.
-        check("nvrtcVersion", unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) })?;
+        check("nvrtcVersion", unsafe {
+            sys::nvrtcVersion(&raw mut major, &raw mut minor)
+        })?;
         // SAFETY: as above.
         check("nvrtcGetNumSupportedArchs", unsafe {
             sys::nvrtcGetNumSupportedArchs(&raw mut count)
