@@ -59,7 +59,7 @@ pub static HEADERS: [Source; 4] = [
 pub const OPTIONS: [&str; 3] = ["--std=c++20", "--fmad=false", "--restrict"];
 
 /// Type of a tensor's elements.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Element {
     /// Brain float, 16 bits: [`crate::Precision::Working`].
     Bf16,
