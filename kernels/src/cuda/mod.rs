@@ -4,6 +4,7 @@
 //! Device ── CudaDevice<D> ── bounds, launches (table), scratch, plan cache, graphs, snapshots    plain Rust, tested anywhere
 //!                │
 //!             Driver ─┬─ RealDriver       libcuda, NVRTC, cuBLASLt, loaded at run time           feature `cuda`
+//!                     ├─ EmulatedDriver   the kernels on the host, thread by thread                 feature `emulator`
 //!                     └─ RecordingDriver  writes calls down, fails where it is told to           for tests
 //! ```
 //!
@@ -22,6 +23,8 @@ mod context;
 pub mod cubin;
 mod device;
 pub mod driver;
+#[cfg(feature = "emulator")]
+pub mod emulated;
 mod event;
 pub mod gemm;
 pub mod graph;

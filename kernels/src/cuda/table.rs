@@ -782,18 +782,17 @@ mod tests {
         }
     }
 
-    /// Parameters of the kernel in its source; a macro's `##` names stand for the size of heads.
+    /// Parameters of the kernel in its source: `KERNEL(name, threads, blocks)(parameters)`.
     fn declared(entry: &Entry) -> Vec<String> {
-        let plain = format!("KERNEL({})", entry.name);
         let text = entry.source.text;
-        let open = text
-            .find(&plain)
-            .unwrap_or_else(|| panic!("{} has no {plain}", entry.source.file))
-            + plain.len();
-        let body = &text[open + 1..open + text[open..].find(')').expect("a list of parameters ends")];
-        body.split(',')
-            .map(|p| p.split_whitespace().collect::<Vec<_>>().join(" "))
-            .collect()
+        let start = format!("KERNEL({},", entry.name);
+        let (_, after) = text
+            .split_once(&start)
+            .unwrap_or_else(|| panic!("{} has no {start}", entry.source.file));
+        let (_, after) = after.split_once(")(").expect("a list of parameters");
+        let (parameters, _) = after.split_once(')').expect("its end");
+        let one = |parameter: &str| parameter.split_whitespace().collect::<Vec<_>>().join(" ");
+        parameters.split(',').map(one).collect()
     }
 
     fn parameter(argument: &Argument) -> String {
@@ -814,6 +813,28 @@ mod tests {
             }
         };
         format!("{kind} {}", argument.name)
+    }
+
+    #[test]
+    fn attention_s_tiles_are_those_of_its_sources() {
+        let text = HEADERS
+            .iter()
+            .find(|header| header.file == "attention.cuh")
+            .expect("it is there")
+            .text;
+        for tiles in &ATTENTION_TILES {
+            let tiling = |name: &str, [warps, own, others]: [u32; 3]| {
+                format!("    using {name} = Tiling<{warps}, {own}, {others}>;\n")
+            };
+            let expected = format!(
+                "template <> struct Tilings<{}> {{\n{}{}{}}};",
+                tiles.head_dim,
+                tiling("Forward", tiles.forward),
+                tiling("Keys", tiles.keys),
+                tiling("Queries", tiles.queries),
+            );
+            assert!(text.contains(&expected), "attention.cuh has not:\n{expected}");
+        }
     }
 
     #[test]
