@@ -143,3 +143,44 @@ impl Compiler for Nvrtc {
         Ok(cubin)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::cubin::{architecture, options};
+    use crate::cuda::table;
+
+    /// The compiler, where this machine has one; its absence is one line.
+    fn compiler() -> Option<Nvrtc> {
+        match Nvrtc::open() {
+            Ok(compiler) => Some(compiler),
+            Err(absence) => {
+                assert_eq!(absence.to_string(), "no CUDA device: libnvrtc.so is not there");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn a_source_compiles_to_machine_code_where_there_is_a_compiler() {
+        let Some(compiler) = compiler() else { return };
+        for capability in [(8, 0), (9, 0)] {
+            let options = options(&architecture(capability, &compiler.architectures).unwrap());
+            let cubin = compiler.compile(&table::POINTWISE, &table::HEADERS, &options).unwrap();
+            assert_eq!(cubin[..4], *b"\x7fELF", "{options:?}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_is_told_with_its_line() {
+        let Some(compiler) = compiler() else { return };
+        let source = Source {
+            file: "wrong.cu",
+            text: "extern \"C\" __global__ void wrong() {\n  undeclared = 1;\n}\n",
+        };
+        let error = compiler.compile(&source, &[], &options("sm_80")).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("wrong.cu(2)") && text.contains("undeclared"), "{text}");
+        assert_eq!(error.severity, Severity::Refused);
+    }
+}
