@@ -15,6 +15,7 @@
 
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod hash;
 

@@ -20,6 +20,7 @@ mod portable;
 mod x86;
 
 pub use memory::CpuBuffer;
+pub(crate) use optimizer::AdamwScalars;
 
 use crate::device::*;
 use crate::hash::BlockHash;

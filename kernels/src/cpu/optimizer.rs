@@ -10,7 +10,7 @@ use tarazed_domain::BlockIndex;
 
 /// The step's scalars, rounded once from f64.
 #[derive(Clone, Copy)]
-pub(super) struct AdamwScalars {
+pub(crate) struct AdamwScalars {
     beta1: f32,
     one_minus_beta1: f32,
     beta2: f32,
@@ -42,6 +42,21 @@ impl AdamwScalars {
             eps: step.eps as f32,
             gradient_scale: step.gradient_scale,
         }
+    }
+
+    /// In the order in which the CUDA kernel takes them.
+    pub const fn in_order(&self) -> [f32; 9] {
+        [
+            self.beta1,
+            self.one_minus_beta1,
+            self.beta2,
+            self.one_minus_beta2,
+            self.keep,
+            self.step_size,
+            self.inverse_root_correction,
+            self.eps,
+            self.gradient_scale,
+        ]
     }
 }
 

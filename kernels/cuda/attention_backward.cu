@@ -1,0 +1,297 @@
+// Gradient of causal attention with grouped heads (Dao 2023, arXiv 2307.08691, algorithm 2), in two passes that make the scores
+// anew: one by keys, one by queries. A single pass would have to add to gradients that other blocks of threads add to, in
+// whatever order they come; two passes cost seven products where one costs five, and need no atomics (DET-2).
+//
+// With P the weights, dO the output's gradient and delta the rows' dot product of O and dO:
+//   dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - delta),  dQ = scale · dS K,  dK = scale · dSᵀ Q.
+// Keys and values of a group are read by several query heads: their block of threads goes through these in order.
+
+#include "attention.cuh"
+
+// One warp for each token and head.
+KERNEL(attention_delta, 256, 1)(const bf16* out, const bf16* out_gradient, float* delta, u32 context, u32 heads,
+                                u32 head_dim) {
+    const u32 token = blockIdx.x * (blockDim.x / WARP) + warp_of_block(), head = blockIdx.y, sequence = blockIdx.z;
+    if (token >= context) return;
+    const AttentionShape shape = {context, heads, heads, head_dim, 1.0f};
+    const HeadRows<const bf16> rows = shape.outputs(out, sequence, head);
+    const HeadRows<const bf16> slopes = shape.outputs(out_gradient, sequence, head);
+    float dot = 0.0f;
+    for (u32 chunk = lane_of_warp(); chunk < chunks_of(head_dim); chunk += WARP) {
+        const u32 length = chunk_length(head_dim, chunk);
+        float value[CHUNK], slope[CHUNK];
+        load_chunk(rows.from + token * rows.stride + chunk * CHUNK, length, value);
+        load_chunk(slopes.from + token * slopes.stride + chunk * CHUNK, length, slope);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) dot = fused(value[i], slope[i], dot);
+    }
+    dot = warp_sum(dot);
+    if (lane_of_warp() == 0) delta[shape.statistics(sequence, head) + token] = dot;
+}
+
+// A passing tile of queries with the gradients of their outputs and both statistics.
+template <u32 D, u32 QUERIES> struct QueryTile {
+    Tile<D> queries, slopes;
+    // Log-sum-exp in units of ln 2, then delta.
+    float* statistics;
+};
+
+// Starts to load query tile number `index` of a group: head `index / tiles`, tokens from `first + index % tiles · QUERIES` on.
+// A query that is not there has weight 2^(0 - inf) = 0 everywhere.
+template <u32 D, u32 QUERIES, u32 THREADS>
+DEVICE void load_queries(QueryTile<D, QUERIES> to, const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
+                         const float* delta, const AttentionShape& shape, u32 head, u32 query) {
+    const u32 sequence = blockIdx.z;
+    load_tile<D, QUERIES, THREADS>(to.queries, shape.queries(qkv, sequence, head), query, shape.context);
+    load_tile<D, QUERIES, THREADS>(to.slopes, shape.outputs(out_gradient, sequence, head), query, shape.context);
+    const u64 statistics = shape.statistics(sequence, head);
+    for (u32 index = threadIdx.x; index < QUERIES; index += THREADS) {
+        const u32 token = query + index;
+        const bool there = token < shape.context;
+        to.statistics[index] = there ? log_sum_exp[statistics + token] * LOG2_E : INFINITE;
+        to.statistics[QUERIES + index] = there ? delta[statistics + token] : 0.0f;
+    }
+}
+
+// From scores [keys, queries] to weights, in place. `key` and `query` are the first of the fragment's and of the tile's.
+template <u32 QUERIES>
+DEVICE void key_weights(Accumulators<QUERIES>& scores, const float* log_sum_exp, u32 key, u32 query, bool masked,
+                        float scale_log2) {
+    const u32 lane = lane_of_warp();
+#pragma unroll
+    for (u32 n = 0; n < QUERIES / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 row = key + i / 2 * 8 + lane / 4, column = n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
+            const float weight = exp2_fast(fused(scores[n][i], scale_log2, -log_sum_exp[column]));
+            scores[n][i] = masked && row > query + column ? 0.0f : weight;
+        }
+    }
+}
+
+// One warp's share of one tile of queries: `weights` [keys, queries] of the scores, and their gradient.
+template <u32 D>
+DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS],
+                        Accumulators<D> (&value_sums)[Tilings<D>::Keys::FRAGMENTS], Tile<D> keys, Tile<D> values,
+                        QueryTile<D, Tilings<D>::Keys::OTHERS> tile, u32 own, u32 key, u32 query, float scale_log2) {
+    using T = typename Tilings<D>::Keys;
+    constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
+    const float* delta = tile.statistics + QUERIES;
+    Accumulators<QUERIES> scores[M], slopes[M];
+    Weights<QUERIES> weights[M];
+    clear<M, QUERIES>(scores);
+    multiply_transposed<M, QUERIES, D>(scores, keys, own, tile.queries);
+    const bool masked = key + T::WARP_OWN > query + 1;
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+        key_weights<QUERIES>(scores[m], tile.statistics, key + m * FRAGMENT_ROWS, query, masked, scale_log2);
+        round_weights<QUERIES>(scores[m], weights[m]);
+    }
+    multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
+    clear<M, QUERIES>(slopes);
+    multiply_transposed<M, QUERIES, D>(slopes, values, own, tile.slopes);
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+        for (u32 n = 0; n < QUERIES / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 column = n * FRAGMENT_COLUMNS + lane_of_warp() % 4 * 2 + i % 2;
+                slopes[m][n][i] = scores[m][n][i] * (slopes[m][n][i] - delta[column]);
+            }
+        }
+        round_weights<QUERIES>(slopes[m], weights[m]);
+    }
+    multiply_weights<M, QUERIES, D>(key_sums, weights, tile.queries);
+}
+
+// Gradients of a block of keys and values, over all queries of their group that see them.
+template <u32 D>
+DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
+                           bf16* qkv_gradient, const AttentionShape& shape) {
+    using T = typename Tilings<D>::Keys;
+    constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
+    DYNAMIC_SHARED(dynamic);
+    const Tile<D> keys = {dynamic};
+    const Tile<D> values = {keys.memory + Tile<D>::bytes(T::OWN)};
+    u8* passing = values.memory + Tile<D>::bytes(T::OWN);
+    float* statistics = reinterpret_cast<float*>(passing + Tile<D>::bytes(4 * QUERIES));
+    // Two, in turn: one arrives while the other is used.
+    const auto tile = [&](u32 index) -> QueryTile<D, QUERIES> {
+        u8* from = passing + (index % 2) * Tile<D>::bytes(2 * QUERIES);
+        return {{from}, {from + Tile<D>::bytes(QUERIES)}, statistics + (index % 2) * 2 * QUERIES};
+    };
+
+    // The first keys are seen by most queries: they begin first, as they come.
+    const u32 first_key = blockIdx.x * T::OWN, kv_head = blockIdx.y, sequence = blockIdx.z;
+    const u32 own = warp_of_block() * T::WARP_OWN, key = first_key + own;
+    const u32 tiles = (shape.context - first_key + QUERIES - 1) / QUERIES, all = tiles * shape.group();
+    const auto start = [&](u32 index) {
+        const u32 head = kv_head * shape.group() + index / tiles, query = first_key + index % tiles * QUERIES;
+        load_queries<D, QUERIES, T::THREADS>(tile(index), qkv, out_gradient, log_sum_exp, delta, shape, head, query);
+    };
+    load_tile<D, T::OWN, T::THREADS>(keys, shape.keys(qkv, sequence, kv_head), first_key, shape.context);
+    load_tile<D, T::OWN, T::THREADS>(values, shape.values(qkv, sequence, kv_head), first_key, shape.context);
+    start(0);
+    copy_async_commit();
+
+    Accumulators<D> key_sums[M], value_sums[M];
+    clear<M, D>(key_sums);
+    clear<M, D>(value_sums);
+    for (u32 index = 0; index < all; ++index) {
+        copy_async_wait<0>();
+        // Everybody's part of this tile is here, and everybody is done with the one before, whose place is taken now.
+        sync_block();
+        if (index + 1 < all) start(index + 1);
+        copy_async_commit();
+        const u32 query = first_key + index % tiles * QUERIES;
+        if (key < query + QUERIES) {
+            add_queries<D>(key_sums, value_sums, keys, values, tile(index), own, key, query, shape.scale * LOG2_E);
+        }
+    }
+    float factors[M][2], ones[M][2];
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+        factors[m][0] = factors[m][1] = shape.scale;
+        ones[m][0] = ones[m][1] = 1.0f;
+    }
+    store_rows<M, D>(key_sums, factors, keys, own, shape.keys(qkv_gradient, sequence, kv_head), first_key, shape.context);
+    store_rows<M, D>(value_sums, ones, values, own, shape.values(qkv_gradient, sequence, kv_head), first_key,
+                     shape.context);
+}
+
+// A row fragment's statistics: rows g and g + 8.
+template <u32 M> struct RowStatistics {
+    // In units of ln 2.
+    float log_sum_exp[M][2];
+    float delta[M][2];
+};
+
+template <u32 M>
+DEVICE RowStatistics<M> load_statistics(const float* log_sum_exp, const float* delta, u64 from, u32 query, u32 context) {
+    RowStatistics<M> rows;
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            const u32 row = query + m * FRAGMENT_ROWS + half * 8 + lane_of_warp() / 4;
+            const bool there = row < context;
+            rows.log_sum_exp[m][half] = there ? log_sum_exp[from + row] * LOG2_E : INFINITE;
+            rows.delta[m][half] = there ? delta[from + row] : 0.0f;
+        }
+    }
+    return rows;
+}
+
+// One warp's share of one tile of keys.
+template <u32 D>
+DEVICE void add_keys(Accumulators<D> (&sums)[Tilings<D>::Queries::FRAGMENTS],
+                     const RowStatistics<Tilings<D>::Queries::FRAGMENTS>& rows, Tile<D> queries, Tile<D> out_slopes,
+                     Tile<D> keys, Tile<D> values, u32 own, u32 query, u32 key, float scale_log2) {
+    using T = typename Tilings<D>::Queries;
+    constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
+    const u32 lane = lane_of_warp();
+    Accumulators<KEYS> scores[M], slopes[M];
+    clear<M, KEYS>(scores);
+    multiply_transposed<M, KEYS, D>(scores, queries, own, keys);
+    clear<M, KEYS>(slopes);
+    multiply_transposed<M, KEYS, D>(slopes, out_slopes, own, values);
+    const bool masked = key + KEYS > query + 1;
+    Weights<KEYS> weights[M];
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+        for (u32 n = 0; n < KEYS / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 row = query + m * FRAGMENT_ROWS + i / 2 * 8 + lane / 4;
+                const u32 column = key + n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
+                const float exponent = fused(scores[m][n][i], scale_log2, -rows.log_sum_exp[m][i / 2]);
+                const float weight = masked && column > row ? 0.0f : exp2_fast(exponent);
+                slopes[m][n][i] = weight * (slopes[m][n][i] - rows.delta[m][i / 2]);
+            }
+        }
+        round_weights<KEYS>(slopes[m], weights[m]);
+    }
+    multiply_weights<M, KEYS, D>(sums, weights, keys);
+}
+
+// Gradients of a block of queries, over all keys that they see.
+template <u32 D>
+DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
+                              bf16* qkv_gradient, const AttentionShape& shape) {
+    using T = typename Tilings<D>::Queries;
+    constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
+    DYNAMIC_SHARED(dynamic);
+    const Tile<D> queries = {dynamic};
+    const Tile<D> out_slopes = {queries.memory + Tile<D>::bytes(T::OWN)};
+    u8* passing = out_slopes.memory + Tile<D>::bytes(T::OWN);
+    const auto keys = [&](u32 index) -> Tile<D> { return {passing + index % 2 * Tile<D>::bytes(2 * KEYS)}; };
+    const auto values = [&](u32 index) -> Tile<D> { return {keys(index).memory + Tile<D>::bytes(KEYS)}; };
+
+    const u32 first_query = (gridDim.x - 1 - blockIdx.x) * T::OWN;
+    const u32 head = blockIdx.y, sequence = blockIdx.z, kv_head = head / shape.group();
+    const u32 own = warp_of_block() * T::WARP_OWN, query = first_query + own;
+    const u32 seen = first_query + T::OWN < shape.context ? first_query + T::OWN : shape.context;
+    const u32 all = (seen + KEYS - 1) / KEYS;
+    const auto start = [&](u32 index) {
+        load_tile<D, KEYS, T::THREADS>(keys(index), shape.keys(qkv, sequence, kv_head), index * KEYS, shape.context);
+        load_tile<D, KEYS, T::THREADS>(values(index), shape.values(qkv, sequence, kv_head), index * KEYS, shape.context);
+    };
+    load_tile<D, T::OWN, T::THREADS>(queries, shape.queries(qkv, sequence, head), first_query, shape.context);
+    load_tile<D, T::OWN, T::THREADS>(out_slopes, shape.outputs(out_gradient, sequence, head), first_query, shape.context);
+    start(0);
+    copy_async_commit();
+
+    const RowStatistics<M> rows =
+        load_statistics<M>(log_sum_exp, delta, shape.statistics(sequence, head), query, shape.context);
+    Accumulators<D> sums[M];
+    clear<M, D>(sums);
+    for (u32 index = 0; index < all; ++index) {
+        copy_async_wait<0>();
+        sync_block();
+        if (index + 1 < all) start(index + 1);
+        copy_async_commit();
+        if (index * KEYS < query + T::WARP_OWN) {
+            add_keys<D>(sums, rows, queries, out_slopes, keys(index), values(index), own, query, index * KEYS,
+                        shape.scale * LOG2_E);
+        }
+    }
+    float factors[M][2];
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) factors[m][0] = factors[m][1] = shape.scale;
+    store_rows<M, D>(sums, factors, queries, own, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
+}
+
+KERNEL(attention_keys_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
+                                  bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<32>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}
+
+KERNEL(attention_keys_64, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
+                                  bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<64>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}
+
+KERNEL(attention_keys_128, 256, 1)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
+                                   bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<128>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}
+
+KERNEL(attention_queries_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
+                                     const float* delta, bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads,
+                                     u32 head_dim, float scale) {
+    attention_queries<32>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}
+
+KERNEL(attention_queries_64, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
+                                     const float* delta, bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads,
+                                     u32 head_dim, float scale) {
+    attention_queries<64>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}
+
+KERNEL(attention_queries_128, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
+                                      const float* delta, bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads,
+                                      u32 head_dim, float scale) {
+    attention_queries<128>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+}

@@ -1,0 +1,530 @@
+// Runs the kernels on the host: every CUDA thread is a fibre, so barriers, shuffles and tensor core products mean what they mean on
+// a GPU.
+//
+// What it reports as an error of the launch: a barrier or a warp's operation that not all reach, or reach from different places;
+// a thread that ends with copies under way; operands that an instruction would not take (alignment, shared memory); a block larger
+// than a kernel's bound. What makes wrong numbers, for the tests to see: shared memory is poisoned with NaN before each
+// block, the target of an asynchronous copy until its thread has waited; threads and blocks run in any wanted order, so
+// what depends on it differs. Accesses outside of dynamic shared memory fault, and the handler names kernel and thread.
+
+#include "fibre.hpp"
+
+#include "../attention.cuh"
+
+#include <algorithm>
+#include <csignal>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef __x86_64__
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+.size emulator_switch, .-emulator_switch
+)");
+#endif
+
+namespace pointwise {
+#include "../pointwise.cu"
+}
+namespace rows {
+#include "../rows.cu"
+}
+namespace optimizer {
+#include "../optimizer.cu"
+}
+namespace attention_forward {
+#include "../attention_forward.cu"
+}
+namespace attention_backward {
+#include "../attention_backward.cu"
+}
+
+extern "C" u8 __start_emulated_shared[] __attribute__((visibility("hidden")));
+extern "C" u8 __stop_emulated_shared[] __attribute__((visibility("hidden")));
+
+namespace emulator {
+
+Place place;
+
+namespace {
+
+constexpr u32 LANES = 32;
+constexpr u8 POISON = 0xFF;
+
+// A copy that was asked for and has not been waited for.
+struct Copy {
+    void* to;
+    const void* from;
+    bool present;
+    u64 group;
+};
+
+enum class State { Ready, AtBarrier, WithWarp, Done };
+
+struct Thread {
+    Execution execution;
+    std::unique_ptr<Stack> stack = std::make_unique<Stack>();
+    State state = State::Done;
+    Index index{};
+    Site site;
+    std::vector<Copy> copies;
+    u64 groups = 0;
+};
+
+struct Warp {
+    u32 arrived = 0;
+    Together what{};
+    Site site;
+    Operands operands[LANES];
+};
+
+// Shared memory whose ends are guarded by pages that may not be touched.
+class Shared {
+  public:
+    static constexpr std::size_t MOST = 256 * 1024;
+
+    Shared() {
+        const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+        void* memory = mmap(nullptr, MOST + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) std::abort();
+        first_ = static_cast<u8*>(memory) + page;
+        page_ = page;
+    }
+
+    void resize(std::size_t bytes) {
+        const std::size_t pages = (bytes + page_ - 1) / page_ * page_;
+        if (mprotect(first_, MOST, PROT_NONE) != 0) std::abort();
+        if (pages > 0 && mprotect(first_ + MOST - pages, pages, PROT_READ | PROT_WRITE) != 0) std::abort();
+        bytes_ = bytes;
+    }
+
+    // A GPU's dynamic shared memory begins at a multiple of 16 at least, and ends here at the guard.
+    u8* begin() const { return first_ + MOST - (bytes_ + 15) / 16 * 16; }
+    bool holds(const void* at, std::size_t bytes) const {
+        const auto* byte = static_cast<const u8*>(at);
+        return byte >= begin() && byte + bytes <= first_ + MOST;
+    }
+    void poison() {
+        if (bytes_ > 0) std::memset(begin(), POISON, (bytes_ + 15) / 16 * 16);
+    }
+
+  private:
+    u8* first_;
+    std::size_t page_;
+    std::size_t bytes_ = 0;
+};
+
+struct Kernel {
+    const char* name;
+    u32 threads_max;
+    void (*invoke)(void** arguments);
+};
+
+struct Engine {
+    std::mutex lock;
+    Execution scheduler;
+    std::vector<std::unique_ptr<Thread>> threads;
+    std::vector<Warp> warps;
+    Shared shared;
+    Thread* running = nullptr;
+    const Kernel* kernel = nullptr;
+    void** arguments = nullptr;
+    u32 at_barrier = 0, done = 0, count = 0;
+    std::string error;
+};
+
+Engine& engine() {
+    static Engine engine;
+    return engine;
+}
+
+std::string text(const Site& site) {
+    const std::string file = site.file_name();
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+
+bool same(const Site& a, const Site& b) {
+    return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+std::string text(const Index& index) {
+    return std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z);
+}
+
+// Back to the scheduler, until it comes back.
+void yield() {
+    Engine& e = engine();
+    Thread* self = e.running;
+    switch_to(self->execution, e.scheduler);
+}
+
+[[noreturn]] void fail(const std::string& what) {
+    Engine& e = engine();
+    e.error = std::string(e.kernel->name) + ", block " + text(place.block) + ", thread " + text(place.thread) + ": " + what;
+    yield();
+    std::abort();
+}
+
+// What every fibre runs.
+void body() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &engine().scheduler.bottom, &engine().scheduler.bytes);
+#endif
+    Engine& e = engine();
+    e.kernel->invoke(e.arguments);
+    if (!e.running->copies.empty()) fail("ended with asynchronous copies under way");
+    e.running->state = State::Done;
+    ++e.done;
+    yield();
+    std::abort();
+}
+
+void shuffle(Warp& warp) {
+    u8 values[LANES][8];
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        std::memcpy(values[lane], warp.operands[lane].in[0], warp.operands[lane].number >> 8);
+    }
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const Operands& own = warp.operands[lane];
+        std::memcpy(own.out, values[(lane ^ (own.number & 0xFF)) % LANES], own.number >> 8);
+    }
+}
+
+void vote(Warp& warp) {
+    u32 votes = 0;
+    for (u32 lane = 0; lane < LANES; ++lane) votes |= static_cast<u32>(warp.operands[lane].number != 0) << lane;
+    for (u32 lane = 0; lane < LANES; ++lane) std::memcpy(warp.operands[lane].out, &votes, sizeof votes);
+}
+
+void load(Warp& warp, bool transposed) {
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const void* row = warp.operands[lane].in[0];
+        if (!engine().shared.holds(row, 16)) fail("ldmatrix reads outside of dynamic shared memory");
+        if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("ldmatrix reads a row that is not aligned to 16 bytes");
+    }
+    for (u32 matrix = 0; matrix < 4; ++matrix) {
+        u16 elements[8][8];
+        for (u32 row = 0; row < 8; ++row) std::memcpy(elements[row], warp.operands[8 * matrix + row].in[0], 16);
+        for (u32 lane = 0; lane < LANES; ++lane) {
+            const u32 row = lane / 4, column = lane % 4 * 2;
+            const u16 low = transposed ? elements[column][row] : elements[row][column];
+            const u16 high = transposed ? elements[column + 1][row] : elements[row][column + 1];
+            static_cast<u32*>(warp.operands[lane].out)[matrix] = low | static_cast<u32>(high) << 16;
+        }
+    }
+}
+
+float half_of(u32 pair, u32 half) { return bits_to_float(half == 0 ? pair << 16 : pair & 0xFFFF0000u); }
+
+// Fragments as PTX ISA, "Matrix fragments for mma.m16n8k16", lays them out.
+void multiply(Warp& warp) {
+    float a[16][16], b[16][8];
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const u32 g = lane / 4, t = lane % 4;
+        const auto* a_words = static_cast<const u32*>(warp.operands[lane].in[0]);
+        const auto* b_words = static_cast<const u32*>(warp.operands[lane].in[1]);
+        for (u32 half = 0; half < 2; ++half) {
+            a[g][2 * t + half] = half_of(a_words[0], half);
+            a[g + 8][2 * t + half] = half_of(a_words[1], half);
+            a[g][2 * t + 8 + half] = half_of(a_words[2], half);
+            a[g + 8][2 * t + 8 + half] = half_of(a_words[3], half);
+            b[2 * t + half][g] = half_of(b_words[0], half);
+            b[2 * t + 8 + half][g] = half_of(b_words[1], half);
+        }
+    }
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const u32 g = lane / 4, t = lane % 4;
+        auto* c = static_cast<float*>(warp.operands[lane].out);
+        for (u32 i = 0; i < 4; ++i) {
+            double sum = c[i];
+            for (u32 k = 0; k < 16; ++k) sum += static_cast<double>(a[g + i / 2 * 8][k]) * b[k][2 * t + i % 2];
+            c[i] = static_cast<float>(sum);
+        }
+    }
+}
+
+void perform(Warp& warp) {
+    switch (warp.what) {
+    case Together::Sync:
+        break;
+    case Together::Shuffle:
+        return shuffle(warp);
+    case Together::Vote:
+        return vote(warp);
+    case Together::LoadMatrices:
+        return load(warp, false);
+    case Together::LoadMatricesTransposed:
+        return load(warp, true);
+    case Together::MultiplyAdd:
+        return multiply(warp);
+    }
+}
+
+u32 number_of(const Index& index, const Index& size) { return index.x + size.x * (index.y + size.y * index.z); }
+
+// Runs one block's fibres in `order` until all are done. Returns false where that cannot be, and says why.
+bool run_block(const std::vector<u32>& order) {
+    Engine& e = engine();
+    e.at_barrier = e.done = 0;
+    std::fill(e.warps.begin(), e.warps.end(), Warp{});
+    std::memset(__start_emulated_shared, POISON, static_cast<std::size_t>(__stop_emulated_shared - __start_emulated_shared));
+    e.shared.poison();
+    for (u32 number : order) {
+        Thread& thread = *e.threads[number];
+        thread.state = State::Ready;
+        thread.copies.clear();
+        thread.groups = 0;
+        const Index& size = place.threads;
+        thread.index = {number % size.x, number / size.x % size.y, number / size.x / size.y};
+        thread.stack->begin(thread.execution, body);
+    }
+    while (e.done < e.count) {
+        bool moved = false;
+        for (u32 number : order) {
+            Thread& thread = *e.threads[number];
+            if (thread.state != State::Ready) continue;
+            moved = true;
+            e.running = &thread;
+            place.thread = thread.index;
+            switch_to(e.scheduler, thread.execution);
+            if (!e.error.empty()) return false;
+        }
+        if (moved) continue;
+        std::string waiting;
+        for (const auto& thread : e.threads) {
+            if (thread->state == State::AtBarrier || thread->state == State::WithWarp) waiting = text(thread->site);
+        }
+        e.error = std::string(e.kernel->name) + ", block " + text(place.block) + ": " + std::to_string(e.done) + " of " +
+                  std::to_string(e.count) + " threads ended, " + std::to_string(e.at_barrier) +
+                  " wait at a barrier, and none can go on; one waits at " + waiting;
+        return false;
+    }
+    return true;
+}
+
+std::vector<u32> order_of(u32 count, u64 order) {
+    std::vector<u32> numbers(count);
+    for (u32 number = 0; number < count; ++number) numbers[number] = order == 1 ? count - 1 - number : number;
+    if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937_64(order));
+    return numbers;
+}
+
+template <typename... A, std::size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<A*>(arguments[I])...);
+}
+
+template <typename... A> void call(void (*kernel)(A...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<A...>{});
+}
+
+#define ENTRY(unit, name) {#name, unit::name##_threads, [](void** arguments) { call(unit::name, arguments); }}
+const Kernel KERNELS[] = {
+    ENTRY(pointwise, convert_f32_bf16),
+    ENTRY(pointwise, convert_bf16_f32),
+    ENTRY(pointwise, add_f32),
+    ENTRY(pointwise, add_bf16),
+    ENTRY(pointwise, add_f32_bf16),
+    ENTRY(pointwise, rope),
+    ENTRY(pointwise, swiglu),
+    ENTRY(pointwise, swiglu_backward),
+    ENTRY(pointwise, embed),
+    ENTRY(pointwise, embed_backward),
+    ENTRY(rows, rms_norm),
+    ENTRY(rows, rms_norm_backward),
+    ENTRY(rows, rms_norm_weight_gradient),
+    ENTRY(rows, cross_entropy),
+    ENTRY(rows, square_sums),
+    ENTRY(optimizer, adamw),
+    ENTRY(optimizer, block_hashes),
+    ENTRY(attention_forward, attention_32),
+    ENTRY(attention_forward, attention_64),
+    ENTRY(attention_forward, attention_128),
+    ENTRY(attention_backward, attention_delta),
+    ENTRY(attention_backward, attention_keys_32),
+    ENTRY(attention_backward, attention_keys_64),
+    ENTRY(attention_backward, attention_keys_128),
+    ENTRY(attention_backward, attention_queries_32),
+    ENTRY(attention_backward, attention_queries_64),
+    ENTRY(attention_backward, attention_queries_128),
+};
+
+// Names the thread whose access faulted, then lets the fault take its course.
+void on_fault(int signal, siginfo_t* info, void*) {
+    char line[256];
+    const int length = std::snprintf(line, sizeof line, "emulator: %s, block %u,%u,%u, thread %u,%u,%u: access to %p\n",
+                                     engine().kernel->name, place.block.x, place.block.y, place.block.z, place.thread.x,
+                                     place.thread.y, place.thread.z, info->si_addr);
+    [[maybe_unused]] const auto written = write(2, line, static_cast<std::size_t>(length));
+    std::signal(signal, SIG_DFL);
+}
+
+// The handler in place while a launch runs.
+class Faults {
+  public:
+    Faults() {
+        stack_t stack{};
+        stack.ss_sp = memory_;
+        stack.ss_size = sizeof memory_;
+        sigaltstack(&stack, &stack_before_);
+        struct sigaction action {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, &before_);
+    }
+    ~Faults() {
+        sigaction(SIGSEGV, &before_, nullptr);
+        sigaltstack(&stack_before_, nullptr);
+    }
+    Faults(const Faults&) = delete;
+
+  private:
+    struct sigaction before_ {};
+    stack_t stack_before_{};
+    alignas(16) char memory_[32 * 1024];
+};
+
+std::string check(const Kernel* kernel, const char* name, const Index& block, u32 shared_bytes) {
+    if (kernel == nullptr) return std::string("there is no kernel ") + name;
+    const u64 threads = u64(block.x) * block.y * block.z;
+    if (threads == 0 || threads % LANES != 0) return std::string(name) + ": blocks are whole warps";
+    if (threads > kernel->threads_max) {
+        return std::string(name) + ": " + std::to_string(threads) + " threads, where its bound is " +
+               std::to_string(kernel->threads_max);
+    }
+    if (shared_bytes > Shared::MOST) return std::string(name) + ": too much shared memory";
+    return {};
+}
+
+} // namespace
+
+u8* dynamic_shared() { return engine().shared.begin(); }
+
+void sync_block(const Site& site) {
+    Engine& e = engine();
+    Thread* self = e.running;
+    self->site = site;
+    ++e.at_barrier;
+    if (e.at_barrier < e.count) {
+        self->state = State::AtBarrier;
+        return yield();
+    }
+    e.at_barrier = 0;
+    for (u32 number = 0; number < e.count; ++number) {
+        Thread& thread = *e.threads[number];
+        if (!same(thread.site, site)) {
+            fail("a barrier at " + text(site) + " meets one at " + text(thread.site));
+        }
+        thread.state = State::Ready;
+    }
+}
+
+void together(Together what, const Operands& operands, const Site& site) {
+    Engine& e = engine();
+    Thread* self = e.running;
+    const u32 number = number_of(self->index, place.threads), first = number / LANES * LANES;
+    Warp& warp = e.warps[number / LANES];
+    if (warp.arrived == 0) {
+        warp.what = what;
+        warp.site = site;
+    } else if (warp.what != what || !same(warp.site, site)) {
+        fail("lanes of a warp diverge: " + text(site) + " meets " + text(warp.site));
+    }
+    self->site = site;
+    warp.operands[number - first] = operands;
+    ++warp.arrived;
+    if (warp.arrived < LANES) {
+        self->state = State::WithWarp;
+        return yield();
+    }
+    warp.arrived = 0;
+    perform(warp);
+    for (u32 lane = 0; lane < LANES; ++lane) e.threads[first + lane]->state = State::Ready;
+}
+
+void copy_async(void* to, const void* from, bool present) {
+    Engine& e = engine();
+    if (!e.shared.holds(to, 16)) fail("cp.async writes outside of dynamic shared memory");
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16 != 0) {
+        fail("cp.async of an address that is not aligned to 16 bytes");
+    }
+    std::memset(to, POISON, 16);
+    e.running->copies.push_back({to, from, present, e.running->groups});
+}
+
+void copy_async_commit() { ++engine().running->groups; }
+
+void copy_async_wait(u32 pending) {
+    Thread* self = engine().running;
+    const auto due = [&](const Copy& copy) { return copy.group + pending < self->groups; };
+    for (const Copy& copy : self->copies) {
+        if (!due(copy)) continue;
+        if (copy.present) {
+            std::memcpy(copy.to, copy.from, 16);
+        } else {
+            std::memset(copy.to, 0, 16);
+        }
+    }
+    std::erase_if(self->copies, due);
+}
+
+} // namespace emulator
+
+// Runs a kernel to its end. `order` is that of blocks and of threads: 0 forward, 1 backward, any other the seed of a random one.
+// `arguments` points to the values, as for the CUDA driver. Returns 0, or 1 with the cause in `error`, cut to `error_bytes`.
+extern "C" __attribute__((visibility("default"))) int tarazed_emulator_launch(const char* name, const u32* grid,
+                                                                              const u32* block, u32 shared_bytes,
+                                                                              void** arguments, u64 order, char* error,
+                                                                              u64 error_bytes) {
+    using namespace emulator;
+    Engine& e = engine();
+    const std::lock_guard guard(e.lock);
+    const Faults faults;
+    const auto* found = std::find_if(std::begin(KERNELS), std::end(KERNELS),
+                                     [&](const Kernel& kernel) { return std::strcmp(kernel.name, name) == 0; });
+    e.kernel = found == std::end(KERNELS) ? nullptr : found;
+    place.threads = {block[0], block[1], block[2]};
+    place.blocks = {grid[0], grid[1], grid[2]};
+    e.error = check(e.kernel, name, place.threads, shared_bytes);
+    if (e.error.empty()) {
+        e.arguments = arguments;
+        e.count = block[0] * block[1] * block[2];
+        e.warps.assign(e.count / LANES, Warp{});
+        while (e.threads.size() < e.count) e.threads.push_back(std::make_unique<Thread>());
+        e.shared.resize(shared_bytes);
+        const std::vector<u32> threads = order_of(e.count, order);
+        for (u32 number : order_of(grid[0] * grid[1] * grid[2], order)) {
+            place.block = {number % grid[0], number / grid[0] % grid[1], number / grid[0] / grid[1]};
+            if (!run_block(threads)) break;
+        }
+    }
+    if (e.error.empty()) return 0;
+    if (error_bytes > 0) {
+        std::strncpy(error, e.error.c_str(), error_bytes - 1);
+        error[error_bytes - 1] = 0;
+    }
+    return 1;
+}

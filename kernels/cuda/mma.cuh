@@ -1,0 +1,185 @@
+// Tiles of bf16 in shared memory and their products on the tensor cores.
+//
+// A tile has rows of `D` elements, D = 32, 64 or 128, in pieces of 16 bytes. Piece p of row r lies at place p ^ swizzle(r), so
+// that the eight rows that one phase of `ldmatrix` reads lie in different banks.
+//
+// Fragments are those of PTX ISA, "mma.m16n8k16": with g = lane / 4 and t = lane % 4, a lane holds of C rows g and g + 8,
+// columns 2t and 2t + 1, as c[0], c[1] (row g) and c[2], c[3] (row g + 8). Two neighbouring C tiles, rounded to bf16, are
+// one A fragment: so weights go from one product into the next without leaving their registers.
+#pragma once
+
+#include "common.cuh"
+
+// Rows of an A fragment, columns of a C tile, terms of one product.
+constexpr u32 FRAGMENT_ROWS = 16;
+constexpr u32 FRAGMENT_COLUMNS = 8;
+constexpr u32 FRAGMENT_TERMS = 16;
+
+// One row fragment's accumulators: `COLUMNS` columns wide.
+template <u32 COLUMNS> using Accumulators = float[COLUMNS / FRAGMENT_COLUMNS][4];
+// The same values as A fragments.
+template <u32 COLUMNS> using Weights = u32[COLUMNS / FRAGMENT_TERMS][4];
+
+template <u32 D> struct Tile {
+    static constexpr u32 PIECES = D / CHUNK;
+    u8* memory;
+
+    static DEVICE u32 swizzle(u32 row) { return D == 32 ? (row / 2) % 4 : row % 8; }
+
+    DEVICE u8* piece(u32 row, u32 index) const { return memory + row * (D * 2) + (index ^ swizzle(row)) * 16; }
+
+    // The bytes of `rows` rows.
+    static DEVICE constexpr u32 bytes(u32 rows) { return rows * D * 2; }
+};
+
+// Rows of one head in global memory: row r begins at from + r · stride and has `head_dim` elements.
+template <typename T> struct HeadRows {
+    T* from;
+    u64 stride;
+    u32 head_dim;
+
+    // Whether every piece of every row may be moved as 16 bytes.
+    DEVICE bool aligned() const { return is_aligned(from) && stride % CHUNK == 0 && head_dim % CHUNK == 0; }
+};
+
+// Starts to load rows `first` to `first + ROWS` (of `limit` there are) into a tile; rows and columns that are not there become
+// zeros. All `THREADS` threads take part. The tile is whole for a thread once it waited for its copies, and for the others
+// behind a barrier after that.
+template <u32 D, u32 ROWS, u32 THREADS>
+DEVICE void load_tile(Tile<D> tile, HeadRows<const bf16> rows, u32 first, u32 limit) {
+    constexpr u32 PIECES = Tile<D>::PIECES;
+    static_assert(ROWS * PIECES % THREADS == 0, "every thread has as many pieces");
+    const bool aligned = rows.aligned();
+#pragma unroll 4
+    for (u32 index = threadIdx.x; index < ROWS * PIECES; index += THREADS) {
+        const u32 row = index / PIECES, piece = index % PIECES;
+        const bool present = first + row < limit && piece * CHUNK < rows.head_dim;
+        const bf16* from = rows.from + (first + row) * rows.stride + piece * CHUNK;
+        u8* to = tile.piece(row, piece);
+        if (aligned) {
+            copy_async_16(to, present ? from : rows.from, present);
+        } else {
+            // Addresses that allow no 16 bytes at once: the same values, one by one.
+            float values[CHUNK];
+            const u32 left = present ? rows.head_dim - piece * CHUNK : 0;
+            load_chunk(from, left < CHUNK ? left : CHUNK, values);
+            store_chunk(reinterpret_cast<bf16*>(to), CHUNK, values);
+        }
+    }
+}
+
+// The A fragment of rows `row` to `row + 16` and terms `term` to `term + 16`.
+template <u32 D> DEVICE void load_left(u32 (&to)[4], Tile<D> tile, u32 row, u32 term) {
+    const u32 lane = lane_of_warp();
+    load_matrices(to, tile.piece(row + lane % 16, term / CHUNK + lane / 16));
+}
+
+// The B fragments of two C tiles from a tile whose rows are C's columns: to[0..2] of columns `column` on, to[2..4] of those
+// eight further on.
+template <u32 D> DEVICE void load_right(u32 (&to)[4], Tile<D> tile, u32 column, u32 term) {
+    const u32 lane = lane_of_warp();
+    load_matrices(to, tile.piece(column + lane % 8 + lane / 16 * 8, term / CHUNK + lane / 8 % 2));
+}
+
+// The same from a tile whose rows are the product's terms.
+template <u32 D> DEVICE void load_right_transposed(u32 (&to)[4], Tile<D> tile, u32 term, u32 column) {
+    const u32 lane = lane_of_warp();
+    load_matrices_transposed(to, tile.piece(term + lane % 16, column / CHUNK + lane / 16));
+}
+
+// c[m] += left · rightᵀ for `M` row fragments from row `row` on; right has `COLUMNS` rows, both are D wide.
+template <u32 M, u32 COLUMNS, u32 D>
+DEVICE void multiply_transposed(Accumulators<COLUMNS> (&c)[M], Tile<D> left, u32 row, Tile<D> right) {
+#pragma unroll
+    for (u32 term = 0; term < D; term += FRAGMENT_TERMS) {
+        u32 a[M][4];
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) load_left(a[m], left, row + m * FRAGMENT_ROWS, term);
+#pragma unroll
+        for (u32 column = 0; column < COLUMNS; column += 2 * FRAGMENT_COLUMNS) {
+            u32 b[4];
+            load_right(b, right, column, term);
+#pragma unroll
+            for (u32 m = 0; m < M; ++m) {
+                multiply_add(c[m][column / FRAGMENT_COLUMNS], a[m], b[0], b[1]);
+                multiply_add(c[m][column / FRAGMENT_COLUMNS + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// c[m] += weights[m] · right; right has `TERMS` rows of D columns.
+template <u32 M, u32 TERMS, u32 D>
+DEVICE void multiply_weights(Accumulators<D> (&c)[M], const Weights<TERMS> (&weights)[M], Tile<D> right) {
+#pragma unroll
+    for (u32 term = 0; term < TERMS; term += FRAGMENT_TERMS) {
+#pragma unroll
+        for (u32 column = 0; column < D; column += 2 * FRAGMENT_COLUMNS) {
+            u32 b[4];
+            load_right_transposed(b, right, term, column);
+#pragma unroll
+            for (u32 m = 0; m < M; ++m) {
+                multiply_add(c[m][column / FRAGMENT_COLUMNS], weights[m][term / FRAGMENT_TERMS], b[0], b[1]);
+                multiply_add(c[m][column / FRAGMENT_COLUMNS + 1], weights[m][term / FRAGMENT_TERMS], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Rounds C tiles to A fragments.
+template <u32 COLUMNS> DEVICE void round_weights(const Accumulators<COLUMNS>& c, Weights<COLUMNS>& to) {
+#pragma unroll
+    for (u32 pair = 0; pair < COLUMNS / FRAGMENT_TERMS; ++pair) {
+        to[pair][0] = pack_bf16(c[2 * pair][0], c[2 * pair][1]);
+        to[pair][1] = pack_bf16(c[2 * pair][2], c[2 * pair][3]);
+        to[pair][2] = pack_bf16(c[2 * pair + 1][0], c[2 * pair + 1][1]);
+        to[pair][3] = pack_bf16(c[2 * pair + 1][2], c[2 * pair + 1][3]);
+    }
+}
+
+template <u32 M, u32 COLUMNS> DEVICE void clear(Accumulators<COLUMNS> (&c)[M]) {
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+        for (u32 n = 0; n < COLUMNS / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+        }
+    }
+}
+
+// Writes `M` row fragments of this warp, each row times its factor, through the warp's own rows of a tile (from `row` on, which
+// nobody reads any more) to rows `first + row` on of global memory. factors[m][0] is that of row g, factors[m][1] of row g + 8.
+template <u32 M, u32 D>
+DEVICE void store_rows(const Accumulators<D> (&c)[M], const float (&factors)[M][2], Tile<D> tile, u32 row,
+                       HeadRows<bf16> to, u32 first, u32 limit) {
+    constexpr u32 PIECES = Tile<D>::PIECES;
+    const u32 lane = lane_of_warp();
+    sync_warp();
+#pragma unroll
+    for (u32 m = 0; m < M; ++m) {
+#pragma unroll
+        for (u32 n = 0; n < D / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half) {
+                u8* at = tile.piece(row + m * FRAGMENT_ROWS + half * 8 + lane / 4, n) + lane % 4 * 4;
+                const float factor = factors[m][half];
+                *reinterpret_cast<u32*>(at) = pack_bf16(c[m][n][2 * half] * factor, c[m][n][2 * half + 1] * factor);
+            }
+        }
+    }
+    sync_warp();
+    const bool aligned = to.aligned();
+    for (u32 index = lane; index < M * FRAGMENT_ROWS * PIECES; index += WARP) {
+        const u32 line = row + index / PIECES, piece = index % PIECES;
+        if (first + line >= limit || piece * CHUNK >= to.head_dim) continue;
+        const u8* from = tile.piece(line, piece);
+        bf16* at = to.from + (first + line) * to.stride + piece * CHUNK;
+        if (aligned) {
+            *reinterpret_cast<u32x4*>(at) = *reinterpret_cast<const u32x4*>(from);
+        } else {
+            const u32 length = chunk_length(to.head_dim, piece);
+            for (u32 i = 0; i < length; ++i) at[i] = reinterpret_cast<const bf16*>(from)[i];
+        }
+    }
+}

@@ -1,0 +1,123 @@
+// What the kernels take from the compiler: types, qualifiers, and the few instructions that C++ has no name for.
+//
+// The same sources are compiled by NVRTC for a GPU, where this file is all that they see, and by a host compiler for the
+// emulator, which brings a header of its own with the same names.
+#pragma once
+
+#ifdef TARAZED_EMULATOR
+#include "emulator/device.hpp"
+#else
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+// An entry point, the threads of its largest block, and the blocks that one multiprocessor must be able to hold.
+#define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
+#define SHARED __shared__
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
+// Brain float: the upper half of an f32.
+struct bf16 {
+    u16 bits;
+};
+
+struct alignas(16) u32x4 {
+    u32 x, y, z, w;
+};
+
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float x) { return __float_as_uint(x); }
+
+// a · b + c, rounded once.
+DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// Rounds to nearest even; every NaN becomes the same NaN.
+DEVICE bf16 to_bf16(float x) {
+    bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
+}
+
+// Two at once, `low` in the lower half.
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+
+// 2^x to about two units in the last place; 0 for minus infinity.
+DEVICE float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+DEVICE float shuffle_xor(float x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
+DEVICE double shuffle_xor(double x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
+DEVICE u64 shuffle_xor(u64 x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
+// Which lanes of the warp say yes.
+DEVICE u32 vote(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
+DEVICE u32 count_bits(u32 x) { return __popc(x); }
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// Adds modulo 2^64. The only atomic operation: integer sums have no order (DET-2).
+DEVICE void atomic_add(u64* to, u64 value) { atomicAdd(to, value); }
+
+// Address of shared memory as the instructions below want it.
+DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// Starts to copy 16 bytes from global to shared memory, past the first-level cache; zeros where `present` is false.
+// PTX ISA, "cp.async".
+DEVICE void copy_async_16(void* to, const void* from, bool present) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(present ? 16 : 0)
+                 : "memory");
+}
+
+// Closes a group of this thread's copies.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `PENDING` of this thread's newest groups are under way.
+template <int PENDING> DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8×8 matrices of bf16 from shared memory, lanes 8i to 8i+7 naming the rows of matrix i. Lane l gets elements
+// (l / 4, 2 · (l % 4)) and the next of each. PTX ISA, "ldmatrix".
+DEVICE void load_matrices(u32 (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// The same, each matrix transposed.
+DEVICE void load_matrices_transposed(u32 (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c += a · b, a: 16×16 and b: 16×8 of bf16, c: 16×8 of f32, in the fragments of PTX ISA, "mma.m16n8k16".
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif
+
+constexpr u32 WARP = 32;
+
+DEVICE float to_float(bf16 x) { return bits_to_float(static_cast<u32>(x.bits) << 16); }
+
+DEVICE u32 lane_of_warp() { return threadIdx.x % WARP; }
+DEVICE u32 warp_of_block() { return threadIdx.x / WARP; }

@@ -1,0 +1,237 @@
+// Kernels that sum over rows or blocks: RMSNorm, cross-entropy, sums of squares.
+//
+// How a sum is cut follows from the row's width alone (DET-2): thread t of T has chunks t, t + T, ..., sums them in order, and
+// the threads' sums meet in a fixed tree. `kernels/src/cuda/table.rs` says what each kernel takes and how it is launched.
+
+#include "common.cuh"
+
+// The chunk at `at` of the norm's input: x, or the rounded sum of x and branch, which is kept.
+DEVICE void load_input(const bf16* x, const bf16* branch, bf16* sum, u64 at, u32 length, float (&to)[CHUNK]) {
+    load_chunk(x + at, length, to);
+    if (branch == nullptr) return;
+    float term[CHUNK];
+    load_chunk(branch + at, length, term);
+#pragma unroll
+    for (u32 i = 0; i < CHUNK; ++i) to[i] = to_float(to_bf16(to[i] + term[i]));
+    store_chunk(sum + at, length, to);
+}
+
+// One block of threads for each row. Rows of up to 8,192 elements are read once.
+KERNEL(rms_norm, 1024, 1)(const bf16* x, const bf16* branch, bf16* sum, const bf16* weight, bf16* y, float* inverse_rms,
+                          u32 width, float eps) {
+    SHARED float scratch[WARP];
+    const u64 row = static_cast<u64>(blockIdx.x) * width;
+    const u32 chunks = chunks_of(width);
+    float first[CHUNK] = {};
+    float squares = 0.0f;
+    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        float values[CHUNK];
+        load_input(x, branch, sum, row + chunk * CHUNK, chunk_length(width, chunk), values);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) {
+            squares = fused(values[i], values[i], squares);
+            if (chunk == threadIdx.x) first[i] = values[i];
+        }
+    }
+    const float total = block_sum(squares, scratch);
+    const float inverse = 1.0f / sqrtf(total / static_cast<float>(width) + eps);
+    const bf16* input = branch == nullptr ? x : sum;
+    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        const u32 length = chunk_length(width, chunk);
+        float factors[CHUNK];
+        if (chunk != threadIdx.x) load_chunk(input + row + chunk * CHUNK, length, first);
+        load_chunk(weight + chunk * CHUNK, length, factors);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) factors[i] = first[i] * inverse * factors[i];
+        store_chunk(y + row + chunk * CHUNK, length, factors);
+    }
+    if (threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
+}
+
+// Adds one row's share to the sums of the weight's gradient, and returns this thread's part of the dot product that the input's
+// gradient needs. A thread's columns are its own, so the sums need no barrier.
+DEVICE float norm_row_sums(const bf16* x, const bf16* weight, const bf16* dy, float inverse, u32 width, float* sums) {
+    float dot = 0.0f;
+    for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
+        const u32 at = chunk * CHUNK, length = chunk_length(width, chunk);
+        float normal[CHUNK], slope[CHUNK], factor[CHUNK], sum[CHUNK];
+        load_chunk(x + at, length, normal);
+        load_chunk(dy + at, length, slope);
+        load_chunk(weight + at, length, factor);
+        load_chunk(static_cast<const float*>(sums + at), CHUNK, sum);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) {
+            normal[i] *= inverse;
+            dot = fused(slope[i] * factor[i], normal[i], dot);
+            sum[i] = fused(slope[i], normal[i], sum[i]);
+        }
+        store_chunk(sums + at, CHUNK, sum);
+    }
+    return dot;
+}
+
+// Adds to a row's gradient, given the mean of the row's dot product. What it reads again is in the cache.
+DEVICE void norm_row_gradient(const bf16* x, const bf16* weight, const bf16* dy, bf16* dx, float inverse, float mean,
+                              u32 width) {
+    for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
+        const u32 at = chunk * CHUNK, length = chunk_length(width, chunk);
+        float normal[CHUNK], slope[CHUNK], factor[CHUNK], to[CHUNK];
+        load_chunk(x + at, length, normal);
+        load_chunk(dy + at, length, slope);
+        load_chunk(weight + at, length, factor);
+        load_chunk(static_cast<const bf16*>(dx + at), length, to);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) {
+            const float change = fused(-(normal[i] * inverse), mean, slope[i] * factor[i]);
+            to[i] = fused(change, inverse, to[i]);
+        }
+        store_chunk(dx + at, length, to);
+    }
+}
+
+// One block of threads for each run of rows, which it goes through in order. The run's weight gradient grows in shared memory.
+KERNEL(rms_norm_backward, 1024, 1)(const bf16* x, const float* inverse_rms, const bf16* weight, const bf16* y_gradient,
+                                   bf16* x_gradient, float* partials, u32 rows, u32 rows_per_partial, u32 width) {
+    DYNAMIC_SHARED(dynamic);
+    // Two, in turn: one barrier for each row is then enough.
+    SHARED float scratch[2][WARP];
+    float* sums = reinterpret_cast<float*>(dynamic);
+    const float zeros[CHUNK] = {};
+    for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
+        store_chunk(sums + chunk * CHUNK, CHUNK, zeros);
+    }
+    const u32 first = blockIdx.x * rows_per_partial;
+    const u32 end = rows - first < rows_per_partial ? rows : first + rows_per_partial;
+    for (u32 row = first; row < end; ++row) {
+        const u64 at = static_cast<u64>(row) * width;
+        const float inverse = inverse_rms[row];
+        const float dot = norm_row_sums(x + at, weight, y_gradient + at, inverse, width, sums);
+        const float mean = block_sum(dot, scratch[row % 2]) / static_cast<float>(width);
+        norm_row_gradient(x + at, weight, y_gradient + at, x_gradient + at, inverse, mean, width);
+    }
+    float* to = partials + static_cast<u64>(blockIdx.x) * width;
+    for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
+        float sum[CHUNK];
+        load_chunk(static_cast<const float*>(sums + chunk * CHUNK), CHUNK, sum);
+        store_chunk(to + chunk * CHUNK, chunk_length(width, chunk), sum);
+    }
+}
+
+// Strands that a column's partials are summed in.
+constexpr u32 STRANDS = 8;
+
+// Column c of 32 belongs to lane c; warp w sums partials w, w + 8, ... in order, and the eight sums are added in order.
+KERNEL(rms_norm_weight_gradient, 256, 1)(const float* partials, float* weight_gradient, u32 partial_count, u32 width) {
+    SHARED float strands[STRANDS][WARP];
+    const u32 lane = lane_of_warp(), strand = warp_of_block(), column = blockIdx.x * WARP + lane;
+    float sum = 0.0f;
+    if (column < width) {
+        for (u32 partial = strand; partial < partial_count; partial += STRANDS) {
+            sum += partials[static_cast<u64>(partial) * width + column];
+        }
+    }
+    strands[strand][lane] = sum;
+    sync_block();
+    if (strand != 0 || column >= width) return;
+    for (u32 other = 1; other < STRANDS; ++other) sum += strands[other][lane];
+    weight_gradient[column] += sum;
+}
+
+// Largest logit and the sum of e^(logit - largest): what two parts of a row have in common.
+struct Softmax {
+    float largest, sum;
+};
+
+DEVICE float larger(float a, float b) { return a > b ? a : b; }
+
+// Both parts' sums against the larger maximum. Symmetric, so that both lanes of an exchange have the same bits. A part without
+// logits is (-inf, 0), and the difference of two such is taken as none.
+DEVICE Softmax merge(Softmax a, Softmax b) {
+    const float largest = larger(a.largest, b.largest);
+    const float of_a = a.largest == largest ? a.sum : a.sum * exponential(a.largest - largest);
+    const float of_b = b.largest == largest ? b.sum : b.sum * exponential(b.largest - largest);
+    return {largest, of_a + of_b};
+}
+
+DEVICE Softmax warp_softmax(Softmax part) {
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        part = merge(part, {shuffle_xor(part.largest, lanes), shuffle_xor(part.sum, lanes)});
+    }
+    return part;
+}
+
+// The whole row's, in every thread.
+DEVICE Softmax block_softmax(Softmax part, Softmax (&scratch)[WARP]) {
+    part = warp_softmax(part);
+    if (lane_of_warp() == 0) scratch[warp_of_block()] = part;
+    sync_block();
+    const bool there = lane_of_warp() < blockDim.x / WARP;
+    return warp_softmax(there ? scratch[lane_of_warp()] : Softmax{-INFINITE, 0.0f});
+}
+
+DEVICE Softmax softmax_chunk(Softmax part, const float (&values)[CHUNK], u32 length) {
+    float largest = part.largest;
+#pragma unroll
+    for (u32 i = 0; i < CHUNK; ++i) {
+        // `largest` stays where the value is not a number, and the sum takes it.
+        if (i < length) largest = larger(values[i], largest);
+    }
+    float sum = part.largest == largest ? part.sum : part.sum * exponential(part.largest - largest);
+#pragma unroll
+    for (u32 i = 0; i < CHUNK; ++i) {
+        if (i < length) sum += exponential(values[i] - largest);
+    }
+    return {largest, sum};
+}
+
+// One block of threads for each row: once over it for maximum and sum, once more for the gradient.
+KERNEL(cross_entropy, 1024, 1)(bf16* logits, const u32* targets, float* losses, u32 vocabulary, u32 with_gradient,
+                               float gradient_scale) {
+    SHARED Softmax scratch[WARP];
+    SHARED float wanted;
+    bf16* row = logits + static_cast<u64>(blockIdx.x) * vocabulary;
+    const u32 target = targets[blockIdx.x], chunks = chunks_of(vocabulary);
+    if (threadIdx.x == 0) wanted = target < vocabulary ? to_float(row[target]) : NOT_A_NUMBER;
+    Softmax part = {-INFINITE, 0.0f};
+    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        const u32 length = chunk_length(vocabulary, chunk);
+        float values[CHUNK];
+        load_chunk(static_cast<const bf16*>(row + chunk * CHUNK), length, values);
+        part = softmax_chunk(part, values, length);
+    }
+    const Softmax whole = block_softmax(part, scratch);
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = static_cast<float>(log(static_cast<double>(whole.sum)) +
+                                                static_cast<double>(whole.largest) - static_cast<double>(wanted));
+    }
+    if (with_gradient == 0) return;
+    const float factor = gradient_scale / whole.sum;
+    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+        const u32 at = chunk * CHUNK, length = chunk_length(vocabulary, chunk);
+        float values[CHUNK];
+        load_chunk(static_cast<const bf16*>(row + at), length, values);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) {
+            values[i] = exponential(values[i] - whole.largest) * factor;
+            if (at + i == target) values[i] -= gradient_scale;
+        }
+        store_chunk(row + at, length, values);
+    }
+}
+
+// One block of threads for each parameter block. A square is exact in f64; thread t sums chunks t, t + 256, ... in order.
+KERNEL(square_sums, 256, 1)(const float* x, double* sums, u64 block_elements) {
+    SHARED double scratch[WARP];
+    const float* block = x + blockIdx.x * block_elements;
+    double sum = 0.0;
+    for (u64 at = threadIdx.x * CHUNK; at < block_elements; at += static_cast<u64>(blockDim.x) * CHUNK) {
+        const u64 left = block_elements - at;
+        float values[CHUNK];
+        load_chunk(block + at, left < CHUNK ? static_cast<u32>(left) : CHUNK, values);
+#pragma unroll
+        for (u32 i = 0; i < CHUNK; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+    }
+    const double total = block_sum(sum, scratch);
+    if (threadIdx.x == 0) sums[blockIdx.x] = total;
+}

@@ -1,0 +1,866 @@
+//! The table of CUDA kernels: which entry points there are, what they take, and how each shape launches them.
+//!
+//! It is plain data and pure functions. Whoever compiles reads [`SOURCES`], [`HEADERS`] and [`OPTIONS`]; whoever launches takes a
+//! [`Launch`] from one of the functions below and passes one [`Value`] for each of the entry's arguments, in their order.
+//!
+//! Invariants
+//! - **DET-2** grid, block and shared memory are functions of the call's shape alone. No kernel adds floats atomically; how
+//!   a sum is cut follows from the shape. The only atomics add 64-bit integers, whose sum has no order.
+//! - A pointer needs no more alignment than its element. Kernels read and write 16 bytes at a time where a row's address
+//!   and length allow it; which thread works on which element does not depend on that, so alignment changes no bit.
+//! - Where a tensor may pass 2³¹ elements, the kernel's index has 64 bits. Widths of rows and dimensions of the grid have 32.
+//!
+//! Setting memory to zero, and copying without conversion, are the driver's own operations and have no entry.
+
+use crate::device::{Attention, DeviceError, Norm, Rope};
+
+/// One translation unit; every entry in it is `extern "C"`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Name of its file under `kernels/cuda/`.
+    pub file: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+macro_rules! source {
+    ($file:literal) => {
+        Source {
+            file: $file,
+            text: include_str!(concat!("../../cuda/", $file)),
+        }
+    };
+}
+
+/// Conversions, additions, rotation, SwiGLU, embedding.
+pub static POINTWISE: Source = source!("pointwise.cu");
+/// RMSNorm, cross-entropy, sums of squares.
+pub static ROWS: Source = source!("rows.cu");
+/// AdamW and the block hashes.
+pub static OPTIMIZER: Source = source!("optimizer.cu");
+/// Attention, forward.
+pub static ATTENTION_FORWARD: Source = source!("attention_forward.cu");
+/// Attention, backward.
+pub static ATTENTION_BACKWARD: Source = source!("attention_backward.cu");
+
+/// Every translation unit; each becomes one module.
+pub static SOURCES: [&Source; 5] = [&POINTWISE, &ROWS, &OPTIMIZER, &ATTENTION_FORWARD, &ATTENTION_BACKWARD];
+
+/// What the sources include, under the names by which they do.
+pub static HEADERS: [Source; 4] = [
+    source!("platform.cuh"),
+    source!("common.cuh"),
+    source!("mma.cuh"),
+    source!("attention.cuh"),
+];
+
+/// Options of every compilation, besides the architecture. Contraction is off: a kernel that fuses a multiplication with an
+/// addition says so, hence its rounding is that of the source, on every compiler.
+pub const OPTIONS: [&str; 3] = ["--std=c++20", "--fmad=false", "--restrict"];
+
+/// Type of a tensor's elements.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Element {
+    /// Brain float, 16 bits: [`crate::Precision::Working`].
+    Bf16,
+    /// [`crate::Precision::Full`].
+    F32,
+    /// Sums of squares.
+    F64,
+    /// Token ids.
+    U32,
+    /// Sums of hashes.
+    U64,
+}
+
+impl Element {
+    /// Bytes of one, and the alignment that a pointer needs.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 | Self::U32 => 4,
+            Self::F64 | Self::U64 => 8,
+        }
+    }
+}
+
+/// What a kernel does with a tensor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Reads it.
+    Read,
+    /// Overwrites all of it.
+    Write,
+    /// Reads and overwrites it, or adds to it.
+    Update,
+}
+
+/// Type of an argument.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// A device address.
+    Pointer {
+        /// Of what.
+        element: Element,
+        /// For what.
+        access: Access,
+        /// Whether it may be null; its comment says what null means.
+        optional: bool,
+    },
+    /// `unsigned int`.
+    U32,
+    /// `unsigned long long`.
+    U64,
+    /// `float`.
+    F32,
+}
+
+/// One parameter of a kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Argument {
+    /// As in the source.
+    pub name: &'static str,
+    /// Its type.
+    pub kind: Kind,
+    /// Shape of a tensor, or meaning of a number.
+    pub meaning: &'static str,
+}
+
+/// One argument's value.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Value {
+    /// A device address, byte-exact: buffer and offset in one.
+    Pointer(u64),
+    /// See [`Kind::U32`].
+    U32(u32),
+    /// See [`Kind::U64`].
+    U64(u64),
+    /// See [`Kind::F32`].
+    F32(f32),
+}
+
+impl Value {
+    /// Whether this value may stand for an argument of that kind: type, null and alignment.
+    #[must_use]
+    pub fn fits(self, kind: Kind) -> bool {
+        match (self, kind) {
+            (Self::Pointer(0), Kind::Pointer { optional, .. }) => optional,
+            (Self::Pointer(at), Kind::Pointer { element, .. }) => at.is_multiple_of(element.bytes() as u64),
+            (Self::U32(_), Kind::U32) | (Self::U64(_), Kind::U64) | (Self::F32(_), Kind::F32) => true,
+            _ => false,
+        }
+    }
+}
+
+/// One kernel.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its symbol.
+    pub name: &'static str,
+    /// Where it is compiled.
+    pub source: &'static Source,
+    /// What it takes, in order.
+    pub arguments: &'static [Argument],
+}
+
+/// How one call is launched. `shared_bytes` above 48 KiB must be allowed for the function first
+/// (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Launch {
+    /// The kernel.
+    pub entry: &'static Entry,
+    /// Blocks of threads.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+impl Launch {
+    /// Whether there is nothing to do: a driver refuses such a grid, so it must not be launched.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.grid.contains(&0)
+    }
+}
+
+const fn pointer(name: &'static str, element: Element, access: Access, meaning: &'static str) -> Argument {
+    let kind = Kind::Pointer {
+        element,
+        access,
+        optional: false,
+    };
+    Argument { name, kind, meaning }
+}
+
+const fn input(name: &'static str, element: Element, shape: &'static str) -> Argument {
+    pointer(name, element, Access::Read, shape)
+}
+
+const fn output(name: &'static str, element: Element, shape: &'static str) -> Argument {
+    pointer(name, element, Access::Write, shape)
+}
+
+const fn update(name: &'static str, element: Element, shape: &'static str) -> Argument {
+    pointer(name, element, Access::Update, shape)
+}
+
+const fn or_null(argument: Argument) -> Argument {
+    let Kind::Pointer { element, access, .. } = argument.kind else {
+        panic!("only a pointer may be null")
+    };
+    let kind = Kind::Pointer {
+        element,
+        access,
+        optional: true,
+    };
+    Argument { kind, ..argument }
+}
+
+const fn u32(name: &'static str, meaning: &'static str) -> Argument {
+    let kind = Kind::U32;
+    Argument { name, kind, meaning }
+}
+
+const fn u64(name: &'static str, meaning: &'static str) -> Argument {
+    let kind = Kind::U64;
+    Argument { name, kind, meaning }
+}
+
+const fn f32(name: &'static str, meaning: &'static str) -> Argument {
+    let kind = Kind::F32;
+    Argument { name, kind, meaning }
+}
+
+macro_rules! entries {
+    ($($(#[$meta:meta])* $ident:ident = $name:literal in $source:ident [$($argument:expr),* $(,)?];)*) => {
+        $($(#[$meta])* pub static $ident: Entry = Entry {
+            name: $name,
+            source: &$source,
+            arguments: &[$($argument),*],
+        };)*
+        /// Every kernel.
+        pub static ENTRIES: &[&Entry] = &[$(&$ident),*];
+    };
+}
+
+use Element::{Bf16, F32, F64, U32, U64};
+
+entries! {
+    /// `to = from`, rounded to nearest even.
+    CONVERT_F32_BF16 = "convert_f32_bf16" in POINTWISE [
+        input("from", F32, "[len]"), output("to", Bf16, "[len]"), u64("len", "elements"),
+    ];
+    /// `to = from`, exact.
+    CONVERT_BF16_F32 = "convert_bf16_f32" in POINTWISE [
+        input("from", Bf16, "[len]"), output("to", F32, "[len]"), u64("len", "elements"),
+    ];
+    /// `x += y`: `Device::add` and the fold of the lane tree.
+    ADD_F32 = "add_f32" in POINTWISE [
+        update("x", F32, "[len]"), input("y", F32, "[len]"), u64("len", "elements"),
+    ];
+    /// `x += y`, rounded once.
+    ADD_BF16 = "add_bf16" in POINTWISE [
+        update("x", Bf16, "[len]"), input("y", Bf16, "[len]"), u64("len", "elements"),
+    ];
+    /// `x += y`, working precision into full.
+    ADD_F32_BF16 = "add_f32_bf16" in POINTWISE [
+        update("x", F32, "[len]"), input("y", Bf16, "[len]"), u64("len", "elements"),
+    ];
+    /// `Device::rope`, in place.
+    ROPE = "rope" in POINTWISE [
+        update("x", Bf16, "[rows, stride]; the first heads · head_dim elements of a row change"),
+        input("table", F32, "[context, head_dim]: cosines, then sines"),
+        u32("context", "positions of a sequence"),
+        u32("heads", "heads to rotate"),
+        u32("head_dim", "even"),
+        u32("stride", "elements between rows"),
+        f32("sign", "1 to rotate, -1 to rotate back"),
+    ];
+    /// `Device::swiglu`.
+    SWIGLU = "swiglu" in POINTWISE [
+        input("gate_up", Bf16, "[rows, 2 · width]"), output("out", Bf16, "[rows, width]"), u32("width", "columns"),
+    ];
+    /// `Device::swiglu_backward`.
+    SWIGLU_BACKWARD = "swiglu_backward" in POINTWISE [
+        update("gate_up", Bf16, "[rows, 2 · width]; becomes its gradient"),
+        update("out_gradient", Bf16, "[rows, width]; becomes the output"),
+        u32("width", "columns"),
+    ];
+    /// `Device::embed`. An id that is not in the table makes a row of NaN.
+    EMBED = "embed" in POINTWISE [
+        input("table", Bf16, "[vocabulary, width]"),
+        input("tokens", U32, "[tokens]"),
+        output("out", Bf16, "[tokens, width]"),
+        u32("vocabulary", "rows of the table"),
+        u32("width", "columns"),
+    ];
+    /// `Device::embed_backward`: the additions of the CPU kernel, in its order. An id that is not in the table adds nothing.
+    EMBED_BACKWARD = "embed_backward" in POINTWISE [
+        input("tokens", U32, "[tokens]"),
+        input("out_gradient", Bf16, "[tokens, width]"),
+        update("table_gradient", F32, "[vocabulary, width]; added to"),
+        u32("token_count", "ids"),
+        u32("vocabulary", "rows of the table"),
+        u32("width", "columns"),
+    ];
+    /// `Device::rms_norm`. With a branch the norm is that of the rounded sum.
+    RMS_NORM = "rms_norm" in ROWS [
+        input("x", Bf16, "[rows, width]"),
+        or_null(input("branch", Bf16, "[rows, width]; null where there is none, and then sum is, too")),
+        or_null(output("sum", Bf16, "[rows, width]: x + branch")),
+        input("weight", Bf16, "[width]"),
+        output("y", Bf16, "[rows, width]"),
+        output("inverse_rms", F32, "[rows]"),
+        u32("width", "columns"),
+        f32("eps", "epsilon"),
+    ];
+    /// `Device::rms_norm_backward`, first stage: the input's gradient, and one partial of the weight's for each run of rows.
+    RMS_NORM_BACKWARD = "rms_norm_backward" in ROWS [
+        input("x", Bf16, "[rows, width]"),
+        input("inverse_rms", F32, "[rows]"),
+        input("weight", Bf16, "[width]"),
+        input("y_gradient", Bf16, "[rows, width]"),
+        update("x_gradient", Bf16, "[rows, width]; added to"),
+        output("partials", F32, "[partials, width], scratch; see norm_partials"),
+        u32("rows", "rows"),
+        u32("rows_per_partial", "rows of each run; see norm_partials"),
+        u32("width", "columns"),
+    ];
+    /// `Device::rms_norm_backward`, second stage: the partials' sums, in order, onto the weight's gradient.
+    RMS_NORM_WEIGHT_GRADIENT = "rms_norm_weight_gradient" in ROWS [
+        input("partials", F32, "[partials, width]"),
+        update("weight_gradient", F32, "[width]; added to"),
+        u32("partial_count", "partials"),
+        u32("width", "columns"),
+    ];
+    /// `Device::cross_entropy`. A target that is no logit makes a loss of NaN.
+    CROSS_ENTROPY = "cross_entropy" in ROWS [
+        update("logits", Bf16, "[rows, vocabulary]; becomes the gradient, or stays"),
+        input("targets", U32, "[rows]: the address of the first row's target"),
+        output("losses", F32, "[rows]"),
+        u32("vocabulary", "logits of a row"),
+        u32("with_gradient", "1 or 0"),
+        f32("gradient_scale", "factor of the gradient"),
+    ];
+    /// `Device::square_sums`.
+    SQUARE_SUMS = "square_sums" in ROWS [
+        input("x", F32, "[blocks, block_elements]"),
+        output("sums", F64, "[blocks]"),
+        u64("block_elements", "elements of a block"),
+    ];
+    /// `Device::adamw`. **Adds** both hashes' sums to `hash_sums`, which the caller sets to zero before. The scalars are those
+    /// of the CPU kernel, rounded once from f64.
+    ADAMW = "adamw" in OPTIMIZER [
+        input("gradient", F32, "[blocks, block_elements]"),
+        update("master", F32, "[blocks, block_elements]"),
+        update("first_moment", F32, "[blocks, block_elements]"),
+        update("second_moment", F32, "[blocks, block_elements]"),
+        or_null(output("working", Bf16, "[blocks, block_elements]; null where no copy is wanted")),
+        update("hash_sums", U64, "[blocks, 4]: the sums before (2), and after (2); added to"),
+        u32("first_block", "number of the first block"),
+        u64("block_elements", "elements of a block"),
+        f32("beta1", "first-moment decay"),
+        f32("one_minus_beta1", "its complement"),
+        f32("beta2", "second-moment decay"),
+        f32("one_minus_beta2", "its complement"),
+        f32("keep", "1 - learning_rate · weight_decay"),
+        f32("step_size", "learning_rate / (1 - beta1^step)"),
+        f32("inverse_root_correction", "1 / sqrt(1 - beta2^step)"),
+        f32("eps", "denominator epsilon"),
+        f32("gradient_scale", "factor of the gradient"),
+    ];
+    /// `Device::block_hashes`. **Adds** the hash's sums to `hash_sums`, which the caller sets to zero before.
+    BLOCK_HASHES = "block_hashes" in OPTIMIZER [
+        input("master", F32, "[blocks, block_elements]"),
+        input("first_moment", F32, "[blocks, block_elements]"),
+        input("second_moment", F32, "[blocks, block_elements]"),
+        update("hash_sums", U64, "[blocks, 2]; added to"),
+        u32("first_block", "number of the first block"),
+        u64("block_elements", "elements of a block"),
+    ];
+    /// `Device::attention`, heads of up to 32 elements.
+    ATTENTION_32 = "attention_32" in ATTENTION_FORWARD [
+        QKV, OUT_WRITTEN, LSE_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// `Device::attention`, heads of up to 64 elements.
+    ATTENTION_64 = "attention_64" in ATTENTION_FORWARD [
+        QKV, OUT_WRITTEN, LSE_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// `Device::attention`, heads of up to 128 elements.
+    ATTENTION_128 = "attention_128" in ATTENTION_FORWARD [
+        QKV, OUT_WRITTEN, LSE_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// `Device::attention_backward`, first: each row's dot product of output and its gradient.
+    ATTENTION_DELTA = "attention_delta" in ATTENTION_BACKWARD [
+        OUT, OUT_GRADIENT, output("delta", F32, "[sequences, heads, context], scratch"), CONTEXT, HEADS, HEAD_DIM,
+    ];
+    /// `Device::attention_backward`, second: gradients of keys and values; heads of up to 32 elements.
+    ATTENTION_KEYS_32 = "attention_keys_32" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, KEYS_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// As above, heads of up to 64 elements.
+    ATTENTION_KEYS_64 = "attention_keys_64" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, KEYS_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// As above, heads of up to 128 elements.
+    ATTENTION_KEYS_128 = "attention_keys_128" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, KEYS_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// `Device::attention_backward`, third: gradients of queries; heads of up to 32 elements.
+    ATTENTION_QUERIES_32 = "attention_queries_32" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, QUERIES_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// As above, heads of up to 64 elements.
+    ATTENTION_QUERIES_64 = "attention_queries_64" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, QUERIES_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+    /// As above, heads of up to 128 elements.
+    ATTENTION_QUERIES_128 = "attention_queries_128" in ATTENTION_BACKWARD [
+        QKV, OUT_GRADIENT, LSE, DELTA, QUERIES_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
+    ];
+}
+
+const QKV: Argument = input("qkv", Bf16, "[sequences, context, (heads + 2 · kv_heads) · head_dim]");
+const OUT: Argument = input("out", Bf16, "[sequences, context, heads · head_dim]");
+const OUT_WRITTEN: Argument = output("out", Bf16, "[sequences, context, heads · head_dim]");
+const OUT_GRADIENT: Argument = input("out_gradient", Bf16, "[sequences, context, heads · head_dim]");
+const LSE: Argument = input("log_sum_exp", F32, "[sequences, heads, context]");
+const LSE_WRITTEN: Argument = output("log_sum_exp", F32, "[sequences, heads, context]");
+const DELTA: Argument = input("delta", F32, "[sequences, heads, context]");
+/// The kernels of keys and of queries write disjoint columns of one tensor, and together all of it.
+const KEYS_WRITTEN: Argument = output("qkv_gradient", Bf16, "as qkv; the columns of keys and values");
+const QUERIES_WRITTEN: Argument = output("qkv_gradient", Bf16, "as qkv; the columns of queries");
+const CONTEXT: Argument = u32("context", "tokens of a sequence");
+const HEADS: Argument = u32("heads", "query heads");
+const KV_HEADS: Argument = u32("kv_heads", "key and value heads");
+const HEAD_DIM: Argument = u32("head_dim", "elements of a head");
+const SCALE: Argument = f32("scale", "factor of the scores: Attention::scale");
+
+/// Elements that one thread handles at a time, in every kernel over rows.
+const CHUNK: usize = 8;
+/// Threads of a block of an element-wise kernel.
+const THREADS: usize = 256;
+/// Threads of a block, at most.
+const THREADS_MAX: usize = 1024;
+/// Threads of a warp.
+const WARP: usize = 32;
+/// Elements of a parameter block that one block of threads updates.
+const OPTIMIZER_TILE: usize = 8192;
+/// Runs of rows that a norm's weight gradient is cut into, at most.
+const NORM_PARTIALS_MAX: usize = 256;
+/// Rows of a run, at least.
+const NORM_ROWS_MIN: usize = 4;
+/// Dynamic shared memory that every supported card (compute capability 8.0 on) gives a block.
+pub const SHARED_BYTES_MAX: u32 = 99 * 1024;
+/// Blocks of threads along the grid's second and third dimension.
+const GRID_YZ_MAX: usize = 65_535;
+
+/// A dimension of a launch or a 32-bit argument.
+fn dimension(operation: &'static str, what: &str, value: usize, largest: usize) -> Result<u32, DeviceError> {
+    match u32::try_from(value) {
+        Ok(fits) if value <= largest => Ok(fits),
+        _ => Err(DeviceError::Unsupported {
+            operation,
+            cause: format!("{value} {what}, where {largest} are possible"),
+        }),
+    }
+}
+
+/// Blocks along the first dimension of a grid.
+fn along_x(operation: &'static str, what: &str, blocks: usize) -> Result<u32, DeviceError> {
+    dimension(operation, what, blocks, i32::MAX as usize)
+}
+
+/// Threads for `items` items of work, whole warps, at most `largest`.
+fn threads(items: usize, largest: usize) -> u32 {
+    items.next_multiple_of(WARP).clamp(WARP, largest) as u32
+}
+
+fn line(entry: &'static Entry, blocks: u32, threads: u32) -> Launch {
+    Launch {
+        entry,
+        grid: [blocks, 1, 1],
+        block: [threads, 1, 1],
+        shared_bytes: 0,
+    }
+}
+
+/// An element-wise kernel over `len` elements: [`CONVERT_F32_BF16`], [`CONVERT_BF16_F32`], [`ADD_F32`], [`ADD_BF16`],
+/// [`ADD_F32_BF16`].
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] beyond 2⁴² elements.
+pub fn elementwise(entry: &'static Entry, len: usize) -> Result<Launch, DeviceError> {
+    let blocks = along_x(entry.name, "runs of elements", len.div_ceil(THREADS * CHUNK))?;
+    Ok(line(entry, blocks, THREADS as u32))
+}
+
+/// [`ROPE`].
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
+pub fn rope(call: &Rope) -> Result<Launch, DeviceError> {
+    let rows = along_x(ROPE.name, "rows", call.rows)?;
+    let chunks = call.heads * (call.head_dim / 2).div_ceil(CHUNK);
+    Ok(line(&ROPE, rows, threads(chunks, THREADS)))
+}
+
+/// [`SWIGLU`] or [`SWIGLU_BACKWARD`]: a block of threads for each row.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
+pub fn swiglu(entry: &'static Entry, rows: usize, width: usize) -> Result<Launch, DeviceError> {
+    let rows = along_x(entry.name, "rows", rows)?;
+    Ok(line(entry, rows, threads(width.div_ceil(CHUNK), THREADS)))
+}
+
+/// [`EMBED`]: a block of threads for each id.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more ids than a grid has blocks.
+pub fn embed(tokens: usize, width: usize) -> Result<Launch, DeviceError> {
+    let tokens = along_x(EMBED.name, "ids", tokens)?;
+    Ok(line(&EMBED, tokens, threads(width.div_ceil(CHUNK), THREADS)))
+}
+
+/// [`EMBED_BACKWARD`]: a block of threads for each id and each run of columns; the block of an id's first place adds all of
+/// that id's rows, the others end.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for a grid beyond the driver's limits.
+pub fn embed_backward(tokens: usize, width: usize) -> Result<Launch, DeviceError> {
+    let entry = &EMBED_BACKWARD;
+    let tokens = along_x(entry.name, "ids", tokens)?;
+    let runs = dimension(
+        entry.name,
+        "runs of columns",
+        width.div_ceil(THREADS * CHUNK),
+        GRID_YZ_MAX,
+    )?;
+    Ok(Launch {
+        grid: [tokens, runs, 1],
+        ..line(entry, tokens, THREADS as u32)
+    })
+}
+
+/// [`RMS_NORM`]: a block of threads for each row.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
+pub fn rms_norm(call: &Norm) -> Result<Launch, DeviceError> {
+    let rows = along_x(RMS_NORM.name, "rows", call.rows)?;
+    Ok(line(&RMS_NORM, rows, threads(call.width.div_ceil(CHUNK), THREADS_MAX)))
+}
+
+/// How a norm's weight gradient is cut: (partials, rows of each). The scratch of [`RMS_NORM_BACKWARD`] holds
+/// `partials · width` elements of f32. There is no partial without a row.
+#[must_use]
+pub const fn norm_partials(rows: usize) -> (usize, usize) {
+    let most = rows.div_ceil(NORM_ROWS_MIN);
+    let wanted = if most < NORM_PARTIALS_MAX {
+        most
+    } else {
+        NORM_PARTIALS_MAX
+    };
+    if wanted == 0 {
+        return (0, NORM_ROWS_MIN);
+    }
+    let rows_each = rows.div_ceil(wanted);
+    (rows.div_ceil(rows_each), rows_each)
+}
+
+/// [`RMS_NORM_BACKWARD`]; its weight gradient grows in shared memory.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for rows of more than 25,344 elements.
+pub fn rms_norm_backward(call: &Norm) -> Result<Launch, DeviceError> {
+    let entry = &RMS_NORM_BACKWARD;
+    let (partials, _) = norm_partials(call.rows);
+    let partials = along_x(entry.name, "runs of rows", partials)?;
+    let shared = call.width.next_multiple_of(CHUNK) * size_of::<f32>();
+    let shared_bytes = dimension(entry.name, "bytes of sums", shared, SHARED_BYTES_MAX as usize)?;
+    let threads = threads(call.width.div_ceil(CHUNK), THREADS_MAX);
+    Ok(Launch {
+        shared_bytes,
+        ..line(entry, partials, threads)
+    })
+}
+
+/// [`RMS_NORM_WEIGHT_GRADIENT`]: 32 columns for each block of 32 · 8 threads.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more columns than a grid has blocks.
+pub fn rms_norm_weight_gradient(call: &Norm) -> Result<Launch, DeviceError> {
+    let entry = &RMS_NORM_WEIGHT_GRADIENT;
+    let blocks = along_x(entry.name, "columns", call.width.div_ceil(WARP))?;
+    Ok(line(entry, blocks, THREADS as u32))
+}
+
+/// [`CROSS_ENTROPY`]: a block of threads for each row.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
+pub fn cross_entropy(rows: usize) -> Result<Launch, DeviceError> {
+    let rows = along_x(CROSS_ENTROPY.name, "rows", rows)?;
+    Ok(line(&CROSS_ENTROPY, rows, THREADS_MAX as u32))
+}
+
+/// [`SQUARE_SUMS`]: a block of threads for each parameter block.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more blocks than a grid has.
+pub fn square_sums(blocks: usize) -> Result<Launch, DeviceError> {
+    let blocks = along_x(SQUARE_SUMS.name, "blocks", blocks)?;
+    Ok(line(&SQUARE_SUMS, blocks, THREADS as u32))
+}
+
+/// [`ADAMW`] or [`BLOCK_HASHES`]: several blocks of threads for each parameter block.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for parameter blocks of 2²⁹ elements and more, or more of them than a grid has blocks.
+pub fn optimizer(entry: &'static Entry, blocks: usize, block_elements: usize) -> Result<Launch, DeviceError> {
+    let blocks = along_x(entry.name, "blocks", blocks)?;
+    let tiles = block_elements.div_ceil(OPTIMIZER_TILE);
+    let tiles = dimension(entry.name, "tiles of a block", tiles, GRID_YZ_MAX)?;
+    Ok(Launch {
+        grid: [blocks, tiles, 1],
+        ..line(entry, blocks, THREADS as u32)
+    })
+}
+
+/// Tiles of the attention kernels for one size of heads; `attention.cuh` has the same numbers, and a test compares them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AttentionTiles {
+    /// Elements of a head, at most: shorter ones are padded with zeros.
+    pub head_dim: u32,
+    /// Forward: warps, queries of a block of threads, keys of a tile.
+    pub forward: [u32; 3],
+    /// Keys' gradient: warps, keys of a block of threads, queries of a tile.
+    pub keys: [u32; 3],
+    /// Queries' gradient: warps, queries of a block of threads, keys of a tile.
+    pub queries: [u32; 3],
+}
+
+/// The tiles in use, by size of heads.
+pub const ATTENTION_TILES: [AttentionTiles; 3] = [
+    AttentionTiles {
+        head_dim: 32,
+        forward: [4, 128, 64],
+        keys: [4, 128, 32],
+        queries: [4, 128, 32],
+    },
+    AttentionTiles {
+        head_dim: 64,
+        forward: [4, 128, 64],
+        keys: [4, 128, 32],
+        queries: [4, 128, 32],
+    },
+    AttentionTiles {
+        head_dim: 128,
+        forward: [4, 128, 64],
+        keys: [8, 128, 32],
+        queries: [4, 128, 32],
+    },
+];
+
+/// Bytes of one row of a tile.
+impl AttentionTiles {
+    const fn rows(&self, rows: u32) -> u32 {
+        rows * self.head_dim * Element::Bf16.bytes() as u32
+    }
+
+    /// Shared memory of the forward kernel: queries, one tile of keys, one of values.
+    const fn forward_bytes(&self) -> u32 {
+        self.rows(self.forward[1] + 2 * self.forward[2])
+    }
+
+    /// Shared memory of the keys' gradient: keys, values, two tiles of queries and of output gradients, and of their
+    /// statistics.
+    const fn keys_bytes(&self) -> u32 {
+        self.rows(2 * self.keys[1] + 4 * self.keys[2]) + 4 * self.keys[2] * 4
+    }
+
+    /// Shared memory of the queries' gradient: queries, output gradients, two tiles of keys and of values.
+    const fn queries_bytes(&self) -> u32 {
+        self.rows(2 * self.queries[1] + 4 * self.queries[2])
+    }
+}
+
+/// Index of the smallest head that holds this call's.
+fn head_size(operation: &'static str, call: &Attention) -> Result<usize, DeviceError> {
+    ATTENTION_TILES
+        .iter()
+        .position(|tiles| call.head_dim <= tiles.head_dim as usize)
+        .ok_or_else(|| DeviceError::Unsupported {
+            operation,
+            cause: format!("heads of {} elements, where 128 are possible", call.head_dim),
+        })
+}
+
+/// Grid of one block of threads per `tile` tokens, for `heads` heads.
+fn attention_launch(
+    entry: &'static Entry,
+    call: &Attention,
+    heads: usize,
+    [warps, tile, _]: [u32; 3],
+    shared_bytes: u32,
+) -> Result<Launch, DeviceError> {
+    let tiles = along_x(entry.name, "tiles of tokens", call.context.div_ceil(tile as usize))?;
+    let heads = dimension(entry.name, "heads", heads, GRID_YZ_MAX)?;
+    let sequences = dimension(entry.name, "sequences", call.sequences, GRID_YZ_MAX)?;
+    Ok(Launch {
+        entry,
+        grid: [tiles, heads, sequences],
+        block: [warps * WARP as u32, 1, 1],
+        shared_bytes,
+    })
+}
+
+/// `Device::attention`: one of [`ATTENTION_32`], [`ATTENTION_64`], [`ATTENTION_128`].
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for heads of more than 128 elements, or a grid beyond the driver's limits.
+pub fn attention(call: &Attention) -> Result<Launch, DeviceError> {
+    let size = head_size("attention", call)?;
+    let tiles = &ATTENTION_TILES[size];
+    let entry = [&ATTENTION_32, &ATTENTION_64, &ATTENTION_128][size];
+    attention_launch(entry, call, call.heads, tiles.forward, tiles.forward_bytes())
+}
+
+/// [`ATTENTION_DELTA`]: a warp for each token and head. Its scratch holds `sequences · heads · context` elements of f32.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for a grid beyond the driver's limits.
+pub fn attention_delta(call: &Attention) -> Result<Launch, DeviceError> {
+    let entry = &ATTENTION_DELTA;
+    let warps = THREADS / WARP;
+    let blocks = along_x(entry.name, "tokens", call.context.div_ceil(warps))?;
+    let heads = dimension(entry.name, "heads", call.heads, GRID_YZ_MAX)?;
+    let sequences = dimension(entry.name, "sequences", call.sequences, GRID_YZ_MAX)?;
+    Ok(Launch {
+        grid: [blocks, heads, sequences],
+        ..line(entry, blocks, THREADS as u32)
+    })
+}
+
+/// Gradient of keys and values: one of [`ATTENTION_KEYS_32`], [`ATTENTION_KEYS_64`], [`ATTENTION_KEYS_128`].
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_keys(call: &Attention) -> Result<Launch, DeviceError> {
+    let size = head_size("attention_backward", call)?;
+    let tiles = &ATTENTION_TILES[size];
+    let entry = [&ATTENTION_KEYS_32, &ATTENTION_KEYS_64, &ATTENTION_KEYS_128][size];
+    attention_launch(entry, call, call.kv_heads, tiles.keys, tiles.keys_bytes())
+}
+
+/// Gradient of queries: one of [`ATTENTION_QUERIES_32`], [`ATTENTION_QUERIES_64`], [`ATTENTION_QUERIES_128`].
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_queries(call: &Attention) -> Result<Launch, DeviceError> {
+    let size = head_size("attention_backward", call)?;
+    let tiles = &ATTENTION_TILES[size];
+    let entry = [&ATTENTION_QUERIES_32, &ATTENTION_QUERIES_64, &ATTENTION_QUERIES_128][size];
+    attention_launch(entry, call, call.heads, tiles.queries, tiles.queries_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every entry is defined in its source with parameters of the table's types and names, in the table's order.
+    #[test]
+    fn sources_declare_what_the_table_says() {
+        for entry in ENTRIES {
+            let declared = declared(entry);
+            let expected: Vec<String> = entry.arguments.iter().map(parameter).collect();
+            assert_eq!(declared, expected, "{}", entry.name);
+        }
+    }
+
+    /// Parameters of the kernel in its source: `KERNEL(name, threads, blocks)(parameters)`.
+    fn declared(entry: &Entry) -> Vec<String> {
+        let text = entry.source.text;
+        let start = format!("KERNEL({},", entry.name);
+        let (_, after) = text
+            .split_once(&start)
+            .unwrap_or_else(|| panic!("{} has no {start}", entry.source.file));
+        let (_, after) = after.split_once(")(").expect("a list of parameters");
+        let (parameters, _) = after.split_once(')').expect("its end");
+        let one = |parameter: &str| parameter.split_whitespace().collect::<Vec<_>>().join(" ");
+        parameters.split(',').map(one).collect()
+    }
+
+    fn parameter(argument: &Argument) -> String {
+        let kind = match argument.kind {
+            Kind::U32 => "u32".to_owned(),
+            Kind::U64 => "u64".to_owned(),
+            Kind::F32 => "float".to_owned(),
+            Kind::Pointer { element, access, .. } => {
+                let element = match element {
+                    Element::Bf16 => "bf16",
+                    Element::F32 => "float",
+                    Element::F64 => "double",
+                    Element::U32 => "u32",
+                    Element::U64 => "u64",
+                };
+                let constant = if access == Access::Read { "const " } else { "" };
+                format!("{constant}{element}*")
+            }
+        };
+        format!("{kind} {}", argument.name)
+    }
+
+    #[test]
+    fn attention_s_tiles_are_those_of_its_sources() {
+        let text = HEADERS
+            .iter()
+            .find(|header| header.file == "attention.cuh")
+            .expect("it is there")
+            .text;
+        for tiles in &ATTENTION_TILES {
+            let tiling = |name: &str, [warps, own, others]: [u32; 3]| {
+                format!("    using {name} = Tiling<{warps}, {own}, {others}>;\n")
+            };
+            let expected = format!(
+                "template <> struct Tilings<{}> {{\n{}{}{}}};",
+                tiles.head_dim,
+                tiling("Forward", tiles.forward),
+                tiling("Keys", tiles.keys),
+                tiling("Queries", tiles.queries),
+            );
+            assert!(text.contains(&expected), "attention.cuh has not:\n{expected}");
+        }
+    }
+
+    #[test]
+    fn no_launch_asks_for_more_than_a_card_gives() {
+        for tiles in &ATTENTION_TILES {
+            for bytes in [tiles.forward_bytes(), tiles.keys_bytes(), tiles.queries_bytes()] {
+                assert!(bytes <= SHARED_BYTES_MAX, "{tiles:?}: {bytes}");
+            }
+        }
+    }
+
+    proptest::proptest! {
+        /// Runs cover the rows, and none is empty.
+        #[test]
+        fn partials_of_a_norm_cover_its_rows(rows in 0_usize..1 << 20) {
+            let (partials, each) = norm_partials(rows);
+            assert!(partials * each >= rows && partials <= NORM_PARTIALS_MAX);
+            assert!(partials == 0 || (partials - 1) * each < rows);
+        }
+    }
+
+    #[test]
+    fn values_are_checked_against_their_kinds() {
+        let bf16 = RMS_NORM.arguments[0].kind;
+        assert!(Value::Pointer(2).fits(bf16) && !Value::Pointer(3).fits(bf16) && !Value::Pointer(0).fits(bf16));
+        assert!(Value::Pointer(0).fits(RMS_NORM.arguments[1].kind));
+        assert!(!Value::U32(1).fits(bf16) && !Value::U64(1).fits(Kind::U32));
+    }
+}
