@@ -19,6 +19,8 @@ const FLAGS: [&str; 8] = [
     "-fvisibility=hidden",
     "-DTARAZED_EMULATOR",
 ];
+/// More flags from the environment, separated by blanks, e.g. `-fsanitize=address`.
+const MORE_FLAGS: &str = "TARAZED_EMULATOR_FLAGS";
 /// The compiler's name where `CXX` says no other.
 const COMPILER: &str = "g++";
 /// Held while the compiler runs.
@@ -162,10 +164,15 @@ fn bytes(value: Value) -> [u8; 8] {
     held
 }
 
+fn more_flags() -> Vec<String> {
+    let flags = std::env::var(MORE_FLAGS).unwrap_or_default();
+    flags.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Names what is compiled: all sources, flags, compiler.
 fn digest(compiler: &str) -> Result<u64, EmulatorError> {
     let mut hasher = DefaultHasher::new();
-    (compiler, FLAGS).hash(&mut hasher);
+    (compiler, FLAGS, more_flags()).hash(&mut hasher);
     for source in SOURCES.iter().copied().chain(&HEADERS) {
         source.text.hash(&mut hasher);
     }
@@ -189,6 +196,7 @@ fn compile(compiler: &str, path: &Path) -> Result<(), EmulatorError> {
     let own = path.with_extension(format!("{}.so", std::process::id()));
     let output = Command::new(compiler)
         .args(FLAGS)
+        .args(more_flags())
         .arg("-I")
         .arg(sources())
         .arg(sources().join("emulator/emulator.cpp"))
