@@ -61,6 +61,9 @@ namespace attention_forward {
 namespace attention_backward {
 #include "../attention_backward.cu"
 }
+namespace faults {
+#include "faults.cu"
+}
 
 extern "C" u8 __start_emulated_shared[] __attribute__((visibility("hidden")));
 extern "C" u8 __stop_emulated_shared[] __attribute__((visibility("hidden")));
@@ -370,6 +373,16 @@ const Kernel KERNELS[] = {
     ENTRY(attention_backward, attention_queries_32),
     ENTRY(attention_backward, attention_queries_64),
     ENTRY(attention_backward, attention_queries_128),
+    ENTRY(faults, fault_missed_barrier),
+    ENTRY(faults, fault_two_barriers),
+    ENTRY(faults, fault_half_warp),
+    ENTRY(faults, fault_divergence),
+    ENTRY(faults, fault_unwritten),
+    ENTRY(faults, fault_race),
+    ENTRY(faults, fault_no_wait),
+    ENTRY(faults, fault_left_copy),
+    ENTRY(faults, fault_alignment),
+    ENTRY(faults, fault_beyond),
 };
 
 // Names the thread whose access faulted, then lets the fault take its course.

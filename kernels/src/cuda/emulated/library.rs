@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// What the compiler is called with, besides paths. Contraction is off here as it is for a GPU.
 const FLAGS: [&str; 8] = [
@@ -18,8 +19,12 @@ const FLAGS: [&str; 8] = [
     "-fvisibility=hidden",
     "-DTARAZED_EMULATOR",
 ];
+/// More flags from the environment, separated by blanks, e.g. `-fsanitize=address`.
+const MORE_FLAGS: &str = "TARAZED_EMULATOR_FLAGS";
 /// The compiler's name where `CXX` says no other.
 const COMPILER: &str = "g++";
+/// Held while the compiler runs.
+static COMPILING: Mutex<()> = Mutex::new(());
 /// Bytes of an error's text, at most.
 const ERROR_BYTES: usize = 1024;
 
@@ -89,8 +94,12 @@ impl Emulator {
     pub fn load(folder: &Path) -> Result<Self, EmulatorError> {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| COMPILER.to_owned());
         let path = folder.join(format!("emulator-{:016x}.so", digest(&compiler)?));
-        if !path.exists() {
-            compile(&compiler, &path)?;
+        {
+            // Threads of one process wait for each other's compilation instead of making it again.
+            let _one = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
+            if !path.exists() {
+                compile(&compiler, &path)?;
+            }
         }
         let failed = |cause| EmulatorError::Load {
             path: path.clone(),
@@ -155,14 +164,19 @@ fn bytes(value: Value) -> [u8; 8] {
     held
 }
 
+fn more_flags() -> Vec<String> {
+    let flags = std::env::var(MORE_FLAGS).unwrap_or_default();
+    flags.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Names what is compiled: all sources, flags, compiler.
 fn digest(compiler: &str) -> Result<u64, EmulatorError> {
     let mut hasher = DefaultHasher::new();
-    (compiler, FLAGS).hash(&mut hasher);
+    (compiler, FLAGS, more_flags()).hash(&mut hasher);
     for source in SOURCES.iter().copied().chain(&HEADERS) {
         source.text.hash(&mut hasher);
     }
-    for file in ["emulator.cpp", "device.hpp", "fibre.hpp"] {
+    for file in ["emulator.cpp", "device.hpp", "fibre.hpp", "faults.cu"] {
         let path = sources().join("emulator").join(file);
         let text = std::fs::read(&path).map_err(|cause| EmulatorError::File { path, cause })?;
         text.hash(&mut hasher);
@@ -182,6 +196,7 @@ fn compile(compiler: &str, path: &Path) -> Result<(), EmulatorError> {
     let own = path.with_extension(format!("{}.so", std::process::id()));
     let output = Command::new(compiler)
         .args(FLAGS)
+        .args(more_flags())
         .arg("-I")
         .arg(sources())
         .arg(sources().join("emulator/emulator.cpp"))
