@@ -1,9 +1,9 @@
 use super::*;
-use crate::data::decision::{DecisionLedger, DecisionSchedule, LedgerError};
+use crate::data::decision::{DecisionLedger, LedgerError};
 use proptest::prelude::*;
 
 fn ledger() -> DecisionLedger {
-    DecisionLedger::new(DecisionSchedule::new(&ado()), 2)
+    DecisionLedger::new(points(&ado()), vec![0.5, 0.5])
 }
 
 fn reason(outcome: Result<bool, LedgerError>) -> String {
@@ -72,8 +72,9 @@ proptest! {
     /// STEP-6: `needs` names exactly the newest point whose decisions may act on the step.
     #[test]
     fn needs_is_the_newest_point_that_can_act(start in 0_u64..40, interval in 1_u64..20, lag in 1_u64..40, step in 0_u64..200) {
-        let schedule = DecisionSchedule::new(&MixtureConfig {
+        let schedule = points(&MixtureConfig {
             controller: ControllerKind::Ado, start_steps: start, interval_steps: interval, lag_steps: lag,
+            ..MixtureConfig::default()
         });
         let newest = (1..=step)
             .filter(|line| line % interval == 0 && *line >= start && line + lag <= step)
@@ -102,7 +103,7 @@ proptest! {
             ledger.record(StepsCompleted(line + beyond), &[]).unwrap();
         }
         let rebuilt =
-            DecisionLedger::rebuild(*ledger.schedule(), 2, ledger.recorded(), ledger.decisions()).unwrap();
+            DecisionLedger::rebuild(*ledger.schedule(), vec![0.5, 0.5], ledger.recorded(), ledger.decisions()).unwrap();
         prop_assert_eq!(rebuilt, ledger);
     }
 }
@@ -121,5 +122,5 @@ fn decisions_travel_unchanged() {
             decision
         );
     }
-    assert!(serde_json::from_str::<Decision>(r#"{"id":1,"line":2,"effective":3,"kind":"stop"}"#).is_err());
+    assert!(serde_json::from_str::<Decision>(r#"{"id":1,"line":2,"effective":3,"kind":"halt"}"#).is_err());
 }
