@@ -65,12 +65,7 @@ enum AtWork {
 impl Ledger {
     /// A ledger at the end of `lines`, the trace so far, of a run with these global batches of sequences of so many tokens.
     #[must_use]
-    pub fn new(
-        domain_names: Vec<String>,
-        batch: BatchSchedule,
-        context_tokens: u64,
-        lines: Vec<TraceLine>,
-    ) -> Self {
+    pub fn new(domain_names: Vec<String>, batch: BatchSchedule, context_tokens: u64, lines: Vec<TraceLine>) -> Self {
         let written = lines.last().map_or(StepsCompleted(0), |line| line.step);
         let decisions = lines.iter().flat_map(|line| line.decisions.iter().cloned()).collect();
         let known = lines.into_iter().map(|line| (line.step, line)).collect();

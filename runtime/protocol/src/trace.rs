@@ -238,7 +238,9 @@ impl TraceLine {
             })
             .or_else(|| {
                 let differ = self.skipped != other.skipped;
-                differ.then(|| found("skipped", &self.skipped, &other.skipped)).flatten()
+                differ
+                    .then(|| found("skipped", &self.skipped, &other.skipped))
+                    .flatten()
             })
             .or_else(|| {
                 (self.decisions != other.decisions)

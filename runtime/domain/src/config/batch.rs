@@ -114,7 +114,9 @@ impl BatchSchedule {
     pub fn step_after(&self, samples: u64) -> StepIndex {
         let after = self.stages.partition_point(|stage| stage.samples_before < samples);
         let stage = self.stages[after.saturating_sub(1)];
-        let steps = samples.saturating_sub(stage.samples_before).div_ceil(u64::from(stage.sequences.max(1)));
+        let steps = samples
+            .saturating_sub(stage.samples_before)
+            .div_ceil(u64::from(stage.sequences.max(1)));
         StepIndex(stage.from.0.saturating_add(steps))
     }
 
@@ -176,7 +178,11 @@ mod tests {
             for (index, sequences) in expected.iter().enumerate() {
                 let step = StepIndex(index as u64);
                 assert_eq!(schedule.sequences(step), *sequences, "{ramp:?} at step {step}");
-                assert_eq!(schedule.samples(StepsCompleted(step.0)), samples, "{ramp:?} before step {step}");
+                assert_eq!(
+                    schedule.samples(StepsCompleted(step.0)),
+                    samples,
+                    "{ramp:?} before step {step}"
+                );
                 assert_eq!(schedule.step_after(samples), step);
                 samples += u64::from(*sequences);
                 assert_eq!(schedule.step_after(samples - 1), StepIndex(step.0 + 1));

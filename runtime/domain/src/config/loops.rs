@@ -111,7 +111,9 @@ impl MixtureConfig {
     /// The first line in which decisions may stand: the first multiple of the interval from `start_steps` on.
     #[must_use]
     pub fn first_point(&self) -> Option<u64> {
-        self.start_steps.max(1).checked_next_multiple_of(self.interval_steps.max(1))
+        self.start_steps
+            .max(1)
+            .checked_next_multiple_of(self.interval_steps.max(1))
     }
 
     /// All controllers that are asked, the one that is followed first.

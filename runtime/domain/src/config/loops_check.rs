@@ -100,7 +100,10 @@ fn stages(config: &Config) -> Result<(), ConfigError> {
     let context = config.model.context as u64;
     let batch = config.batch_schedule();
     // The first step that a decision can act on.
-    let mut earliest = mixture.first_point().unwrap_or(u64::MAX).saturating_add(mixture.lag_steps);
+    let mut earliest = mixture
+        .first_point()
+        .unwrap_or(u64::MAX)
+        .saturating_add(mixture.lag_steps);
     let mut names = BTreeSet::new();
     for (index, stage) in mixture.stages.iter().enumerate() {
         let key = |field: &str| format!("mixture.stages[{index}].{field}");
@@ -191,7 +194,11 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
         ("policy.rollback_margin_steps", policy.rollback_margin_steps, 0),
         ("policy.rollbacks_max", u64::from(policy.rollbacks_max), 0),
         ("policy.stop.tokens", policy.stop.tokens.unwrap_or(1).min(STEPS_MAX), 1),
-        ("policy.stop.plateau_after_steps", policy.stop.plateau_after_steps.unwrap_or(0), 0),
+        (
+            "policy.stop.plateau_after_steps",
+            policy.stop.plateau_after_steps.unwrap_or(0),
+            0,
+        ),
     ] {
         within(key, value, least..=STEPS_MAX, "choose a number of steps of a run")?;
     }
@@ -208,12 +215,18 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
         "set optimizer.schedule.kind = \"wsd\" without decay_from"
     );
     require!(
-        policy.stop.heldout_loss.is_none_or(|loss| loss.is_finite() && loss > 0.0),
+        policy
+            .stop
+            .heldout_loss
+            .is_none_or(|loss| loss.is_finite() && loss > 0.0),
         "policy.stop.heldout_loss",
         "is no loss that can be reached",
         "give nats per token"
     );
-    let on_demand = matches!(config.optimizer.schedule, LearningRateSchedule::Wsd { decay_from: None, .. });
+    let on_demand = matches!(
+        config.optimizer.schedule,
+        LearningRateSchedule::Wsd { decay_from: None, .. }
+    );
     require!(
         !on_demand || policy.decides() || config.mixture.controller != ControllerKind::Static,
         "optimizer.schedule.decay_from",

@@ -277,7 +277,8 @@ impl LearningRateSchedule {
     /// versions (DET-1).
     #[must_use]
     pub fn fraction_with(&self, step: u64, decided: Option<u64>) -> f64 {
-        let (Self::Cosine { warmup_steps, .. } | Self::Constant { warmup_steps } | Self::Wsd { warmup_steps, .. }) = *self;
+        let (Self::Cosine { warmup_steps, .. } | Self::Constant { warmup_steps } | Self::Wsd { warmup_steps, .. }) =
+            *self;
         if step < warmup_steps {
             return (step + 1) as f64 / warmup_steps as f64;
         }

@@ -402,8 +402,18 @@ fn stable_and_decay(
     final_fraction: f64,
 ) -> Result<(), ConfigError> {
     for (key, value, least, remedy) in [
-        ("optimizer.schedule.warmup_steps", warmup_steps, 0, "warm up for fewer steps"),
-        ("optimizer.schedule.decay_steps", decay_steps, 1, "choose e.g. a tenth of the run's steps"),
+        (
+            "optimizer.schedule.warmup_steps",
+            warmup_steps,
+            0,
+            "warm up for fewer steps",
+        ),
+        (
+            "optimizer.schedule.decay_steps",
+            decay_steps,
+            1,
+            "choose e.g. a tenth of the run's steps",
+        ),
         (
             "optimizer.schedule.decay_from",
             decay_from.unwrap_or(warmup_steps),

@@ -253,12 +253,16 @@ impl Ate {
                 "{REQUESTS_MAX} requests wait for line {line} already; ask again after it"
             )));
         }
-        if matches!(request.kind, DecisionKind::Advice { .. } | DecisionKind::Rollback { .. }) {
+        if matches!(
+            request.kind,
+            DecisionKind::Advice { .. } | DecisionKind::Rollback { .. }
+        ) {
             return Err(RequestError("only the run itself can decide that".into()));
         }
         if request.kind == DecisionKind::Decay && !self.decays_on_demand {
             return Err(RequestError(
-                "optimizer.schedule has no decay that waits for a decision (kind = \"wsd\" without decay_from has)".into(),
+                "optimizer.schedule has no decay that waits for a decision (kind = \"wsd\" without decay_from has)"
+                    .into(),
             ));
         }
         // As it will be on that line, if nobody else asks for anything.

@@ -80,7 +80,9 @@ impl<T: Clone> Settings<T> {
         }
         let next = self.0.get(position + 1);
         if next.is_some_and(|next| next.from <= from) {
-            return Some(Err(format!("decision {decision} is not in force any more at step {from}")));
+            return Some(Err(format!(
+                "decision {decision} is not in force any more at step {from}"
+            )));
         }
         // The first setting is the config's, so there is one before any decision's.
         let value = self.0[position - 1].value.clone();
@@ -187,7 +189,11 @@ impl Course {
             DecisionKind::LearningRate { factor } => {
                 let range = 1.0 / LEARNING_RATE_FACTOR_MAX..=LEARNING_RATE_FACTOR_MAX;
                 if !range.contains(factor) {
-                    return Err(format!("the factor {factor} is not in {}..={}", range.start(), range.end()));
+                    return Err(format!(
+                        "the factor {factor} is not in {}..={}",
+                        range.start(),
+                        range.end()
+                    ));
                 }
                 self.rates.set(decision, *factor)
             }
@@ -213,7 +219,11 @@ impl Course {
                 self.domain_count
             ));
         }
-        let mut numbers = bounds.expected.iter().flatten().chain([&bounds.residual_loss, &bounds.grad_norm]);
+        let mut numbers = bounds
+            .expected
+            .iter()
+            .flatten()
+            .chain([&bounds.residual_loss, &bounds.grad_norm]);
         match numbers.find(|number| !number.is_finite()) {
             Some(number) => Err(format!("{number} is no bound")),
             None => Ok(()),
@@ -222,10 +232,16 @@ impl Course {
 
     fn check_rollback(&self, decision: &Decision, to: StepsCompleted, domains: usize) -> Result<(), String> {
         if to >= decision.line {
-            return Err(format!("it goes back to {to} steps, which is not before line {}", decision.line));
+            return Err(format!(
+                "it goes back to {to} steps, which is not before line {}",
+                decision.line
+            ));
         }
         if domains != self.domain_count {
-            return Err(format!("it discards samples of {domains} domains, and there are {}", self.domain_count));
+            return Err(format!(
+                "it discards samples of {domains} domains, and there are {}",
+                self.domain_count
+            ));
         }
         match self.rollbacks.last() {
             Some((other, ..)) if *other >= decision.effective => {
@@ -270,7 +286,10 @@ impl Course {
 
     /// All mixtures by first step, as far as they are decided.
     pub fn mixtures(&self) -> impl ExactSizeIterator<Item = (StepIndex, &[f64])> {
-        self.mixtures.0.iter().map(|setting| (setting.from, setting.value.as_slice()))
+        self.mixtures
+            .0
+            .iter()
+            .map(|setting| (setting.from, setting.value.as_slice()))
     }
 
     /// Whether something sets the mixture of just this step.

@@ -127,7 +127,11 @@ pub enum CompleteError {
 
 fn without_rollbacks(decisions: &[Decision]) -> Vec<Decision> {
     let is_rollback = |decision: &&Decision| matches!(decision.kind, DecisionKind::Rollback { .. });
-    decisions.iter().filter(|decision| !is_rollback(decision)).cloned().collect()
+    decisions
+        .iter()
+        .filter(|decision| !is_rollback(decision))
+        .cloned()
+        .collect()
 }
 
 /// A cache of the replay from step 0.
@@ -188,8 +192,8 @@ impl DataCursor {
     ) -> Result<Self, RecipeError> {
         let mut cursor = Self::new(recipe, schedule)?;
         let weights = cursor.ledger.course().mixture(StepIndex(0)).to_vec();
-        cursor.ledger = DecisionLedger::rebuild(schedule, weights, recorded, decisions)
-            .map_err(|e| RecipeError(e.to_string()))?;
+        cursor.ledger =
+            DecisionLedger::rebuild(schedule, weights, recorded, decisions).map_err(|e| RecipeError(e.to_string()))?;
         cursor.segment_again();
         Ok(cursor)
     }
@@ -226,7 +230,10 @@ impl DataCursor {
                 reason,
             })
         };
-        match (completed, decisions.iter().zip(&whole).find(|(said, found)| said != found)) {
+        match (
+            completed,
+            decisions.iter().zip(&whole).find(|(said, found)| said != found),
+        ) {
             (Err(CompleteError::Ledger(error)), _) => Err(error),
             (Err(CompleteError::Plan(error)), _) => match decisions.first() {
                 Some(decision) => refuse(decision, error.to_string()),
@@ -248,7 +255,10 @@ impl DataCursor {
     /// # Errors
     /// [`PlanError::DecisionMissing`] where an earlier outcome is not recorded, or the [`LedgerError`] of these.
     pub fn complete(&self, line: StepsCompleted, decisions: &mut [Decision]) -> Result<(), CompleteError> {
-        if !decisions.iter().any(|decision| matches!(decision.kind, DecisionKind::Rollback { .. })) {
+        if !decisions
+            .iter()
+            .any(|decision| matches!(decision.kind, DecisionKind::Rollback { .. }))
+        {
             return Ok(());
         }
         // What acts between the line and the rollback is decided by this line at the latest.

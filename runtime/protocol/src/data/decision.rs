@@ -166,9 +166,15 @@ impl Decision {
             return self == other;
         };
         match &other.kind {
-            DecisionKind::Rollback { to: other_to, discarded: other_discarded } => {
+            DecisionKind::Rollback {
+                to: other_to,
+                discarded: other_discarded,
+            } => {
                 let with = |kind: DecisionKind| Self { kind, ..other.clone() };
-                let blank = DecisionKind::Rollback { to: *to, discarded: discarded.clone() };
+                let blank = DecisionKind::Rollback {
+                    to: *to,
+                    discarded: discarded.clone(),
+                };
                 to == other_to && discarded.len() == other_discarded.len() && *self == with(blank)
             }
             _ => false,

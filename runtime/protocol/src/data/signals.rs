@@ -307,7 +307,10 @@ impl Tsm {
 
     fn take_noise(&mut self, line: &TraceLine) {
         let tokens: u64 = line.domains.iter().map(|(_, seen)| seen.tokens).sum();
-        let Some(squares) = line.lane_squares.filter(|squares| squares.is_finite() && self.lanes > 1 && tokens > 0) else {
+        let Some(squares) = line
+            .lane_squares
+            .filter(|squares| squares.is_finite() && self.lanes > 1 && tokens > 0)
+        else {
             return;
         };
         let lanes = f64::from(self.lanes);
@@ -430,9 +433,8 @@ impl Tsm {
                     train_loss: state.smoothed.value(),
                     heldout_loss: state.heldout.map(|(loss, _)| loss),
                     train_bits_per_byte: self.bits_per_byte(domain, state.smoothed.value(), |bytes| bytes.train),
-                    heldout_bits_per_byte: self.bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| {
-                        bytes.heldout
-                    }),
+                    heldout_bits_per_byte: self
+                        .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
                     tokens: state.tokens,
                     tokens_requested: state.tokens_requested,
                     epochs: state.tokens as f64 / fact.train_tokens.max(1) as f64,
@@ -465,7 +467,9 @@ impl Tsm {
 
     fn divergence(&self, line: StepsCompleted) -> Option<Divergence> {
         let levels = &self.mixture_free;
-        let first = levels.len().checked_sub(DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES)?;
+        let first = levels
+            .len()
+            .checked_sub(DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES)?;
         let before = stats(levels.range(first..first + DIVERGENCE_REFERENCE_LINES));
         let recent = stats(levels.range(first + DIVERGENCE_REFERENCE_LINES..));
         let rise = recent.mean - before.mean;

@@ -158,7 +158,8 @@ impl WeightLine {
             if std.get(kind).is_none() {
                 let mut layers: Vec<_> = found.iter().filter(|(_, other, _)| other == kind).collect();
                 layers.sort_by_key(|(layer, ..)| *layer);
-                std.0.push(((*kind).to_owned(), layers.iter().map(|(.., std)| *std).collect()));
+                std.0
+                    .push(((*kind).to_owned(), layers.iter().map(|(.., std)| *std).collect()));
             }
         }
         Self { step, tokens, std }
@@ -227,7 +228,9 @@ mod tests {
     }
 
     fn weights(layout: &ParameterLayout) -> Vec<f32> {
-        (0..layout.flat_elements()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0).collect()
+        (0..layout.flat_elements())
+            .map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0)
+            .collect()
     }
 
     /// As ranks do it: each piece from its block.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::data::decision::{DecisionAuthor, DecisionId, DecisionKind};
+use crate::data::decision::{DecisionAuthor, DecisionId, DecisionKind, DiscardedSamples, SpikeBounds};
 use proptest::prelude::*;
 use tarazed_domain::StepIndex;
 
@@ -36,16 +36,32 @@ fn decision() -> impl Strategy<Value = Decision> {
         Just(DecisionKind::Pin),
         Just(DecisionKind::Release),
         prop::collection::vec(finite_bits(), 0..4).prop_map(|weights| DecisionKind::Advice { weights }),
-        any::<u64>().prop_map(|id| DecisionKind::Veto { decision: DecisionId(id) }),
+        any::<u64>().prop_map(|id| DecisionKind::Veto {
+            decision: DecisionId(id)
+        }),
         finite_bits().prop_map(|factor| DecisionKind::LearningRate { factor }),
         Just(DecisionKind::Decay),
         Just(DecisionKind::Stop),
-        (prop::collection::vec(prop::option::of(finite_bits()), 0..4), finite_bits(), finite_bits()).prop_map(
-            |(expected, residual_loss, grad_norm)| DecisionKind::SpikeBounds(SpikeBounds { expected, residual_loss, grad_norm })
-        ),
+        (
+            prop::collection::vec(prop::option::of(finite_bits()), 0..4),
+            finite_bits(),
+            finite_bits()
+        )
+            .prop_map(
+                |(expected, residual_loss, grad_norm)| DecisionKind::SpikeBounds(SpikeBounds {
+                    expected,
+                    residual_loss,
+                    grad_norm
+                })
+            ),
         (any::<u64>(), prop::collection::vec((any::<u64>(), any::<u64>()), 0..4)).prop_map(|(to, discarded)| {
-            let samples = discarded.into_iter().map(|(first, count)| DiscardedSamples { first, count });
-            DecisionKind::Rollback { to: StepsCompleted(to), discarded: samples.collect() }
+            let samples = discarded
+                .into_iter()
+                .map(|(first, count)| DiscardedSamples { first, count });
+            DecisionKind::Rollback {
+                to: StepsCompleted(to),
+                discarded: samples.collect(),
+            }
         }),
     ];
     let by = prop_oneof![

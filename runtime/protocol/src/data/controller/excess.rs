@@ -52,7 +52,10 @@ impl MixtureController for Excess {
         let mut inputs = Vec::with_capacity(fits.len());
         for (domain, (fit, seen)) in fits.iter().zip(&sight.signals.domains).enumerate() {
             let reference = self.reference[domain].map_or_else(|| fit.as_ref().map(|law| law.floor), Ok);
-            let loss = seen.heldout_loss.filter(|loss| loss.is_finite()).ok_or("no held-out loss");
+            let loss = seen
+                .heldout_loss
+                .filter(|loss| loss.is_finite())
+                .ok_or("no held-out loss");
             let (claim, input) = match (loss, reference) {
                 (Ok(loss), Ok(reference)) => {
                     let excess = (loss - reference).max(0.0);

@@ -76,7 +76,10 @@ impl Policy {
         }
         // The lines compared must all be of the time since the last one.
         let settled = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
-        if before.last().is_some_and(|(at, _)| line.0 < at.0.saturating_add(settled)) {
+        if before
+            .last()
+            .is_some_and(|(at, _)| line.0 < at.0.saturating_add(settled))
+        {
             return None;
         }
         let grain = self.config.rollback_grain_steps.max(1);
@@ -105,11 +108,17 @@ impl Policy {
         }
         let stop = &self.config.stop;
         let notice = StepIndex(effective.0.saturating_add(self.interval_steps));
-        let at_tokens = self
-            .stop_at
-            .filter(|at| *at <= notice)
-            .map(|at| (Rule::StopAtTokens, at.max(effective), "the tokens of the run".to_owned()));
-        let at_loss = stop.heldout_loss.zip(signals.heldout_macro).filter(|(wanted, loss)| loss <= wanted);
+        let at_tokens = self.stop_at.filter(|at| *at <= notice).map(|at| {
+            (
+                Rule::StopAtTokens,
+                at.max(effective),
+                "the tokens of the run".to_owned(),
+            )
+        });
+        let at_loss = stop
+            .heldout_loss
+            .zip(signals.heldout_macro)
+            .filter(|(wanted, loss)| loss <= wanted);
         let at_loss = at_loss.map(|(wanted, loss)| {
             let reason = format!("held-out loss {loss:.4} has reached {wanted}");
             (Rule::StopAtLoss, notice, reason)
@@ -118,7 +127,9 @@ impl Policy {
         let on_plateau = (late_enough && signals.plateau == Some(true))
             .then(|| (Rule::StopOnPlateau, notice, "the loss is on a plateau".to_owned()));
         let rules = [at_tokens, at_loss, on_plateau].into_iter().flatten();
-        let (rule, at, reason) = rules.filter(|(rule, ..)| !self.spoken.contains(rule)).min_by_key(|(_, at, _)| *at)?;
+        let (rule, at, reason) = rules
+            .filter(|(rule, ..)| !self.spoken.contains(rule))
+            .min_by_key(|(_, at, _)| *at)?;
         self.spoken.push(rule);
         Some((DecisionKind::Stop, at, reason))
     }
@@ -142,5 +153,8 @@ fn bounds(signals: &Signals) -> Option<(DecisionKind, String)> {
         grad_norm: signals.grad_norm.threshold?,
     };
     let lines = signals.residual_loss.window.count.min(signals.grad_norm.window.count);
-    Some((DecisionKind::SpikeBounds(bounds), format!("mean + 6 sigma of {lines} lines")))
+    Some((
+        DecisionKind::SpikeBounds(bounds),
+        format!("mean + 6 sigma of {lines} lines"),
+    ))
 }

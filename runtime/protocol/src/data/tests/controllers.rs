@@ -58,7 +58,10 @@ fn all_controllers_keep_the_guards() {
             assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-9);
             for (new, old) in weights.iter().zip(&current) {
                 assert!(*new >= floor.min(old * 1.2) - 2e-6, "{kind:?}: {weights:?}");
-                assert!((new / old).ln().abs() <= LN_CHANGE_MAX + 1e-4, "{kind:?}: {current:?} -> {weights:?}");
+                assert!(
+                    (new / old).ln().abs() <= LN_CHANGE_MAX + 1e-4,
+                    "{kind:?}: {current:?} -> {weights:?}"
+                );
             }
             current.clone_from(weights);
         }
@@ -69,7 +72,10 @@ fn all_controllers_keep_the_guards() {
 /// The bandit's first update, by hand: rewards are a tenth of a tenth of the loss over the share.
 #[test]
 fn odm_is_the_published_formula() {
-    let laws = vec![law("a", 0.5, 1_000_000, 4.0, 0.0, 0.2), law("b", 0.5, 1_000_000, 2.0, 0.0, 0.2)];
+    let laws = vec![
+        law("a", 0.5, 1_000_000, 4.0, 0.0, 0.2),
+        law("b", 0.5, 1_000_000, 2.0, 0.0, 0.2),
+    ];
     let mut world = World::of(laws, &mixture_loop(&with(ControllerKind::Odm)));
     world.noise = 0.0;
     world.run(100);
@@ -78,7 +84,10 @@ fn odm_is_the_published_formula() {
     let powers = rewards.map(|reward: f64| (eps * reward).exp());
     let share = (1.0 - 2.0 * eps) * powers[0] / (powers[0] + powers[1]) + eps;
     let expected = 0.75 * share + 0.25 * 0.5;
-    assert!(world.mixtures().is_empty(), "half of all is exploration at first: {expected}");
+    assert!(
+        world.mixtures().is_empty(),
+        "half of all is exploration at first: {expected}"
+    );
     world.run(1900);
     let weights = world.ate.mixture(StepIndex(u64::MAX));
     assert!(weights[0] > 0.5, "the higher loss is the higher reward: {weights:?}");
@@ -87,10 +96,18 @@ fn odm_is_the_published_formula() {
 /// Against a reference run, the domain that lags behind it gains; without one, the fitted floors stand in.
 #[test]
 fn excess_follows_the_reference() {
-    let laws = || vec![law("a", 0.5, 1_000_000, 2.0, 15.0, 0.22), law("b", 0.5, 1_000_000, 2.0, 15.0, 0.22)];
+    let laws = || {
+        vec![
+            law("a", 0.5, 1_000_000, 2.0, 15.0, 0.22),
+            law("b", 0.5, 1_000_000, 2.0, 15.0, 0.22),
+        ]
+    };
     let last = |reference: &[(&str, f64)]| {
         let mut config = with(ControllerKind::Excess);
-        config.reference = reference.iter().map(|(name, loss)| ((*name).to_owned(), *loss)).collect();
+        config.reference = reference
+            .iter()
+            .map(|(name, loss)| ((*name).to_owned(), *loss))
+            .collect();
         let mut world = World::of(laws(), &mixture_loop(&config));
         world.run(1500);
         world.ate.mixture(StepIndex(u64::MAX))
@@ -137,7 +154,11 @@ fn stage(name: &str, weights: [f64; 3]) -> MixtureStage {
         from_step: None,
         from_tokens: None,
         on_plateau_after_steps: None,
-        weights: names.into_iter().zip(weights).filter(|(_, weight)| *weight > 0.0).collect(),
+        weights: names
+            .into_iter()
+            .zip(weights)
+            .filter(|(_, weight)| *weight > 0.0)
+            .collect(),
     }
 }
 
@@ -177,15 +198,27 @@ fn stages_begin_on_time() {
         }
         let mut world = World::of(laws(), &config);
         world.run(800);
-        let by_tokens = world.lines.iter().position(|line| line.tokens >= 32 * CONTEXT_TOKENS * 600 - 5).unwrap() + 1;
+        let by_tokens = world
+            .lines
+            .iter()
+            .position(|line| line.tokens >= 32 * CONTEXT_TOKENS * 600 - 5)
+            .unwrap()
+            + 1;
         assert_eq!(by_tokens == 600, !ramped);
-        assert_eq!(shares(&world.lines[332]), [0.6, 0.3, 0.1].map(|w: f64| w / (0.6 + 0.3 + 0.1)));
+        assert_eq!(
+            shares(&world.lines[332]),
+            [0.6, 0.3, 0.1].map(|w: f64| w / (0.6 + 0.3 + 0.1))
+        );
         assert_eq!(shares(&world.lines[333]), [0.25, 0.75, 0.0]);
         assert_eq!(shares(&world.lines[by_tokens - 1]), [0.25, 0.75, 0.0]);
         assert_eq!(shares(&world.lines[by_tokens]), [0.0, 0.5, 0.5]);
         let made = world.mixtures();
         assert_eq!(made.len(), 2);
-        assert!(made[0].line == StepsCompleted(300) && made[0].reason.contains("knowledge"), "{:?}", made[0]);
+        assert!(
+            made[0].line == StepsCompleted(300) && made[0].reason.contains("knowledge"),
+            "{:?}",
+            made[0]
+        );
         check_replay(&world, &config);
     }
 }
@@ -310,11 +343,18 @@ fn the_run_stops_by_its_rules() {
             world.step(|_| ());
             let stop = world.lines.last().unwrap().decisions.first().cloned();
             if let Some(stop) = stop.filter(|stop| objects && stop.kind == DecisionKind::Stop) {
-                world.ate.request(ask(DecisionKind::Veto { decision: stop.id })).unwrap();
+                world
+                    .ate
+                    .request(ask(DecisionKind::Veto { decision: stop.id }))
+                    .unwrap();
             }
         }
         check_replay(&world, &config);
-        let made = world.mixtures().into_iter().map(|decision| (decision.line.0, decision.effective.0)).collect();
+        let made = world
+            .mixtures()
+            .into_iter()
+            .map(|decision| (decision.line.0, decision.effective.0))
+            .collect();
         (made, world.ate.course().stop())
     };
     let tokens = StopRules {
@@ -341,7 +381,10 @@ fn the_run_stops_by_its_rules() {
         ..StopRules::default()
     };
     let (made, at) = stop(loss, laws(), false);
-    assert!(made.len() == 1 && at.is_some_and(|at| at.0 == made[0].0 + 58), "{made:?}");
+    assert!(
+        made.len() == 1 && at.is_some_and(|at| at.0 == made[0].0 + 58),
+        "{made:?}"
+    );
 }
 
 /// A `wsd` schedule decays where a plateau or a person says so, and at no other time.
@@ -361,7 +404,11 @@ fn decay_begins_on_demand() {
     let mut world = World::of(laws, &config);
     world.run(400);
     let from = world.ate.course().decay().unwrap();
-    assert_eq!(from, StepIndex(358), "a plateau is seen at 256 lines, at 300 it is decided");
+    assert_eq!(
+        from,
+        StepIndex(358),
+        "a plateau is seen at 256 lines, at 300 it is decided"
+    );
     let rate = |step: u64| config.rate.fraction_with(step, Some(from.0));
     assert!(rate(357) == 1.0 && rate(358) == 0.99 && rate(457) == 0.0 && rate(9999) == 0.0);
     check_replay(&world, &config);
@@ -388,12 +435,22 @@ fn persons_decide_in_a_static_run() {
     assert_eq!(due, (StepsCompleted(150), StepIndex(158)));
     let twice = world.ate.request(force([0.1, 0.1, 0.8])).unwrap_err().to_string();
     assert!(twice.contains("contradicts decision 1"), "{twice}");
-    let veto = |id| ask(DecisionKind::Veto { decision: DecisionId(id) });
+    let veto = |id| {
+        ask(DecisionKind::Veto {
+            decision: DecisionId(id),
+        })
+    };
     assert!(world.ate.request(veto(7)).is_err());
-    assert!(world.ate.request(ask(DecisionKind::Release)).is_err(), "nothing is pinned");
+    assert!(
+        world.ate.request(ask(DecisionKind::Release)).is_err(),
+        "nothing is pinned"
+    );
     let advice = DecisionKind::Advice { weights: vec![1.0; 3] };
     assert!(world.ate.request(ask(advice)).is_err());
-    world.ate.request(ask(DecisionKind::LearningRate { factor: 0.5 })).unwrap();
+    world
+        .ate
+        .request(ask(DecisionKind::LearningRate { factor: 0.5 }))
+        .unwrap();
     world.run(80);
     world.ate.request(veto(1)).unwrap();
     world.run(100);

@@ -90,8 +90,15 @@ fn a_veto_in_time_undoes_and_one_too_late_brings_back() {
     assert_eq!(course.mixture(StepIndex(500)), [0.6, 0.4], "it never acts");
     course.adopt(&veto(4, 258, 1)).unwrap();
     assert_eq!(course.mixture(StepIndex(257)), [0.6, 0.4], "what was planned stands");
-    assert_eq!(course.mixture(StepIndex(258)), [0.5, 0.5], "what was before is in force again");
-    assert!(course.sets_mixture(StepIndex(258)), "nobody else sets the mixture of that step");
+    assert_eq!(
+        course.mixture(StepIndex(258)),
+        [0.5, 0.5],
+        "what was before is in force again"
+    );
+    assert!(
+        course.sets_mixture(StepIndex(258)),
+        "nobody else sets the mixture of that step"
+    );
 }
 
 #[test]
@@ -162,8 +169,14 @@ fn bounds_judge_the_residual_and_the_norm() {
     };
     assert!(!directives.skips(&losses((1.0, 0), (6.2, 100), (0.0, 0)), 1.0));
     assert!(directives.skips(&losses((1.6, 100), (0.0, 0), (0.0, 0)), 1.0));
-    assert!(!directives.skips(&losses((1.6, 50), (6.0, 50), (0.0, 0)), 1.0), "over the whole batch");
-    assert!(!directives.skips(&losses((1.0, 50), (0.0, 0), (9.0, 50)), 1.0), "nothing is expected of it");
+    assert!(
+        !directives.skips(&losses((1.6, 50), (6.0, 50), (0.0, 0)), 1.0),
+        "over the whole batch"
+    );
+    assert!(
+        !directives.skips(&losses((1.0, 50), (0.0, 0), (9.0, 50)), 1.0),
+        "nothing is expected of it"
+    );
     assert!(directives.skips(&losses((1.0, 50), (0.0, 0), (0.0, 0)), 3.1));
     assert!(!Directives::default().skips(&losses((99.0, 50), (0.0, 0), (0.0, 0)), 1e9));
 }

@@ -8,11 +8,11 @@ mod decision;
 mod signals;
 mod stats;
 
-use super::{DomainFacts, LoopConfig};
 use super::controller::Ate;
 use super::cursor::{DataCursor, DomainRecipe, Recipe};
 use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, DecisionSchedule};
 use super::signals::{Signals, Tsm};
+use super::{DomainFacts, LoopConfig};
 use crate::trace::{DomainLoss, DomainMap, TraceLine};
 use tarazed_domain::config::{
     BatchSchedule, ControllerKind, Language, LearningRateSchedule, MixtureConfig, PolicyConfig,
