@@ -69,7 +69,7 @@ fn all_controllers_keep_the_guards() {
     }
 }
 
-/// The bandit's first update, by hand: rewards are a tenth of a tenth of the loss over the share.
+/// The bandit's second update, by hand: rewards are running means of a tenth of the loss over the share.
 #[test]
 fn odm_is_the_published_formula() {
     let laws = vec![
@@ -79,16 +79,25 @@ fn odm_is_the_published_formula() {
     let mut world = World::of(laws, &mixture_loop(&with(ControllerKind::Odm)));
     world.noise = 0.0;
     world.run(100);
-    let rewards = [0.1 * 0.4 / 0.5, 0.1 * 0.2 / 0.5];
-    let eps = 0.5_f64.min((2.0_f64.ln() / 2.0).sqrt());
+    assert!(
+        world.mixtures().is_empty(),
+        "at the first update all is exploration: even, as the mixture is"
+    );
+    world.run(50);
+    let mut rewards = [0.0; 2];
+    for _ in 0..2 {
+        rewards = [(rewards[0], 4.0), (rewards[1], 2.0)].map(|(old, loss)| 0.9 * old + 0.1 * (loss / 10.0 / 0.5));
+    }
+    let eps = 0.5_f64.min((2.0_f64.ln() / (2.0 * 2.0)).sqrt());
     let powers = rewards.map(|reward: f64| (eps * reward).exp());
     let share = (1.0 - 2.0 * eps) * powers[0] / (powers[0] + powers[1]) + eps;
     let expected = 0.75 * share + 0.25 * 0.5;
+    let weights = world.ate.mixture(StepIndex(158));
     assert!(
-        world.mixtures().is_empty(),
-        "half of all is exploration at first: {expected}"
+        (weights[0] - expected).abs() < 2e-6 && expected > 0.5005,
+        "{weights:?}, not {expected}"
     );
-    world.run(1900);
+    world.run(1850);
     let weights = world.ate.mixture(StepIndex(u64::MAX));
     assert!(weights[0] > 0.5, "the higher loss is the higher reward: {weights:?}");
 }

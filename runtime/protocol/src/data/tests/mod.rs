@@ -5,6 +5,7 @@ mod controllers;
 mod course;
 mod cursor;
 mod decision;
+mod detectors;
 mod signals;
 mod stats;
 
