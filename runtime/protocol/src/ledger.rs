@@ -87,6 +87,12 @@ impl Ledger {
         self.written
     }
 
+    /// Whether the line of this step, the newest that is written, holds decisions.
+    #[must_use]
+    pub fn decides(&self, step: StepsCompleted) -> bool {
+        self.decisions.last().is_some_and(|decision| decision.line == step)
+    }
+
     /// Every decision written so far.
     #[must_use]
     pub fn decisions(&self) -> &[Decision] {

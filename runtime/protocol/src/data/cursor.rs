@@ -294,6 +294,13 @@ impl DataCursor {
         self.ledger.schedule().needs(step)
     }
 
+    /// Whether a decision ends the run before `step`; none where that is not known yet.
+    #[must_use]
+    pub fn ends_before(&self, step: StepIndex) -> Option<bool> {
+        let known = self.needs(step) <= self.ledger.recorded();
+        known.then(|| self.ledger.course().stop().is_some_and(|stop| stop <= step))
+    }
+
     /// Plans any step whose decisions are known. Planning forward from the last planned step is cheap; a step further
     /// back is found by replay from 0 and gives the same plan (DATA-2).
     ///

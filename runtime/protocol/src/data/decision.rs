@@ -157,6 +157,38 @@ pub struct Decision {
     pub reason: String,
 }
 
+/// Decisions as ranks need them that begin at `base`: what they do, not why, and without those that act on no step any
+/// more, since plans hold all decisions of a run and messages are bounded. Advice acts on none; of spike bounds the newest
+/// at the base and later ones do, and those that a veto names.
+#[must_use]
+pub fn for_ranks(decisions: &[Decision], base: StepsCompleted) -> Vec<Decision> {
+    let is_bounds = |decision: &&Decision| matches!(decision.kind, DecisionKind::SpikeBounds(_));
+    let in_force = |decision: &&Decision| decision.effective.0 <= base.0;
+    let bounds = decisions.iter().filter(is_bounds).filter(in_force);
+    let newest = bounds.max_by_key(|decision| decision.effective).map(|decision| decision.id);
+    let vetoed = |id| decisions.iter().any(|decision| decision.kind == DecisionKind::Veto { decision: id });
+    let acts = |decision: &&Decision| match decision.kind {
+        DecisionKind::Advice { .. } => false,
+        DecisionKind::SpikeBounds(_) => !in_force(decision) || Some(decision.id) == newest || vetoed(decision.id),
+        _ => true,
+    };
+    let bare = |decision: &Decision| Decision {
+        reason: String::new(),
+        ..decision.clone()
+    };
+    decisions.iter().filter(acts).map(bare).collect()
+}
+
+/// The first step that is not run any more by these decisions, in order.
+#[must_use]
+pub fn stop_of(decisions: &[Decision]) -> Option<StepIndex> {
+    let stands = |stop: &&Decision| {
+        let veto = DecisionKind::Veto { decision: stop.id };
+        stop.kind == DecisionKind::Stop && !decisions.iter().any(|decision| decision.kind == veto)
+    };
+    decisions.iter().rev().find(stands).map(|stop| stop.effective)
+}
+
 impl Decision {
     /// Whether the other is the same decision, up to what its author does not know: the samples that a rollback discards,
     /// which the data cursor fills in and checks.

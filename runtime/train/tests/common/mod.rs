@@ -17,6 +17,7 @@ use tarazed_fabric::{
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::commit::{self, Resolution};
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, StateReport, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_protocol::sharder;
@@ -105,10 +106,10 @@ fn cursor(config: &Config) -> (Recipe, DataCursor) {
     let recipe = Recipe {
         seed: config.run.seed,
         domains: config.data.domains.iter().map(domain).collect(),
-        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        batch: config.batch_schedule(),
         data_version: [1; 32],
     };
-    let cursor = DataCursor::new(recipe.clone(), &config.mixture).unwrap();
+    let cursor = DataCursor::new(recipe.clone(), DecisionSchedule::of(config)).unwrap();
     (recipe, cursor)
 }
 
@@ -154,7 +155,7 @@ impl Node {
         let tree = LaneTree::new(config.batch.lanes);
         let world = World::new(plan, self.member, tree, self.state.shard_layout).unwrap();
         let recipe = cursor(&config).0;
-        let cursor = DataCursor::restore(recipe, &config.mixture, plan.decided, &plan.decisions).unwrap();
+        let cursor = DataCursor::restore(recipe, DecisionSchedule::of(&config), plan.decided, &plan.decisions).unwrap();
         let share = Share::of(plan, world.rank);
         self.feeder
             .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);
