@@ -72,11 +72,20 @@ pub struct Signature {
     #[arg(long, value_name = "TEXT")]
     reason: String,
     /// Who; the name of the system's user where it is absent.
-    #[arg(long, value_name = "NAME", env = "USER")]
-    by: String,
+    #[arg(long, value_name = "NAME")]
+    by: Option<String>,
     /// Act at this step (from 0) at the earliest.
     #[arg(long, value_name = "STEP")]
     from_step: Option<u64>,
+}
+
+impl Signature {
+    fn person(&self) -> Result<String, Failure> {
+        let name = self.by.clone().or_else(|| std::env::var("USER").ok());
+        name.filter(|name| !name.is_empty()).ok_or_else(|| {
+            Failure::refused("--by", "says nothing, and neither does USER", "give your name: it stands in the trace")
+        })
+    }
 }
 
 /// Runs the command.
@@ -100,7 +109,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     let request = json!({
         "command": "decide",
         "kind": kind,
-        "person": signature.by,
+        "person": signature.person()?,
         "reason": signature.reason,
         "not_before": signature.from_step,
     });
