@@ -297,7 +297,8 @@ fn check_same_data(config: &Config, folder: &RunFolder, prepared: &Prepared) -> 
     };
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let refused = |e: String| RunError::Refused(e);
-    let mut cursor = DataCursor::new(recipe(config, &tokens), DecisionSchedule::of(config)).map_err(|e| refused(e.to_string()))?;
+    let mut cursor =
+        DataCursor::new(recipe(config, &tokens), DecisionSchedule::of(config)).map_err(|e| refused(e.to_string()))?;
     let plan = cursor.plan(StepIndex(0)).map_err(|e| refused(e.to_string()))?;
     if plan.digest == first.data {
         return Ok(());

@@ -234,7 +234,10 @@ mod tests {
         let Request::Decide(Ok(request)) = pin else {
             panic!("{pin:?}")
         };
-        assert_eq!((request.person.as_str(), &request.kind, request.not_before), ("ada", &DecisionKind::Pin, None));
+        assert_eq!(
+            (request.person.as_str(), &request.kind, request.not_before),
+            ("ada", &DecisionKind::Pin, None)
+        );
         let forced = decide(r#""person":"ada","reason":"r","kind":{"mixture":{"weights":[1.0,2.0]}},"not_before":7"#);
         assert!(matches!(forced, Request::Decide(Ok(request)) if request.not_before == Some(StepIndex(7))));
         for (rest, problem) in [
@@ -242,12 +245,21 @@ mod tests {
             (r#""reason":"r","kind":"pin""#, "'person'"),
             (r#""person":"ada","reason":"r","kind":"halt""#, "'kind'"),
             (r#""person":"ada","reason":"r""#, "'kind'"),
-            (r#""person":"ada","reason":"r","kind":"pin","not_before":-1"#, "'not_before'"),
+            (
+                r#""person":"ada","reason":"r","kind":"pin","not_before":-1"#,
+                "'not_before'",
+            ),
         ] {
             let refused = decide(rest);
-            assert!(matches!(&refused, Request::Decide(Err(why)) if why.contains(problem)), "{refused:?}");
+            assert!(
+                matches!(&refused, Request::Decide(Err(why)) if why.contains(problem)),
+                "{refused:?}"
+            );
         }
-        let long = format!(r#""person":"ada","kind":"pin","reason":"{}""#, "r".repeat(REASON_BYTES_MAX + 1));
+        let long = format!(
+            r#""person":"ada","kind":"pin","reason":"{}""#,
+            "r".repeat(REASON_BYTES_MAX + 1)
+        );
         assert!(matches!(decide(&long), Request::Decide(Err(_))));
     }
 

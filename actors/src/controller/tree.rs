@@ -303,6 +303,11 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
     };
     let machine = Machine::new(options, parts.claimed.fence.generation, written);
     let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
-    let ledger = Ledger::new(names, config.batch_schedule(), config.model.context as u64, parts.lines.clone());
+    let ledger = Ledger::new(
+        names,
+        config.batch_schedule(),
+        config.model.context as u64,
+        parts.lines.clone(),
+    );
     (machine, ledger, CheckpointTracker::new(shard_count, written))
 }

@@ -188,7 +188,8 @@ async fn serve(
     };
     let tokens = TokenStore::open(&args.data, config.model.context).map_err(|e| RankError::because("data")(&e))?;
     let recipe = recipe(&config, &tokens);
-    let cursor = DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| RankError::because("data")(&e))?;
+    let cursor =
+        DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| RankError::because("data")(&e))?;
     let rules = FeedRules {
         context: config.model.context,
         lane_count: config.batch.lanes,

@@ -123,7 +123,11 @@ fn compute_lanes<D: HostVisible>(
         weights: &state.weights,
         batch,
         loss_scale: 1.0 / (u64::from(batch.sequences) * batch.context as u64) as f32,
-        squares_of: state.config.policy.gradient_noise.then(|| state.layout.block_elements()),
+        squares_of: state
+            .config
+            .policy
+            .gradient_noise
+            .then(|| state.layout.block_elements()),
         abort: &state.abort,
         progress: &state.progress,
         digest: gradient_digest::<D>,

@@ -159,17 +159,22 @@ pub struct Decision {
 
 /// Decisions as ranks need them that begin at `base`: what they do, not why, and without those that act on no step any
 /// more, since plans hold all decisions of a run and messages are bounded. Advice acts on none; of spike bounds the newest
-/// at the base and later ones do, and those that a veto names.
+/// at the base and later ones do, unless a veto may bring older ones back.
 #[must_use]
 pub fn for_ranks(decisions: &[Decision], base: StepsCompleted) -> Vec<Decision> {
     let is_bounds = |decision: &&Decision| matches!(decision.kind, DecisionKind::SpikeBounds(_));
-    let in_force = |decision: &&Decision| decision.effective.0 <= base.0;
-    let bounds = decisions.iter().filter(is_bounds).filter(in_force);
-    let newest = bounds.max_by_key(|decision| decision.effective).map(|decision| decision.id);
-    let vetoed = |id| decisions.iter().any(|decision| decision.kind == DecisionKind::Veto { decision: id });
+    let is_past = |decision: &&Decision| decision.effective.0 <= base.0;
+    let bounds = || decisions.iter().filter(is_bounds);
+    let newest = bounds().filter(is_past).max_by_key(|decision| decision.effective);
+    let newest = newest.map(|decision| decision.id);
+    let names_bounds = |which: DecisionId| bounds().any(|decision| decision.id == which);
+    let any_vetoed = decisions.iter().any(|decision| match decision.kind {
+        DecisionKind::Veto { decision: which } => names_bounds(which),
+        _ => false,
+    });
     let acts = |decision: &&Decision| match decision.kind {
         DecisionKind::Advice { .. } => false,
-        DecisionKind::SpikeBounds(_) => !in_force(decision) || Some(decision.id) == newest || vetoed(decision.id),
+        DecisionKind::SpikeBounds(_) => any_vetoed || !is_past(decision) || Some(decision.id) == newest,
         _ => true,
     };
     let bare = |decision: &Decision| Decision {

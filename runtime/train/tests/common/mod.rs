@@ -68,7 +68,13 @@ interval_steps = 0
 "#;
 
 pub fn config() -> Arc<Config> {
-    Arc::new(Config::parse(CONFIG, "test", &[], Path::new("")).unwrap())
+    config_with(&[])
+}
+
+/// The same, with these keys set.
+pub fn config_with(overrides: &[&str]) -> Arc<Config> {
+    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+    Arc::new(Config::parse(CONFIG, "test", &overrides, Path::new("")).unwrap())
 }
 
 pub fn member(worker: u32) -> Member {
@@ -140,12 +146,16 @@ pub struct Node {
 
 impl Node {
     pub fn new(worker: u32) -> Self {
-        let config = config();
+        Self::of(worker, &config())
+    }
+
+    /// One that follows this config.
+    pub fn of(worker: u32, config: &Arc<Config>) -> Self {
         Self {
             member: member(worker),
-            state: RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).unwrap(),
+            state: RankState::new(Arc::clone(config), CpuDevice::new(), Arc::default()).unwrap(),
             abort: Arc::default(),
-            feeder: feeder(&config),
+            feeder: feeder(config),
         }
     }
 
