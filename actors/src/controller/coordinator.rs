@@ -7,7 +7,7 @@
 use super::TraceHeads;
 use super::appender::{Appended, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
-use super::loops::LookAt;
+use super::loops::{LoopMessage, RequestAnswer};
 use super::observatory::ObservatoryMessage;
 use super::root::{DEPOSED, End, RootMessage};
 use super::sharder::SharderMessage;
@@ -22,7 +22,8 @@ use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_domain::{Mutant, StepsCompleted};
 use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
-use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::data::controller::Request;
+use tarazed_protocol::data::decision::{Decision, for_ranks, stop_of};
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
 use tarazed_protocol::schedule::CheckpointSchedule;
@@ -42,7 +43,7 @@ pub enum CoordinatorMessage {
     /// The loop has looked at a line.
     Decided(StepsCompleted, Vec<Decision>),
     /// The loop was made again.
-    LoopReplaced(ActorRef<LookAt>),
+    LoopReplaced(ActorRef<LoopMessage>),
     /// From the trace's writer.
     Appended(Appended),
     /// What to go on from; or why it cannot be told, with the exit code.
@@ -62,6 +63,8 @@ pub enum CoordinatorMessage {
     Warn(String),
     /// The world is to have this many ranks.
     Resize(u32),
+    /// A person asks for a decision.
+    Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
     /// Another controller took over.
     Deposed,
     /// A signal.
@@ -80,7 +83,7 @@ pub struct Peers {
     pub observatory: ActorRef<ObservatoryMessage>,
     pub checkpointer: ActorRef<CheckpointerMessage>,
     pub sharder: ActorRef<SharderMessage>,
-    pub entry: ActorRef<LookAt>,
+    pub entry: ActorRef<LoopMessage>,
     pub trace: Box<dyn TraceSink>,
     pub past: Past,
 }
@@ -156,6 +159,10 @@ impl Actor for CoordinatorActor {
                 Ok(())
             }
             CoordinatorMessage::Resize(ranks) => state.event(Event::Resize { ranks }),
+            CoordinatorMessage::Ask(request, reply) => {
+                state.ask(request, reply);
+                Ok(())
+            }
             CoordinatorMessage::Deposed => {
                 if let Some(peers) = &state.peers {
                     peers.node.command(NodeCommand::LetGo)?;
@@ -220,8 +227,26 @@ impl CoordinatorState {
         self.peers = Some(peers);
         self.heads = heads;
         let now_ms = self.now_ms();
+        if stop_of(self.arguments.ledger.decisions()).is_some() {
+            self.hear_end()?;
+        }
         let effects = self.arguments.machine.start(now_ms, &lives);
         self.act(effects)
+    }
+
+    /// A dropped reply says that nobody answers.
+    fn ask(&self, request: Box<Request>, reply: RpcReplyPort<RequestAnswer>) {
+        if let Some(peers) = self.peers.as_ref().filter(|_| !self.ended) {
+            // An error means that the loop is being made again.
+            let _ = peers.entry.cast(LoopMessage::Ask(request, reply));
+        }
+    }
+
+    /// The last step, as far as decisions say.
+    fn hear_end(&mut self) -> Result<(), ActorProcessingErr> {
+        let stop = stop_of(self.arguments.ledger.decisions());
+        let step = stop.map(|step| StepsCompleted(step.0));
+        self.event(Event::EndsAt { step })
     }
 
     fn now_ms(&self) -> u64 {
@@ -300,7 +325,7 @@ impl CoordinatorState {
         plan.acknowledged = self.arguments.ledger.written();
         plan.decided = self.arguments.ledger.written();
         plan.state = self.arguments.ledger.state_at(plan.base);
-        plan.decisions = bare(self.arguments.ledger.decisions());
+        plan.decisions = for_ranks(self.arguments.ledger.decisions(), plan.base);
         if Mutant::DecisionsForgotten.is_on() {
             plan.decisions.clear();
         }
@@ -580,7 +605,7 @@ impl CoordinatorState {
                 LedgerEffect::Decide(line) => {
                     self.deciding = Some(line.clone());
                     // An error means that the loop is being made again; it then gets this line.
-                    let _ = self.peers()?.entry.cast(LookAt(line));
+                    let _ = self.peers()?.entry.cast(LoopMessage::LookAt(line));
                 }
                 LedgerEffect::Write(line) => {
                     self.peers()?.trace.append(line.step, line.print());
@@ -593,7 +618,7 @@ impl CoordinatorState {
                 }
                 LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
                 LedgerEffect::Acknowledge { through, decisions } => {
-                    let decisions = bare(&decisions);
+                    let decisions = for_ranks(&decisions, StepsCompleted(0));
                     self.send(self.everybody(), &ToRank::Acknowledge { through, decisions })?;
                 }
             }
@@ -617,6 +642,10 @@ impl CoordinatorState {
             self.observe(ObservatoryMessage::Line { line, ranks_alive })?;
         }
         let effects = self.arguments.ledger.on_written(step);
+        if self.arguments.ledger.decides(step) {
+            // Before ranks hear of it, so that none can have ended by it unexpected.
+            self.hear_end()?;
+        }
         self.record(effects)?;
         self.ask_for_checkpoint(step)?;
         let effects = self.arguments.tracker.on_line_written(step);
@@ -728,13 +757,4 @@ impl CoordinatorState {
             "refused": machine.refused_count(), "workers": workers,
         })
     }
-}
-
-/// Decisions as ranks need them: what they do, not why. Plans hold all decisions of a run, and messages are bounded.
-fn bare(decisions: &[Decision]) -> Vec<Decision> {
-    let bare = |decision: &Decision| Decision {
-        reason: String::new(),
-        ..decision.clone()
-    };
-    decisions.iter().map(bare).collect()
 }

@@ -1,18 +1,17 @@
-//! The closed loop as three actors in a row: `Tsm` turns a line into signals, `Ate` signals into decisions, `Dmu` checks
-//! them against the data recipe and hands them back, so that they are written with the line (DESIGN.md section 9).
+//! The closed loop as three actors in a row: `Tsm` turns a line into signals, `Ate` signals into decisions, `Dmu`
+//! completes and checks them by the data recipe and hands them back, so that they are written with the line (DESIGN.md section 9).
 //!
 //! - **LOOP-1** Each is a pure machine fed the committed trace in order; nothing else reaches it.
 //! - They hold nothing that the trace does not: after a death all three are made again from it ([`Loop::start`]).
 
 use super::coordinator::CoordinatorMessage;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
-use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::MixtureConfig;
-use tarazed_protocol::data::DomainFacts;
-use tarazed_protocol::data::controller::Ate;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_protocol::data::controller::{Ate, Request, RequestError};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
-use tarazed_protocol::data::decision::Decision;
-use tarazed_protocol::data::signals::{Signals, Tsm};
+use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
+use tarazed_protocol::data::signals::{BytesPerToken, Signals, Tsm};
+use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::trace::TraceLine;
 
 /// Why a member of a loop that is made again ends.
@@ -21,27 +20,43 @@ pub const RENEWED: &str = "the closed loop is made again";
 /// What the loop is made from.
 #[derive(Clone)]
 pub struct LoopRules {
-    /// The controller of the mixture, and when it decides.
-    pub mixture: MixtureConfig,
+    /// What is decided, by whom, and when.
+    pub config: LoopConfig,
     /// What is known of each domain.
     pub facts: Vec<DomainFacts>,
+    /// Bytes behind one token, by domain; empty where they are not known.
+    pub bytes: Vec<BytesPerToken>,
+    /// Lanes of the global batch.
+    pub lanes: u32,
     /// The data recipe.
     pub recipe: Recipe,
 }
 
-/// A line to look at; the answer goes to the coordinator.
-pub struct LookAt(pub Box<TraceLine>);
-impl ractor::Message for LookAt {}
+/// The line that will hold what a person asked for, and the step from which it acts; or why not.
+pub type RequestAnswer = Result<(StepsCompleted, StepIndex), RequestError>;
 
-pub struct Judge(Box<TraceLine>, Box<Signals>);
-impl ractor::Message for Judge {}
+/// What the loop is told.
+pub enum LoopMessage {
+    /// A line to look at; the answer goes to the coordinator.
+    LookAt(Box<TraceLine>),
+    /// A person asks for a decision (LOOP-2). It waits for the next decision point in memory alone: who asked looks for it
+    /// in the trace.
+    Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
+}
+impl ractor::Message for LoopMessage {}
+
+pub enum AteMessage {
+    Judge(Box<TraceLine>, Box<Signals>),
+    Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
+}
+impl ractor::Message for AteMessage {}
 
 pub struct Propose(StepsCompleted, Vec<Decision>);
 impl ractor::Message for Propose {}
 
 /// The three actors.
 pub struct Loop {
-    pub entry: ActorRef<LookAt>,
+    pub entry: ActorRef<LoopMessage>,
     cells: [ActorCell; 3],
 }
 
@@ -56,9 +71,12 @@ impl Loop {
         coordinator: ActorRef<CoordinatorMessage>,
         parent: ActorCell,
     ) -> Result<Self, String> {
-        let mut monitor = Tsm::new(rules.facts.clone());
-        let mut engine = Ate::new(&rules.mixture, &rules.facts);
-        let mut cursor = DataCursor::new(rules.recipe.clone(), &rules.mixture).map_err(|e| e.to_string())?;
+        let mut monitor = Tsm::new(rules.facts.clone())
+            .with_bytes(rules.bytes.clone())
+            .with_lanes(rules.lanes);
+        let mut engine = Ate::new(&rules.config, &rules.facts);
+        let schedule = DecisionSchedule::new(&rules.config.mixture, &rules.config.policy);
+        let mut cursor = DataCursor::new(rules.recipe.clone(), schedule).map_err(|e| e.to_string())?;
         for line in lines {
             let signals = monitor.on_line(line).map_err(|e| e.to_string())?;
             engine.replay(line, &signals).map_err(|e| e.to_string())?;
@@ -95,13 +113,13 @@ impl Loop {
 struct TsmActor;
 
 impl Actor for TsmActor {
-    type Msg = LookAt;
-    type State = (Tsm, ActorRef<Judge>);
-    type Arguments = (Tsm, ActorRef<Judge>);
+    type Msg = LoopMessage;
+    type State = (Tsm, ActorRef<AteMessage>);
+    type Arguments = (Tsm, ActorRef<AteMessage>);
 
     async fn pre_start(
         &self,
-        _: ActorRef<LookAt>,
+        _: ActorRef<LoopMessage>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         Ok(arguments)
@@ -109,12 +127,18 @@ impl Actor for TsmActor {
 
     async fn handle(
         &self,
-        _: ActorRef<LookAt>,
-        LookAt(line): LookAt,
+        _: ActorRef<LoopMessage>,
+        message: LoopMessage,
         (monitor, next): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        let signals = monitor.on_line(&line)?;
-        next.cast(Judge(line, Box::new(signals)))?;
+        match message {
+            LoopMessage::LookAt(line) => {
+                let signals = monitor.on_line(&line)?;
+                next.cast(AteMessage::Judge(line, Box::new(signals)))?;
+            }
+            // Behind the lines that came before it, so that it is judged by what they decided.
+            LoopMessage::Ask(request, reply) => next.cast(AteMessage::Ask(request, reply))?,
+        }
         Ok(())
     }
 }
@@ -123,13 +147,13 @@ impl Actor for TsmActor {
 struct AteActor;
 
 impl Actor for AteActor {
-    type Msg = Judge;
+    type Msg = AteMessage;
     type State = (Ate, ActorRef<Propose>);
     type Arguments = (Ate, ActorRef<Propose>);
 
     async fn pre_start(
         &self,
-        _: ActorRef<Judge>,
+        _: ActorRef<AteMessage>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         Ok(arguments)
@@ -137,12 +161,20 @@ impl Actor for AteActor {
 
     async fn handle(
         &self,
-        _: ActorRef<Judge>,
-        Judge(line, signals): Judge,
+        _: ActorRef<AteMessage>,
+        message: AteMessage,
         (engine, next): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        let decisions = engine.on_line(&line, &signals);
-        next.cast(Propose(line.step, decisions))?;
+        match message {
+            AteMessage::Judge(line, signals) => {
+                let decisions = engine.on_line(&line, &signals);
+                next.cast(Propose(line.step, decisions))?;
+            }
+            AteMessage::Ask(request, reply) => {
+                // An error means that whoever asked is gone; what was asked for stands.
+                let _ = reply.send(engine.request(*request));
+            }
+        }
         Ok(())
     }
 }
@@ -166,9 +198,10 @@ impl Actor for Dmu {
     async fn handle(
         &self,
         _: ActorRef<Propose>,
-        Propose(line, decisions): Propose,
+        Propose(line, mut decisions): Propose,
         (cursor, coordinator): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
+        cursor.complete(line, &mut decisions)?;
         cursor.record(line, &decisions)?;
         coordinator.cast(CoordinatorMessage::Decided(line, decisions))?;
         Ok(())

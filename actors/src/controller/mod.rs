@@ -29,7 +29,7 @@ use tarazed_corpus::{PrepareEvent, PrepareRequest, Prepared, TokenStore};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::DataCursor;
-use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{CheckpointStore, StoreError, WriterId};
@@ -297,7 +297,8 @@ fn check_same_data(config: &Config, folder: &RunFolder, prepared: &Prepared) -> 
     };
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let refused = |e: String| RunError::Refused(e);
-    let mut cursor = DataCursor::new(recipe(config, &tokens), &config.mixture).map_err(|e| refused(e.to_string()))?;
+    let mut cursor =
+        DataCursor::new(recipe(config, &tokens), DecisionSchedule::of(config)).map_err(|e| refused(e.to_string()))?;
     let plan = cursor.plan(StepIndex(0)).map_err(|e| refused(e.to_string()))?;
     if plan.digest == first.data {
         return Ok(());

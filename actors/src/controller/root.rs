@@ -22,7 +22,8 @@ use tarazed_corpus::{Prepared, TokenStore};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{ClusterTransport, Config};
 use tarazed_protocol::coordinator::PastLife;
-use tarazed_protocol::data::DomainFacts;
+use tarazed_protocol::data::signals::BytesPerToken;
+use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::message::Member;
 use tarazed_protocol::restart::{RestartLimiter, Verdict};
 use tokio::sync::oneshot;
@@ -228,8 +229,10 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let facts = ManifestFacts::new(&config, &prepared.manifest.version);
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let rules = LoopRules {
-        mixture: config.mixture.clone(),
+        config: LoopConfig::of(&config),
         facts: domain_facts(&config, &prepared),
+        bytes: bytes_per_token(&prepared),
+        lanes: config.batch.lanes,
         recipe: recipe(&config, &tokens),
     };
     let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
@@ -345,6 +348,18 @@ fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
             language: domain.language,
             weight: domain.weight,
             train_tokens: made.train.tokens,
+        })
+        .collect()
+}
+
+/// Bytes of text behind one token, by domain and split, as the data's manifest counts them.
+fn bytes_per_token(prepared: &Prepared) -> Vec<BytesPerToken> {
+    let of = |bytes: u64, tokens: u64| bytes as f64 / tokens.max(1) as f64;
+    let domains = prepared.manifest.domains.iter();
+    domains
+        .map(|domain| BytesPerToken {
+            train: of(domain.train.text_bytes, domain.train.tokens),
+            heldout: of(domain.held_out.text_bytes, domain.held_out.tokens),
         })
         .collect()
 }

@@ -8,11 +8,17 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
+use tarazed_domain::StepIndex;
+use tarazed_protocol::data::controller::Request as Decide;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Bytes of one request.
 const REQUEST_BYTES_MAX: u64 = 64 * 1024;
+/// Bytes of a person's name.
+const PERSON_BYTES_MAX: usize = 128;
+/// Bytes of a person's reason.
+const REASON_BYTES_MAX: usize = 4096;
 /// A request must be there and be answered by then.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest path of a Unix socket's address.
@@ -65,7 +71,7 @@ pub async fn serve(
 }
 
 /// What a request line asks for.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub enum Request {
     /// It does not hold the run's token; whatever else it says is not looked at.
     Stranger,
@@ -73,6 +79,8 @@ pub enum Request {
     Status,
     /// Another number of ranks; none if what stands there is no number of ranks.
     Resize(Option<u32>),
+    /// A decision (LOOP-2), or why what stands there is none.
+    Decide(Result<Box<Decide>, String>),
     /// A command that does not exist.
     Unknown(String),
 }
@@ -95,9 +103,32 @@ impl Request {
                     .and_then(Value::as_u64)
                     .and_then(|ranks| u32::try_from(ranks).ok()),
             ),
+            "decide" => Self::Decide(read_decision(&request)),
             other => Self::Unknown(other.to_owned()),
         }
     }
+}
+
+/// The decision that a request asks for.
+fn read_decision(request: &Value) -> Result<Box<Decide>, String> {
+    let text = |name: &str, bytes_max: usize| {
+        let text = request.get(name).and_then(Value::as_str).unwrap_or_default();
+        if text.is_empty() || text.len() > bytes_max {
+            return Err(format!("'{name}' is a text of 1 to {bytes_max} bytes"));
+        }
+        Ok(text.to_owned())
+    };
+    let not_before = match request.get("not_before") {
+        None | Some(Value::Null) => None,
+        Some(step) => Some(StepIndex(step.as_u64().ok_or("'not_before' is a step, from 0")?)),
+    };
+    let kind = request.get("kind").cloned().unwrap_or(Value::Null);
+    Ok(Box::new(Decide {
+        person: text("person", PERSON_BYTES_MAX)?,
+        reason: text("reason", REASON_BYTES_MAX)?,
+        kind: serde_json::from_value(kind).map_err(|e| format!("'kind' is no decision ({e})"))?,
+        not_before,
+    }))
 }
 
 async fn answer(
@@ -116,6 +147,8 @@ async fn answer(
         Request::Stranger => json!({"error": "the token is not this run's"}),
         Request::Status => status(coordinator, sharder).await,
         Request::Resize(ranks) => resize(ranks, lanes, coordinator),
+        Request::Decide(Ok(request)) => decide(request, coordinator).await,
+        Request::Decide(Err(error)) => json!({"error": error}),
         Request::Unknown(command) => json!({"error": format!("there is no command '{command}'")}),
     };
     write.write_all(format!("{value}\n").as_bytes()).await
@@ -129,6 +162,16 @@ fn resize(ranks: Option<u32>, lanes: u32, coordinator: &ActorRef<CoordinatorMess
             Err(_) => json!({"error": "the controller is ending"}),
         },
         _ => json!({"error": format!("a world has 1 to {lanes} ranks, one for each of its lanes at most")}),
+    }
+}
+
+/// Asks the closed loop; the answer names the line that will hold the decision.
+async fn decide(request: Box<Decide>, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
+    let asked = coordinator.call(|reply| CoordinatorMessage::Ask(request, reply), Some(REQUEST_TIMEOUT));
+    match asked.await {
+        Ok(CallResult::Success(Ok((line, step)))) => json!({"line": line, "effective": step}),
+        Ok(CallResult::Success(Err(refused))) => json!({"error": refused.to_string()}),
+        _ => json!({"error": "the controller is starting or ending, or its loop is being made again; ask again"}),
     }
 }
 
@@ -148,6 +191,7 @@ async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tarazed_protocol::data::decision::DecisionKind;
 
     fn read(line: &str) -> Request {
         Request::read(line, "right")
@@ -181,6 +225,42 @@ mod tests {
             assert_eq!(resize(ranks), Request::Resize(None), "{ranks}");
         }
         assert_eq!(read(r#"{"token":"right","command":"resize"}"#), Request::Resize(None));
+    }
+
+    #[test]
+    fn a_decision_says_what_by_whom_and_why() {
+        let decide = |rest: &str| read(&format!(r#"{{"token":"right","command":"decide",{rest}}}"#));
+        let pin = decide(r#""person":"ada","reason":"drift","kind":"pin""#);
+        let Request::Decide(Ok(request)) = pin else {
+            panic!("{pin:?}")
+        };
+        assert_eq!(
+            (request.person.as_str(), &request.kind, request.not_before),
+            ("ada", &DecisionKind::Pin, None)
+        );
+        let forced = decide(r#""person":"ada","reason":"r","kind":{"mixture":{"weights":[1.0,2.0]}},"not_before":7"#);
+        assert!(matches!(forced, Request::Decide(Ok(request)) if request.not_before == Some(StepIndex(7))));
+        for (rest, problem) in [
+            (r#""person":"ada","kind":"pin""#, "'reason'"),
+            (r#""reason":"r","kind":"pin""#, "'person'"),
+            (r#""person":"ada","reason":"r","kind":"halt""#, "'kind'"),
+            (r#""person":"ada","reason":"r""#, "'kind'"),
+            (
+                r#""person":"ada","reason":"r","kind":"pin","not_before":-1"#,
+                "'not_before'",
+            ),
+        ] {
+            let refused = decide(rest);
+            assert!(
+                matches!(&refused, Request::Decide(Err(why)) if why.contains(problem)),
+                "{refused:?}"
+            );
+        }
+        let long = format!(
+            r#""person":"ada","kind":"pin","reason":"{}""#,
+            "r".repeat(REASON_BYTES_MAX + 1)
+        );
+        assert!(matches!(decide(&long), Request::Decide(Err(_))));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use super::appender::{Appended, JsonLines, TraceSink, heads_from};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
-use super::loops::{LookAt, Loop, LoopRules};
+use super::loops::{Loop, LoopMessage, LoopRules};
 use super::observatory::{Observatory, ObservatoryArguments, ObservatoryMessage};
 use super::root::{Adopt, End, Root, RootMessage, RootState};
 use super::sharder::{OptimizerSharder, SharderMessage};
@@ -139,7 +139,7 @@ pub struct Tree {
     observatory: ActorRef<ObservatoryMessage>,
     checkpointer: ActorRef<CheckpointerMessage>,
     pub(super) sharder: ActorRef<SharderMessage>,
-    entry: ActorRef<LookAt>,
+    entry: ActorRef<LoopMessage>,
     end: oneshot::Receiver<End>,
 }
 
@@ -302,6 +302,11 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
     };
     let machine = Machine::new(options, parts.claimed.fence.generation, written);
     let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
-    let ledger = Ledger::new(names, config.tokens_per_step(), parts.lines.clone());
+    let ledger = Ledger::new(
+        names,
+        config.batch_schedule(),
+        config.model.context as u64,
+        parts.lines.clone(),
+    );
     (machine, ledger, CheckpointTracker::new(shard_count, written))
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_protocol::data::cursor::Recipe;
-use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
 use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateReport, StepLine, ToRank};
 use tarazed_protocol::placement::ShardHolder;
 use tarazed_train::StepError;
@@ -342,7 +342,7 @@ impl RankActorState {
         feeder::begin(
             &self.arguments.feed,
             &self.arguments.recipe,
-            &self.arguments.config.mixture,
+            DecisionSchedule::of(&self.arguments.config),
             &feed,
         )?;
         let held = |holders: &[ShardHolder]| holders.iter().any(|holder| holder.rank.index() == rank);

@@ -2,10 +2,9 @@
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
-use tarazed_domain::config::MixtureConfig;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
-use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
 use tarazed_train::feeder::{Feeder, Share};
 
 pub enum FeederMessage {
@@ -34,9 +33,9 @@ pub struct Feed<'a> {
 ///
 /// # Errors
 /// If the decisions do not fit the recipe: two programs differ.
-pub fn begin(feeder: &Feeder, recipe: &Recipe, mixture: &MixtureConfig, feed: &Feed<'_>) -> Result<(), String> {
+pub fn begin(feeder: &Feeder, recipe: &Recipe, schedule: DecisionSchedule, feed: &Feed<'_>) -> Result<(), String> {
     let cursor =
-        DataCursor::restore(recipe.clone(), mixture, feed.decided, feed.decisions).map_err(|e| e.to_string())?;
+        DataCursor::restore(recipe.clone(), schedule, feed.decided, feed.decisions).map_err(|e| e.to_string())?;
     feeder.begin(cursor, feed.generation, feed.share, feed.base.next(), feed.last_step);
     Ok(())
 }

@@ -30,6 +30,7 @@ use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
 use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
@@ -111,7 +112,7 @@ pub fn recipe(config: &Config, tokens: &TokenStore) -> Recipe {
     Recipe {
         seed: config.run.seed,
         domains: config.data.domains.iter().enumerate().map(domain).collect(),
-        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        batch: config.batch_schedule(),
         data_version: *blake3::hash(tokens.manifest().version.as_bytes()).as_bytes(),
     }
 }
@@ -216,7 +217,8 @@ async fn serve(
     };
     let tokens = TokenStore::open(&args.data, config.model.context).map_err(|e| RankError::because("data")(&e))?;
     let recipe = recipe(&config, &tokens);
-    let cursor = DataCursor::new(recipe.clone(), &config.mixture).map_err(|e| RankError::because("data")(&e))?;
+    let cursor =
+        DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| RankError::because("data")(&e))?;
     let rules = FeedRules {
         context: config.model.context,
         lane_count: config.batch.lanes,

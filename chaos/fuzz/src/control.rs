@@ -55,6 +55,7 @@ pub mod message {
             grad_norm: 1.5,
             loss: 2.5,
             stats: LaneStats::new(DOMAINS).encode(),
+            skipped: false,
             pause: false,
             checkpoint: true,
             busy: true,
@@ -71,6 +72,7 @@ pub mod message {
             learning_rate: 1e-3,
             mixture: vec![0.5, 0.5],
             stats: LaneStats::new(DOMAINS).encode(),
+            skipped: false,
         }
     }
 

@@ -349,6 +349,7 @@ fn outcome(step: u64) -> BarrierOutcome {
         grad_norm: 1.0,
         loss: 1.0,
         stats: Vec::new(),
+        skipped: false,
         pause: false,
         checkpoint: false,
         busy: false,

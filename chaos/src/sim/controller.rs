@@ -15,6 +15,7 @@ use tarazed_actors::node::{ExitCause, NodeCommand, NodeError, NodeEvent, Process
 use tarazed_actors::run_folder;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::data::LoopConfig;
 use tarazed_protocol::message::{Member, ToRank};
 use tokio::sync::{Notify, mpsc};
 
@@ -427,8 +428,10 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         claimed: Claimed { store, fence },
         facts: world.facts.clone(),
         rules: LoopRules {
-            mixture: life.config.mixture.clone(),
+            config: LoopConfig::of(&life.config),
             facts: world.domains.clone(),
+            bytes: Vec::new(),
+            lanes: life.config.batch.lanes,
             recipe: world.recipe.clone(),
         },
         metrics: JsonLines::nowhere(),

@@ -19,6 +19,7 @@ use tarazed_actors::rank::{RankError, RankExit, RankParts, RankTree, StoreSource
 use tarazed_domain::OptimizerShardIndex;
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::DataCursor;
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{FromRank, Member, RestoreFrom};
 use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceThread};
@@ -281,7 +282,7 @@ async fn assemble(
     let config = process.life().config();
     let give_way: GiveWay = Arc::new(|| wait_for(tokio::time::sleep(GIVE_WAY)));
     let waiting = Waiting::GivingWay(give_way);
-    let cursor = DataCursor::new(world.recipe.clone(), &config.mixture).map_err(|e| e.to_string())?;
+    let cursor = DataCursor::new(world.recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| e.to_string())?;
     let feeder = Feeder::with_waiting(cursor, world.feed_rules(), world.samples(), waiting.clone());
     let store = StoreSource::over(
         world.store(u64::from(process.pid)).into(),

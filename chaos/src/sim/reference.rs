@@ -11,10 +11,11 @@ use tarazed_domain::{
 };
 use tarazed_fabric::local_mesh;
 use tarazed_kernels::CpuDevice;
-use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::data::signals::Tsm;
+use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
@@ -84,7 +85,7 @@ pub fn data_of(config: &Config) -> (Recipe, Vec<DomainFacts>) {
     let recipe = Recipe {
         seed: config.run.seed,
         domains: config.data.domains.iter().map(recipe).collect(),
-        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        batch: config.batch_schedule(),
         data_version: [1; 32],
     };
     (recipe, config.data.domains.iter().map(facts).collect())
@@ -104,7 +105,7 @@ impl Reference {
     pub fn compute(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
         let config = Arc::new(scenario.config(1, paths.dir()).map_err(|e| e.to_string())?);
         let (recipe, facts) = data_of(&config);
-        let cursor = || DataCursor::new(recipe.clone(), &config.mixture).map_err(|e| e.to_string());
+        let cursor = || DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| e.to_string());
         let alone = Waiting::GivingWay(Arc::new(|| panic!("nobody is there to be waited for")));
         let rules = feed_rules(scenario.lanes);
         let feeder = Feeder::with_waiting(cursor()?, rules, samples(), alone.clone());
@@ -124,9 +125,9 @@ impl Reference {
         let teller = Teller {
             feeder: &feeder,
             inner: Mutex::new(Told {
-                ledger: Ledger::new(names, config.tokens_per_step(), Vec::new()),
+                ledger: Ledger::new(names, config.batch_schedule(), config.model.context as u64, Vec::new()),
                 monitor: Tsm::new(facts.clone()),
-                engine: Ate::new(&config.mixture, &facts),
+                engine: Ate::new(&LoopConfig::of(&config), &facts),
                 lines: BTreeMap::new(),
                 failure: None,
             }),

@@ -369,3 +369,131 @@ fn a_world_size_that_is_given_counts_before_the_checks() {
         assert_eq!(refused.key, "optimizer.replicas");
     }
 }
+
+/// A run folder made before a key existed stays that of its run: where the key is absent, neither identity nor
+/// `config.toml` says anything of it.
+#[test]
+fn absent_keys_leave_no_trace() {
+    let parse = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+        Config::parse(TEXT, "web.toml", &overrides, Path::new("/configs"))
+    };
+    let plain = parse(&[]).expect("a good config");
+    let identity = plain.identity();
+    for part in [
+        ";batch=BatchConfig { lanes: 2, sequences_per_lane: 1, micro_batch_sequences: 1 };optimizer=",
+        ";mixture=MixtureConfig { controller: Static, start_steps: 100, interval_steps: 50, lag_steps: 8 };evaluation=",
+    ] {
+        assert!(identity.contains(part), "{identity}");
+    }
+    assert!(
+        identity.ends_with("EvaluationConfig { interval_steps: 100, sequences_per_domain_max: 16 }"),
+        "{identity}"
+    );
+    let text = plain.to_toml().expect("TOML");
+    for key in ["policy", "ramp", "stages", "shadow", "reference"] {
+        assert!(!text.contains(key), "{key} in {text}");
+    }
+    for more in [
+        "policy.persons=true",
+        "policy.stop.tokens=1000",
+        "mixture.shadow=[\"odm\"]",
+        "mixture.controller=\"odm\"",
+    ] {
+        let set = parse(&[more]).expect("a good config");
+        assert_ne!(set.identity(), identity, "{more} decides numbers");
+        let back = Config::parse(&set.to_toml().expect("TOML"), "back.toml", &[], Path::new("/")).expect("itself");
+        assert_eq!((back.identity(), &back), (set.identity(), &set));
+    }
+}
+
+/// Stages, ramp, schedule and policy are refused where they contradict each other, with the key at fault.
+#[test]
+fn contradictions_of_the_loop_name_their_key() {
+    let refused = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+        let answer = Config::parse(TEXT, "web.toml", &overrides, Path::new("/configs"));
+        answer
+            .err()
+            .unwrap_or_else(|| panic!("{overrides:?} was accepted"))
+            .to_string()
+    };
+    let schedule = "mixture.controller=\"schedule\"";
+    let stages = |stages: &str| format!("mixture.stages=[{stages}]");
+    let good = r#"{name = "k", from_step = 200, weights = {web = 1}}"#;
+    for (overrides, key) in [
+        (vec![schedule.to_owned()], "mixture.stages"),
+        (vec![stages(good)], "mixture.stages"),
+        (
+            vec![schedule.into(), stages(r#"{name = "k", weights = {web = 1}}"#)],
+            "mixture.stages[0].from_step",
+        ),
+        (
+            vec![
+                schedule.into(),
+                stages(r#"{name = "k", from_step = 107, weights = {web = 1}}"#),
+            ],
+            "mixture.stages[0].from_step",
+        ),
+        (
+            vec![
+                schedule.into(),
+                stages(r#"{name = "k", from_step = 200, weights = {book = 1}}"#),
+            ],
+            "mixture.stages[0].weights",
+        ),
+        (
+            vec![
+                schedule.into(),
+                stages(&format!(
+                    r#"{good}, {{name = "t", from_step = 210, weights = {{web = 1}}}}"#
+                )),
+            ],
+            "mixture.stages[1].from_step",
+        ),
+        (vec!["mixture.shadow=[\"static\"]".into()], "mixture.shadow"),
+        (vec!["mixture.shadow=[\"odm\", \"odm\"]".into()], "mixture.shadow"),
+        (
+            vec!["mixture.shadow=[\"ado\"]".into(), "evaluation.interval_steps=0".into()],
+            "evaluation.interval_steps",
+        ),
+        (vec!["mixture.reference={web = 2.0}".into()], "mixture.reference"),
+        (vec!["policy.spikes=\"rollback_and_skip\"".into()], "policy.spikes"),
+        (vec!["policy.decay_on_plateau=true".into()], "policy.decay_on_plateau"),
+        (vec!["policy.stop.heldout_loss=-1.0".into()], "policy.stop.heldout_loss"),
+        (
+            vec![
+                "optimizer.schedule={kind = \"wsd\", warmup_steps = 5, decay_steps = 10, final_fraction = 0.1}".into(),
+            ],
+            "optimizer.schedule.decay_from",
+        ),
+        (
+            vec!["batch.ramp={start_sequences = 1, step_sequences = 1, samples = 10}".into()],
+            "batch.ramp.start_sequences",
+        ),
+        (
+            vec!["batch.ramp={start_sequences = 2, step_sequences = 2, samples = 10}".into()],
+            "batch.ramp.step_sequences",
+        ),
+    ] {
+        let overrides: Vec<&str> = overrides.iter().map(String::as_str).collect();
+        let message = refused(&overrides);
+        assert!(message.starts_with(&format!("{key}: ")), "{overrides:?}: {message}");
+    }
+    let parsed = Config::parse(
+        TEXT,
+        "web.toml",
+        &[schedule.to_owned(), stages(good)],
+        Path::new("/configs"),
+    );
+    let back = parsed.expect("a schedule").to_toml().expect("TOML");
+    Config::parse(&back, "back.toml", &[], Path::new("/")).expect("itself");
+    let ramp = "batch.ramp={start_sequences = 2, step_sequences = 2, samples = 10}".to_owned();
+    let parsed = Config::parse(
+        TEXT,
+        "web.toml",
+        &["batch.sequences_per_lane=4".to_owned(), ramp],
+        Path::new("/configs"),
+    );
+    assert_eq!(parsed.expect("a ramp").batch_schedule().stages().len(), 4);
+}

@@ -224,6 +224,7 @@ mod tests {
             grad_norm: 1.0,
             loss: 2.0,
             stats: vec![],
+            skipped: false,
             pause: false,
             checkpoint: false,
             busy: false,

@@ -159,6 +159,8 @@ pub struct Coordinator {
     /// A generation has begun in this controller's life.
     begun: bool,
     stop: Option<u64>,
+    /// A decision ends the run with this count.
+    ends_at: Option<StepsCompleted>,
     /// The run halts with this once its last checkpoint exists.
     verdict: Option<(u8, String)>,
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
@@ -186,6 +188,12 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
+    /// The run ends with this count.
+    fn last_step(&self) -> StepsCompleted {
+        let configured = self.options.last_step;
+        self.ends_at.map_or(configured, |step| step.min(configured))
+    }
+
     /// A machine for a run whose trace is written through `written`, and whose previous controller ended with
     /// `generation`.
     #[must_use]
@@ -207,6 +215,7 @@ impl Coordinator {
             ticked_ms: None,
             begun: false,
             stop: None,
+            ends_at: None,
             verdict: None,
             fruitless,
             refused_count: 0,

@@ -18,6 +18,7 @@ use crate::data::stats::LaneStats;
 use crate::message::StepLine;
 use crate::trace::{DomainMap, TraceLine};
 use std::collections::BTreeMap;
+use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::{Mutant, StepsCompleted};
 
 /// What to do next.
@@ -44,7 +45,8 @@ pub enum LedgerEffect {
 #[derive(Debug)]
 pub struct Ledger {
     domain_names: Vec<String>,
-    tokens_per_step: u64,
+    batch: BatchSchedule,
+    context_tokens: u64,
     written: StepsCompleted,
     /// Lines that a replay may come back to.
     known: BTreeMap<StepsCompleted, TraceLine>,
@@ -61,15 +63,16 @@ enum AtWork {
 }
 
 impl Ledger {
-    /// A ledger at the end of `lines`, the trace so far.
+    /// A ledger at the end of `lines`, the trace so far, of a run with these global batches of sequences of so many tokens.
     #[must_use]
-    pub fn new(domain_names: Vec<String>, tokens_per_step: u64, lines: Vec<TraceLine>) -> Self {
+    pub fn new(domain_names: Vec<String>, batch: BatchSchedule, context_tokens: u64, lines: Vec<TraceLine>) -> Self {
         let written = lines.last().map_or(StepsCompleted(0), |line| line.step);
         let decisions = lines.iter().flat_map(|line| line.decisions.iter().cloned()).collect();
         let known = lines.into_iter().map(|line| (line.step, line)).collect();
         Self {
             domain_names,
-            tokens_per_step,
+            batch,
+            context_tokens,
             written,
             known,
             waiting: BTreeMap::new(),
@@ -82,6 +85,12 @@ impl Ledger {
     #[must_use]
     pub const fn written(&self) -> StepsCompleted {
         self.written
+    }
+
+    /// Whether the line of this step, the newest that is written, holds decisions.
+    #[must_use]
+    pub fn decides(&self, step: StepsCompleted) -> bool {
+        self.decisions.last().is_some_and(|decision| decision.line == step)
     }
 
     /// Every decision written so far.
@@ -198,7 +207,7 @@ impl Ledger {
         }
         Ok(TraceLine {
             step: line.step,
-            tokens: line.step.0 * self.tokens_per_step,
+            tokens: self.batch.samples(line.step) * self.context_tokens,
             data: line.data,
             loss: line.loss,
             grad_norm: line.grad_norm,
@@ -207,6 +216,8 @@ impl Ledger {
             mixture: DomainMap(names.iter().cloned().zip(line.mixture.iter().copied()).collect()),
             domains: stats.train_map(names),
             heldout: stats.heldout_map(names),
+            lane_squares: stats.lane_squares(),
+            skipped: line.skipped,
             decisions: Vec::new(),
         })
     }
@@ -237,11 +248,12 @@ mod tests {
             learning_rate: 1e-3,
             mixture: vec![1.0],
             stats: LaneStats::new(1).encode(),
+            skipped: false,
         }
     }
 
     fn ledger() -> Ledger {
-        Ledger::new(vec!["wiki".to_owned()], 10, Vec::new())
+        Ledger::new(vec!["wiki".to_owned()], BatchSchedule::fixed(2), 5, Vec::new())
     }
 
     fn run_through(ledger: &mut Ledger, effects: Vec<LedgerEffect>) -> Vec<u64> {

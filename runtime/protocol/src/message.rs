@@ -36,6 +36,8 @@ pub struct BarrierOutcome {
     pub loss: f64,
     /// Folded statistics of all lanes (`data::stats`), encoded.
     pub stats: Vec<u8>,
+    /// The step is beyond the bounds in force: its update is left out.
+    pub skipped: bool,
     /// Some rank was asked to pause at this boundary.
     pub pause: bool,
     /// Some rank was asked for a checkpoint at this boundary.
@@ -63,6 +65,8 @@ pub struct StepLine {
     pub mixture: Vec<f64>,
     /// Folded statistics of all lanes (`data::stats`), encoded.
     pub stats: Vec<u8>,
+    /// The update was left out.
+    pub skipped: bool,
 }
 
 /// What a survivor holds of one optimizer shard.

@@ -111,6 +111,10 @@ pub struct TraceLine {
     pub domains: DomainMap<DomainLoss>,
     /// Held-out loss by domain, where the step is an evaluation.
     pub heldout: Option<DomainMap<DomainLoss>>,
+    /// Sum of the squares of each lane's part of the gradient, where a config asks for it; never not finite.
+    pub lane_squares: Option<f64>,
+    /// The update was left out, by the bounds in force: the state is that of the line before.
+    pub skipped: bool,
     /// Decisions made on this line.
     pub decisions: Vec<Decision>,
 }
@@ -152,10 +156,12 @@ impl TraceLine {
     /// The line as text, without a line end.
     ///
     /// # Panics
-    /// If the learning rate, a weight or a decision is not finite: a programmer's error, none comes from a run.
+    /// If the learning rate, a weight, the lanes' squares or a decision is not finite: a programmer's error, none comes from a run.
     #[must_use]
     pub fn print(&self) -> String {
-        let finite = self.lr.is_finite() && self.mixture.iter().all(|(_, weight)| weight.is_finite());
+        let finite = self.lr.is_finite()
+            && self.lane_squares.is_none_or(f64::is_finite)
+            && self.mixture.iter().all(|(_, weight)| weight.is_finite());
         assert!(finite, "learning rate and mixture of step {} are finite", self.step);
         match serde_json::to_string(self) {
             Ok(text) => text,
@@ -224,6 +230,17 @@ impl TraceLine {
                 (None, None) => None,
                 (Some(_), None) => found("heldout", &"present", &"absent"),
                 (None, Some(_)) => found("heldout", &"absent", &"present"),
+            })
+            .or_else(|| {
+                let bits = |squares: Option<f64>| squares.map_or_else(|| "absent".to_owned(), bits_text);
+                let (a, b) = (bits(self.lane_squares), bits(other.lane_squares));
+                (a != b).then(|| found("lane_squares", &a, &b)).flatten()
+            })
+            .or_else(|| {
+                let differ = self.skipped != other.skipped;
+                differ
+                    .then(|| found("skipped", &self.skipped, &other.skipped))
+                    .flatten()
             })
             .or_else(|| {
                 (self.decisions != other.decisions)
@@ -389,6 +406,10 @@ struct LineText {
     domains: DomainMap<DomainLoss>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     heldout: Option<DomainMap<DomainLoss>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lane_squares: Option<f64>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    skipped: bool,
     decisions: Vec<Decision>,
 }
 
@@ -407,6 +428,8 @@ impl From<TraceLine> for LineText {
             mixture: line.mixture,
             domains: line.domains,
             heldout: line.heldout,
+            lane_squares: line.lane_squares,
+            skipped: line.skipped,
             decisions: line.decisions,
         }
     }
@@ -427,6 +450,8 @@ impl TryFrom<LineText> for TraceLine {
             mixture: text.mixture,
             domains: text.domains,
             heldout: text.heldout,
+            lane_squares: text.lane_squares,
+            skipped: text.skipped,
             decisions: text.decisions,
         })
     }

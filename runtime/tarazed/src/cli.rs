@@ -1,6 +1,6 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, generate, plan, rank, resize, status, trace, train};
+use crate::commands::{checkpoint, decide, generate, plan, rank, resize, status, trace, train};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -33,6 +33,8 @@ pub enum Command {
     Status(status::Args),
     /// Change the number of ranks of a live run, at its next step boundary; the numbers do not depend on it.
     Resize(resize::Args),
+    /// Pin, veto or force a decision of a live run; it is recorded in the trace like the run's own.
+    Decide(decide::Args),
     /// Say what a config needs: memory per rank by term, predicted step time, what fits. Trains nothing.
     Plan(plan::Args),
     /// Look after a store of checkpoints.

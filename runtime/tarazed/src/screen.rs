@@ -237,14 +237,18 @@ impl Lines {
 
     fn decision(&self, decision: &Decision) -> Incident {
         let what = match &decision.kind {
-            DecisionKind::Mixture { weights } => {
-                let total: f64 = weights.iter().sum();
-                let shares: Vec<String> = weights.iter().map(|w| format!("{:.0}%", 100.0 * w / total)).collect();
-                format!("mixture {} ({})", shares.join(" "), decision.reason)
-            }
-            DecisionKind::Pin => format!("mixture pinned ({})", decision.reason),
-            DecisionKind::Release => format!("mixture released ({})", decision.reason),
+            DecisionKind::Mixture { weights } => format!("mixture {}", shares(weights)),
+            DecisionKind::Advice { weights } => format!("advice: mixture {}", shares(weights)),
+            DecisionKind::Pin => "mixture pinned".to_owned(),
+            DecisionKind::Release => "mixture released".to_owned(),
+            DecisionKind::Veto { decision } => format!("veto of decision {decision}"),
+            DecisionKind::LearningRate { factor } => format!("learning rate times {factor}"),
+            DecisionKind::Decay => "learning rate decays".to_owned(),
+            DecisionKind::SpikeBounds(bounds) => format!("spikes above gradient norm {:.3}", bounds.grad_norm),
+            DecisionKind::Rollback { to, .. } => format!("back to the state after step {to}"),
+            DecisionKind::Stop => "the run stops".to_owned(),
         };
+        let what = format!("{what} ({})", decision.reason);
         Incident::Decision {
             effective_step: decision.effective.completed().0,
             what,
@@ -320,6 +324,13 @@ fn by_language(held_out: &DomainMap<DomainLoss>, languages: &BTreeMap<String, &'
     losses
 }
 
+/// Shares of a mixture in percent, in domain order.
+fn shares(weights: &[f64]) -> String {
+    let total: f64 = weights.iter().sum();
+    let shares: Vec<String> = weights.iter().map(|w| format!("{:.0}%", 100.0 * w / total)).collect();
+    shares.join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,6 +359,8 @@ mod tests {
             mixture: DomainMap(vec![("book-en".to_owned(), 0.5), ("book-zh".to_owned(), 0.5)]),
             domains: DomainMap(vec![("book-en".to_owned(), DomainLoss { loss: 4.0, tokens: 8 })]),
             heldout,
+            lane_squares: None,
+            skipped: false,
             decisions: Vec::new(),
         };
         Notice::Line {

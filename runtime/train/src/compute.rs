@@ -7,6 +7,7 @@
 use crate::StepError;
 use crate::feeder::{LaneSamples, StepBatch};
 use crate::progress::Progress;
+use crate::step::sum_over_blocks;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tarazed_domain::lanes::TreeFold;
@@ -57,6 +58,8 @@ pub struct LaneInputs<'a, D: Device> {
     pub batch: &'a StepBatch,
     /// Factor of each token's loss: one over the tokens of the global batch.
     pub loss_scale: f32,
+    /// Each lane's gradient is squared, block by block of so many elements.
+    pub squares_of: Option<usize>,
     /// Set to give up.
     pub abort: &'a AtomicBool,
     /// Shown to the outside.
@@ -287,6 +290,14 @@ impl<D: Device> Shared<'_, D> {
                 stats.add_train(domain, loss, context);
             },
         )?;
+        if let Some(block_elements) = inputs.squares_of {
+            let mut sums = vec![0.0; self.flat_elements / block_elements];
+            let all = View::from(&*gradient);
+            inputs
+                .device
+                .square_sums(&mut worker.stream, all, block_elements, &mut sums)?;
+            stats.set_squares(sum_over_blocks(sums));
+        }
         for chunk in samples
             .held_out
             .chunks(self.micro_batch_sequences, inputs.batch.sequence_tokens())

@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_domain::limits::PREFETCH_STEPS_MAX;
 use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, Mutant, Rank, StepIndex, StepsCompleted};
+use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::data::cursor::{DataCursor, PlanError};
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::BeginPlan;
@@ -77,6 +78,10 @@ pub struct StepBatch {
     pub digest: [u8; 32],
     /// Mixture in force.
     pub mixture: Vec<f64>,
+    /// What else was decided for the step.
+    pub directives: Directives,
+    /// Sequences of the global batch.
+    pub sequences: u32,
     /// Context length; a sequence has one token more.
     pub context: usize,
     /// The lane that is audited in this step; none in most.
@@ -291,6 +296,7 @@ impl Feeder {
             step,
             data: plan.digest,
             mixture: plan.mixture,
+            directives: plan.directives,
         })
     }
 
@@ -301,11 +307,11 @@ impl Feeder {
         self.announce(inner);
     }
 
-    /// The batch of a step; waits for it.
+    /// The batch of a step; waits for it. None where a decision ends the run before the step.
     ///
     /// # Errors
     /// `Aborted` once `abort` is set; `Data` if samples cannot be read.
-    pub fn next(&self, step: StepIndex, abort: &AtomicBool) -> Result<StepBatch, StepError> {
+    pub fn next(&self, step: StepIndex, abort: &AtomicBool) -> Result<Option<StepBatch>, StepError> {
         let mut inner = self.lock();
         loop {
             if abort.load(Ordering::Relaxed) || inner.stopped {
@@ -314,11 +320,14 @@ impl Feeder {
             if let Some(cause) = &inner.failed {
                 return Err(StepError::Data(cause.clone()));
             }
+            if inner.cursor.ends_before(step) == Some(true) {
+                return Ok(None);
+            }
             if inner.ready.front().is_some_and(|batch| batch.step == step)
                 && let Some(batch) = inner.ready.pop_front()
             {
                 self.announce(inner);
-                return Ok(batch);
+                return Ok(Some(batch));
             }
             if self.waiting.is_alone() {
                 drop(inner);
@@ -407,6 +416,8 @@ impl Feeder {
             step,
             digest: plan.digest,
             mixture: plan.mixture,
+            directives: plan.directives,
+            sequences: plan.samples.len() as u32,
             context: self.rules.context,
             audited,
             to_audit,

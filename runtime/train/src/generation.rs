@@ -139,7 +139,14 @@ pub fn run<D: HostVisible>(
     while at.step < plan.last_step {
         wait_for_acknowledgement(state, means.switches)?;
         state.progress.enter(Phase::Feeding);
-        let batch = means.feeder.next(at.step.next(), &state.abort)?;
+        let Some(batch) = means.feeder.next(at.step.next(), &state.abort)? else {
+            // A decision ends the run here, and may have become known only behind this boundary.
+            if !at.saving {
+                save(state, world, means, at.step);
+                at.saving = true;
+            }
+            break;
+        };
         let wishes = Wishes {
             pause: means.switches.pause.load(Ordering::Relaxed),
             checkpoint: means.switches.checkpoint.load(Ordering::Relaxed)
@@ -251,7 +258,12 @@ fn start<D: HostVisible>(
     state.saved = StepsCompleted(0);
     check_memory(state)?;
     if let Some(outcome) = &plan.outcome {
-        state.apply(outcome)?;
+        let step = StepIndex(outcome.step.0 - 1);
+        let directives = match state.facts.as_ref().filter(|facts| facts.step == step) {
+            Some(facts) => facts.directives.clone(),
+            None => means.feeder.facts(step)?.directives,
+        };
+        state.apply(outcome, &directives)?;
         state.passed = Some(outcome.clone());
     }
     state.shards.retain(|_, shard| shard.read_steps() == plan.base);

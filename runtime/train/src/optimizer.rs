@@ -16,6 +16,7 @@ use tarazed_domain::{
     BlockIndex, Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted,
 };
 use tarazed_kernels::{AdamwStep, BlockHash, Blocks, Device, DeviceError, OptimizerState, Precision, View, ViewMut};
+use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::message::{BarrierOutcome, ShardHolding};
 
 /// State of one shard after `steps` updates. Each buffer has the length of the shard.
@@ -131,7 +132,7 @@ impl<D: Device> Shard<D> {
     }
 
     /// Applies the reduced gradient: AdamW with clipping, block hashes in the same pass (STEP-4), and the new master
-    /// weights into `weights` (the flat working weights).
+    /// weights into `weights` (the flat working weights). Where the step is to be skipped, only its count is taken.
     ///
     /// # Panics
     /// If the reduced gradient does not lead to `outcome.step`: the commit rule excludes it.
@@ -145,6 +146,7 @@ impl<D: Device> Shard<D> {
         stream: &mut D::Stream,
         layout: &ParameterLayout,
         optimizer: &OptimizerConfig,
+        directives: &Directives,
         outcome: &BarrierOutcome,
         weights: &mut D::Buffer,
     ) -> Result<(), StepError> {
@@ -158,6 +160,11 @@ impl<D: Device> Shard<D> {
         let first = self.elements.start / layout.block_elements();
         let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         assert_eq!(state.steps.next(), step, "shard {} takes every step once", self.index);
+        if outcome.skipped {
+            // Nothing is read, so nothing is hashed: the next update finds what changed by itself.
+            state.steps = outcome.step;
+            return Ok(());
+        }
         let ShardState {
             master,
             first_moment,
@@ -169,7 +176,7 @@ impl<D: Device> Shard<D> {
         for run in decay_runs(layout, first, hashes.len()) {
             let offset = (run.start - first) * layout.block_elements();
             let call = AdamwStep {
-                learning_rate: learning_rate(optimizer, step),
+                learning_rate: learning_rate(optimizer, step, directives),
                 beta1: optimizer.beta1,
                 beta2: optimizer.beta2,
                 eps: optimizer.eps,
@@ -242,8 +249,9 @@ impl<D: Device> Shard<D> {
 
 /// Learning rate of a step.
 #[must_use]
-pub fn learning_rate(optimizer: &OptimizerConfig, step: StepIndex) -> f64 {
-    optimizer.learning_rate * optimizer.schedule.fraction(step.0)
+pub fn learning_rate(optimizer: &OptimizerConfig, step: StepIndex, directives: &Directives) -> f64 {
+    let decay_from = directives.decay_from.map(|from| from.0);
+    optimizer.learning_rate * optimizer.schedule.fraction_with(step.0, decay_from) * directives.rate_factor
 }
 
 /// Factor that brings the gradient's norm down to `clip_norm`.

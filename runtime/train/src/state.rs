@@ -14,6 +14,7 @@ use tarazed_domain::config::Config;
 use tarazed_domain::{Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, StepIndex, StepsCompleted};
 use tarazed_kernels::{Device, Precision};
 use tarazed_model::Model;
+use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::message::{BarrierOutcome, ItemDigest, StateReport, StepLine};
 
 /// What a rank keeps between steps and, while it lives, between generations.
@@ -74,6 +75,8 @@ pub struct StepFacts {
     pub data: [u8; 32],
     /// Mixture in force.
     pub mixture: Vec<f64>,
+    /// What else was decided for it.
+    pub directives: Directives,
 }
 
 impl<D: Device + Clone> RankState<D> {
@@ -173,7 +176,7 @@ impl<D: Device> RankState<D> {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn apply(&mut self, outcome: &BarrierOutcome) -> Result<(), StepError> {
+    pub fn apply(&mut self, outcome: &BarrierOutcome, directives: &Directives) -> Result<(), StepError> {
         for shard in self
             .shards
             .values_mut()
@@ -184,6 +187,7 @@ impl<D: Device> RankState<D> {
                 &mut self.stream,
                 &self.layout,
                 &self.config.optimizer,
+                directives,
                 outcome,
                 &mut self.weights,
             )?;

@@ -26,6 +26,7 @@ use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, DeviceError, Precision, View, ViewMut};
+use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::data::stats::LaneStats;
 use tarazed_protocol::message::{BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, ItemDigest, StepLine};
 use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
@@ -72,6 +73,7 @@ pub fn run_step<D: HostVisible>(
         step: batch.step,
         data: batch.digest,
         mixture: batch.mixture.clone(),
+        directives: batch.directives.clone(),
     });
 
     harm::strike(state, world, batch.step, Moment::Begun)?;
@@ -80,12 +82,12 @@ pub fn run_step<D: HostVisible>(
     if !Mutant::BarrierBeforeReplicas.is_on() {
         forward_to_replicas(state, world, fabric, step)?;
     }
-    let outcome = barrier(state, world, fabric, step, &stats, wishes, audit)?;
+    let outcome = barrier(state, world, fabric, batch, &stats, wishes, audit)?;
     state.passed = Some(outcome.clone());
     if Mutant::BarrierBeforeReplicas.is_on() {
         forward_to_replicas(state, world, fabric, step)?;
     }
-    update(state, &outcome)?;
+    update(state, &outcome, &batch.directives)?;
     harm::strike(state, world, batch.step, Moment::Updated)?;
     let hash = gather_weights(state, world, fabric, step, None)?;
 
@@ -136,7 +138,12 @@ fn compute_lanes<D: HostVisible>(
         model: &state.model,
         weights: &state.weights,
         batch,
-        loss_scale: 1.0 / state.config.tokens_per_step() as f32,
+        loss_scale: 1.0 / (u64::from(batch.sequences) * batch.context as u64) as f32,
+        squares_of: state
+            .config
+            .policy
+            .gradient_noise
+            .then(|| state.layout.block_elements()),
         abort: &state.abort,
         progress: &state.progress,
         digest: gradient_digest::<D>,
@@ -430,11 +437,12 @@ fn barrier<D: Device>(
     state: &mut RankState<D>,
     world: &World,
     fabric: &mut dyn Collective,
-    step: StepsCompleted,
+    batch: &StepBatch,
     stats: &[LaneStats],
     wishes: Wishes,
     audit: Audit,
 ) -> Result<BarrierOutcome, StepError> {
+    let step = batch.step.completed();
     let _span = tracing::info_span!("barrier").entered();
     let domain_count = state.config.data.domains.len();
     let stats_bytes = LaneStats::encoded_bytes(domain_count);
@@ -531,6 +539,7 @@ fn barrier<D: Device>(
         grad_norm,
         loss,
         stats: total.encode(),
+        skipped: batch.directives.skips(total.train(), grad_norm),
         pause: flags & 1 != 0,
         checkpoint: flags & 2 != 0,
         busy: flags & 4 != 0,
@@ -555,7 +564,7 @@ fn settle_audit<D: Device>(
 }
 
 /// Sums along the aligned tree over block indices: neighbours first, an odd last one passes through (DET-2).
-fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
+pub(crate) fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
     while partials.len() > 1 {
         partials = partials
             .chunks(2)
@@ -566,14 +575,18 @@ fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
 }
 
 /// Past the barrier: every shard held takes the step, its hashes made in the same pass.
-fn update<D: HostVisible>(state: &mut RankState<D>, outcome: &BarrierOutcome) -> Result<(), StepError> {
+fn update<D: HostVisible>(
+    state: &mut RankState<D>,
+    outcome: &BarrierOutcome,
+    directives: &Directives,
+) -> Result<(), StepError> {
     let _span = tracing::info_span!("update").entered();
     if !Mutant::SnapshotTorn.is_on() {
         state.progress.enter(Phase::Snapshotting);
         state.gate.wait(); // a snapshot of the state that this changes
     }
     state.progress.enter(Phase::Updating);
-    state.apply(outcome)?;
+    state.apply(outcome, directives)?;
     state.progress.reached(outcome.step);
     Ok(())
 }
@@ -754,9 +767,10 @@ pub(crate) fn complete_line<D: Device>(state: &mut RankState<D>, outcome: &Barri
         loss: outcome.loss,
         grad_norm: outcome.grad_norm,
         state: hash,
-        learning_rate: crate::optimizer::learning_rate(&state.config.optimizer, facts.step),
+        learning_rate: crate::optimizer::learning_rate(&state.config.optimizer, facts.step, &facts.directives),
         mixture: facts.mixture.clone(),
         stats: outcome.stats.clone(),
+        skipped: outcome.skipped,
     };
     state.lines.insert(line.step, line.clone());
     line

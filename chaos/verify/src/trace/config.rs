@@ -8,7 +8,10 @@ use toml::{Table, Value};
 pub struct Config {
     pub seed: u64,
     pub context: u64,
+    /// Sequences of a full batch.
     pub sequences_per_step: u32,
+    /// How batches grow to that.
+    pub ramp: Option<Ramp>,
     /// Name and weight of each domain, in order.
     pub domains: Vec<(String, f64)>,
     /// Lines in which decisions may stand: the first, and every so many; none for a static mixture.
@@ -16,6 +19,14 @@ pub struct Config {
     pub lag_steps: u64,
     pub evaluation_interval_steps: u64,
     pub held_out_sequences_max: u64,
+}
+
+/// Batches begin with so many sequences, and grow by so many at each rise, until so many samples are consumed.
+#[derive(Clone, Copy, Debug)]
+pub struct Ramp {
+    pub start: u32,
+    pub step: u32,
+    pub samples: u64,
 }
 
 /// Sequences of one batch at most.
@@ -61,23 +72,22 @@ impl Config {
             context: whole(table, "model.context")?.max(1),
             sequences_per_step: sequences.ok_or("the batch has no size")? as u32,
             domains,
-            decision_points: match value(table, "mixture.controller")?.as_str() {
-                Some("static") => None,
-                Some("ado") => Some((first, interval)),
-                other => {
-                    return Err(format!(
-                        "mixture.controller is {other:?}, which this verifier does not know"
-                    ));
-                }
-            },
+            ramp: ramp(table)?,
+            decision_points: decides(table)?.then_some((first, interval)),
             lag_steps: whole(table, "mixture.lag_steps")?,
             evaluation_interval_steps: whole(table, "evaluation.interval_steps")?,
             held_out_sequences_max: whole(table, "evaluation.sequences_per_domain_max")?,
         })
     }
 
-    pub fn tokens_per_step(&self) -> u64 {
-        self.context * u64::from(self.sequences_per_step)
+    /// Sequences of a step before which so many samples were consumed.
+    pub fn sequences(&self, consumed: u64) -> u32 {
+        let Some(ramp) = self.ramp else {
+            return self.sequences_per_step;
+        };
+        let rises = u128::from((self.sequences_per_step - ramp.start) / ramp.step);
+        let rise = (u128::from(consumed) * rises / u128::from(ramp.samples)).min(rises);
+        ramp.start + ramp.step * rise as u32
     }
 
     /// Whether decisions may stand in the line of this step.
@@ -89,6 +99,43 @@ impl Config {
     pub const fn is_evaluation(&self, step: u64) -> bool {
         self.evaluation_interval_steps > 0 && step.is_multiple_of(self.evaluation_interval_steps)
     }
+}
+
+/// Whether anything of the run is decided while it runs.
+fn decides(table: &Table) -> Result<bool, String> {
+    let followed = match value(table, "mixture.controller")?.as_str() {
+        Some("static") => false,
+        Some("ado" | "odm" | "excess" | "schedule") => true,
+        other => {
+            return Err(format!(
+                "mixture.controller is {other:?}, which this verifier does not know"
+            ));
+        }
+    };
+    let advised = value(table, "mixture.shadow").is_ok_and(|shadow| shadow.as_array().is_some_and(|all| !all.is_empty()));
+    let is_true = |path: &str| value(table, path).is_ok_and(|value| value.as_bool() == Some(true));
+    let acts_on_spikes = value(table, "policy.spikes").is_ok_and(|spikes| spikes.as_str() != Some("clip"));
+    let stops = value(table, "policy.stop").is_ok_and(|stop| stop.as_table().is_some_and(|rules| !rules.is_empty()));
+    let asked = is_true("policy.persons") || is_true("policy.decay_on_plateau");
+    Ok(followed || advised || acts_on_spikes || stops || asked)
+}
+
+fn ramp(table: &Table) -> Result<Option<Ramp>, String> {
+    if value(table, "batch.ramp").is_err() {
+        return Ok(None);
+    }
+    let full = whole(table, "batch.lanes")?.saturating_mul(whole(table, "batch.sequences_per_lane")?);
+    let (start, step) = (whole(table, "batch.ramp.start_sequences")?, whole(table, "batch.ramp.step_sequences")?);
+    let samples = whole(table, "batch.ramp.samples")?;
+    let leads = start > 0 && step > 0 && start < full && (full - start).is_multiple_of(step) && samples > 0;
+    if !leads || full > SEQUENCES_MAX {
+        return Err("batch.ramp does not lead to the full batch".into());
+    }
+    Ok(Some(Ramp {
+        start: start as u32,
+        step: step as u32,
+        samples,
+    }))
 }
 
 fn value<'a>(table: &'a Table, path: &str) -> Result<&'a Value, String> {

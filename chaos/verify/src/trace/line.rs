@@ -18,6 +18,8 @@ pub struct Decision {
     pub effective: u64,
     /// New weights; none for a decision that changes no weight.
     pub weights: Option<Vec<f64>>,
+    /// The decision that it takes back.
+    pub veto: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -34,6 +36,9 @@ pub struct Line {
     pub decisions: Vec<Decision>,
 }
 
+/// Keys that a line may lack, in their order; they stand behind its domains.
+const OPTIONAL: [&str; 3] = ["heldout", "lane_squares", "skipped"];
+
 impl Line {
     /// Reads a line without its end.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
@@ -42,16 +47,29 @@ impl Line {
             return Err("it is not in its shortest form".into());
         }
         let heldout = json.get("heldout").ok();
+        let optional = |key: &str| OPTIONAL.contains(&key);
         let without = Json::Object(
             json.object()?
                 .iter()
-                .filter(|(key, _)| key != "heldout")
+                .filter(|(key, _)| !optional(key))
                 .cloned()
                 .collect(),
         );
-        let at = json.object()?.iter().position(|(key, _)| key == "heldout");
-        if at.is_some_and(|at| at != 11) {
-            return Err("its held-out losses do not stand behind its domains".into());
+        let keys: Vec<&str> = json.object()?.iter().map(|(key, _)| key.as_str()).collect();
+        let found: Vec<&str> = keys.iter().copied().filter(|key| optional(key)).collect();
+        let in_order = OPTIONAL.iter().filter(|key| found.contains(key)).eq(&found);
+        let first = keys.iter().position(|key| optional(key));
+        if !in_order || first.is_some_and(|first| first != 11 || !keys[first..].starts_with(&found)) {
+            return Err("what not every line has does not stand behind its domains, in its order".into());
+        }
+        if let Ok(squares) = json.get("lane_squares") {
+            let squares = squares.float().map_err(|why| format!("lane_squares: {why}"))?;
+            if squares < 0.0 {
+                return Err("lane_squares is below 0".into());
+            }
+        }
+        if json.get("skipped").is_ok_and(|skipped| *skipped != Json::Bool(true)) {
+            return Err("skipped is not true".into());
         }
         let keys = [
             "step",
@@ -157,20 +175,50 @@ fn decision(json: &Json) -> Result<Decision, String> {
         [(who, name)] if who == "controller" || who == "person" => name.text()?,
         _ => return Err("it is neither a controller's nor a person's".into()),
     };
-    let weights = match kind {
-        Json::Text(name) if name == "pin" || name == "release" => None,
-        mixture => {
-            let [body] = mixture.exactly(["mixture"])?;
-            let [weights] = body.exactly(["weights"])?;
-            Some(weights.list()?.iter().map(Json::float).collect::<Result<_, _>>()?)
-        }
-    };
+    let (weights, veto) = effect(kind)?;
     Ok(Decision {
         id: id.count()?,
         line: line.count()?,
         effective: effective.count()?,
         weights,
+        veto,
     })
+}
+
+/// What a kind of decision does to mixtures: weights that it sets, and the decision that it takes back.
+fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
+    let floats = |json: &Json| json.list()?.iter().map(Json::float).collect::<Result<Vec<f64>, String>>();
+    if let Json::Text(name) = kind {
+        return match name.as_str() {
+            "pin" | "release" | "decay" | "stop" => Ok((None, None)),
+            other => Err(format!("'{other}' is no decision")),
+        };
+    }
+    let [(name, body)] = kind.object()? else {
+        return Err("a decision is of one kind".into());
+    };
+    match name.as_str() {
+        "mixture" => Ok((Some(floats(body.exactly(["weights"])?[0])?), None)),
+        "advice" => floats(body.exactly(["weights"])?[0]).map(|_| (None, None)),
+        "veto" => Ok((None, Some(body.exactly(["decision"])?[0].count()?))),
+        "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| (None, None)),
+        "spike_bounds" => {
+            let [expected, residual, norm] = body.exactly(["expected", "residual_loss", "grad_norm"])?;
+            let known = expected.list()?.iter().filter(|loss| **loss != Json::Null);
+            known.chain([residual, norm]).try_for_each(|bound| bound.float().map(|_| ()))?;
+            Ok((None, None))
+        }
+        "rollback" => {
+            let [to, discarded] = body.exactly(["to", "discarded"])?;
+            to.count()?;
+            for samples in discarded.list()? {
+                let [first, count] = samples.exactly(["first", "count"])?;
+                first.count().and(count.count())?;
+            }
+            Ok((None, None))
+        }
+        other => Err(format!("'{other}' is no decision")),
+    }
 }
 
 #[cfg(test)]

@@ -317,14 +317,9 @@ impl TraceCheck<'_> {
     /// What must hold within a line.
     fn within(&self, line: &Line) -> Vec<String> {
         let mut problems = Vec::new();
-        let tokens = line.step.checked_mul(self.config.tokens_per_step());
-        if tokens != Some(line.tokens) {
-            problems.push(format!(
-                "{} tokens, not {} at each of {} steps",
-                line.tokens,
-                self.config.tokens_per_step(),
-                line.step
-            ));
+        let tokens = self.walk.tokens_with_next(self.config);
+        if tokens != line.tokens {
+            problems.push(format!("{} tokens, and its batches hold {tokens}", line.tokens));
         }
         if !line.loss.is_finite() || !line.grad_norm.is_finite() {
             problems.push("a loss or norm that is not finite: no step commits with one".into());
@@ -475,7 +470,7 @@ mod tests {
             (
                 "\"tokens\":320",
                 "\"tokens\":321",
-                "321 tokens, not 64 at each of 5 steps",
+                "321 tokens, and its batches hold 320",
             ),
             ("\"data\":\"", "\"data\":\"x", "data: "),
             ("\"lr\":0.001", "\"lr\":-0.001", "a learning rate of -0.001"),

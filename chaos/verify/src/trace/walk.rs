@@ -9,7 +9,7 @@ use super::data::Domain;
 use super::line::Decision;
 use super::order::{EpochOrder, batch_turn};
 use crate::report::{Findings, Unusable};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const DATA_CONTEXT: &str = "tarazed step data v1";
 /// Memory for the marks of all domains: eight thousand million samples.
@@ -53,14 +53,23 @@ pub struct Usage {
 
 pub struct Walk {
     seed: u64,
-    sequences_per_step: u32,
+    config: Config,
+    consumed: u64,
     data_version: [u8; 32],
     streams: Vec<Stream>,
     accounts: Accounts,
     /// Mixtures by the first step (from 0) that each is in force at.
-    mixtures: BTreeMap<u64, Mixture>,
+    mixtures: BTreeMap<u64, Setting>,
+    /// Decisions that were taken back.
+    vetoed: BTreeSet<u64>,
     next_step: u64,
     last_decision: u64,
+}
+
+/// A mixture, and the decision that set it; none for the config's, and for one that a veto brought back.
+struct Setting {
+    by: Option<u64>,
+    mixture: Mixture,
 }
 
 impl Walk {
@@ -99,11 +108,13 @@ impl Walk {
         };
         Ok(Self {
             seed: config.seed,
-            sequences_per_step: config.sequences_per_step,
+            config: config.clone(),
+            consumed: 0,
             data_version,
             streams: domains.iter().map(stream).collect(),
             accounts: Accounts::new(domains.len()),
-            mixtures: BTreeMap::from([(0, first)]),
+            mixtures: BTreeMap::from([(0, Setting { by: None, mixture: first })]),
+            vetoed: BTreeSet::new(),
             next_step: 0,
             last_decision: 0,
         })
@@ -117,21 +128,29 @@ impl Walk {
     /// The mixture in force at the next step.
     pub fn mixture(&self) -> &Mixture {
         let in_force = self.mixtures.range(..=self.next_step).next_back();
-        // The first holds from step 0; older ones are dropped only where a later one is in force.
+        // The first holds from step 0.
         in_force.map_or_else(
             || unreachable!("a mixture is in force at every step"),
-            |(_, mixture)| mixture,
+            |(_, setting)| &setting.mixture,
         )
+    }
+
+    /// Training tokens consumed once the next step is done.
+    pub fn tokens_with_next(&self, config: &Config) -> u64 {
+        let samples = self.consumed + u64::from(config.sequences(self.consumed));
+        samples.saturating_mul(config.context)
     }
 
     /// What the next step trains on. Moves on to the step behind it.
     pub fn plan(&mut self, findings: &mut Findings) -> Plan {
         let mixture = self.mixture().clone();
-        let counts = self.accounts.pay(&mixture, self.sequences_per_step);
-        let turn = batch_turn(self.seed, self.next_step, self.sequences_per_step);
+        let sequences = self.config.sequences(self.consumed);
+        self.consumed += u64::from(sequences);
+        let counts = self.accounts.pay(&mixture, sequences);
+        let turn = batch_turn(self.seed, self.next_step, sequences);
         let mut hasher = blake3::Hasher::new_derive_key(DATA_CONTEXT);
         hasher.update(&self.data_version);
-        let mut samples = Vec::with_capacity(self.sequences_per_step as usize);
+        let mut samples = Vec::with_capacity(sequences as usize);
         for domain in places(&counts, turn) {
             let (epoch, sample) = self.streams[usize::from(domain)].draw(self.seed, findings);
             hasher
@@ -141,12 +160,6 @@ impl Walk {
             samples.push((domain, epoch, sample));
         }
         self.next_step += 1;
-        let in_force = self
-            .mixtures
-            .range(..=self.next_step)
-            .next_back()
-            .map(|(from, _)| *from);
-        self.mixtures.retain(|from, _| Some(*from) >= in_force);
         Plan {
             data: *hasher.finalize().as_bytes(),
             counts,
@@ -189,8 +202,38 @@ impl Walk {
                 if decision.effective > 0 && self.mixtures.contains_key(&decision.effective) {
                     return refuse(format!("step {} has a mixture already", decision.effective));
                 }
-                self.mixtures.insert(decision.effective, mixture);
+                let by = Some(decision.id);
+                self.mixtures.insert(decision.effective, Setting { by, mixture });
             }
+            if let Some(which) = decision.veto
+                && let Err(why) = self.veto(which, decision.effective)
+            {
+                return refuse(why);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back a mixture: from step `from` on, what was in force before it is in force again. Vetoes of what sets no
+    /// mixture change no sample.
+    fn veto(&mut self, which: u64, from: u64) -> Result<(), String> {
+        if !self.vetoed.insert(which) {
+            return Err(format!("decision {which} is vetoed already"));
+        }
+        let found = self.mixtures.iter().find(|(_, setting)| setting.by == Some(which));
+        let Some(step) = found.map(|(step, _)| *step) else {
+            return Ok(());
+        };
+        if step >= from {
+            self.mixtures.remove(&step);
+            return Ok(());
+        }
+        if self.mixtures.range(step + 1..=from).next().is_some() {
+            return Err(format!("decision {which} is not in force any more at step {from}"));
+        }
+        if let Some((_, before)) = self.mixtures.range(..step).next_back() {
+            let mixture = before.mixture.clone();
+            self.mixtures.insert(from, Setting { by: None, mixture });
         }
         Ok(())
     }
@@ -270,6 +313,7 @@ pub mod tests {
             seed: 7,
             context: 16,
             sequences_per_step: 4,
+            ramp: None,
             domains: vec![("a".into(), 3.0), ("b".into(), 1.0)],
             decision_points: Some((4, 4)),
             lag_steps: 2,

@@ -2,15 +2,20 @@
 //!
 //! Sections that decide numbers ([`Config::identity`]) are apart from those that only decide when and where.
 
+mod batch;
 mod interval;
+mod loops;
+mod loops_check;
 mod sections;
 mod validate;
 
+pub use batch::{BatchRamp, BatchSchedule};
 pub use interval::CheckpointInterval;
+pub use loops::{ControllerKind, MixtureConfig, MixtureStage, PolicyConfig, SpikePolicy, StageStart, StopRules};
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, ControllerKind, DataConfig,
-    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig,
-    OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
+    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape, DomainConfig,
+    EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig, RunConfig,
+    SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;
@@ -56,6 +61,9 @@ pub struct Config {
     /// Who sets the mixture.
     #[serde(default)]
     pub mixture: MixtureConfig,
+    /// What else the closed loop decides.
+    #[serde(default, skip_serializing_if = "PolicyConfig::is_default")]
+    pub policy: PolicyConfig,
     /// Held-out evaluation.
     #[serde(default)]
     pub evaluation: EvaluationConfig,
@@ -186,20 +194,27 @@ impl Config {
             .map(|d| format!("{}:{:?}:{}", d.name, d.language, d.weight))
             .collect();
         format!(
-            "seed={:?};model={:?};batch={:?};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={:?};evaluation={:?}",
+            "seed={:?};model={:?};batch={};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={};evaluation={:?}{}",
             self.run.seed,
             self.model,
-            self.batch,
+            self.batch.identity(),
             self.optimizer.identity(),
             (self.data.tokenizer.vocabulary, self.data.tokenizer.train_bytes_max),
             self.data.held_out_fraction,
             data,
-            self.mixture,
+            self.mixture.identity(),
             self.evaluation,
+            self.policy.identity(),
         )
     }
 
-    /// Tokens in one global batch.
+    /// Sequences of the global batch, by step.
+    #[must_use]
+    pub fn batch_schedule(&self) -> BatchSchedule {
+        BatchSchedule::of(&self.batch)
+    }
+
+    /// Tokens in one full global batch.
     #[must_use]
     pub const fn tokens_per_step(&self) -> u64 {
         self.batch.lanes as u64 * self.batch.sequences_per_lane as u64 * self.model.context as u64

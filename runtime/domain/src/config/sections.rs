@@ -1,6 +1,6 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
-use super::CheckpointInterval;
+use super::{BatchRamp, CheckpointInterval};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -92,6 +92,28 @@ pub struct BatchConfig {
     pub sequences_per_lane: u32,
     /// Sequences of one micro-batch; divides `sequences_per_lane`.
     pub micro_batch_sequences: u32,
+    /// The batch begins smaller and grows to its full size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ramp: Option<BatchRamp>,
+}
+
+impl BatchConfig {
+    /// The part that decides numbers. A key that came later says nothing where it is absent, so that a run folder of before
+    /// stays that of its run.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        let Self {
+            lanes,
+            sequences_per_lane,
+            micro_batch_sequences,
+            ramp,
+        } = self;
+        let ramp = ramp.map_or_else(String::new, |ramp| format!(", ramp: {ramp:?}"));
+        format!(
+            "BatchConfig {{ lanes: {lanes}, sequences_per_lane: {sequences_per_lane}, \
+             micro_batch_sequences: {micro_batch_sequences}{ramp} }}"
+        )
+    }
 }
 
 /// `[optimizer]`: AdamW with global-norm clipping.
@@ -190,6 +212,33 @@ pub enum LearningRateSchedule {
         /// Steps of linear warm-up.
         warmup_steps: u64,
     },
+    /// Warm-up, stable, decay (arXiv 2404.06395): linear warm-up, then level, and in the end a decay to `final_fraction`
+    /// that begins at a step of the config, or where a decision says so.
+    Wsd {
+        /// Steps of linear warm-up.
+        warmup_steps: u64,
+        /// The first step of the decay; where it is absent, a decision begins it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        decay_from: Option<u64>,
+        /// Steps of the decay.
+        decay_steps: u64,
+        /// Final over peak rate.
+        final_fraction: f64,
+        /// Course of the decay.
+        #[serde(default)]
+        shape: DecayShape,
+    },
+}
+
+/// Course of the decay of [`LearningRateSchedule::Wsd`], with `x` the share of it that is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayShape {
+    /// `1 - x`.
+    #[default]
+    Linear,
+    /// `1 - √x`: the best of those compared in arXiv 2405.18392, section 3.
+    Sqrt,
 }
 
 impl Default for LearningRateSchedule {
@@ -211,27 +260,58 @@ impl LearningRateSchedule {
         }
     }
 
-    /// Learning rate over its peak for the step with index `step` (from 0). It stands in the trace, so its cosine is
-    /// compiled in: a C library's differs in its last bits between processors and versions (DET-1).
+    /// Whether a decision may begin the decay: where the schedule has one, and the config does not say when.
+    #[must_use]
+    pub const fn decays_on_demand(&self) -> bool {
+        matches!(self, Self::Wsd { decay_from: None, .. })
+    }
+
+    /// Learning rate over its peak for the step with index `step` (from 0), where no decision changes it.
     #[must_use]
     pub fn fraction(&self, step: u64) -> f64 {
-        let (warmup_steps, decay) = match *self {
-            Self::Cosine {
-                warmup_steps,
-                decay_steps,
-                final_fraction,
-            } => (warmup_steps, Some((decay_steps, final_fraction))),
-            Self::Constant { warmup_steps } => (warmup_steps, None),
-        };
+        self.fraction_with(step, None)
+    }
+
+    /// The same, where a decision lets the decay begin at step `decided`; a schedule that needs none leaves it alone. It
+    /// stands in the trace, so its cosine is compiled in: a C library's differs in its last bits between processors and
+    /// versions (DET-1).
+    #[must_use]
+    pub fn fraction_with(&self, step: u64, decided: Option<u64>) -> f64 {
+        let (Self::Cosine { warmup_steps, .. } | Self::Constant { warmup_steps } | Self::Wsd { warmup_steps, .. }) =
+            *self;
         if step < warmup_steps {
             return (step + 1) as f64 / warmup_steps as f64;
         }
-        let Some((decay_steps, final_fraction)) = decay else {
-            return 1.0;
-        };
-        let span = decay_steps.saturating_sub(warmup_steps).max(1);
-        let done = ((step - warmup_steps) as f64 / span as f64).min(1.0);
-        final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * done))
+        match *self {
+            Self::Constant { .. } => 1.0,
+            Self::Cosine {
+                decay_steps,
+                final_fraction,
+                ..
+            } => {
+                let span = decay_steps.saturating_sub(warmup_steps).max(1);
+                let done = ((step - warmup_steps) as f64 / span as f64).min(1.0);
+                final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * done))
+            }
+            Self::Wsd {
+                decay_from,
+                decay_steps,
+                final_fraction,
+                shape,
+                ..
+            } => {
+                let Some(into) = decay_from.or(decided).and_then(|from| step.checked_sub(from)) else {
+                    return 1.0;
+                };
+                // The first step of the decay is lower already, and the last one of it the lowest.
+                let done = ((into + 1) as f64 / decay_steps.max(1) as f64).min(1.0);
+                let left = match shape {
+                    DecayShape::Linear => 1.0 - done,
+                    DecayShape::Sqrt => 1.0 - libm::sqrt(done),
+                };
+                final_fraction + (1.0 - final_fraction) * left
+            }
+        }
     }
 }
 
@@ -335,42 +415,6 @@ impl Language {
             Self::En => "en",
             Self::Zh => "zh",
             Self::Code => "code",
-        }
-    }
-}
-
-/// Who sets the mixture.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ControllerKind {
-    /// The configured weights, for the whole run.
-    #[default]
-    Static,
-    /// ADO-style: weight follows the predicted further progress of each domain (arXiv 2410.11820).
-    Ado,
-}
-
-/// `[mixture]`
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MixtureConfig {
-    /// The controller.
-    pub controller: ControllerKind,
-    /// No decision before this many steps.
-    pub start_steps: u64,
-    /// Steps between decisions.
-    pub interval_steps: u64,
-    /// Steps between a decision and its effect; ranks wait only where a decision due has not come.
-    pub lag_steps: u64,
-}
-
-impl Default for MixtureConfig {
-    fn default() -> Self {
-        Self {
-            controller: ControllerKind::Static,
-            start_steps: 100,
-            interval_steps: 50,
-            lag_steps: 8,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{ClusterTransport, Config, ConfigError, ControllerKind, LearningRateSchedule};
+use super::{ClusterTransport, Config, ConfigError, LearningRateSchedule};
 use crate::limits::*;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -14,7 +14,7 @@ macro_rules! require {
 }
 
 /// A size outside its limits: everything computed from sizes inside them fits its type (`limits.rs` proves it).
-fn within(key: &str, value: u64, range: RangeInclusive<u64>, remedy: &str) -> Result<(), ConfigError> {
+pub(super) fn within(key: &str, value: u64, range: RangeInclusive<u64>, remedy: &str) -> Result<(), ConfigError> {
     require!(
         range.contains(&value),
         key,
@@ -23,6 +23,8 @@ fn within(key: &str, value: u64, range: RangeInclusive<u64>, remedy: &str) -> Re
     );
     Ok(())
 }
+
+pub(super) use require;
 
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     run(config)?;
@@ -210,6 +212,7 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         1..=MICRO_BATCH_TOKENS_MAX / context,
         "a micro-batch is in memory at once: choose a smaller one, or lower model.context",
     )?;
+    super::loops_check::ramp(config)?;
     within(
         "cluster.ranks",
         u64::from(c.ranks),
@@ -349,6 +352,13 @@ fn schedule(schedule: &LearningRateSchedule) -> Result<(), ConfigError> {
             decay_steps,
             final_fraction,
         } => (warmup_steps, Some((decay_steps, final_fraction))),
+        LearningRateSchedule::Wsd {
+            warmup_steps,
+            decay_from,
+            decay_steps,
+            final_fraction,
+            ..
+        } => return stable_and_decay(warmup_steps, decay_from, decay_steps, final_fraction),
         LearningRateSchedule::Constant { warmup_steps } => (warmup_steps, None),
     };
     within(
@@ -372,6 +382,10 @@ fn schedule(schedule: &LearningRateSchedule) -> Result<(), ConfigError> {
         format!("{warmup_steps} is more than decay_steps = {decay_steps}"),
         "warm up for fewer steps"
     );
+    fraction(final_fraction)
+}
+
+fn fraction(final_fraction: f64) -> Result<(), ConfigError> {
     require!(
         (0.0..=1.0).contains(&final_fraction),
         "optimizer.schedule.final_fraction",
@@ -379,6 +393,37 @@ fn schedule(schedule: &LearningRateSchedule) -> Result<(), ConfigError> {
         "choose e.g. 0.1"
     );
     Ok(())
+}
+
+fn stable_and_decay(
+    warmup_steps: u64,
+    decay_from: Option<u64>,
+    decay_steps: u64,
+    final_fraction: f64,
+) -> Result<(), ConfigError> {
+    for (key, value, least, remedy) in [
+        (
+            "optimizer.schedule.warmup_steps",
+            warmup_steps,
+            0,
+            "warm up for fewer steps",
+        ),
+        (
+            "optimizer.schedule.decay_steps",
+            decay_steps,
+            1,
+            "choose e.g. a tenth of the run's steps",
+        ),
+        (
+            "optimizer.schedule.decay_from",
+            decay_from.unwrap_or(warmup_steps),
+            warmup_steps,
+            "begin the decay behind the warm-up, or leave it out for a decision to begin it",
+        ),
+    ] {
+        within(key, value, least..=STEPS_MAX, remedy)?;
+    }
+    fraction(final_fraction)
 }
 
 fn data(config: &Config) -> Result<(), ConfigError> {
@@ -489,37 +534,5 @@ fn loops(config: &Config) -> Result<(), ConfigError> {
         0..=RESTART_BACKOFF_MS_MAX,
         "choose e.g. 100",
     )?;
-    adaptive_mixture(config)
-}
-
-/// The adaptive controller decides by held-out losses and nothing else: without them it would wait for ever.
-fn adaptive_mixture(config: &Config) -> Result<(), ConfigError> {
-    if config.mixture.controller != ControllerKind::Ado {
-        return Ok(());
-    }
-    for (key, is_zero, remedy) in [
-        (
-            "evaluation.interval_steps",
-            config.evaluation.interval_steps == 0,
-            "evaluate, e.g. every 100 steps",
-        ),
-        (
-            "evaluation.sequences_per_domain_max",
-            config.evaluation.sequences_per_domain_max == 0,
-            "evaluate e.g. 16 sequences of each domain",
-        ),
-        (
-            "data.held_out_fraction",
-            config.data.held_out_fraction == 0.0,
-            "hold out e.g. 0.03",
-        ),
-    ] {
-        require!(
-            !is_zero,
-            key,
-            "is 0, and mixture.controller = \"ado\" decides by held-out losses alone",
-            format!("{remedy}, or set mixture.controller = \"static\"")
-        );
-    }
-    Ok(())
+    super::loops_check::check(config)
 }

@@ -152,6 +152,11 @@ pub enum Event {
         /// How many.
         ranks: u32,
     },
+    /// A decision ends the run with this count, or with the configured one again. Said before any rank can have acted by it.
+    EndsAt {
+        /// Which.
+        step: Option<StepsCompleted>,
+    },
     /// A signal asks for a last checkpoint and an end.
     StopRequested,
     /// Time passed.

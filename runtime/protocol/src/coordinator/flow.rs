@@ -125,6 +125,10 @@ impl Coordinator {
                 self.save_again(now_ms)
             }
             Event::Resize { ranks } => self.on_resize(now_ms, ranks),
+            Event::EndsAt { step } => {
+                self.ends_at = step;
+                Vec::new()
+            }
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
@@ -462,7 +466,7 @@ impl Coordinator {
         if paused.len() < self.roster.len() {
             return Vec::new();
         }
-        let ends_here = step >= self.options.last_step || self.stop.is_some();
+        let ends_here = step >= self.last_step() || self.stop.is_some();
         if ends_here && (saving || self.is_saved(step)) {
             let deadline_ms = now_ms + self.options.timeouts.stop_ms;
             self.phase = Phase::Finishing { step, deadline_ms };
@@ -553,7 +557,7 @@ impl Coordinator {
             return self.halt(code, diagnosis);
         }
         self.phase = Phase::Done;
-        let finished = self.checkpointed.is_some_and(|step| step >= self.options.last_step);
+        let finished = self.checkpointed.is_some_and(|step| step >= self.last_step());
         vec![Effect::Done {
             code: if finished { 0 } else { 34 },
         }]

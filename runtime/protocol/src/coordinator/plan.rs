@@ -79,7 +79,7 @@ impl Coordinator {
             addresses.push(self.workers.address(member.worker));
         }
 
-        let ends_here = ground.base >= self.options.last_step || self.stop.is_some();
+        let ends_here = ground.base >= self.last_step() || self.stop.is_some();
         let plan = BeginPlan {
             generation: self.generation,
             roster,
@@ -94,7 +94,7 @@ impl Coordinator {
             last_step: if self.stop.is_some() {
                 ground.base
             } else {
-                self.options.last_step
+                self.last_step()
             },
             checkpoint_at_base: ends_here && !self.is_saved(ground.base),
             checkpointed: self.checkpointed.unwrap_or_default(),

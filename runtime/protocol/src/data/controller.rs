@@ -1,68 +1,129 @@
-//! ATE: signals, turned into decisions on the mixture.
+//! ATE: signals, turned into decisions.
 //!
 //! A decision is made on a decision point's line from nothing but the lines so far and the config (LOOP-1); it acts
-//! `mixture.lag_steps` later. [`Ate::on_line`] returns *all* decisions of the line, those of persons included (LOOP-2);
-//! what it returns is what the line must hold, live or replayed, and [`Ate::replay`] checks just that.
+//! `mixture.lag_steps` later, or later still. [`Ate::on_line`] returns *all* decisions of the line, those of persons included
+//! (LOOP-2); what it returns is what the line must hold, live or replayed, and [`Ate::replay`] checks just that.
 //!
-//! **ado** follows "Adaptive Data Optimization" (arXiv 2410.11820): per domain the law `L = e + b n^-a` is fitted on
-//! held-out loss, and the weight follows the fall of loss that a further token promises,
+//! Mixtures come from a [`MixtureController`], chosen by `mixture.controller`: `ado`, `odm`, `excess`, `schedule`; each
+//! module states its formula, source and known faults. Controllers of `mixture.shadow` are asked as well; what they say is
+//! written as advice that nobody follows, so that a run shows what another controller would have done from where it stood.
+//! Everything else is decided by [`policy`].
 //!
-//! `ρ_d ∝ w_d · c_d^½ · a_d (L_d - e_d) / n_d`,
-//!
-//! with `w` the configured weights and `c` a running average (0.9) of the mixtures decided so far. It departs from that
-//! paper's code where that is at fault: `n_d` are the domain's own tokens, not all; small floors are not punished (see
-//! `fit`); the old mixture is not averaged in for ever: the step towards the target is limited instead.
-//!
-//! Guards, each in force at every update:
+//! Guards, each in force at every update of a controller that adapts:
 //! - the target is drawn to the configured mixture: `¾ ρ + ¼ w`;
 //! - no weight below `max(0.01, 1/(5K))` for `K` domains (at most half of an even share);
 //! - no `ln p` changes by more than 0.2;
 //! - no domain is promised more than four epochs (arXiv 2305.16264 finds further repeats nearly worthless) when the
 //!   run doubles its tokens; a domain near that falls below the floor, down to 0.001;
-//! - nothing is decided within 64 lines of a spike, nor before a new evaluation;
-//! - a domain whose fit is rejected keeps its weight; with fewer than two good fits nothing is decided.
+//! - nothing is decided within 64 lines of a spike, and by held-out losses nothing before a new evaluation;
+//! - a domain that claims nothing keeps its weight; with fewer than two claims nothing is decided.
+//!
+//! A stage of the config is a person's choice, and keeps none of them.
 //!
 //! The inputs stand in `reason`. The run's length is no input: raising `run.steps` must not change the past.
 
-use super::DomainFacts;
+mod ado;
+mod curves;
+mod excess;
+mod guards;
+mod odm;
+mod policy;
+mod stages;
+
+pub use guards::{EPOCHS_MAX, LN_CHANGE_MAX, PRIOR_SHARE, SPIKE_FREEZE_LINES, WEIGHT_MIN, weight_floor};
+pub use stages::Begins;
+
+use super::course::Course;
 use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, DecisionSchedule, check_weights};
-use super::fit::{PowerLaw, fit};
-use super::projection::{project, round};
 use super::signals::Signals;
+use super::{DomainFacts, LoopConfig};
 use crate::trace::TraceLine;
+use guards::Guards;
+use policy::Policy;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
-use tarazed_domain::config::{ControllerKind, MixtureConfig};
+use tarazed_domain::config::{ControllerKind, StageStart};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
-/// Largest change of a weight's logarithm in one update.
-pub const LN_CHANGE_MAX: f64 = 0.2;
-/// Share of the configured mixture in every target.
-pub const PRIOR_SHARE: f64 = 0.25;
-/// Passes over a domain at most.
-pub const EPOCHS_MAX: f64 = 4.0;
-/// Least weight of a domain whose data is used up.
-pub const WEIGHT_MIN: f64 = 1e-3;
-/// Lines without decisions after a spike.
-pub const SPIKE_FREEZE_LINES: u64 = 64;
-/// Decay of the running average of mixtures, per update.
-const CREDIT_DECAY: f64 = 0.9;
-/// Power of the running average in a domain's claim.
-const CREDIT_POWER: f64 = 0.5;
-/// Changes of all weights below this are not worth a decision.
-const CHANGE_MIN: f64 = 1e-4;
-/// Evaluations older than this share of a domain's tokens are forgotten: early transients are no scaling law.
-const HISTORY_SHARE_MIN: f64 = 1.0 / 16.0;
-/// Evaluations within this ratio of tokens count as one place on the curve, their losses averaged.
-const HISTORY_RATIO: f64 = 1.02;
 /// Domains named one by one in a reason.
 const REASON_DOMAINS_MAX: usize = 16;
+/// Requests of persons that may wait for the next decision point.
+pub const REQUESTS_MAX: usize = 64;
 
-/// Least weight of one of `domain_count` domains.
-#[must_use]
-pub fn weight_floor(domain_count: usize) -> f64 {
-    let count = domain_count.max(1) as f64;
-    (1.0 / (5.0 * count)).max(0.01).min(1.0 / (2.0 * count))
+/// What a controller is asked on.
+#[derive(Clone, Copy, Debug)]
+pub struct Sight<'a> {
+    /// The decision point.
+    pub line: StepsCompleted,
+    /// The first step that a decision of this line can act on.
+    pub effective: StepIndex,
+    /// The same of the next decision point.
+    pub effective_next: StepIndex,
+    /// Signals of the line.
+    pub signals: &'a Signals,
+    /// The mixture in force at the effective step by what is decided, normalised, in domain order.
+    pub current: &'a [f64],
+}
+
+/// What domains claim, and on what evidence.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Claims {
+    /// Claims, in domain order, of which only the ratios count; none for a domain that keeps its weight.
+    pub claims: Vec<Option<f64>>,
+    /// What all of it rests on.
+    pub evidence: String,
+    /// What each claim rests on.
+    pub inputs: Vec<String>,
+}
+
+/// What a controller would do.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Advice {
+    /// Weights by these claims, inside the guards.
+    Claims(Claims),
+    /// Just this mixture.
+    Mixture {
+        /// In domain order.
+        weights: Vec<f64>,
+        /// The first step it holds for.
+        effective: StepIndex,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Who proposes mixtures: a pure machine over signals. It sees every line once and in order, and is asked at decision
+/// points only; the engine applies the guards and writes the decision.
+pub trait MixtureController: std::fmt::Debug + Send {
+    /// Which it is.
+    fn kind(&self) -> ControllerKind;
+    /// Takes in a line's signals.
+    fn observe(&mut self, signals: &Signals);
+    /// What it would do now; none for nothing.
+    fn advise(&mut self, sight: &Sight<'_>) -> Option<Advice>;
+    /// Its claims came to this mixture, whether or not it is worth a decision.
+    fn settled(&mut self, _weights: &[f64]) {}
+    /// Its mixture was decided, from this step on.
+    fn decided(&mut self, _effective: StepIndex) {}
+    /// A copy.
+    fn boxed(&self) -> Box<dyn MixtureController>;
+}
+
+impl Clone for Box<dyn MixtureController> {
+    fn clone(&self) -> Self {
+        self.boxed()
+    }
+}
+
+/// A stage of the schedule, resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Stage {
+    /// What people call it.
+    pub name: String,
+    /// When it begins.
+    pub begins: Begins,
+    /// Its mixture, normalised, in domain order.
+    pub weights: Vec<f64>,
 }
 
 /// What a person asks for; it becomes a decision in the next decision point's line.
@@ -97,24 +158,20 @@ pub struct ReplayMismatch {
     pub found: Vec<Decision>,
 }
 
-/// The Adaptive Training Engine's mixture loop as a pure machine.
+/// The Adaptive Training Engine as a pure machine.
 #[derive(Clone, Debug)]
 pub struct Ate {
     schedule: DecisionSchedule,
-    controller: MixtureController,
-    domain_count: usize,
+    names: Vec<String>,
+    guards: Guards,
+    controller: Option<Box<dyn MixtureController>>,
+    shadows: Vec<Box<dyn MixtureController>>,
+    policy: Policy,
+    decays_on_demand: bool,
     next_id: u64,
-    /// Mixtures decided, by effective step; the first is the configured one.
-    mixtures: Vec<(StepIndex, Vec<f64>)>,
-    pinned: bool,
+    course: Course,
+    last_line: StepsCompleted,
     requests: VecDeque<Request>,
-}
-
-/// Who proposes mixtures.
-#[derive(Clone, Debug)]
-enum MixtureController {
-    Static,
-    Ado(Ado),
 }
 
 impl Ate {
@@ -123,21 +180,22 @@ impl Ate {
     /// # Panics
     /// If the configured weights are no mixture: the config refuses that before.
     #[must_use]
-    pub fn new(config: &MixtureConfig, facts: &[DomainFacts]) -> Self {
+    pub fn new(config: &LoopConfig, facts: &[DomainFacts]) -> Self {
         let weights: Vec<f64> = facts.iter().map(|fact| fact.weight).collect();
         let checked = check_weights(&weights, facts.len());
         assert!(checked.is_ok(), "configured weights: {checked:?}");
-        let prior = normalised(&weights);
+        let make = |kind| controller(kind, config, facts);
         Self {
-            schedule: DecisionSchedule::new(config),
-            controller: match config.controller {
-                ControllerKind::Static => MixtureController::Static,
-                ControllerKind::Ado => MixtureController::Ado(Ado::new(facts, prior.clone())),
-            },
-            domain_count: facts.len(),
+            schedule: DecisionSchedule::new(&config.mixture, &config.policy),
+            names: facts.iter().map(|fact| fact.name.clone()).collect(),
+            guards: Guards::new(facts, normalised(&weights)),
+            controller: make(config.mixture.controller),
+            shadows: config.mixture.shadow.iter().copied().filter_map(make).collect(),
+            policy: Policy::new(config),
+            decays_on_demand: config.rate.decays_on_demand(),
             next_id: 1,
-            mixtures: vec![(StepIndex(0), prior)],
-            pinned: false,
+            course: Course::new(weights),
+            last_line: StepsCompleted(0),
             requests: VecDeque::new(),
         }
     }
@@ -157,13 +215,16 @@ impl Ate {
         self.decide(line, signals, persons)
     }
 
-    /// Takes in a line that is committed, decisions and all, and checks that it holds what the trace leads to.
+    /// Takes in a line that is committed, decisions and all, and checks that it holds what the trace leads to. What a
+    /// rollback discards is the cursor's to check.
     ///
     /// # Errors
     /// A [`ReplayMismatch`].
     pub fn replay(&mut self, line: &TraceLine, signals: &Signals) -> Result<(), ReplayMismatch> {
         let expected = self.decide(line, signals, persons_in(line));
-        if expected == line.decisions {
+        let same = expected.len() == line.decisions.len()
+            && expected.iter().zip(&line.decisions).all(|(a, b)| a.is_as_decided(b));
+        if same {
             return Ok(());
         }
         Err(ReplayMismatch {
@@ -173,34 +234,66 @@ impl Ate {
         })
     }
 
-    /// Lines up a person's request for the next decision point (LOOP-2).
+    /// Lines up a person's request for the next decision point (LOOP-2). Returns the line that will hold it, and the step
+    /// from which it acts.
     ///
     /// # Errors
-    /// A [`RequestError`] saying why it cannot be granted.
-    pub fn request(&mut self, request: Request) -> Result<(), RequestError> {
-        if self.schedule.next_point(StepsCompleted(0)).is_none() {
+    /// A [`RequestError`] saying why it cannot be granted: it contradicts the config, what is decided, or a request that
+    /// waits already.
+    pub fn request(&mut self, request: Request) -> Result<(StepsCompleted, StepIndex), RequestError> {
+        let Some(line) = self.schedule.next_point(self.last_line) else {
             return Err(RequestError(
-                "a static mixture has no decision points; set mixture.controller to one that decides".into(),
+                "this run has no decision points, so nothing can be decided in it; \
+                 start one with policy.persons = true, or with a mixture.controller that decides"
+                    .into(),
+            ));
+        };
+        if self.requests.len() >= REQUESTS_MAX {
+            return Err(RequestError(format!(
+                "{REQUESTS_MAX} requests wait for line {line} already; ask again after it"
+            )));
+        }
+        if matches!(
+            request.kind,
+            DecisionKind::Advice { .. } | DecisionKind::Rollback { .. }
+        ) {
+            return Err(RequestError("only the run itself can decide that".into()));
+        }
+        if request.kind == DecisionKind::Decay && !self.decays_on_demand {
+            return Err(RequestError(
+                "optimizer.schedule has no decay that waits for a decision (kind = \"wsd\" without decay_from has)"
+                    .into(),
             ));
         }
-        if let DecisionKind::Mixture { weights } = &request.kind {
-            check_weights(weights, self.domain_count).map_err(RequestError)?;
+        // As it will be on that line, if nobody else asks for anything.
+        let mut course = self.course.clone();
+        for (id, waiting) in (self.next_id..).zip(&self.requests) {
+            // Each was tried like this when it came, on the same course or an earlier one.
+            let _ = course.adopt(&self.grant(line, DecisionId(id), waiting.clone()));
         }
+        let id = DecisionId(self.next_id + self.requests.len() as u64);
+        let granted = self.grant(line, id, request.clone());
+        course.adopt(&granted).map_err(RequestError)?;
         self.requests.push_back(request);
-        Ok(())
+        Ok((line, granted.effective))
     }
 
     /// The mixture that will be in force at `step` by what is decided so far, normalised, in domain order.
     #[must_use]
-    pub fn mixture(&self, step: StepIndex) -> &[f64] {
-        let after = self.mixtures.partition_point(|(from, _)| *from <= step);
-        &self.mixtures[after - 1].1 // the first holds from step 0
+    pub fn mixture(&self, step: StepIndex) -> Vec<f64> {
+        normalised(self.course.mixture(step))
+    }
+
+    /// What is in force, by step.
+    #[must_use]
+    pub const fn course(&self) -> &Course {
+        &self.course
     }
 
     /// Whether a person pinned the mixture.
     #[must_use]
     pub const fn is_pinned(&self) -> bool {
-        self.pinned
+        self.course.is_pinned()
     }
 
     fn grant(&self, line: StepsCompleted, id: DecisionId, request: Request) -> Decision {
@@ -216,57 +309,200 @@ impl Ate {
     }
 
     fn decide(&mut self, line: &TraceLine, signals: &Signals, persons: Vec<Decision>) -> Vec<Decision> {
+        self.last_line = line.step;
         let mut decisions: Vec<Decision> = Vec::new();
         for decision in persons {
-            // The ledger holds one mixture per step: of two persons' for one step the first stands.
-            if self.is_taken(&decision) {
-                continue;
+            // What contradicts an earlier decision is refused when it is asked for; of two that came to contradict each
+            // other since, the first stands.
+            if self.adopt(&decision) {
+                decisions.push(decision);
             }
-            self.adopt(&decision);
-            decisions.push(decision);
         }
-        let effective = self.schedule.effective(line.step);
-        let current = self.mixture(effective).to_vec();
-        let MixtureController::Ado(ado) = &mut self.controller else {
-            return decisions;
-        };
-        ado.observe(signals);
-        let taken = self.mixtures.iter().any(|(from, _)| *from == effective);
-        if self.schedule.is_point(line.step)
-            && !self.pinned
-            && !taken
-            && let Some((weights, reason)) = ado.propose(line.step, signals, &current)
-        {
-            let decision = Decision {
-                id: DecisionId(self.next_id),
-                line: line.step,
-                effective,
-                kind: DecisionKind::Mixture { weights },
-                by: DecisionAuthor::Controller("ado".into()),
-                reason,
-            };
-            self.adopt(&decision);
-            decisions.push(decision);
+        for controller in self.controller.iter_mut().chain(&mut self.shadows) {
+            controller.observe(signals);
+        }
+        if self.schedule.is_point(line.step) {
+            decisions.extend(self.decide_mixture(line.step, signals));
+            decisions.extend(self.take_advice(line.step, signals));
+            let proposals = self.policy.propose(line.step, signals, &self.course, &self.schedule);
+            for (kind, effective, reason) in proposals {
+                let decision = self.decision(line.step, effective, kind, "policy", reason);
+                if self.adopt(&decision) {
+                    decisions.push(decision);
+                }
+            }
         }
         decisions
     }
 
-    fn is_taken(&self, decision: &Decision) -> bool {
-        matches!(decision.kind, DecisionKind::Mixture { .. })
-            && self.mixtures.iter().any(|(from, _)| *from == decision.effective)
+    /// The mixture that the controller decides on, if it does.
+    fn decide_mixture(&mut self, line: StepsCompleted, signals: &Signals) -> Option<Decision> {
+        let earliest = self.schedule.effective(line);
+        if self.course.is_pinned() || self.course.sets_mixture(earliest) {
+            return None;
+        }
+        let mut controller = self.controller.take()?;
+        let proposal = self.propose(controller.as_mut(), line, signals);
+        let decision = proposal.and_then(|(weights, effective, reason)| {
+            let kind = DecisionKind::Mixture { weights };
+            let decision = self.decision(line, effective, kind, controller.kind().name(), reason);
+            self.adopt(&decision).then_some(decision)
+        });
+        if let Some(decision) = &decision {
+            controller.decided(decision.effective);
+        }
+        self.controller = Some(controller);
+        decision
     }
 
-    fn adopt(&mut self, decision: &Decision) {
-        self.next_id = decision.id.0 + 1;
-        match &decision.kind {
-            DecisionKind::Mixture { weights } => {
-                let at = self.mixtures.partition_point(|(from, _)| *from <= decision.effective);
-                self.mixtures.insert(at, (decision.effective, normalised(weights)));
+    /// What controllers in the shadow would do; written down, and not followed.
+    fn take_advice(&mut self, line: StepsCompleted, signals: &Signals) -> Vec<Decision> {
+        let mut shadows = std::mem::take(&mut self.shadows);
+        let mut advice = Vec::new();
+        for shadow in &mut shadows {
+            if let Some((weights, effective, reason)) = self.propose(shadow.as_mut(), line, signals) {
+                let kind = DecisionKind::Advice { weights };
+                let reason = format!("not followed: in the shadow; {reason}");
+                let decision = self.decision(line, effective, kind, shadow.kind().name(), reason);
+                if self.adopt(&decision) {
+                    shadow.decided(effective);
+                    advice.push(decision);
+                }
             }
-            DecisionKind::Pin => self.pinned = true,
-            DecisionKind::Release => self.pinned = false,
+        }
+        self.shadows = shadows;
+        advice
+    }
+
+    /// A controller's mixture inside the guards, with its first step and its reason.
+    fn propose(
+        &self,
+        controller: &mut dyn MixtureController,
+        line: StepsCompleted,
+        signals: &Signals,
+    ) -> Option<(Vec<f64>, StepIndex, String)> {
+        let effective = self.schedule.effective(line);
+        let current = self.mixture(effective);
+        let next = self.schedule.next_point(line).unwrap_or(StepsCompleted(u64::MAX));
+        let sight = Sight {
+            line,
+            effective,
+            effective_next: self.schedule.effective(next),
+            signals,
+            current: &current,
+        };
+        let adapts = controller.kind() != ControllerKind::Schedule;
+        if adapts && Guards::is_frozen(line, signals) {
+            return None;
+        }
+        match controller.advise(&sight)? {
+            Advice::Mixture {
+                weights,
+                effective,
+                reason,
+            } => Some((weights, effective, reason)),
+            Advice::Claims(claims) => {
+                if claims.claims.iter().flatten().count() < 2 {
+                    return None;
+                }
+                let weights = self.guards.settle(&claims.claims, signals, &current)?;
+                controller.settled(&weights);
+                let reason = || self.reason(&claims, &current, &weights);
+                Guards::is_change(&weights, &current).then(|| (weights.clone(), effective, reason()))
+            }
         }
     }
+
+    fn decision(
+        &self,
+        line: StepsCompleted,
+        effective: StepIndex,
+        kind: DecisionKind,
+        by: &str,
+        reason: String,
+    ) -> Decision {
+        Decision {
+            id: DecisionId(self.next_id),
+            line,
+            effective,
+            kind,
+            by: DecisionAuthor::Controller(by.to_owned()),
+            reason,
+        }
+    }
+
+    /// Takes a decision over; says whether it can stand.
+    fn adopt(&mut self, decision: &Decision) -> bool {
+        let stands = self.course.adopt(decision).is_ok();
+        if stands {
+            self.next_id = decision.id.0 + 1;
+        }
+        stands
+    }
+
+    fn reason(&self, claims: &Claims, current: &[f64], weights: &[f64]) -> String {
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        if order.len() > REASON_DOMAINS_MAX {
+            let moved = |domain: usize| (weights[domain] - current[domain]).abs();
+            order.sort_by(|&a, &b| moved(b).total_cmp(&moved(a)).then(a.cmp(&b)));
+            order.truncate(REASON_DOMAINS_MAX);
+            order.sort_unstable();
+        }
+        let mut text = claims.evidence.clone();
+        for domain in order {
+            let _infallible = write!(
+                text,
+                "; {} {:.4}->{:.4} {}",
+                self.names[domain], current[domain], weights[domain], claims.inputs[domain]
+            );
+        }
+        if weights.len() > REASON_DOMAINS_MAX {
+            let _infallible = write!(text, "; {} more", weights.len() - REASON_DOMAINS_MAX);
+        }
+        text
+    }
+}
+
+/// The controller of that kind; none for a mixture that stands.
+fn controller(kind: ControllerKind, config: &LoopConfig, facts: &[DomainFacts]) -> Option<Box<dyn MixtureController>> {
+    let weights: Vec<f64> = facts.iter().map(|fact| fact.weight).collect();
+    match kind {
+        ControllerKind::Static => None,
+        ControllerKind::Ado => Some(Box::new(ado::Ado::new(normalised(&weights)))),
+        ControllerKind::Odm => Some(Box::new(odm::Odm::new(facts.len()))),
+        ControllerKind::Excess => {
+            let reference = &config.mixture.reference;
+            let known = facts.iter().map(|fact| reference.get(&fact.name).copied());
+            Some(Box::new(excess::Excess::new(known.collect())))
+        }
+        ControllerKind::Schedule => Some(Box::new(stages::Stages::new(resolve_stages(config, facts)))),
+    }
+}
+
+/// Stages with their first steps, as far as these are known.
+///
+/// # Panics
+/// If a stage does not say when it begins or has no weights: the config refuses that before.
+fn resolve_stages(config: &LoopConfig, facts: &[DomainFacts]) -> Vec<Stage> {
+    let stages = config.mixture.stages.iter();
+    let resolved = stages.map(|stage| {
+        let of = |fact: &DomainFacts| stage.weights.get(&fact.name).copied().unwrap_or(0.0);
+        let weights: Vec<f64> = facts.iter().map(of).collect();
+        let checked = check_weights(&weights, facts.len());
+        assert!(checked.is_ok(), "weights of stage {}: {checked:?}", stage.name);
+        let begins = match stage.start() {
+            Some(StageStart::Step(step)) => Begins::At(StepIndex(step)),
+            Some(StageStart::Tokens(tokens)) => Begins::At(config.step_after_tokens(tokens)),
+            Some(StageStart::PlateauAfter(steps)) => Begins::OnPlateauAfter(steps),
+            None => panic!("stage {} says when it begins", stage.name),
+        };
+        Stage {
+            name: stage.name.clone(),
+            begins,
+            weights: normalised(&weights),
+        }
+    });
+    resolved.collect()
 }
 
 fn persons_in(line: &TraceLine) -> Vec<Decision> {
@@ -280,203 +516,4 @@ fn persons_in(line: &TraceLine) -> Vec<Decision> {
 fn normalised(weights: &[f64]) -> Vec<f64> {
     let sum: f64 = weights.iter().sum();
     weights.iter().map(|weight| weight / sum).collect()
-}
-
-/// One place on a domain's loss curve.
-#[derive(Clone, Copy, Debug)]
-struct Observation {
-    /// The domain's tokens at the first evaluation of this place.
-    tokens: f64,
-    loss_sum: f64,
-    count: f64,
-}
-
-/// What the ADO controller remembers.
-#[derive(Clone, Debug)]
-struct Ado {
-    names: Vec<String>,
-    prior: Vec<f64>,
-    train_tokens: Vec<f64>,
-    curves: Vec<VecDeque<Observation>>,
-    credit: Vec<f64>,
-    observed: Option<StepsCompleted>,
-    decided_on: Option<StepsCompleted>,
-}
-
-impl Ado {
-    fn new(facts: &[DomainFacts], prior: Vec<f64>) -> Self {
-        Self {
-            names: facts.iter().map(|fact| fact.name.clone()).collect(),
-            train_tokens: facts.iter().map(|fact| fact.train_tokens as f64).collect(),
-            curves: vec![VecDeque::new(); facts.len()],
-            credit: prior.clone(),
-            prior,
-            observed: None,
-            decided_on: None,
-        }
-    }
-
-    /// Takes in an evaluation, once.
-    fn observe(&mut self, signals: &Signals) {
-        if signals.evaluated == self.observed || signals.evaluated != Some(signals.step) {
-            return;
-        }
-        self.observed = signals.evaluated;
-        for (curve, domain) in self.curves.iter_mut().zip(&signals.domains) {
-            let tokens = domain.tokens as f64;
-            let Some(loss) = domain.heldout_loss.filter(|loss| loss.is_finite() && tokens >= 1.0) else {
-                continue;
-            };
-            match curve.back_mut().filter(|last| tokens < last.tokens * HISTORY_RATIO) {
-                Some(last) => {
-                    last.loss_sum += loss;
-                    last.count += 1.0;
-                }
-                None => curve.push_back(Observation {
-                    tokens,
-                    loss_sum: loss,
-                    count: 1.0,
-                }),
-            }
-            while curve
-                .front()
-                .is_some_and(|first| first.tokens < tokens * HISTORY_SHARE_MIN)
-            {
-                curve.pop_front();
-            }
-        }
-    }
-
-    /// A new mixture and the numbers behind it, or none.
-    fn propose(&mut self, line: StepsCompleted, signals: &Signals, current: &[f64]) -> Option<(Vec<f64>, String)> {
-        let frozen = signals
-            .last_spike
-            .is_some_and(|spike| line.0.saturating_sub(spike.0) < SPIKE_FREEZE_LINES);
-        if frozen || self.observed.is_none() || self.observed == self.decided_on {
-            return None;
-        }
-        let fits: Vec<Result<PowerLaw, &'static str>> = self.curves.iter().map(fit_curve).collect();
-        let claims = self.claims(&fits, signals);
-        if claims.iter().flatten().count() < 2 {
-            return None;
-        }
-        let target = self.target(&claims, current);
-        let (low, high) = self.guards(&claims, signals, current);
-        let weights = round(&project(&target, &low, &high)?);
-        self.decided_on = self.observed;
-        for (credit, weight) in self.credit.iter_mut().zip(&weights) {
-            *credit = CREDIT_DECAY * *credit + (1.0 - CREDIT_DECAY) * weight;
-        }
-        let change = weights
-            .iter()
-            .zip(current)
-            .map(|(new, old)| (new - old).abs())
-            .fold(0.0, f64::max);
-        (change >= CHANGE_MIN).then(|| {
-            let reason = self.reason(&fits, signals, current, &weights);
-            (weights, reason)
-        })
-    }
-
-    /// What each domain has to claim; nothing without a good fit.
-    fn claims(&self, fits: &[Result<PowerLaw, &'static str>], signals: &Signals) -> Vec<Option<f64>> {
-        fits.iter()
-            .zip(&signals.domains)
-            .enumerate()
-            .map(|(domain, (fit, seen))| {
-                let speed = fit.as_ref().ok()?.speed(seen.tokens as f64);
-                let claim = self.prior[domain] * libm::pow(self.credit[domain], CREDIT_POWER) * speed;
-                (claim.is_finite() && claim > 0.0).then_some(claim)
-            })
-            .collect()
-    }
-
-    /// The unguarded target. Domains without a claim keep their weight; the others share the rest.
-    fn target(&self, claims: &[Option<f64>], current: &[f64]) -> Vec<f64> {
-        let of_claimants = |values: &[f64]| -> f64 {
-            let claimants = values.iter().zip(claims).filter(|(_, claim)| claim.is_some());
-            claimants.map(|(value, _)| value).sum()
-        };
-        let (mass, prior_mass) = (of_claimants(current), of_claimants(&self.prior));
-        let claim_sum: f64 = claims.iter().flatten().sum();
-        claims
-            .iter()
-            .zip(current.iter().zip(&self.prior))
-            .map(|(claim, (current, prior))| match claim {
-                Some(claim) => mass * ((1.0 - PRIOR_SHARE) * claim / claim_sum + PRIOR_SHARE * prior / prior_mass),
-                None => *current,
-            })
-            .collect()
-    }
-
-    /// Least and largest weight of each domain at this update.
-    fn guards(&self, claims: &[Option<f64>], signals: &Signals, current: &[f64]) -> (Vec<f64>, Vec<f64>) {
-        let floor = weight_floor(current.len());
-        let step = libm::exp(LN_CHANGE_MAX);
-        let mut low = Vec::with_capacity(current.len());
-        let mut high = Vec::with_capacity(current.len());
-        for (domain, (weight, seen)) in current.iter().zip(&signals.domains).enumerate() {
-            let left = (EPOCHS_MAX * self.train_tokens[domain] - seen.tokens as f64).max(0.0);
-            let supply = (left / (signals.tokens as f64).max(1.0)).max(WEIGHT_MIN);
-            // A weight below the floor climbs to it, one above its supply sinks to it, each at the permitted pace.
-            let lowest = (weight / step).max(floor.min(supply)).min(weight * step);
-            let highest = (weight * step).min(supply).max(lowest);
-            let kept = weight.clamp(lowest, highest);
-            low.push(if claims[domain].is_some() { lowest } else { kept });
-            high.push(if claims[domain].is_some() { highest } else { kept });
-        }
-        (low, high)
-    }
-
-    fn reason(
-        &self,
-        fits: &[Result<PowerLaw, &'static str>],
-        signals: &Signals,
-        current: &[f64],
-        weights: &[f64],
-    ) -> String {
-        let mut order: Vec<usize> = (0..weights.len()).collect();
-        if order.len() > REASON_DOMAINS_MAX {
-            let moved = |domain: usize| (weights[domain] - current[domain]).abs();
-            order.sort_by(|&a, &b| moved(b).total_cmp(&moved(a)).then(a.cmp(&b)));
-            order.truncate(REASON_DOMAINS_MAX);
-            order.sort_unstable();
-        }
-        let mut text = format!("held-out at {}", self.observed.map_or(0, |step| step.0));
-        for domain in order {
-            let seen = &signals.domains[domain];
-            let _infallible = match &fits[domain] {
-                Ok(law) => write!(
-                    text,
-                    "; {} {:.4}->{:.4} L={:.4} e={:.3} a={:.3} n={} r2={:.2} ep={:.2}",
-                    self.names[domain],
-                    current[domain],
-                    weights[domain],
-                    law.loss(seen.tokens as f64),
-                    law.floor,
-                    law.exponent,
-                    seen.tokens,
-                    law.explained,
-                    seen.epochs
-                ),
-                Err(why) => write!(
-                    text,
-                    "; {} {:.4}->{:.4} no fit: {why}",
-                    self.names[domain], current[domain], weights[domain]
-                ),
-            };
-        }
-        if weights.len() > REASON_DOMAINS_MAX {
-            let _infallible = write!(text, "; {} more", weights.len() - REASON_DOMAINS_MAX);
-        }
-        text
-    }
-}
-
-fn fit_curve(curve: &VecDeque<Observation>) -> Result<PowerLaw, &'static str> {
-    let points: Vec<(f64, f64)> = curve
-        .iter()
-        .map(|place| (place.tokens, place.loss_sum / place.count))
-        .collect();
-    fit(&points)
 }

@@ -10,10 +10,13 @@
 //! It reads no token: where a sequence lies is the corpus' affair.
 
 use super::composition::{Carry, Composer, Quanta, SEQUENCES_PER_STEP_MAX, interleave};
-use super::decision::{Decision, DecisionKind, DecisionLedger, DecisionSchedule, LedgerError, check_weights};
+use super::course::Directives;
+use super::decision::{
+    Decision, DecisionKind, DecisionLedger, DecisionSchedule, DiscardedSamples, LedgerError, check_weights,
+};
 use super::permutation::{KeyedPermutation, SEQUENCES_MAX, rotation};
 use std::collections::BTreeSet;
-use tarazed_domain::config::MixtureConfig;
+use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::limits::DOMAINS_MAX;
 use tarazed_domain::{DomainIndex, LaneIndex, StepIndex, StepsCompleted};
 
@@ -37,8 +40,8 @@ pub struct Recipe {
     pub seed: u64,
     /// Domains, in config order.
     pub domains: Vec<DomainRecipe>,
-    /// Sequences of one global batch.
-    pub sequences_per_step: u32,
+    /// Sequences of the global batch, by step.
+    pub batch: BatchSchedule,
     /// Hash of the prepared data.
     pub data_version: [u8; 32],
 }
@@ -72,6 +75,8 @@ pub struct StepPlan {
     pub mixture: Vec<f64>,
     /// Sequences of each domain.
     pub counts: Vec<u32>,
+    /// What else was decided for it.
+    pub directives: Directives,
 }
 
 impl StepPlan {
@@ -109,6 +114,26 @@ pub enum PlanError {
     },
 }
 
+/// Decisions that cannot be completed. The caller halts.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CompleteError {
+    /// A rollback asks for a step that is not known.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The decisions beside it are refused.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+}
+
+fn without_rollbacks(decisions: &[Decision]) -> Vec<Decision> {
+    let is_rollback = |decision: &&Decision| matches!(decision.kind, DecisionKind::Rollback { .. });
+    decisions
+        .iter()
+        .filter(|decision| !is_rollback(decision))
+        .cloned()
+        .collect()
+}
+
 /// A cache of the replay from step 0.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Position {
@@ -141,13 +166,13 @@ impl DataCursor {
     ///
     /// # Errors
     /// A [`RecipeError`] naming what is wrong.
-    pub fn new(recipe: Recipe, mixture: &MixtureConfig) -> Result<Self, RecipeError> {
+    pub fn new(recipe: Recipe, schedule: DecisionSchedule) -> Result<Self, RecipeError> {
         check_recipe(&recipe)?;
         let weights: Vec<f64> = recipe.domains.iter().map(|domain| domain.weight).collect();
         let domain_count = weights.len();
         Ok(Self {
-            ledger: DecisionLedger::new(DecisionSchedule::new(mixture), domain_count),
             segments: vec![Segment::new(StepIndex(0), &weights)],
+            ledger: DecisionLedger::new(schedule, weights),
             position: Position::start(domain_count),
             counts: vec![0; domain_count],
             composer: Composer::default(),
@@ -161,19 +186,15 @@ impl DataCursor {
     /// A [`RecipeError`]; refused decisions are named in it.
     pub fn restore(
         recipe: Recipe,
-        mixture: &MixtureConfig,
+        schedule: DecisionSchedule,
         recorded: StepsCompleted,
         decisions: &[Decision],
     ) -> Result<Self, RecipeError> {
-        let mut cursor = Self::new(recipe, mixture)?;
-        cursor.ledger = DecisionLedger::rebuild(
-            *cursor.ledger.schedule(),
-            cursor.recipe.domains.len(),
-            recorded,
-            decisions,
-        )
-        .map_err(|e| RecipeError(e.to_string()))?;
-        cursor.adopt(decisions);
+        let mut cursor = Self::new(recipe, schedule)?;
+        let weights = cursor.ledger.course().mixture(StepIndex(0)).to_vec();
+        cursor.ledger =
+            DecisionLedger::rebuild(schedule, weights, recorded, decisions).map_err(|e| RecipeError(e.to_string()))?;
+        cursor.segment_again();
         Ok(cursor)
     }
 
@@ -183,33 +204,101 @@ impl DataCursor {
     /// # Errors
     /// A [`LedgerError`]; the cursor is then unchanged.
     pub fn record(&mut self, line: StepsCompleted, decisions: &[Decision]) -> Result<(), LedgerError> {
-        if self.ledger.record(line, decisions)? {
-            self.adopt(decisions);
+        if line > self.ledger.recorded() {
+            self.check_discarded(line, decisions)?;
+        }
+        if self.ledger.record(line, decisions)? && !decisions.is_empty() {
+            // The ledger refuses late decisions, so no step planned so far may have another mixture now.
+            let planned = self.position.next;
+            assert!(
+                decisions.iter().all(|decision| decision.effective >= planned),
+                "decisions of line {line} would change a planned step"
+            );
+            self.segment_again();
         }
         Ok(())
     }
 
-    fn adopt(&mut self, decisions: &[Decision]) {
+    /// What a rollback says it discards is what it discards (DATA-3).
+    fn check_discarded(&self, line: StepsCompleted, decisions: &[Decision]) -> Result<(), LedgerError> {
+        let mut whole = decisions.to_vec();
+        let completed = self.complete(line, &mut whole);
+        let refuse = |decision: &Decision, reason: String| {
+            Err(LedgerError::Refused {
+                id: decision.id,
+                line,
+                reason,
+            })
+        };
+        match (
+            completed,
+            decisions.iter().zip(&whole).find(|(said, found)| said != found),
+        ) {
+            (Err(CompleteError::Ledger(error)), _) => Err(error),
+            (Err(CompleteError::Plan(error)), _) => match decisions.first() {
+                Some(decision) => refuse(decision, error.to_string()),
+                None => Ok(()),
+            },
+            (Ok(()), Some((said, _))) => refuse(said, "it does not discard the samples that it names".to_owned()),
+            (Ok(()), None) => Ok(()),
+        }
+    }
+
+    fn segment_again(&mut self) {
+        let mixtures = self.ledger.course().mixtures();
+        self.segments = mixtures.map(|(from, weights)| Segment::new(from, weights)).collect();
+    }
+
+    /// Fills in what a rollback discards, which its author need not know: of each domain, the draws from the state gone
+    /// back to up to the step at which it acts. Call it before the decisions of `line` are recorded.
+    ///
+    /// # Errors
+    /// [`PlanError::DecisionMissing`] where an earlier outcome is not recorded, or the [`LedgerError`] of these.
+    pub fn complete(&self, line: StepsCompleted, decisions: &mut [Decision]) -> Result<(), CompleteError> {
+        if !decisions
+            .iter()
+            .any(|decision| matches!(decision.kind, DecisionKind::Rollback { .. }))
+        {
+            return Ok(());
+        }
+        // What acts between the line and the rollback is decided by this line at the latest.
+        let mut ahead = self.clone();
+        ahead.record(line, &without_rollbacks(decisions))?;
         for decision in decisions {
-            if let DecisionKind::Mixture { weights } = &decision.kind {
-                // The ledger refuses late decisions, so no step planned so far lies in the new segment.
-                assert!(
-                    decision.effective >= self.position.next,
-                    "decision {} would change a planned step",
-                    decision.id
-                );
-                let at = self
-                    .segments
-                    .partition_point(|segment| segment.from <= decision.effective);
-                self.segments.insert(at, Segment::new(decision.effective, weights));
+            if let DecisionKind::Rollback { to, discarded } = &mut decision.kind {
+                *discarded = ahead.discarded(*to, decision.effective)?;
             }
         }
+        Ok(())
+    }
+
+    /// Draws of each domain by the steps from `to` on and before `until`.
+    ///
+    /// # Errors
+    /// [`PlanError::DecisionMissing`] to wait.
+    pub fn discarded(&mut self, to: StepsCompleted, until: StepIndex) -> Result<Vec<DiscardedSamples>, PlanError> {
+        let first = self.drawn(StepIndex(to.0))?;
+        let end = self.drawn(until)?;
+        let draws = first.into_iter().zip(end);
+        Ok(draws
+            .map(|(first, end)| DiscardedSamples {
+                first,
+                count: end - first,
+            })
+            .collect())
     }
 
     /// The newest decision point whose outcome must be recorded before `step` can be planned; 0 if there is none.
     #[must_use]
     pub fn needs(&self, step: StepIndex) -> StepsCompleted {
         self.ledger.schedule().needs(step)
+    }
+
+    /// Whether a decision ends the run before `step`; none where that is not known yet.
+    #[must_use]
+    pub fn ends_before(&self, step: StepIndex) -> Option<bool> {
+        let known = self.needs(step) <= self.ledger.recorded();
+        known.then(|| self.ledger.course().stop().is_some_and(|stop| stop <= step))
     }
 
     /// Plans any step whose decisions are known. Planning forward from the last planned step is cheap; a step further
@@ -221,10 +310,8 @@ impl DataCursor {
         self.seek(step)?;
         let drawn_before = self.position.drawn.clone();
         self.advance();
-        let places = interleave(
-            &self.counts,
-            rotation(self.recipe.seed, step, self.recipe.sequences_per_step),
-        );
+        let sequences = self.recipe.batch.sequences(step);
+        let places = interleave(&self.counts, rotation(self.recipe.seed, step, sequences));
         let samples = match self.samples(drawn_before, &places) {
             Ok(samples) => samples,
             Err(e) => {
@@ -238,6 +325,7 @@ impl DataCursor {
             samples,
             mixture: self.segment(step).weights.clone(),
             counts: self.counts.clone(),
+            directives: self.ledger.course().directives(step),
         })
     }
 
@@ -291,7 +379,7 @@ impl DataCursor {
             .segments
             .partition_point(|segment| segment.from <= self.position.next);
         let quanta = &self.segments[after - 1].quanta;
-        let sequences = self.recipe.sequences_per_step;
+        let sequences = self.recipe.batch.sequences(self.position.next);
         self.composer
             .compose(quanta, sequences, &mut self.position.carry, &mut self.counts);
         for (drawn, count) in self.position.drawn.iter_mut().zip(&self.counts) {
@@ -355,10 +443,13 @@ fn check_recipe(recipe: &Recipe) -> Result<(), RecipeError> {
     if !(1..=DOMAINS_MAX).contains(&domains.len()) {
         return refuse(format!("{} domains are not in 1..={DOMAINS_MAX}", domains.len()));
     }
-    if !(1..=SEQUENCES_PER_STEP_MAX).contains(&recipe.sequences_per_step) {
+    if let Some((_, sequences)) = recipe
+        .batch
+        .stages()
+        .find(|(_, sequences)| !(1..=SEQUENCES_PER_STEP_MAX).contains(sequences))
+    {
         return refuse(format!(
-            "a batch of {} sequences is not in 1..={SEQUENCES_PER_STEP_MAX}",
-            recipe.sequences_per_step
+            "a batch of {sequences} sequences is not in 1..={SEQUENCES_PER_STEP_MAX}"
         ));
     }
     let weights: Vec<f64> = domains.iter().map(|domain| domain.weight).collect();

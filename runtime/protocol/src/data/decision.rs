@@ -10,9 +10,10 @@
 //!
 //! The ledger refuses what is late, contradictory, out of order or malformed, and says why; it decides nothing itself.
 
+use super::course::Course;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use tarazed_domain::config::{ControllerKind, MixtureConfig};
+use tarazed_domain::config::{Config, ControllerKind, MixtureConfig, PolicyConfig};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Number of a decision, rising through the run from 1.
@@ -40,7 +41,7 @@ impl fmt::Display for DecisionId {
     }
 }
 
-pub use kind::DecisionKind;
+pub use kind::{DecisionKind, DiscardedSamples, SpikeBounds};
 
 mod kind {
     #![allow(
@@ -48,7 +49,9 @@ mod kind {
         reason = "rkyv generates public twins of the fields without documentation"
     )]
 
+    use super::DecisionId;
     use serde::{Deserialize, Serialize};
+    use tarazed_domain::StepsCompleted;
 
     /// What is decided.
     #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
@@ -63,6 +66,58 @@ mod kind {
         Pin,
         /// The controller decides again.
         Release,
+        /// What a controller in the shadow would do; nobody follows it.
+        Advice {
+            /// One weight per domain.
+            weights: Vec<f64>,
+        },
+        /// An earlier decision does not hold from the effective step on: what was in force before it is in force again.
+        Veto {
+            /// Which.
+            decision: DecisionId,
+        },
+        /// The learning rate is so many times that of the config, from the effective step on.
+        LearningRate {
+            /// Positive.
+            factor: f64,
+        },
+        /// The decay of a `wsd` schedule begins at the effective step.
+        Decay,
+        /// From the effective step on, the update of a step beyond these bounds is left out.
+        SpikeBounds(SpikeBounds),
+        /// At the effective step the training state is that after `to` steps; data, learning rate and step go on.
+        Rollback {
+            /// Updates in the state that is gone back to.
+            to: StepsCompleted,
+            /// What was trained on since, and counts as used: the samples of the steps from `to` to the effective one.
+            discarded: Vec<DiscardedSamples>,
+        },
+        /// The run ends before the effective step.
+        Stop,
+    }
+
+    /// What a step is judged by at its barrier. All of it comes from committed lines, so every rank judges alike.
+    #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct SpikeBounds {
+        /// Expected training loss by domain, in nats; none where nothing is expected.
+        pub expected: Vec<Option<f64>>,
+        /// The most that the loss may lie above what is expected, in nats.
+        pub residual_loss: f64,
+        /// The largest gradient norm before clipping.
+        pub grad_norm: f64,
+    }
+
+    /// Consecutive draws of one domain.
+    #[derive(
+        Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize,
+    )]
+    #[serde(deny_unknown_fields)]
+    pub struct DiscardedSamples {
+        /// The first, counted over all epochs from 0.
+        pub first: u64,
+        /// How many.
+        pub count: u64,
     }
 }
 
@@ -102,6 +157,68 @@ pub struct Decision {
     pub reason: String,
 }
 
+/// Decisions as ranks need them that begin at `base`: what they do, not why, and without those that act on no step any
+/// more, since plans hold all decisions of a run and messages are bounded. Advice acts on none; of spike bounds the newest
+/// at the base and later ones do, unless a veto may bring older ones back.
+#[must_use]
+pub fn for_ranks(decisions: &[Decision], base: StepsCompleted) -> Vec<Decision> {
+    let is_bounds = |decision: &&Decision| matches!(decision.kind, DecisionKind::SpikeBounds(_));
+    let is_past = |decision: &&Decision| decision.effective.0 <= base.0;
+    let bounds = || decisions.iter().filter(is_bounds);
+    let newest = bounds().filter(is_past).max_by_key(|decision| decision.effective);
+    let newest = newest.map(|decision| decision.id);
+    let names_bounds = |which: DecisionId| bounds().any(|decision| decision.id == which);
+    let any_vetoed = decisions.iter().any(|decision| match decision.kind {
+        DecisionKind::Veto { decision: which } => names_bounds(which),
+        _ => false,
+    });
+    let acts = |decision: &&Decision| match decision.kind {
+        DecisionKind::Advice { .. } => false,
+        DecisionKind::SpikeBounds(_) => any_vetoed || !is_past(decision) || Some(decision.id) == newest,
+        _ => true,
+    };
+    let bare = |decision: &Decision| Decision {
+        reason: String::new(),
+        ..decision.clone()
+    };
+    decisions.iter().filter(acts).map(bare).collect()
+}
+
+/// The first step that is not run any more by these decisions, in order.
+#[must_use]
+pub fn stop_of(decisions: &[Decision]) -> Option<StepIndex> {
+    let stands = |stop: &&Decision| {
+        let veto = DecisionKind::Veto { decision: stop.id };
+        stop.kind == DecisionKind::Stop && !decisions.iter().any(|decision| decision.kind == veto)
+    };
+    decisions.iter().rev().find(stands).map(|stop| stop.effective)
+}
+
+impl Decision {
+    /// Whether the other is the same decision, up to what its author does not know: the samples that a rollback discards,
+    /// which the data cursor fills in and checks.
+    #[must_use]
+    pub fn is_as_decided(&self, other: &Self) -> bool {
+        let DecisionKind::Rollback { to, discarded } = &self.kind else {
+            return self == other;
+        };
+        match &other.kind {
+            DecisionKind::Rollback {
+                to: other_to,
+                discarded: other_discarded,
+            } => {
+                let with = |kind: DecisionKind| Self { kind, ..other.clone() };
+                let blank = DecisionKind::Rollback {
+                    to: *to,
+                    discarded: discarded.clone(),
+                };
+                to == other_to && discarded.len() == other_discarded.len() && *self == with(blank)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Where decision points lie and how long a decision takes: a function of the config alone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DecisionSchedule {
@@ -111,26 +228,37 @@ pub struct DecisionSchedule {
 }
 
 impl DecisionSchedule {
-    /// The schedule of a config. A static mixture has no decision points: its ranks never wait for the controller.
+    /// The schedule of a config. A run in which nothing is decided has no decision points: its ranks never wait for the
+    /// controller.
     ///
     /// # Panics
     /// If the interval or the lag is 0: the config refuses that before.
     #[must_use]
-    pub fn new(config: &MixtureConfig) -> Self {
-        assert!(config.interval_steps > 0, "mixture.interval_steps is at least 1");
-        assert!(config.lag_steps > 0, "mixture.lag_steps is at least 1");
-        let first_point = match config.controller {
-            ControllerKind::Static => None,
-            ControllerKind::Ado => config
-                .start_steps
-                .max(1)
-                .checked_next_multiple_of(config.interval_steps),
-        };
+    pub fn new(mixture: &MixtureConfig, policy: &PolicyConfig) -> Self {
+        assert!(mixture.interval_steps > 0, "mixture.interval_steps is at least 1");
+        assert!(mixture.lag_steps > 0, "mixture.lag_steps is at least 1");
+        let asked = mixture.controllers().any(|kind| kind != ControllerKind::Static);
+        let first_point = mixture.first_point().filter(|_| asked || policy.decides());
         Self {
             first_point,
-            interval_steps: config.interval_steps,
-            lag_steps: config.lag_steps,
+            interval_steps: mixture.interval_steps,
+            lag_steps: mixture.lag_steps,
         }
+    }
+
+    /// The schedule of a run's config.
+    ///
+    /// # Panics
+    /// As [`DecisionSchedule::new`].
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self::new(&config.mixture, &config.policy)
+    }
+
+    /// Whether there are decision points at all.
+    #[must_use]
+    pub const fn decides(&self) -> bool {
+        self.first_point.is_some()
     }
 
     /// Whether decisions may be written in this line.
@@ -203,20 +331,20 @@ pub enum LedgerError {
 #[derive(Clone, PartialEq, Debug)]
 pub struct DecisionLedger {
     schedule: DecisionSchedule,
-    domain_count: usize,
     recorded: StepsCompleted,
     decisions: Vec<Decision>,
+    course: Course,
 }
 
 impl DecisionLedger {
-    /// An empty ledger for `domain_count` domains.
+    /// An empty ledger over the configured mixture.
     #[must_use]
-    pub const fn new(schedule: DecisionSchedule, domain_count: usize) -> Self {
+    pub fn new(schedule: DecisionSchedule, weights: Vec<f64>) -> Self {
         Self {
             schedule,
-            domain_count,
             recorded: StepsCompleted(0),
             decisions: Vec::new(),
+            course: Course::new(weights),
         }
     }
 
@@ -226,11 +354,11 @@ impl DecisionLedger {
     /// As [`DecisionLedger::record`].
     pub fn rebuild(
         schedule: DecisionSchedule,
-        domain_count: usize,
+        weights: Vec<f64>,
         recorded: StepsCompleted,
         decisions: &[Decision],
     ) -> Result<Self, LedgerError> {
-        let mut ledger = Self::new(schedule, domain_count);
+        let mut ledger = Self::new(schedule, weights);
         for group in decisions.chunk_by(|a, b| a.line == b.line) {
             let line = group[0].line;
             if line > recorded {
@@ -265,15 +393,22 @@ impl DecisionLedger {
         if let Some(missing) = self.schedule.next_point(self.recorded).filter(|point| *point < line) {
             return Err(LedgerError::Skipped { line, missing });
         }
-        for (position, decision) in decisions.iter().enumerate() {
-            self.check(line, decision, &decisions[..position])?;
+        let mut course = self.course.clone();
+        let mut last = self.decisions.last().map(|decision| decision.id);
+        for decision in decisions {
+            self.check(line, decision, last)?;
+            course
+                .adopt(decision)
+                .map_err(|reason| refused(decision, line, reason))?;
+            last = Some(decision.id);
         }
+        self.course = course;
         self.decisions.extend_from_slice(decisions);
         self.recorded = line;
         Ok(true)
     }
 
-    fn check(&self, line: StepsCompleted, decision: &Decision, before: &[Decision]) -> Result<(), LedgerError> {
+    fn check(&self, line: StepsCompleted, decision: &Decision, last: Option<DecisionId>) -> Result<(), LedgerError> {
         let refuse = |reason: String| Err(refused(decision, line, reason));
         if !self.schedule.is_point(line) {
             return refuse("the line is not a decision point of this config".into());
@@ -288,27 +423,9 @@ impl DecisionLedger {
                 decision.effective, earliest
             ));
         }
-        if let Some(last) = before.last().or(self.decisions.last())
-            && decision.id <= last.id
-        {
-            return refuse(format!("decision {} came before it", last.id));
-        }
-        let DecisionKind::Mixture { weights } = &decision.kind else {
-            return Ok(());
-        };
-        if let Err(reason) = check_weights(weights, self.domain_count) {
-            return refuse(reason);
-        }
-        let twin =
-            self.decisions.iter().rev().chain(before).find(|other| {
-                other.effective == decision.effective && matches!(other.kind, DecisionKind::Mixture { .. })
-            });
-        match twin {
-            Some(other) => refuse(format!(
-                "it contradicts decision {}, which sets the mixture of the same step {}",
-                other.id, other.effective
-            )),
-            None => Ok(()),
+        match last {
+            Some(last) if decision.id <= last => refuse(format!("decision {last} came before it")),
+            _ => Ok(()),
         }
     }
 
@@ -316,6 +433,12 @@ impl DecisionLedger {
         let start = self.decisions.partition_point(|decision| decision.line < line);
         let end = self.decisions.partition_point(|decision| decision.line <= line);
         &self.decisions[start..end]
+    }
+
+    /// What is in force, by step.
+    #[must_use]
+    pub const fn course(&self) -> &Course {
+        &self.course
     }
 
     /// The rules of the ledger.

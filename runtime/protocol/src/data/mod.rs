@@ -17,6 +17,7 @@
 
 pub mod composition;
 pub mod controller;
+pub mod course;
 pub mod cursor;
 pub mod decision;
 mod fit;
@@ -24,9 +25,11 @@ pub mod permutation;
 mod projection;
 pub mod signals;
 pub mod stats;
+pub mod trajectory;
 
 use serde::{Deserialize, Serialize};
-use tarazed_domain::config::Language;
+use tarazed_domain::StepIndex;
+use tarazed_domain::config::{BatchSchedule, Config, Language, LearningRateSchedule, MixtureConfig, PolicyConfig};
 
 /// What the signals and the controller know of a domain before the run: config and data version, nothing measured.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -39,6 +42,41 @@ pub struct DomainFacts {
     pub weight: f64,
     /// Training tokens of one epoch.
     pub train_tokens: u64,
+}
+
+/// What the closed loop is made from besides the data: a function of the config.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LoopConfig {
+    /// Who sets the mixture, and when anything is decided.
+    pub mixture: MixtureConfig,
+    /// What else is decided.
+    pub policy: PolicyConfig,
+    /// Course of the learning rate.
+    pub rate: LearningRateSchedule,
+    /// Sequences of the global batch, by step.
+    pub batch: BatchSchedule,
+    /// Tokens of one sequence.
+    pub context_tokens: u64,
+}
+
+impl LoopConfig {
+    /// That of a run.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self {
+            mixture: config.mixture.clone(),
+            policy: config.policy.clone(),
+            rate: config.optimizer.schedule.clone(),
+            batch: config.batch_schedule(),
+            context_tokens: config.model.context as u64,
+        }
+    }
+
+    /// The first step before which so many training tokens are consumed.
+    #[must_use]
+    pub fn step_after_tokens(&self, tokens: u64) -> StepIndex {
+        self.batch.step_after(tokens.div_ceil(self.context_tokens.max(1)))
+    }
 }
 
 #[cfg(test)]

@@ -11,11 +11,16 @@
 //! | gradient-norm spike | the same on the gradient norm | the same |
 //! | held-out loss | newest evaluation; by language: mean over its domains' tokens; macro: plain mean over domains | |
 //! | plateau | Welch's `t < 2` between the mixture-free losses of the last 128 lines and of the 128 before | Welch 1947 |
+//! | divergence | the mixture-free loss of the last 32 lines lies above that of the 128 before by more than 6 standard errors (as Welch's `t`) and 0.1 nats | |
+//! | bits per byte | `l / ln 2` over bytes per token, from the data's manifest | |
+//! | gradient noise scale | `S / |G|²` in tokens, `|G|² = (B |G_B|² - b |G_b|²) / (B - b)`, `S = (|G_b|² - |G_B|²) / (1/b - 1/B)`, both smoothed as losses are | McCandlish et al., arXiv 1812.06162, appendix A.1 |
 //! | tokens requested | `Σ_t p_d(t) · tokens(t)`, `p` the mixture in force | |
 //! | epochs | realised training tokens over the domain's training tokens | |
 //!
 //! The mixture-free loss is `e_t + Σ_d w_d smoothed_d(t-1)` with the configured weights `w`: the loss as it would read
-//! under an unchanged mixture. A plateau is a statement about these lines; under a warm-up or a level learning rate it is
+//! under an unchanged mixture. For the noise scale `B` are the tokens of the step and `b` those of one of its `L` lanes: with
+//! the line's `lane_squares` `Q = Σ_l |g_l|²` of the lanes' parts of the gradient, `|G_b|² = L Q`. Lanes are fixed, so no
+//! world size has a part in it. A plateau is a statement about these lines; under a warm-up or a level learning rate it is
 //! not convergence. Sums run in domain order and from the oldest line on.
 
 use super::DomainFacts;
@@ -41,6 +46,24 @@ pub const PLATEAU_WINDOW_LINES: usize = 128;
 /// A plateau is a fall of less than this many standard errors.
 pub const PLATEAU_STANDARD_ERRORS: f64 = 2.0;
 
+/// Newest lines whose loss is held against those before, for divergence.
+pub const DIVERGENCE_LINES: usize = 32;
+/// Lines before them.
+pub const DIVERGENCE_REFERENCE_LINES: usize = 128;
+/// A divergence is a rise of more than this many standard errors.
+pub const DIVERGENCE_STANDARD_ERRORS: f64 = 6.0;
+/// And of more than this many nats.
+pub const DIVERGENCE_NATS_MIN: f64 = 0.1;
+
+/// UTF-8 bytes behind one token of a domain, on average.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct BytesPerToken {
+    /// Of the training part; 0 where it is not known.
+    pub train: f64,
+    /// Of the held-out part.
+    pub heldout: f64,
+}
+
 /// Mean and spread of a window of lines.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct WindowStats {
@@ -59,8 +82,33 @@ pub struct Judged {
     pub value: f64,
     /// The lines before it.
     pub window: WindowStats,
-    /// Above mean + 6 σ, or not finite.
+    /// Their mean + 6 σ; none before there are enough of them.
+    pub threshold: Option<f64>,
+    /// Above that, or not finite.
     pub spike: bool,
+}
+
+/// A loss that rises and stays up.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Divergence {
+    /// The first line of those that lie above what was before.
+    pub since: StepsCompleted,
+    /// Mixture-free loss before, in nats.
+    pub before: f64,
+    /// By how much it rose.
+    pub rise: f64,
+}
+
+/// How noisy gradients are, smoothed.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct GradientNoise {
+    /// Square of the true gradient's norm, `|G|²`.
+    pub gradient_square: f64,
+    /// Trace of the covariance of a gradient over one token, `S`.
+    pub noise_trace: f64,
+    /// The simple noise scale `S / |G|²`, in tokens: a batch well below it wastes steps, one well above it wastes tokens.
+    /// None where `|G|²` is lost in the noise.
+    pub scale_tokens: Option<f64>,
 }
 
 /// Signals of one domain.
@@ -72,6 +120,10 @@ pub struct DomainSignals {
     pub train_loss: Option<f64>,
     /// Held-out loss of the newest evaluation, in nats; none before the first, or where the domain holds nothing out.
     pub heldout_loss: Option<f64>,
+    /// Smoothed training loss in bits per byte of text; none where bytes are not known.
+    pub train_bits_per_byte: Option<f64>,
+    /// Held-out loss in bits per byte of text.
+    pub heldout_bits_per_byte: Option<f64>,
     /// Training tokens so far.
     pub tokens: u64,
     /// Training tokens the mixtures in force asked for so far.
@@ -114,6 +166,10 @@ pub struct Signals {
     pub last_spike: Option<StepsCompleted>,
     /// No fall of the mixture-free loss over the last 256 lines; none before there are so many.
     pub plateau: Option<bool>,
+    /// The mixture-free loss rises and stays up.
+    pub divergence: Option<Divergence>,
+    /// Gradient noise; none where lines do not hold what it is made of.
+    pub gradient_noise: Option<GradientNoise>,
 }
 
 impl Signals {
@@ -181,6 +237,10 @@ pub struct Tsm {
     mixture_free: VecDeque<f64>,
     evaluated: Option<StepsCompleted>,
     last_spike: Option<StepsCompleted>,
+    bytes: Vec<BytesPerToken>,
+    lanes: u32,
+    gradient_square: Smoothed,
+    noise_trace: Smoothed,
 }
 
 impl Tsm {
@@ -196,7 +256,25 @@ impl Tsm {
             mixture_free: VecDeque::new(),
             evaluated: None,
             last_spike: None,
+            bytes: Vec::new(),
+            lanes: 1,
+            gradient_square: Smoothed::default(),
+            noise_trace: Smoothed::default(),
         }
+    }
+
+    /// The same, with what the data's manifest says of bytes, in domain order.
+    #[must_use]
+    pub fn with_bytes(mut self, bytes: Vec<BytesPerToken>) -> Self {
+        self.bytes = bytes;
+        self
+    }
+
+    /// The same, for lines whose gradients were summed over so many lanes.
+    #[must_use]
+    pub const fn with_lanes(mut self, lanes: u32) -> Self {
+        self.lanes = lanes;
+        self
     }
 
     /// Takes in the next line. The first may be any (a trace may begin at a restore point); then each must follow.
@@ -223,7 +301,35 @@ impl Tsm {
                 self.mixture_free.pop_front();
             }
         }
+        self.take_noise(line);
         Ok(self.signals(line, residual_loss, grad_norm))
+    }
+
+    fn take_noise(&mut self, line: &TraceLine) {
+        let tokens: u64 = line.domains.iter().map(|(_, seen)| seen.tokens).sum();
+        let Some(squares) = line
+            .lane_squares
+            .filter(|squares| squares.is_finite() && self.lanes > 1 && tokens > 0)
+        else {
+            return;
+        };
+        let lanes = f64::from(self.lanes);
+        let large = line.grad_norm * line.grad_norm; // |G_B|²
+        let small = lanes * squares; // |G_b|²
+        if large.is_finite() {
+            // With B = L b, both divided through by b.
+            self.gradient_square.add((lanes * large - small) / (lanes - 1.0));
+            self.noise_trace.add((small - large) * tokens as f64 / (lanes - 1.0));
+        }
+    }
+
+    fn gradient_noise(&self) -> Option<GradientNoise> {
+        let (gradient_square, noise_trace) = (self.gradient_square.value()?, self.noise_trace.value()?);
+        Some(GradientNoise {
+            gradient_square,
+            noise_trace,
+            scale_tokens: (gradient_square > 0.0 && noise_trace >= 0.0).then(|| noise_trace / gradient_square),
+        })
     }
 
     fn check(&self, line: &TraceLine) -> Result<(), SignalError> {
@@ -321,10 +427,14 @@ impl Tsm {
                 .facts
                 .iter()
                 .zip(&self.domains)
-                .map(|(fact, state)| DomainSignals {
+                .enumerate()
+                .map(|(domain, (fact, state))| DomainSignals {
                     name: fact.name.clone(),
                     train_loss: state.smoothed.value(),
                     heldout_loss: state.heldout.map(|(loss, _)| loss),
+                    train_bits_per_byte: self.bits_per_byte(domain, state.smoothed.value(), |bytes| bytes.train),
+                    heldout_bits_per_byte: self
+                        .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
                     tokens: state.tokens,
                     tokens_requested: state.tokens_requested,
                     epochs: state.tokens as f64 / fact.train_tokens.max(1) as f64,
@@ -345,7 +455,30 @@ impl Tsm {
             grad_norm,
             last_spike: self.last_spike,
             plateau: self.plateau(),
+            divergence: self.divergence(line.step),
+            gradient_noise: self.gradient_noise(),
         }
+    }
+
+    fn bits_per_byte(&self, domain: usize, nats: Option<f64>, part: fn(&BytesPerToken) -> f64) -> Option<f64> {
+        let bytes = self.bytes.get(domain).map(part).filter(|bytes| *bytes > 0.0)?;
+        Some(nats? / std::f64::consts::LN_2 / bytes)
+    }
+
+    fn divergence(&self, line: StepsCompleted) -> Option<Divergence> {
+        let levels = &self.mixture_free;
+        let first = levels
+            .len()
+            .checked_sub(DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES)?;
+        let before = stats(levels.range(first..first + DIVERGENCE_REFERENCE_LINES));
+        let recent = stats(levels.range(first + DIVERGENCE_REFERENCE_LINES..));
+        let rise = recent.mean - before.mean;
+        let far = rise > DIVERGENCE_STANDARD_ERRORS * standard_error(before, recent) && rise > DIVERGENCE_NATS_MIN;
+        far.then(|| Divergence {
+            since: StepsCompleted((line.0 + 1).saturating_sub(DIVERGENCE_LINES as u64)),
+            before: before.mean,
+            rise,
+        })
     }
 
     fn plateau(&self) -> Option<bool> {
@@ -354,10 +487,15 @@ impl Tsm {
         }
         let before = stats(self.mixture_free.iter().take(PLATEAU_WINDOW_LINES));
         let after = stats(self.mixture_free.iter().skip(PLATEAU_WINDOW_LINES));
-        let variance = |window: WindowStats| window.sigma * window.sigma / window.count as f64;
-        let standard_error = (variance(before) + variance(after)).sqrt();
-        Some(before.mean - after.mean < PLATEAU_STANDARD_ERRORS * standard_error.max(f64::EPSILON))
+        let error = standard_error(before, after).max(f64::EPSILON);
+        Some(before.mean - after.mean < PLATEAU_STANDARD_ERRORS * error)
     }
+}
+
+/// Standard error of the difference of two means (Welch 1947).
+fn standard_error(a: WindowStats, b: WindowStats) -> f64 {
+    let variance = |window: WindowStats| window.sigma * window.sigma / window.count as f64;
+    (variance(a) + variance(b)).sqrt()
 }
 
 /// The last values of a quantity.
@@ -384,7 +522,12 @@ impl Window {
                 self.values.pop_front();
             }
         }
-        Judged { value, window, spike }
+        Judged {
+            value,
+            window,
+            threshold: judged.then_some(threshold),
+            spike,
+        }
     }
 }
 

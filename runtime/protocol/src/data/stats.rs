@@ -7,7 +7,7 @@
 //! `loss = Σ_d loss_sum(d) / Σ_d tokens(d)`, domains in config order, in f64.
 //!
 //! Flat form, little endian: `u32` number of domains, then for each domain training `f64` loss sum, `u64` tokens, then
-//! the same for held-out. Its length depends on the number of domains alone, so lanes can be all-gathered. It is
+//! the same for held-out, and the `f64` square of the lane's gradient, -1 where it was not asked for. Its length depends on the number of domains alone, so lanes can be all-gathered. It is
 //! validated before use: bytes from a peer are never trusted.
 
 use crate::trace::{DomainLoss, DomainMap};
@@ -43,6 +43,8 @@ impl LossSum {
 pub struct LaneStats {
     train: Vec<LossSum>,
     heldout: Vec<LossSum>,
+    /// Sum over lanes of the squares of their parts of the gradient; [`NO_SQUARES`] where nobody summed them.
+    squares: f64,
 }
 
 /// Refused statistics. The caller halts the step: a peer of another config or corrupted bytes.
@@ -84,7 +86,10 @@ pub enum StatsError {
     },
 }
 
+/// No sum of squares is negative.
+const NO_SQUARES: f64 = -1.0;
 const HEADER_BYTES: usize = 4;
+const SQUARES_BYTES: usize = 8;
 const SUM_BYTES: usize = 16;
 
 impl LaneStats {
@@ -98,6 +103,7 @@ impl LaneStats {
         Self {
             train: vec![LossSum::default(); domain_count],
             heldout: vec![LossSum::default(); domain_count],
+            squares: NO_SQUARES,
         }
     }
 
@@ -121,6 +127,17 @@ impl LaneStats {
     /// If there is no such domain.
     pub fn add_heldout(&mut self, domain: DomainIndex, loss_sum: f64, tokens: u64) {
         self.heldout[domain.index()].add(loss_sum, tokens);
+    }
+
+    /// The square of the lane's part of the gradient: of its own sum, as it is added to those of other lanes.
+    pub const fn set_squares(&mut self, squares: f64) {
+        self.squares = squares;
+    }
+
+    /// Sum over lanes of the squares of their parts of the gradient; none where it was not asked for.
+    #[must_use]
+    pub fn lane_squares(&self) -> Option<f64> {
+        (self.squares >= 0.0).then_some(self.squares)
     }
 
     /// Training sums, in domain order.
@@ -181,6 +198,10 @@ impl LaneStats {
                 })?;
             }
         }
+        left.squares = match (left.lane_squares(), right.lane_squares()) {
+            (Some(mine), Some(theirs)) => mine + theirs,
+            _ => NO_SQUARES,
+        };
         Ok(left)
     }
 
@@ -229,7 +250,7 @@ impl LaneStats {
     /// Bytes of the flat form for `domain_count` domains.
     #[must_use]
     pub const fn encoded_bytes(domain_count: usize) -> usize {
-        HEADER_BYTES + domain_count * 2 * SUM_BYTES
+        HEADER_BYTES + domain_count * 2 * SUM_BYTES + SQUARES_BYTES
     }
 
     /// The flat form.
@@ -243,6 +264,7 @@ impl LaneStats {
                 bytes.extend_from_slice(&sum.tokens.to_le_bytes());
             }
         }
+        bytes.extend_from_slice(&self.squares.to_le_bytes());
         bytes
     }
 
@@ -281,6 +303,9 @@ impl LaneStats {
                     sum.tokens = tokens;
                 }
             }
+        }
+        if let Some(squares) = words.next() {
+            stats.squares = f64::from_bits(squares);
         }
         Ok(stats)
     }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::data::decision::{DecisionAuthor, DecisionId, DecisionKind};
+use crate::data::decision::{DecisionAuthor, DecisionId, DecisionKind, DiscardedSamples, SpikeBounds};
 use proptest::prelude::*;
 use tarazed_domain::StepIndex;
 
@@ -35,6 +35,34 @@ fn decision() -> impl Strategy<Value = Decision> {
         prop::collection::vec(finite_bits(), 0..4).prop_map(|weights| DecisionKind::Mixture { weights }),
         Just(DecisionKind::Pin),
         Just(DecisionKind::Release),
+        prop::collection::vec(finite_bits(), 0..4).prop_map(|weights| DecisionKind::Advice { weights }),
+        any::<u64>().prop_map(|id| DecisionKind::Veto {
+            decision: DecisionId(id)
+        }),
+        finite_bits().prop_map(|factor| DecisionKind::LearningRate { factor }),
+        Just(DecisionKind::Decay),
+        Just(DecisionKind::Stop),
+        (
+            prop::collection::vec(prop::option::of(finite_bits()), 0..4),
+            finite_bits(),
+            finite_bits()
+        )
+            .prop_map(
+                |(expected, residual_loss, grad_norm)| DecisionKind::SpikeBounds(SpikeBounds {
+                    expected,
+                    residual_loss,
+                    grad_norm
+                })
+            ),
+        (any::<u64>(), prop::collection::vec((any::<u64>(), any::<u64>()), 0..4)).prop_map(|(to, discarded)| {
+            let samples = discarded
+                .into_iter()
+                .map(|(first, count)| DiscardedSamples { first, count });
+            DecisionKind::Rollback {
+                to: StepsCompleted(to),
+                discarded: samples.collect(),
+            }
+        }),
     ];
     let by = prop_oneof![
         ".{0,6}".prop_map(DecisionAuthor::Controller),
@@ -58,10 +86,11 @@ prop_compose! {
         loss in any_bits(), grad_norm in any_bits(), lr in finite_bits(),
         mixture in (names(), prop::collection::vec(finite_bits(), 5)),
         domains in losses(), heldout in prop::option::of(losses()),
+        lane_squares in prop::option::of(finite_bits()), skipped: bool,
         decisions in prop::collection::vec(decision(), 0..3),
     ) -> TraceLine {
         let mixture = DomainMap(mixture.0.into_iter().zip(mixture.1).collect());
-        TraceLine { step: StepsCompleted(step), tokens, data, loss, grad_norm, state, lr, mixture, domains, heldout, decisions }
+        TraceLine { step: StepsCompleted(step), tokens, data, loss, grad_norm, state, lr, mixture, domains, heldout, lane_squares, skipped, decisions }
     }
 }
 
@@ -83,6 +112,8 @@ fn sample(step: u64) -> TraceLine {
             },
         )]),
         heldout: None,
+        lane_squares: None,
+        skipped: false,
         decisions: Vec::new(),
     }
 }
@@ -149,6 +180,11 @@ fn the_text_is_pinned() {
     let heldout = r#""heldout":{"code":{"loss":null,"tokens":3,"loss_bits":"0xfff0000000000000"}}"#;
     let decision = r#"{"id":1,"line":2,"effective":9,"kind":{"mixture":{"weights":[0.5,0.5]}},"by":{"person":"ada"},"reason":"a test"}"#;
     assert_eq!(line.print(), format!(r#"{head},{heldout},"decisions":[{decision}]}}"#));
+    (line.lane_squares, line.skipped) = (Some(0.5), true);
+    assert_eq!(
+        line.print(),
+        format!(r#"{head},{heldout},"lane_squares":0.5,"skipped":true,"decisions":[{decision}]}}"#)
+    );
     line.loss = f64::NAN;
     assert!(line.print().contains(r#""loss":null,"loss_bits":"0x7ff8000000000000""#));
 }
@@ -200,7 +236,7 @@ fn differences_name_step_and_field() {
     );
     let next = |value: &mut f64| *value = f64::from_bits(value.to_bits() + 1);
     type Change<'a> = (&'a str, &'a dyn Fn(&mut TraceLine));
-    let changes: [Change<'_>; 11] = [
+    let changes: [Change<'_>; 13] = [
         ("tokens", &|line| line.tokens += 1),
         ("data", &|line| line.data[31] ^= 1),
         ("loss", &|line| next(&mut line.loss)),
@@ -211,6 +247,8 @@ fn differences_name_step_and_field() {
         ("domains.web", &|line| line.domains.0[0].1.tokens += 1),
         ("domains", &|line| line.domains.0[0].0 = "code".into()),
         ("heldout", &|line| line.heldout = Some(DomainMap::default())),
+        ("lane_squares", &|line| line.lane_squares = Some(0.0)),
+        ("skipped", &|line| line.skipped = true),
         ("decisions", &|line| {
             line.decisions = vec![crate::data::tests::mixture_decision(1, 4, 9, &[1.0])]
         }),

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod checkpoint;
+pub mod decide;
 pub mod generate;
 pub mod plan;
 pub mod rank;
@@ -21,6 +22,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Train(args) => train::run(&args),
         Command::Rank(args) => rank::run(args),
         Command::Resize(args) => resize::run(&args),
+        Command::Decide(args) => decide::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Checkpoint(command) => checkpoint::run(&command),

@@ -17,6 +17,7 @@ use tarazed_fabric::{
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::commit::{self, Resolution};
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, StateReport, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_protocol::sharder;
@@ -68,7 +69,13 @@ interval_steps = 0
 "#;
 
 pub fn config() -> Arc<Config> {
-    Arc::new(Config::parse(CONFIG, "test", &[], Path::new("")).unwrap())
+    config_with(&[])
+}
+
+/// The same, with these keys set.
+pub fn config_with(overrides: &[&str]) -> Arc<Config> {
+    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+    Arc::new(Config::parse(CONFIG, "test", &overrides, Path::new("")).unwrap())
 }
 
 pub fn member(worker: u32) -> Member {
@@ -106,10 +113,10 @@ fn cursor(config: &Config) -> (Recipe, DataCursor) {
     let recipe = Recipe {
         seed: config.run.seed,
         domains: config.data.domains.iter().map(domain).collect(),
-        sequences_per_step: config.batch.lanes * config.batch.sequences_per_lane,
+        batch: config.batch_schedule(),
         data_version: [1; 32],
     };
-    let cursor = DataCursor::new(recipe.clone(), &config.mixture).unwrap();
+    let cursor = DataCursor::new(recipe.clone(), DecisionSchedule::of(config)).unwrap();
     (recipe, cursor)
 }
 
@@ -142,13 +149,17 @@ pub struct Node {
 
 impl Node {
     pub fn new(worker: u32) -> Self {
-        let config = config();
+        Self::of(worker, &config())
+    }
+
+    /// One that follows this config.
+    pub fn of(worker: u32, config: &Arc<Config>) -> Self {
         Self {
             member: member(worker),
-            state: RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).unwrap(),
+            state: RankState::new(Arc::clone(config), CpuDevice::new(), Arc::default()).unwrap(),
             abort: Arc::default(),
             stores_from: StepsCompleted(0),
-            feeder: feeder(&config),
+            feeder: feeder(config),
         }
     }
 
@@ -158,7 +169,7 @@ impl Node {
         let tree = LaneTree::new(config.batch.lanes);
         let world = World::new(plan, self.member, tree, self.state.shard_layout).unwrap();
         let recipe = cursor(&config).0;
-        let cursor = DataCursor::restore(recipe, &config.mixture, plan.decided, &plan.decisions).unwrap();
+        let cursor = DataCursor::restore(recipe, DecisionSchedule::of(&config), plan.decided, &plan.decisions).unwrap();
         let share = Share::of(plan, world.rank);
         self.feeder
             .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);

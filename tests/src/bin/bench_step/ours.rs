@@ -18,6 +18,7 @@ use tarazed_domain::{
 use tarazed_fabric::{LocalMesh, local_mesh};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
+use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
@@ -79,7 +80,7 @@ impl Ours {
         );
         let batches = (0..count).map(|step| feeder.next(StepIndex(step), &AtomicBool::new(false)));
         Ok(Self {
-            batches: batches.collect::<Result<_, _>>()?,
+            batches: batches.map(|batch| Ok(batch?.context("the run ends early")?)).collect::<Result<_>>()?,
             initial: state.weights.to_vec(),
             steps_completed: StepsCompleted(0),
             state,
@@ -193,10 +194,10 @@ fn cursor(config: &Config, batches: u64) -> Result<DataCursor> {
             train_sequences: u64::from(sequences_per_step) * batches,
             weight: 1.0,
         }],
-        sequences_per_step,
+        batch: config.batch_schedule(),
         data_version: [0; 32],
     };
-    Ok(DataCursor::new(recipe, &config.mixture)?)
+    Ok(DataCursor::new(recipe, DecisionSchedule::of(config))?)
 }
 
 /// A feeder whose source undoes the shuffle: batch `b` is `tokens[b]`, in order.

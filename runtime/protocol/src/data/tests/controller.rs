@@ -16,7 +16,7 @@ fn same_trace_same_decisions() {
         "the loop must have decided something"
     );
     let facts = facts(&world.laws);
-    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), Ate::new(&ado(), &facts));
+    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), engine(&ado(), &facts));
     for (line, made) in world.lines.iter().zip(&made) {
         let mut bare = line.clone();
         bare.decisions.clear();
@@ -24,7 +24,7 @@ fn same_trace_same_decisions() {
         assert_eq!(&ate.on_line(&bare, &signals), made, "line {}", line.step);
     }
     for prefix in [1, 99, 100, 499, 500, 501, 777] {
-        let (mut tsm, mut ate) = (Tsm::new(facts.clone()), Ate::new(&ado(), &facts));
+        let (mut tsm, mut ate) = (Tsm::new(facts.clone()), engine(&ado(), &facts));
         for line in &world.lines[..prefix] {
             // What a new controller reads: the printed trace.
             let line = TraceLine::parse(&line.print(), 1).unwrap();
@@ -55,7 +55,7 @@ fn an_edited_trace_is_refused() {
         weights[0] += 1e-6;
     }
     let facts = facts(&world.laws);
-    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), Ate::new(&ado(), &facts));
+    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), engine(&ado(), &facts));
     let mismatch = world.lines.iter().find_map(|line| {
         let signals = tsm.on_line(line).unwrap();
         ate.replay(line, &signals).err()
@@ -300,7 +300,7 @@ fn persons_pin_force_and_release() {
         "decides again"
     );
     let facts = facts(&world.laws);
-    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), Ate::new(&ado(), &facts));
+    let (mut tsm, mut ate) = (Tsm::new(facts.clone()), engine(&ado(), &facts));
     let mut ids = Vec::new();
     for line in &world.lines {
         let signals = tsm.on_line(line).unwrap();

@@ -14,6 +14,7 @@ fn quick() -> MixtureConfig {
         start_steps: 5,
         interval_steps: 5,
         lag_steps: 3,
+        ..MixtureConfig::default()
     }
 }
 
@@ -50,7 +51,7 @@ fn record_through(cursor: &mut DataCursor, script: &[(StepsCompleted, Vec<Decisi
 }
 
 fn straight(recipe: &Recipe, script: &[(StepsCompleted, Vec<Decision>)]) -> Vec<StepPlan> {
-    let mut cursor = DataCursor::new(recipe.clone(), &quick()).unwrap();
+    let mut cursor = DataCursor::new(recipe.clone(), points(&quick())).unwrap();
     (0..STEPS)
         .map(|step| {
             let needs = cursor.needs(StepIndex(step));
@@ -86,13 +87,13 @@ proptest! {
         let expected = straight(&recipe, &script);
         let mut seen: BTreeMap<SampleRef, u32> = BTreeMap::new();
         for rank in 0..ranks {
-            let mut cursor = DataCursor::new(recipe.clone(), &quick()).unwrap();
+            let mut cursor = DataCursor::new(recipe.clone(), points(&quick())).unwrap();
             for step in 0..STEPS {
                 let known = cursor.needs(StepIndex(step));
                 if dies[step as usize] {
                     let past: Vec<Decision> = script.iter().filter(|(line, _)| *line <= known)
                         .flat_map(|(_, decisions)| decisions.clone()).collect();
-                    cursor = DataCursor::restore(recipe.clone(), &quick(), known, &past).unwrap();
+                    cursor = DataCursor::restore(recipe.clone(), points(&quick()), known, &past).unwrap();
                 }
                 record_through(&mut cursor, &script, known);
                 let plan = cursor.plan(StepIndex(step)).unwrap();
@@ -131,7 +132,7 @@ proptest! {
         walk in prop::collection::vec(0..STEPS, 1..12),
     ) {
         let expected = straight(&recipe, &script);
-        let mut cursor = DataCursor::new(recipe.clone(), &quick()).unwrap();
+        let mut cursor = DataCursor::new(recipe.clone(), points(&quick())).unwrap();
         record_through(&mut cursor, &script, StepsCompleted(STEPS));
         for step in walk {
             prop_assert_eq!(&cursor.clone().plan(StepIndex(step)).unwrap(), &expected[step as usize]);
@@ -139,7 +140,7 @@ proptest! {
             let known = cursor.needs(StepIndex(step));
             let past: Vec<Decision> = cursor.ledger().decisions().iter()
                 .filter(|decision| decision.line <= known).cloned().collect();
-            let mut restored = DataCursor::restore(recipe.clone(), &quick(), known, &past).unwrap();
+            let mut restored = DataCursor::restore(recipe.clone(), points(&quick()), known, &past).unwrap();
             prop_assert_eq!(&restored.plan(StepIndex(step)).unwrap(), &expected[step as usize]);
             let drawn = restored.drawn(StepIndex(step)).unwrap();
             prop_assert_eq!(drawn.iter().sum::<u64>(), step * 24);
@@ -151,7 +152,7 @@ proptest! {
 #[test]
 fn a_decision_acts_from_its_effective_step() {
     let recipe = recipe(&small_laws(&[1000, 1000]), 10);
-    let mut cursor = DataCursor::new(recipe, &quick()).unwrap();
+    let mut cursor = DataCursor::new(recipe, points(&quick())).unwrap();
     cursor
         .record(StepsCompleted(5), &[mixture_decision(1, 5, 9, &[0.9, 0.1])])
         .unwrap();
@@ -166,7 +167,7 @@ fn a_decision_acts_from_its_effective_step() {
 #[test]
 fn a_missing_outcome_is_named() {
     let recipe = recipe(&small_laws(&[100, 100]), 8);
-    let mut cursor = DataCursor::new(recipe.clone(), &quick()).unwrap();
+    let mut cursor = DataCursor::new(recipe.clone(), points(&quick())).unwrap();
     for step in 0..8 {
         assert_eq!(cursor.needs(StepIndex(step)), StepsCompleted(0));
         cursor.plan(StepIndex(step)).unwrap();
@@ -185,7 +186,7 @@ fn a_missing_outcome_is_named() {
     cursor.record(StepsCompleted(5), &[]).unwrap();
     cursor.plan(StepIndex(12)).unwrap();
     assert_eq!(cursor.plan(StepIndex(13)), Err(missing(10)));
-    let mut fixed = DataCursor::new(recipe, &MixtureConfig::default()).unwrap();
+    let mut fixed = DataCursor::new(recipe, points(&MixtureConfig::default())).unwrap();
     assert_eq!(fixed.needs(StepIndex(1_000_000)), StepsCompleted(0));
     fixed.plan(StepIndex(10_000)).unwrap();
 }
@@ -195,7 +196,7 @@ fn a_missing_outcome_is_named() {
 fn every_lane_sees_every_domain() {
     let mut laws = small_laws(&[1000, 1000, 1000, 1000]);
     laws[3].weight = 0.15; // one sequence in about 41
-    let mut cursor = DataCursor::new(recipe(&laws, 16), &MixtureConfig::default()).unwrap();
+    let mut cursor = DataCursor::new(recipe(&laws, 16), points(&MixtureConfig::default())).unwrap();
     let mut seen = [[0_u32; 4]; 8];
     for step in 0..400 {
         let plan = cursor.plan(StepIndex(step)).unwrap();
@@ -214,7 +215,7 @@ fn every_lane_sees_every_domain() {
 /// The samples of a run are part of its promise: they must not change from one version to the next unsaid.
 #[test]
 fn digests_are_pinned() {
-    let mut cursor = DataCursor::new(recipe(&laws(), 32), &MixtureConfig::default()).unwrap();
+    let mut cursor = DataCursor::new(recipe(&laws(), 32), points(&MixtureConfig::default())).unwrap();
     assert_eq!(hex::encode(cursor.plan(StepIndex(100)).unwrap().digest), PINNED);
 }
 const PINNED: &str = "c8526e00833215c03da96ceb921225732fd3457872091e73e071d817fc4ef487";
@@ -224,12 +225,12 @@ fn bad_recipes_are_refused_with_a_reason() {
     let refused = |change: fn(&mut Recipe)| {
         let mut recipe = recipe(&laws(), 8);
         change(&mut recipe);
-        DataCursor::new(recipe, &MixtureConfig::default())
+        DataCursor::new(recipe, points(&MixtureConfig::default()))
             .unwrap_err()
             .to_string()
     };
     assert!(refused(|recipe| recipe.domains.clear()).contains("0 domains"));
-    assert!(refused(|recipe| recipe.sequences_per_step = 0).contains("batch of 0"));
+    assert!(refused(|recipe| recipe.batch = BatchSchedule::fixed(0)).contains("batch of 0"));
     assert!(refused(|recipe| recipe.domains[1].train_sequences = 0).contains("'wiki' has 0 training sequences"));
     assert!(refused(|recipe| recipe.domains[1].name = "web".into()).contains("'web' stands twice"));
     assert!(refused(|recipe| recipe.domains[1].weight = f64::NAN).contains("NaN"));

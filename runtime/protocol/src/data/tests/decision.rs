@@ -1,9 +1,9 @@
 use super::*;
-use crate::data::decision::{DecisionLedger, DecisionSchedule, LedgerError};
+use crate::data::decision::{DecisionLedger, LedgerError};
 use proptest::prelude::*;
 
 fn ledger() -> DecisionLedger {
-    DecisionLedger::new(DecisionSchedule::new(&ado()), 2)
+    DecisionLedger::new(points(&ado()), vec![0.5, 0.5])
 }
 
 fn reason(outcome: Result<bool, LedgerError>) -> String {
@@ -72,8 +72,9 @@ proptest! {
     /// STEP-6: `needs` names exactly the newest point whose decisions may act on the step.
     #[test]
     fn needs_is_the_newest_point_that_can_act(start in 0_u64..40, interval in 1_u64..20, lag in 1_u64..40, step in 0_u64..200) {
-        let schedule = DecisionSchedule::new(&MixtureConfig {
+        let schedule = points(&MixtureConfig {
             controller: ControllerKind::Ado, start_steps: start, interval_steps: interval, lag_steps: lag,
+            ..MixtureConfig::default()
         });
         let newest = (1..=step)
             .filter(|line| line % interval == 0 && *line >= start && line + lag <= step)
@@ -102,7 +103,7 @@ proptest! {
             ledger.record(StepsCompleted(line + beyond), &[]).unwrap();
         }
         let rebuilt =
-            DecisionLedger::rebuild(*ledger.schedule(), 2, ledger.recorded(), ledger.decisions()).unwrap();
+            DecisionLedger::rebuild(*ledger.schedule(), vec![0.5, 0.5], ledger.recorded(), ledger.decisions()).unwrap();
         prop_assert_eq!(rebuilt, ledger);
     }
 }
@@ -121,5 +122,64 @@ fn decisions_travel_unchanged() {
             decision
         );
     }
-    assert!(serde_json::from_str::<Decision>(r#"{"id":1,"line":2,"effective":3,"kind":"stop"}"#).is_err());
+    assert!(serde_json::from_str::<Decision>(r#"{"id":1,"line":2,"effective":3,"kind":"halt"}"#).is_err());
+}
+
+/// Ranks are told what acts on a step of theirs, and their ledgers make the same of it.
+#[test]
+fn ranks_are_told_what_acts() {
+    use crate::data::decision::{SpikeBounds, for_ranks, stop_of};
+    let of = |id: u64, line: u64, kind: DecisionKind| Decision {
+        kind,
+        ..mixture_decision(id, line, line + 8, &[])
+    };
+    let bounds = |grad_norm: f64| {
+        DecisionKind::SpikeBounds(SpikeBounds {
+            expected: vec![None, None],
+            residual_loss: 1.0,
+            grad_norm,
+        })
+    };
+    let advice = DecisionKind::Advice {
+        weights: vec![0.4, 0.6],
+    };
+    let veto = |id| DecisionKind::Veto {
+        decision: DecisionId(id),
+    };
+    let all = [
+        of(1, 100, bounds(1.0)),
+        of(2, 100, advice),
+        of(3, 150, bounds(2.0)),
+        of(4, 150, DecisionKind::Stop),
+        of(5, 200, bounds(3.0)),
+        mixture_decision(6, 250, 258, &[0.5, 0.5]),
+        of(7, 250, bounds(4.0)),
+    ];
+    let told = |base: u64| -> Vec<u64> {
+        let told = for_ranks(&all, StepsCompleted(base));
+        assert!(told.iter().all(|decision| decision.reason.is_empty()));
+        told.iter().map(|decision| decision.id.0).collect()
+    };
+    assert_eq!(told(0), [1, 3, 4, 5, 6, 7]);
+    assert_eq!(told(158), [3, 4, 5, 6, 7]);
+    assert_eq!(told(207), [3, 4, 5, 6, 7], "in force until step 208");
+    assert_eq!(told(1000), [4, 6, 7]);
+    let full = DecisionLedger::rebuild(points(&ado()), vec![0.5, 0.5], StepsCompleted(300), &all).unwrap();
+    for base in [0, 158, 207, 208, 260, 1000] {
+        let told = for_ranks(&all, StepsCompleted(base));
+        let short = DecisionLedger::rebuild(points(&ado()), vec![0.5, 0.5], StepsCompleted(300), &told).unwrap();
+        for step in (base..base + 300).map(StepIndex) {
+            assert_eq!(short.course().directives(step), full.course().directives(step));
+            assert_eq!(short.course().mixture(step), full.course().mixture(step));
+        }
+    }
+    assert_eq!(stop_of(&all), Some(StepIndex(158)));
+    let back: Vec<Decision> = all.iter().cloned().chain([of(8, 300, veto(7))]).collect();
+    assert_eq!(
+        for_ranks(&back, StepsCompleted(1000)).len(),
+        back.len() - 1,
+        "older bounds are in force again"
+    );
+    let vetoed: Vec<Decision> = all[..4].iter().cloned().chain([of(5, 150, veto(4))]).collect();
+    assert_eq!(stop_of(&vetoed), None);
 }

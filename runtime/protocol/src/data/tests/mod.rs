@@ -1,18 +1,23 @@
 //! Tests across the modules, on a world in which losses follow known laws.
 
 mod controller;
+mod controllers;
+mod course;
 mod cursor;
 mod decision;
+mod detectors;
 mod signals;
 mod stats;
 
-use super::DomainFacts;
 use super::controller::Ate;
 use super::cursor::{DataCursor, DomainRecipe, Recipe};
-use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind};
+use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, DecisionSchedule};
 use super::signals::{Signals, Tsm};
+use super::{DomainFacts, LoopConfig};
 use crate::trace::{DomainLoss, DomainMap, TraceLine};
-use tarazed_domain::config::{ControllerKind, Language, MixtureConfig};
+use tarazed_domain::config::{
+    BatchSchedule, ControllerKind, Language, LearningRateSchedule, MixtureConfig, PolicyConfig,
+};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 pub const CONTEXT_TOKENS: u64 = 64;
@@ -56,7 +61,27 @@ pub fn ado() -> MixtureConfig {
         start_steps: 100,
         interval_steps: 50,
         lag_steps: 8,
+        ..MixtureConfig::default()
     }
+}
+
+/// A loop that decides on the mixture alone, on global batches of 32 sequences.
+pub fn mixture_loop(mixture: &MixtureConfig) -> LoopConfig {
+    LoopConfig {
+        mixture: mixture.clone(),
+        policy: PolicyConfig::default(),
+        rate: LearningRateSchedule::Constant { warmup_steps: 0 },
+        batch: BatchSchedule::fixed(32),
+        context_tokens: CONTEXT_TOKENS,
+    }
+}
+
+pub fn engine(mixture: &MixtureConfig, facts: &[DomainFacts]) -> Ate {
+    Ate::new(&mixture_loop(mixture), facts)
+}
+
+pub fn points(mixture: &MixtureConfig) -> DecisionSchedule {
+    DecisionSchedule::new(mixture, &PolicyConfig::default())
 }
 
 pub fn recipe(laws: &[Law], sequences_per_step: u32) -> Recipe {
@@ -70,7 +95,7 @@ pub fn recipe(laws: &[Law], sequences_per_step: u32) -> Recipe {
                 weight: law.weight,
             })
             .collect(),
-        sequences_per_step,
+        batch: BatchSchedule::fixed(sequences_per_step),
         data_version: [9; 32],
     }
 }
@@ -120,11 +145,18 @@ pub struct World {
 
 impl World {
     pub fn new(laws: Vec<Law>, mixture: &MixtureConfig) -> Self {
+        Self::of(laws, &mixture_loop(mixture))
+    }
+
+    pub fn of(laws: Vec<Law>, config: &LoopConfig) -> Self {
         let facts = facts(&laws);
+        let schedule = DecisionSchedule::new(&config.mixture, &config.policy);
+        let mut recipe = recipe(&laws, 32);
+        recipe.batch = config.batch.clone();
         Self {
-            cursor: DataCursor::new(recipe(&laws, 32), mixture).unwrap(),
+            cursor: DataCursor::new(recipe, schedule).unwrap(),
             tsm: Tsm::new(facts.clone()),
-            ate: Ate::new(mixture, &facts),
+            ate: Ate::new(config, &facts),
             lines: Vec::new(),
             evaluation_interval_steps: 50,
             noise: 0.02,
@@ -139,7 +171,7 @@ impl World {
         let plan = self.cursor.plan(step).unwrap();
         let mut line = TraceLine {
             step: step.completed(),
-            tokens: (step.0 + 1) * 32 * CONTEXT_TOKENS,
+            tokens: self.cursor.recipe().batch.samples(step.completed()) * CONTEXT_TOKENS,
             data: plan.digest,
             loss: 0.0,
             grad_norm: 1.0 + 0.05 * noise(step.0, 99),
@@ -148,6 +180,8 @@ impl World {
             mixture: self.named(|domain, _| Some(plan.mixture[domain])),
             domains: DomainMap::default(),
             heldout: None,
+            lane_squares: None,
+            skipped: false,
             decisions: Vec::new(),
         };
         let (mut loss_sum, mut token_sum) = (0.0, 0.0);
@@ -171,6 +205,7 @@ impl World {
         change(&mut line);
         let signals = self.tsm.on_line(&line).unwrap();
         line.decisions = self.ate.on_line(&line, &signals);
+        self.cursor.complete(line.step, &mut line.decisions).unwrap();
         self.cursor.record(line.step, &line.decisions).unwrap();
         self.lines.push(line);
         signals

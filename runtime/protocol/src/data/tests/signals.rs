@@ -205,3 +205,54 @@ fn a_foreign_trace_is_refused() {
     assert_eq!(world.tsm.on_line(&line), Err(unknown));
     world.step(|_| ());
 }
+
+/// Lines made of a known gradient and a known noise give both back, and no noise without what it is made of.
+#[test]
+fn the_noise_scale_is_that_of_its_definition() {
+    let (lanes, gradient_square, noise_trace) = (8.0, 4.0, 50_000.0);
+    let mut world = World::new(laws(), &fixed());
+    world.tsm = Tsm::new(facts(&laws())).with_lanes(8);
+    assert_eq!(world.step(|_| ()).gradient_noise, None);
+    let mut seen = None;
+    for _ in 0..20 {
+        let signals = world.step(|line| {
+            let batch = (32 * CONTEXT_TOKENS) as f64;
+            line.grad_norm = f64::sqrt(gradient_square + noise_trace / batch);
+            line.lane_squares = Some((gradient_square + noise_trace / (batch / lanes)) / lanes);
+        });
+        seen = signals.gradient_noise;
+    }
+    let noise = seen.unwrap();
+    assert!((noise.gradient_square - gradient_square).abs() < 1e-9, "{noise:?}");
+    assert!((noise.noise_trace - noise_trace).abs() < 1e-4, "{noise:?}");
+    assert!(
+        (noise.scale_tokens.unwrap() - noise_trace / gradient_square).abs() < 1e-4,
+        "{noise:?}"
+    );
+}
+
+/// Bits per byte are nats over ln 2 and over the bytes of a token, for the domains whose bytes are known.
+#[test]
+fn losses_are_also_told_in_bits_per_byte() {
+    use crate::data::signals::BytesPerToken;
+    let mut world = World::new(laws(), &fixed());
+    let bytes = |train: f64, heldout: f64| BytesPerToken { train, heldout };
+    world.tsm = Tsm::new(facts(&laws())).with_bytes(vec![bytes(4.0, 5.0), bytes(0.0, 3.0)]);
+    world.run(50);
+    let signals = world.step(|_| ());
+    let web = &signals.domains[0];
+    assert_eq!(
+        web.train_bits_per_byte,
+        web.train_loss.map(|nats| nats / std::f64::consts::LN_2 / 4.0)
+    );
+    assert_eq!(
+        web.heldout_bits_per_byte,
+        web.heldout_loss.map(|nats| nats / std::f64::consts::LN_2 / 5.0)
+    );
+    assert_eq!(signals.domains[1].train_bits_per_byte, None);
+    assert!(signals.domains[1].heldout_bits_per_byte.is_some());
+    assert_eq!(
+        signals.domains[2].heldout_bits_per_byte, None,
+        "nothing is known of its bytes"
+    );
+}

@@ -49,7 +49,7 @@ proptest! {
 
     /// Bytes come back as they went, and any other length is refused.
     #[test]
-    fn bytes_round_trip_and_damage_is_refused(stats in lane_stats(4), cut in 0_usize..132, extra in 1_usize..40) {
+    fn bytes_round_trip_and_damage_is_refused(stats in lane_stats(4), cut in 0_usize..140, extra in 1_usize..40) {
         let bytes = stats.encode();
         prop_assert_eq!(bytes.len(), LaneStats::encoded_bytes(4));
         prop_assert_eq!(LaneStats::decode(&bytes, 4).unwrap(), stats);

@@ -1,0 +1,160 @@
+//! What is decided besides the mixture: spikes, the end of a `wsd` schedule, the end of the run.
+//!
+//! - **skip** At every decision point the bounds of a spike are decided, from committed lines: the expected loss of each
+//!   domain, and mean + 6 σ of residual loss and gradient norm (the rule of OLMo 2, arXiv 2501.00656). They act like any
+//!   decision, so all ranks judge a step by the same numbers, whenever they joined; a step beyond them leaves the update
+//!   out. By domain, because a change of mixture is no spike.
+//! - **rollback and skip** Where the loss diverges, the state goes back to that of a line before, and everything else goes
+//!   on: step, learning rate, and data, so the samples since are not seen again (the remedy of PaLM, arXiv 2204.02311,
+//!   section 5.1, which skipped 200 to 500 batches). Nothing of the trace is taken back: it says what happened.
+//! - **stop**, **decay** Announced one decision point ahead, so that a person can veto; each rule speaks once.
+
+use super::super::LoopConfig;
+use super::super::course::Course;
+use super::super::decision::{DecisionKind, DecisionSchedule, DiscardedSamples, SpikeBounds};
+use super::super::signals::{DIVERGENCE_LINES, DIVERGENCE_REFERENCE_LINES, Signals};
+use tarazed_domain::config::{PolicyConfig, SpikePolicy};
+use tarazed_domain::{StepIndex, StepsCompleted};
+
+/// A decision to be: what, from which step on, and why.
+pub(super) type Proposal = (DecisionKind, StepIndex, String);
+
+/// A rule that ends something, once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rule {
+    StopAtTokens,
+    StopAtLoss,
+    StopOnPlateau,
+    DecayOnPlateau,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Policy {
+    config: PolicyConfig,
+    stop_at: Option<StepIndex>,
+    interval_steps: u64,
+    spoken: Vec<Rule>,
+}
+
+impl Policy {
+    pub(super) fn new(config: &LoopConfig) -> Self {
+        Self {
+            stop_at: config.policy.stop.tokens.map(|tokens| config.step_after_tokens(tokens)),
+            interval_steps: config.mixture.interval_steps,
+            config: config.policy.clone(),
+            spoken: Vec::new(),
+        }
+    }
+
+    /// What is to be decided on a decision point's line.
+    pub(super) fn propose(
+        &mut self,
+        line: StepsCompleted,
+        signals: &Signals,
+        course: &Course,
+        schedule: &DecisionSchedule,
+    ) -> Vec<Proposal> {
+        let effective = schedule.effective(line);
+        let spikes = match self.config.spikes {
+            SpikePolicy::Clip => None,
+            SpikePolicy::Skip => bounds(signals).map(|(kind, reason)| (kind, effective, reason)),
+            SpikePolicy::RollbackAndSkip => self
+                .rollback(line, signals, course)
+                .map(|(kind, reason)| (kind, effective, reason)),
+        };
+        let mut proposals: Vec<Proposal> = spikes.into_iter().collect();
+        proposals.extend(self.stop(line, signals, course, effective));
+        proposals.extend(self.decay(signals, course, effective));
+        proposals
+    }
+
+    fn rollback(&self, line: StepsCompleted, signals: &Signals, course: &Course) -> Option<(DecisionKind, String)> {
+        let divergence = signals.divergence?;
+        let before = course.rollbacks();
+        if before.len() >= self.config.rollbacks_max as usize {
+            return None;
+        }
+        // The lines compared must all be of the time since the last one.
+        let settled = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
+        if before
+            .last()
+            .is_some_and(|(at, _)| line.0 < at.0.saturating_add(settled))
+        {
+            return None;
+        }
+        let grain = self.config.rollback_grain_steps.max(1);
+        let calm = divergence.since.0.saturating_sub(self.config.rollback_margin_steps);
+        let to = calm - calm % grain;
+        let kind = DecisionKind::Rollback {
+            to: StepsCompleted(to),
+            discarded: vec![DiscardedSamples { first: 0, count: 0 }; signals.domains.len()],
+        };
+        let reason = format!(
+            "diverged since line {}: loss {:.4} above the {:.4} of before",
+            divergence.since, divergence.rise, divergence.before
+        );
+        (to > 0).then_some((kind, reason))
+    }
+
+    fn stop(
+        &mut self,
+        line: StepsCompleted,
+        signals: &Signals,
+        course: &Course,
+        effective: StepIndex,
+    ) -> Option<Proposal> {
+        if course.stop().is_some() {
+            return None;
+        }
+        let stop = &self.config.stop;
+        let notice = StepIndex(effective.0.saturating_add(self.interval_steps));
+        let at_tokens = self.stop_at.filter(|at| *at <= notice).map(|at| {
+            (
+                Rule::StopAtTokens,
+                at.max(effective),
+                "the tokens of the run".to_owned(),
+            )
+        });
+        let at_loss = stop
+            .heldout_loss
+            .zip(signals.heldout_macro)
+            .filter(|(wanted, loss)| loss <= wanted);
+        let at_loss = at_loss.map(|(wanted, loss)| {
+            let reason = format!("held-out loss {loss:.4} has reached {wanted}");
+            (Rule::StopAtLoss, notice, reason)
+        });
+        let late_enough = stop.plateau_after_steps.is_some_and(|steps| line.0 >= steps);
+        let on_plateau = (late_enough && signals.plateau == Some(true))
+            .then(|| (Rule::StopOnPlateau, notice, "the loss is on a plateau".to_owned()));
+        let rules = [at_tokens, at_loss, on_plateau].into_iter().flatten();
+        let (rule, at, reason) = rules
+            .filter(|(rule, ..)| !self.spoken.contains(rule))
+            .min_by_key(|(_, at, _)| *at)?;
+        self.spoken.push(rule);
+        Some((DecisionKind::Stop, at, reason))
+    }
+
+    fn decay(&mut self, signals: &Signals, course: &Course, effective: StepIndex) -> Option<Proposal> {
+        let due = self.config.decay_on_plateau && course.decay().is_none() && signals.plateau == Some(true);
+        if !due || self.spoken.contains(&Rule::DecayOnPlateau) {
+            return None;
+        }
+        self.spoken.push(Rule::DecayOnPlateau);
+        let notice = StepIndex(effective.0.saturating_add(self.interval_steps));
+        Some((DecisionKind::Decay, notice, "the loss is on a plateau".to_owned()))
+    }
+}
+
+/// The bounds of a spike as of this line; none before there are enough lines.
+fn bounds(signals: &Signals) -> Option<(DecisionKind, String)> {
+    let bounds = SpikeBounds {
+        expected: signals.domains.iter().map(|domain| domain.train_loss).collect(),
+        residual_loss: signals.residual_loss.threshold?,
+        grad_norm: signals.grad_norm.threshold?,
+    };
+    let lines = signals.residual_loss.window.count.min(signals.grad_norm.window.count);
+    Some((
+        DecisionKind::SpikeBounds(bounds),
+        format!("mean + 6 sigma of {lines} lines"),
+    ))
+}

@@ -1,0 +1,360 @@
+//! What the decisions so far have in force, by step.
+//!
+//! One machine for all who ask: the ledger lets it judge every decision, the cursor plans by it, the controller sees by
+//! it what it decides on. It is a function of the configured mixture and of the decisions in their order (DATA-2).
+//!
+//! - **LOOP-2** A veto is a decision like any other. It acts from its own effective step on: a decision that has not acted
+//!   by then never does; one that has is followed by what was in force before it.
+//! - What contradicts is refused with the reason, never resolved in silence: two settings of one kind for one step, a veto
+//!   of what cannot be undone any more, a pin of what is pinned.
+
+use super::decision::{Decision, DecisionId, DecisionKind, SpikeBounds, check_weights};
+use super::stats::LossSum;
+use std::collections::BTreeSet;
+use tarazed_domain::{StepIndex, StepsCompleted};
+
+/// Largest factor of a learning-rate decision, and one over the smallest.
+pub const LEARNING_RATE_FACTOR_MAX: f64 = 100.0;
+
+/// A value from a step on.
+#[derive(Clone, PartialEq, Debug)]
+struct Setting<T> {
+    from: StepIndex,
+    /// None for what the config says, and for what a veto brought back.
+    by: Option<DecisionId>,
+    value: T,
+}
+
+/// Values of one kind, by first step; the first one holds from step 0.
+#[derive(Clone, PartialEq, Debug)]
+struct Settings<T>(Vec<Setting<T>>);
+
+impl<T: Clone> Settings<T> {
+    fn new(value: T) -> Self {
+        Self(vec![Setting {
+            from: StepIndex(0),
+            by: None,
+            value,
+        }])
+    }
+
+    fn at(&self, step: StepIndex) -> &Setting<T> {
+        let after = self.0.partition_point(|setting| setting.from <= step);
+        &self.0[after - 1]
+    }
+
+    fn holder(&self, from: StepIndex) -> Option<Option<DecisionId>> {
+        let found = self.0.iter().find(|setting| setting.from == from);
+        found.map(|setting| setting.by)
+    }
+
+    fn set(&mut self, decision: &Decision, value: T) -> Result<(), String> {
+        let from = decision.effective;
+        match self.holder(from) {
+            Some(Some(other)) => {
+                return Err(format!(
+                    "it contradicts decision {other}, which sets the mixture, rate or bounds of the same step {from}"
+                ));
+            }
+            Some(None) => {
+                return Err(format!("what is in force at step {from} is set already"));
+            }
+            None => {}
+        }
+        let at = self.0.partition_point(|setting| setting.from <= from);
+        let setting = Setting {
+            from,
+            by: Some(decision.id),
+            value,
+        };
+        self.0.insert(at, setting);
+        Ok(())
+    }
+
+    /// Takes back a decision from `from` on; says whether it is one of these.
+    fn veto(&mut self, decision: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
+        let position = self.0.iter().position(|setting| setting.by == Some(decision))?;
+        if self.0[position].from >= from {
+            self.0.remove(position);
+            return Some(Ok(()));
+        }
+        let next = self.0.get(position + 1);
+        if next.is_some_and(|next| next.from <= from) {
+            return Some(Err(format!(
+                "decision {decision} is not in force any more at step {from}"
+            )));
+        }
+        // The first setting is the config's, so there is one before any decision's.
+        let value = self.0[position - 1].value.clone();
+        let back = Setting { from, by: None, value };
+        self.0.insert(position + 1, back);
+        Some(Ok(()))
+    }
+}
+
+/// What a step must know besides its samples.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Directives {
+    /// Factor of the configured learning rate.
+    pub rate_factor: f64,
+    /// The first step of a decay that was decided.
+    pub decay_from: Option<StepIndex>,
+    /// Beyond these bounds its update is left out.
+    pub bounds: Option<SpikeBounds>,
+    /// It starts from the state after so many steps, not from that of the step before.
+    pub rollback_to: Option<StepsCompleted>,
+}
+
+impl Default for Directives {
+    fn default() -> Self {
+        Self {
+            rate_factor: 1.0,
+            decay_from: None,
+            bounds: None,
+            rollback_to: None,
+        }
+    }
+}
+
+impl Directives {
+    /// Whether the update of a step is left out: its loss, less what was expected of its domains, or its gradient norm is
+    /// beyond the bounds. `losses` are the step's training losses, in domain order.
+    #[must_use]
+    pub fn skips(&self, losses: &[LossSum], grad_norm: f64) -> bool {
+        let Some(bounds) = &self.bounds else { return false };
+        let (mut residual, mut tokens) = (0.0, 0.0);
+        for (seen, expected) in losses.iter().zip(&bounds.expected) {
+            if let (Some(loss), Some(expected)) = (seen.mean(), expected) {
+                residual += seen.tokens as f64 * (loss - expected);
+            }
+            tokens += seen.tokens as f64;
+        }
+        grad_norm > bounds.grad_norm || tokens > 0.0 && residual / tokens > bounds.residual_loss
+    }
+}
+
+/// Everything in force, by step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Course {
+    domain_count: usize,
+    mixtures: Settings<Vec<f64>>,
+    rates: Settings<f64>,
+    bounds: Settings<Option<SpikeBounds>>,
+    decay: Option<(StepIndex, DecisionId)>,
+    stop: Option<(StepIndex, DecisionId)>,
+    rollbacks: Vec<(StepIndex, StepsCompleted, DecisionId)>,
+    pinned: bool,
+    vetoed: BTreeSet<DecisionId>,
+}
+
+impl Course {
+    /// What the config says, and no decision.
+    #[must_use]
+    pub fn new(weights: Vec<f64>) -> Self {
+        Self {
+            domain_count: weights.len(),
+            mixtures: Settings::new(weights),
+            rates: Settings::new(1.0),
+            bounds: Settings::new(None),
+            decay: None,
+            stop: None,
+            rollbacks: Vec::new(),
+            pinned: false,
+            vetoed: BTreeSet::new(),
+        }
+    }
+
+    /// Takes a decision over.
+    ///
+    /// # Errors
+    /// Why it cannot stand beside those before it; nothing is changed then.
+    pub fn adopt(&mut self, decision: &Decision) -> Result<(), String> {
+        match &decision.kind {
+            DecisionKind::Mixture { weights } => {
+                check_weights(weights, self.domain_count)?;
+                self.mixtures.set(decision, weights.clone())
+            }
+            DecisionKind::Advice { weights } => check_weights(weights, self.domain_count),
+            DecisionKind::Pin if self.pinned => Err("the mixture is pinned already".into()),
+            DecisionKind::Pin => {
+                self.pinned = true;
+                Ok(())
+            }
+            DecisionKind::Release if !self.pinned => Err("the mixture is not pinned".into()),
+            DecisionKind::Release => {
+                self.pinned = false;
+                Ok(())
+            }
+            DecisionKind::Veto { decision: which } => self.veto(*which, decision.effective),
+            DecisionKind::LearningRate { factor } => {
+                let range = 1.0 / LEARNING_RATE_FACTOR_MAX..=LEARNING_RATE_FACTOR_MAX;
+                if !range.contains(factor) {
+                    return Err(format!(
+                        "the factor {factor} is not in {}..={}",
+                        range.start(),
+                        range.end()
+                    ));
+                }
+                self.rates.set(decision, *factor)
+            }
+            DecisionKind::SpikeBounds(bounds) => {
+                self.check_bounds(bounds)?;
+                self.bounds.set(decision, Some(bounds.clone()))
+            }
+            DecisionKind::Decay => once(&mut self.decay, decision, "the decay begins"),
+            DecisionKind::Stop => once(&mut self.stop, decision, "the run stops"),
+            DecisionKind::Rollback { to, discarded } => {
+                self.check_rollback(decision, *to, discarded.len())?;
+                self.rollbacks.push((decision.effective, *to, decision.id));
+                Ok(())
+            }
+        }
+    }
+
+    fn check_bounds(&self, bounds: &SpikeBounds) -> Result<(), String> {
+        if bounds.expected.len() != self.domain_count {
+            return Err(format!(
+                "it expects something of {} domains, and there are {}",
+                bounds.expected.len(),
+                self.domain_count
+            ));
+        }
+        let mut numbers = bounds
+            .expected
+            .iter()
+            .flatten()
+            .chain([&bounds.residual_loss, &bounds.grad_norm]);
+        match numbers.find(|number| !number.is_finite()) {
+            Some(number) => Err(format!("{number} is no bound")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_rollback(&self, decision: &Decision, to: StepsCompleted, domains: usize) -> Result<(), String> {
+        if to >= decision.line {
+            return Err(format!(
+                "it goes back to {to} steps, which is not before line {}",
+                decision.line
+            ));
+        }
+        if domains != self.domain_count {
+            return Err(format!(
+                "it discards samples of {domains} domains, and there are {}",
+                self.domain_count
+            ));
+        }
+        match self.rollbacks.last() {
+            Some((other, ..)) if *other >= decision.effective => {
+                Err(format!("training goes back at step {other} already"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn veto(&mut self, which: DecisionId, from: StepIndex) -> Result<(), String> {
+        if self.vetoed.contains(&which) {
+            return Err(format!("decision {which} is vetoed already"));
+        }
+        let settled = self
+            .mixtures
+            .veto(which, from)
+            .or_else(|| self.rates.veto(which, from))
+            .or_else(|| self.bounds.veto(which, from))
+            .or_else(|| retract(&mut self.decay, which, from))
+            .or_else(|| retract(&mut self.stop, which, from))
+            .or_else(|| self.veto_rollback(which, from));
+        settled.ok_or_else(|| format!("decision {which} is none that sets anything"))??;
+        self.vetoed.insert(which);
+        Ok(())
+    }
+
+    fn veto_rollback(&mut self, which: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
+        let position = self.rollbacks.iter().position(|(_, _, id)| *id == which)?;
+        let at = self.rollbacks[position].0;
+        if at < from {
+            return Some(Err(too_late(which, at, from)));
+        }
+        self.rollbacks.remove(position);
+        Some(Ok(()))
+    }
+
+    /// The mixture in force at a step, as decided, not normalised; in domain order.
+    #[must_use]
+    pub fn mixture(&self, step: StepIndex) -> &[f64] {
+        &self.mixtures.at(step).value
+    }
+
+    /// All mixtures by first step, as far as they are decided.
+    pub fn mixtures(&self) -> impl ExactSizeIterator<Item = (StepIndex, &[f64])> {
+        self.mixtures
+            .0
+            .iter()
+            .map(|setting| (setting.from, setting.value.as_slice()))
+    }
+
+    /// Whether something sets the mixture of just this step.
+    #[must_use]
+    pub fn sets_mixture(&self, step: StepIndex) -> bool {
+        self.mixtures.holder(step).is_some()
+    }
+
+    /// Whether the controller is to decide nothing.
+    #[must_use]
+    pub const fn is_pinned(&self) -> bool {
+        self.pinned
+    }
+
+    /// The first step that is not run any more.
+    #[must_use]
+    pub fn stop(&self) -> Option<StepIndex> {
+        self.stop.map(|(step, _)| step)
+    }
+
+    /// The first step of a decay that was decided.
+    #[must_use]
+    pub fn decay(&self) -> Option<StepIndex> {
+        self.decay.map(|(step, _)| step)
+    }
+
+    /// Rollbacks, by the step at which they act, with the steps in the state gone back to.
+    pub fn rollbacks(&self) -> impl ExactSizeIterator<Item = (StepIndex, StepsCompleted)> {
+        self.rollbacks.iter().map(|(at, to, _)| (*at, *to))
+    }
+
+    /// What a step must know.
+    #[must_use]
+    pub fn directives(&self, step: StepIndex) -> Directives {
+        Directives {
+            rate_factor: self.rates.at(step).value,
+            decay_from: self.decay(),
+            bounds: self.bounds.at(step).value.clone(),
+            rollback_to: self.rollbacks().find(|(at, _)| *at == step).map(|(_, to)| to),
+        }
+    }
+}
+
+/// Of what happens once in a run.
+fn once(slot: &mut Option<(StepIndex, DecisionId)>, decision: &Decision, what: &str) -> Result<(), String> {
+    if let Some((step, other)) = slot {
+        return Err(format!("by decision {other}, {what} at step {step} already"));
+    }
+    *slot = Some((decision.effective, decision.id));
+    Ok(())
+}
+
+fn retract(
+    slot: &mut Option<(StepIndex, DecisionId)>,
+    which: DecisionId,
+    from: StepIndex,
+) -> Option<Result<(), String>> {
+    let (at, _) = (*slot).filter(|(_, id)| *id == which)?;
+    if at < from {
+        return Some(Err(too_late(which, at, from)));
+    }
+    *slot = None;
+    Some(Ok(()))
+}
+
+fn too_late(which: DecisionId, at: StepIndex, from: StepIndex) -> String {
+    format!("decision {which} acts at step {at}, and a veto of now from step {from} on")
+}

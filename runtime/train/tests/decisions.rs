@@ -1,0 +1,173 @@
+//! What decisions and the batch ramp do to a step on real ranks: the same in every world (DET-1, LOOP-1).
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{NoStore, Node, Outcome, Said, Wanted, config_with, member, meshes, plan, run};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tarazed_domain::config::Config;
+use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, SpikeBounds};
+use tarazed_protocol::data::stats::LaneStats;
+use tarazed_protocol::message::StepLine;
+
+/// Every line is a decision point, and what it decides acts on the step behind it.
+const OPEN: [&str; 4] = [
+    "policy.persons=true",
+    "mixture.start_steps=1",
+    "mixture.interval_steps=1",
+    "mixture.lag_steps=1",
+];
+
+fn decision(id: u64, effective: u64, kind: DecisionKind) -> Decision {
+    Decision {
+        id: DecisionId(id),
+        line: StepsCompleted(effective - 1),
+        effective: StepIndex(effective),
+        kind,
+        by: DecisionAuthor::Person("ada".into()),
+        reason: String::new(),
+    }
+}
+
+fn train(config: &Arc<Config>, ranks: u32, last_step: u64, decisions: &[Decision]) -> Vec<Outcome> {
+    let wanted = Wanted {
+        generation: 1,
+        members: (0..ranks).map(member).collect(),
+        replicas: ranks.min(2) as usize,
+        last_step,
+        ..Wanted::default()
+    };
+    let mut nodes: Vec<Node> = (0..ranks).map(|worker| Node::of(worker, config)).collect();
+    let mut plan = plan(&wanted, &BTreeMap::new());
+    plan.decisions = decisions.to_vec();
+    plan.decided = StepsCompleted(100);
+    let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
+    for outcome in &outcomes {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+    }
+    outcomes
+}
+
+fn lines(outcomes: &[Outcome]) -> Vec<StepLine> {
+    outcomes[0].lines().cloned().collect()
+}
+
+/// The lines of every world, which must be one.
+fn everywhere(config: &Arc<Config>, last_step: u64, decisions: &[Decision]) -> Vec<StepLine> {
+    let alone = lines(&train(config, 1, last_step, decisions));
+    for ranks in 2..=4 {
+        assert_eq!(
+            lines(&train(config, ranks, last_step, decisions)),
+            alone,
+            "{ranks} ranks"
+        );
+    }
+    alone
+}
+
+#[test]
+fn a_decided_learning_rate_acts_from_its_step() {
+    let config = config_with(&OPEN);
+    let plain = everywhere(&config, 6, &[]);
+    let halved = everywhere(
+        &config,
+        6,
+        &[decision(1, 3, DecisionKind::LearningRate { factor: 0.5 })],
+    );
+    for (index, (a, b)) in plain.iter().zip(&halved).enumerate() {
+        let factor = if index < 3 { 1.0 } else { 0.5 };
+        assert_eq!(b.learning_rate, a.learning_rate * factor);
+        assert_eq!(a.state == b.state, index < 3, "the state behind step {index}");
+    }
+    // Without decision points nothing else changes either.
+    let closed = everywhere(&config_with(&[]), 6, &[]);
+    assert_eq!(closed, plain);
+}
+
+/// A step beyond the bounds leaves weights and moments as they are, counts, and is said in its line.
+#[test]
+fn a_spike_is_skipped_by_everybody() {
+    let config = config_with(&OPEN);
+    let bounds = |grad_norm: f64| {
+        DecisionKind::SpikeBounds(SpikeBounds {
+            expected: vec![Some(5.0), None],
+            residual_loss: 100.0,
+            grad_norm,
+        })
+    };
+    let decisions = [decision(1, 2, bounds(0.0)), decision(2, 4, bounds(1e9))];
+    let skipping = everywhere(&config, 6, &decisions);
+    let skipped: Vec<bool> = skipping.iter().map(|line| line.skipped).collect();
+    assert_eq!(skipped, [false, false, true, true, false, false]);
+    let plain = everywhere(&config, 6, &[]);
+    assert_eq!(plain[..2], skipping[..2]);
+    for (a, b) in plain.iter().zip(&skipping) {
+        assert_eq!(a.data, b.data, "samples of a skipped step are used");
+    }
+    let saved = |last_step: u64| train(&config, 2, last_step, &decisions).remove(0).saved;
+    assert_eq!(saved(2), saved(4), "two steps that change nothing");
+    assert_ne!(saved(4), saved(5));
+    assert_ne!(skipping[1].state, skipping[2].state, "the count is part of the state");
+}
+
+/// The run ends before the step that a decision names, and saves what it has.
+#[test]
+fn a_stop_ends_the_run_with_a_checkpoint() {
+    let config = config_with(&OPEN);
+    let plain = lines(&train(&config, 2, 6, &[]));
+    let outcomes = train(&config, 2, 6, &[decision(1, 4, DecisionKind::Stop)]);
+    assert_eq!(lines(&outcomes), plain[..4]);
+    for outcome in &outcomes {
+        let paused = outcome.ended.as_ref().unwrap();
+        assert_eq!((paused.step, paused.saving), (StepsCompleted(4), true));
+        let saved: Vec<&Said> = outcome
+            .said
+            .iter()
+            .filter(|said| matches!(said, Said::Saved(_)))
+            .collect();
+        assert_eq!(saved, [&Said::Saved(StepsCompleted(4))]);
+    }
+}
+
+/// The batch grows on the same lanes: means are over the tokens of each step, and no world shows.
+#[test]
+fn a_ramp_grows_the_batch_on_the_same_lanes() {
+    let ramp = "batch.ramp={start_sequences = 4, step_sequences = 8, samples = 12}";
+    let config = config_with(&["batch.sequences_per_lane=3", "batch.micro_batch_sequences=1", ramp]);
+    let lines = everywhere(&config, 6, &[]);
+    let batch = config.batch_schedule();
+    let mut sequences = Vec::new();
+    for (index, line) in (0..).zip(&lines) {
+        let stats = LaneStats::decode(&line.stats, 2).unwrap();
+        sequences.push(stats.train_total().tokens / 8);
+        assert_eq!(sequences[index as usize], u64::from(batch.sequences(StepIndex(index))));
+        assert_eq!(stats.train_total().mean(), Some(line.loss));
+    }
+    assert_eq!(sequences, [4, 4, 4, 12, 12, 12]);
+    // A gradient is a mean: three times the sequences are not three times the norm.
+    assert!(
+        lines[3].grad_norm < 2.0 * lines[2].grad_norm,
+        "{} {}",
+        lines[2].grad_norm,
+        lines[3].grad_norm
+    );
+}
+
+/// Squares of the lanes' parts: the same in every world, and at least what parts of a gradient of that norm must have.
+#[test]
+fn lanes_say_the_squares_of_their_gradients() {
+    let config = config_with(&["policy.gradient_noise=true"]);
+    let with = everywhere(&config, 4, &[]);
+    let without = everywhere(&config_with(&[]), 4, &[]);
+    for (a, b) in with.iter().zip(&without) {
+        assert_eq!((a.state, a.grad_norm, a.loss), (b.state, b.grad_norm, b.loss));
+        let squares = LaneStats::decode(&a.stats, 2).unwrap().lane_squares().unwrap();
+        assert!(
+            4.0 * squares >= a.grad_norm * a.grad_norm * (1.0 - 1e-9) && squares.is_finite(),
+            "{squares}"
+        );
+        assert_eq!(LaneStats::decode(&b.stats, 2).unwrap().lane_squares(), None);
+    }
+}
