@@ -206,7 +206,7 @@ impl RefineConfig {
         }
         let copies = &self.duplicates;
         let hashes = u64::from(copies.bands) * u64::from(copies.rows);
-        let remedy = "choose e.g. 14 bands of 8 rows: half of the pairs of similarity 0.69 meet";
+        let remedy = "choose e.g. 14 bands of 8 rows: half of the pairs of similarity 0.68 meet";
         within("duplicates.bands", copies.bands.into(), 1..=HASHES_MAX, remedy)?;
         within("duplicates.rows", copies.rows.into(), 1..=HASHES_MAX, remedy)?;
         within("duplicates.bands * data.refine.duplicates.rows", hashes, 1..=HASHES_MAX, remedy)?;
