@@ -4,6 +4,15 @@ use std::fmt;
 use std::path::PathBuf;
 use tarazed_domain::config::Language;
 
+/// A stage of refining.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// Each document is judged by itself.
+    Judging,
+    /// Documents have been compared with each other.
+    Comparing,
+}
+
 /// One stage of preparing; its `Display` is a line to print.
 #[derive(Clone, PartialEq, Debug)]
 pub enum PrepareEvent {
@@ -25,6 +34,21 @@ pub enum PrepareEvent {
         folder: PathBuf,
         /// Its version.
         version: String,
+    },
+    /// Part of the text is refined.
+    Refining {
+        /// The stage.
+        stage: Stage,
+        /// Share of the source files' bytes that are read, in percent.
+        percent: f64,
+        /// Documents so far.
+        documents: u64,
+        /// Documents that go on.
+        kept: u64,
+        /// Bytes of text so far, as they came.
+        text_bytes: u64,
+        /// Text refined by this process in a second, in 10^6 bytes.
+        mb_per_s: f64,
     },
     /// Tokenizer training begins.
     TokenizerTraining {
@@ -91,6 +115,24 @@ impl fmt::Display for PrepareEvent {
                     "data: {} is up to date (version {})",
                     folder.display(),
                     short(version)
+                )
+            }
+            Self::Refining {
+                stage,
+                percent,
+                documents,
+                kept,
+                text_bytes,
+                mb_per_s,
+            } => {
+                let done = match stage {
+                    Stage::Judging => "refined",
+                    Stage::Comparing => "compared",
+                };
+                write!(
+                    f,
+                    "refine: {percent:.0}% {done}: {documents} documents, {:.1} MB, {mb_per_s:.1} MB/s; {kept} go on",
+                    mega(*text_bytes)
                 )
             }
             Self::TokenizerTraining {

@@ -116,7 +116,7 @@ impl Builder {
 
     fn add_file(&mut self, config: &BenchmarkConfig) -> Result<(), CorpusError> {
         let lines = source::read_lines(&config.path)?;
-        let is_json = source::is_json_lines(&config.path);
+        let is_json = crate::input::is_json_lines(&config.path);
         self.sets.push(BenchmarkSet {
             name: config.name.clone(),
             items: 0,

@@ -78,6 +78,14 @@ pub(crate) struct Kept {
     pub(crate) bands: Vec<u64>,
 }
 
+/// The benchmark item of which a text, as it came, holds the most groups, and how many.
+pub(crate) fn find_item(benchmarks: &Benchmarks, text: &str, scratch: &mut Scratch) -> Option<(BenchmarkItem, usize)> {
+    scratch.folded.set(text);
+    let found = benchmarks.find(&scratch.folded, &mut scratch.runs);
+    scratch.trim();
+    found
+}
+
 /// What all domains share.
 #[derive(Debug)]
 pub(crate) struct Shared {
