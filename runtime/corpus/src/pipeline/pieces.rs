@@ -359,7 +359,7 @@ fn judge(
     Judged { document, keys }
 }
 
-const fn reason(broken: Broken, item: Option<crate::refine::BenchmarkItem>) -> Reason {
+fn reason(broken: Broken, item: Option<crate::refine::BenchmarkItem>) -> Reason {
     Reason {
         rule: broken.rule,
         detail: broken.detail,

@@ -1,11 +1,13 @@
 //! What a person is told while a data set is made.
 
+use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 use tarazed_domain::config::Language;
 
 /// A stage of refining.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Stage {
     /// Each document is judged by itself.
     Judging,
@@ -14,7 +16,8 @@ pub enum Stage {
 }
 
 /// One stage of preparing; its `Display` is a line to print.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 pub enum PrepareEvent {
     /// Another process prepares in the same folder.
     Waiting {

@@ -7,7 +7,7 @@
 use super::Scratch;
 use super::english::{BULLETS, nonempty};
 use super::fold::is_han;
-use super::repetition::{self, characters};
+use super::repetition;
 use super::rules::{Broken, Dropped, RuleSet};
 use super::table::{mix, power};
 
@@ -108,6 +108,7 @@ impl Figures {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::refine::repetition::characters;
     use proptest::prelude::*;
 
     fn broken(text: &str) -> Option<Dropped> {
