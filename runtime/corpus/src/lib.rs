@@ -34,6 +34,7 @@ mod parquet_source;
 mod pipeline;
 mod prepare;
 mod refine;
+mod refined_text;
 mod scan;
 mod shard;
 mod source;
@@ -52,6 +53,7 @@ pub use manifest::{
 };
 pub use prepare::{PrepareEvent, PrepareRequest, Prepared, Stage, prepare, prepare_again, prepare_refined};
 pub use refine::{Dropped, ReasonKind};
+pub use refined_text::refine_text;
 pub use scan::{Contamination, Found, decontaminate, train_tokenizer};
 #[doc(hidden)]
 pub use shard::fuzzing;

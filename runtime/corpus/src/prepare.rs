@@ -9,7 +9,7 @@
 mod build;
 mod events;
 
-pub(crate) use build::check_vocabulary;
+pub(crate) use build::{check_vocabulary, domain_stem, place_text};
 pub use events::{PrepareEvent, Stage};
 
 use crate::error::CorpusError;
@@ -102,7 +102,7 @@ pub fn prepare_refined(
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
     assert!(!request.domains.is_empty() && request.context > 0, "a validated config");
-    let inputs = read_inputs(request, progress)?;
+    let inputs = read_inputs(request.domains, progress)?;
     let settings = refine.map(pipeline::settings_text).transpose()?;
     let recipe = recipe(request, &inputs, settings.as_deref())?;
     let folder = out_dir.join(&recipe[..16]);
@@ -126,7 +126,7 @@ pub fn prepare_refined(
     std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
     let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
     let built = refine
-        .map(|config| Pipeline::run(config, &inputs, &work, progress))
+        .map(|config| Pipeline::run_for(&recipe, config, &inputs, &work, progress))
         .transpose()
         .and_then(|pipeline| {
             let text = build::Text {
@@ -178,19 +178,16 @@ pub(crate) fn is_recipe_name(name: &str) -> bool {
     name.len() == 16 && name.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-fn read_inputs<'a>(
-    request: &PrepareRequest<'a>,
+/// Lists and hashes the sources of all domains.
+pub(crate) fn read_inputs<'a>(
+    domains: &'a [DomainConfig],
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Vec<DomainInput<'a>>, CorpusError> {
-    let mut inputs = Vec::with_capacity(request.domains.len());
+    let mut inputs = Vec::with_capacity(domains.len());
     let (mut files_all, mut bytes_all) = (0, 0);
     // All are looked for before the first is read: a wrong path is said at once.
-    let listed = request
-        .domains
-        .iter()
-        .map(source::list)
-        .collect::<Result<Vec<_>, _>>()?;
-    for (config, files) in request.domains.iter().zip(listed) {
+    let listed = domains.iter().map(source::list).collect::<Result<Vec<_>, _>>()?;
+    for (config, files) in domains.iter().zip(listed) {
         let sources = files
             .par_iter()
             .map(|file| {

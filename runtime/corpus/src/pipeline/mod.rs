@@ -72,11 +72,13 @@ pub(crate) struct Pipeline {
 }
 
 impl Pipeline {
-    /// Runs both stages, or what of them is not done in `folder`.
+    /// Runs both stages, or what of them is not done in `folder`. `identity` names sources and settings: what lies in the folder
+    /// for another one is not gone on with.
     ///
     /// # Errors
     /// A source or a benchmark set that cannot be read, a disk that cannot be written; what is done stays for the next try.
-    pub(crate) fn run(
+    pub(crate) fn run_for(
+        identity: &str,
         config: &RefineConfig,
         inputs: &[DomainInput<'_>],
         folder: &Path,
@@ -91,7 +93,7 @@ impl Pipeline {
             piece_bytes: (config.memory_bytes_max / PIECE_SHARE).min(PIECE_BYTES_MAX),
             piece_documents: (config.memory_bytes_max / PIECE_SHARE / keys_bytes).max(16) as usize,
         };
-        open_folder(&settings)?;
+        open_folder(identity, &settings)?;
         let total_bytes = inputs.iter().flat_map(|input| &input.files).map(|file| file.bytes).sum();
         let mut progress = Progress::new(progress, total_bytes);
         let domains = pieces::judge_all(&settings, inputs, &mut progress)?;
@@ -141,13 +143,15 @@ impl Pipeline {
     }
 }
 
-/// Makes the work folder, or goes on in it; one that was cut up otherwise is emptied.
-fn open_folder(settings: &Settings<'_>) -> Result<(), CorpusError> {
+/// Makes the work folder, or goes on in it; one of something else, or that was cut up otherwise, is emptied.
+fn open_folder(identity: &str, settings: &Settings<'_>) -> Result<(), CorpusError> {
     let folder = settings.folder;
-    let plan = format!(
-        "{{\"piece_bytes\":{},\"piece_documents\":{}}}",
-        settings.piece_bytes, settings.piece_documents
-    );
+    let plan = serde_json::json!({
+        "identity": blake3::hash(identity.as_bytes()).to_hex().as_str(),
+        "piece_bytes": settings.piece_bytes,
+        "piece_documents": settings.piece_documents,
+    });
+    let plan = plan.to_string();
     if std::fs::read_to_string(folder.join(PLAN_FILE)).is_ok_and(|found| found == plan) {
         return Ok(());
     }

@@ -3,14 +3,18 @@
 
 use super::document::{DocumentId, Reason, Refined};
 use super::pieces::excerpt;
+use crate::error::CorpusError;
+use crate::files::write_file;
+use crate::manifest::FileManifest;
 use crate::refine::{BenchmarkItem, Dropped, Shared, mix};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
 
 /// File names in a data set's folder.
-pub(crate) const REPORT_FILE: &str = "report.json";
-pub(crate) const REPORT_TEXT_FILE: &str = "report.md";
+const REPORT_FILE: &str = "report.json";
+const REPORT_TEXT_FILE: &str = "report.md";
 /// Samples of one reason in one domain.
 const SAMPLES_MAX: usize = 5;
 /// Characters of a sample in `report.md`.
@@ -118,6 +122,11 @@ impl DomainReport {
         report.sample(document, reason, place);
     }
 
+    /// Documents, and those that are kept.
+    pub(crate) const fn counts(&self) -> (u64, u64) {
+        (self.documents, self.kept)
+    }
+
     /// The reasons that left most out, for a message.
     pub(crate) fn main_reasons(&self) -> String {
         let mut reasons: Vec<_> = self.left_out.iter().map(|(rule, report)| (report.documents, rule.name())).collect();
@@ -178,13 +187,21 @@ impl Report {
         }
     }
 
-    pub(crate) fn to_json(&self) -> String {
+    /// Writes both files.
+    pub(crate) fn write(&self, folder: &Path) -> Result<(FileManifest, FileManifest), CorpusError> {
+        Ok((
+            write_file(&folder.join(REPORT_FILE), self.to_json().as_bytes())?,
+            write_file(&folder.join(REPORT_TEXT_FILE), self.to_markdown().as_bytes())?,
+        ))
+    }
+
+    fn to_json(&self) -> String {
         // Strings, numbers and maps with names for keys: this has a JSON form.
         serde_json::to_string_pretty(self).unwrap_or_default() + "\n"
     }
 
     /// For people.
-    pub(crate) fn to_markdown(&self) -> String {
+    fn to_markdown(&self) -> String {
         let mut out = String::from("# What was left out, and why\n\n");
         out.push_str("| domain | documents | kept | MB | MB kept | changed by cleaning |\n|---|---|---|---|---|---|\n");
         let mega = |bytes: u64| bytes as f64 / 1e6;

@@ -9,7 +9,6 @@ use crate::manifest::{
     DataManifest, DomainManifest, FileManifest, LanguageManifest, MANIFEST_FILE, RefinementManifest, SCHEMA,
     SplitManifest, TokenizerManifest,
 };
-use crate::pipeline::report::{REPORT_FILE, REPORT_TEXT_FILE};
 use crate::pipeline::{DocumentId, DomainReport, Pipeline, Refined, Report};
 use crate::refine::{self, Dropped};
 use crate::shard::{SHARD_TOKENS_MAX, ShardWriter};
@@ -83,12 +82,12 @@ fn refinement(
     folder: &Path,
 ) -> Result<Option<RefinementManifest>, CorpusError> {
     let Some((pipeline, settings)) = text.refined else { return Ok(None) };
-    let report = Report::new(refine::PROGRAM, pipeline.shared(), reports);
+    let (report, report_text) = Report::new(refine::PROGRAM, pipeline.shared(), reports).write(folder)?;
     Ok(Some(RefinementManifest {
         program: refine::PROGRAM.to_owned(),
         settings: settings.to_owned(),
-        report: write_file(&folder.join(REPORT_FILE), report.to_json().as_bytes())?,
-        report_text: write_file(&folder.join(REPORT_TEXT_FILE), report.to_markdown().as_bytes())?,
+        report,
+        report_text,
     }))
 }
 
@@ -285,6 +284,16 @@ fn each_source_document(
     Ok(())
 }
 
+/// Beginning of the names of a domain's files. Any name is allowed in a config; a file name is not so free.
+pub(crate) fn domain_stem(index: usize, name: &str) -> String {
+    let plain: String = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
+        .take(64)
+        .collect();
+    format!("{index:03}-{plain}")
+}
+
 /// One domain while it is written.
 struct DomainWriter<'a> {
     folder: &'a Path,
@@ -324,13 +333,7 @@ impl<'a> DomainWriter<'a> {
         held_out_fraction: f64,
     ) -> Result<Self, CorpusError> {
         let name = &text.inputs[index].config.name;
-        // Any name is allowed in a config; a file name is not so free.
-        let plain: String = name
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
-            .take(64)
-            .collect();
-        let stem = format!("{index:03}-{plain}");
+        let stem = domain_stem(index, name);
         let stream = || Stream {
             shard: None,
             figures: SplitManifest::default(),
@@ -471,7 +474,7 @@ impl<'a> DomainWriter<'a> {
 }
 
 /// A document's place for people.
-fn place_text(inputs: &[DomainInput<'_>], id: DocumentId) -> String {
+pub(crate) fn place_text(inputs: &[DomainInput<'_>], id: DocumentId) -> String {
     let input = &inputs[id.domain()];
     let source = &input.sources[id.source() as usize].name;
     format!("{}/{source}:{}", input.config.name, id.record())

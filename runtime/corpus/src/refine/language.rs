@@ -140,6 +140,54 @@ mod tests {
         assert!(identify(&chinese).share_of(Language::Zh) > 0.99);
     }
 
+    /// Texts of the corpus that ships, of a file.
+    fn shipped(name: &str) -> Vec<String> {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/corpus");
+        let lines = std::fs::read_to_string(folder.join(name)).unwrap();
+        let text = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["text"].as_str().unwrap().to_owned();
+        lines.lines().map(text).collect()
+    }
+
+    /// Accuracy on real text, whole documents and single windows of 200 characters, and on text mixed of both languages. Figures
+    /// are printed; the bounds are a little below what was measured.
+    #[test]
+    fn the_shipped_corpus_is_identified() {
+        let share = |right: usize, all: usize| right as f64 / all as f64;
+        for (files, language) in [
+            (&["book-en.jsonl", "help-en.jsonl", "manual-en.jsonl", "knowledge-en.jsonl"][..], Language::En),
+            (&["book-zh.jsonl", "help-zh.jsonl", "manual-zh.jsonl", "classic-zh.jsonl"], Language::Zh),
+        ] {
+            for file in files {
+                let texts = shipped(file);
+                let right = texts.iter().filter(|text| identify(text).share_of(language) >= 0.5).count();
+                let pieces: Vec<String> = texts
+                    .iter()
+                    .map(|text| text.chars().skip(100).take(200).collect::<String>())
+                    .filter(|piece: &String| piece.chars().count() == 200)
+                    .collect();
+                let right_pieces = pieces.iter().filter(|text| identify(text).share_of(language) >= 0.5).count();
+                let (whole, short) = (share(right, texts.len()), share(right_pieces, pieces.len().max(1)));
+                println!("{file}: documents {whole:.4} of {}, pieces {short:.4} of {}", texts.len(), pieces.len());
+                assert!(whole >= 0.97, "{file}: {whole}");
+                assert!(short >= 0.90, "{file}: {short}");
+            }
+        }
+        // Half English, half Chinese by bytes: neither is more than three quarters of it.
+        let (english, chinese) = (shipped("book-en.jsonl"), shipped("book-zh.jsonl"));
+        let mixed: Vec<Identified> = english
+            .iter()
+            .zip(&chinese)
+            .filter(|(a, b)| a.len() > 3000 && b.len() > 3000)
+            .map(|(a, b)| identify(&format!("{}\n{}", &a[..a.floor_char_boundary(3000)], &b[..b.floor_char_boundary(3000)])))
+            .collect();
+        let fair = mixed
+            .iter()
+            .filter(|found| [Language::En, Language::Zh].iter().all(|&l| (0.25..=0.75).contains(&found.share_of(l))))
+            .count();
+        println!("mixed: {fair} of {} seen as both", mixed.len());
+        assert!(mixed.len() > 20 && share(fair, mixed.len()) >= 0.95);
+    }
+
     proptest! {
         #[test]
         fn any_text_is_survived(text in any::<String>()) {

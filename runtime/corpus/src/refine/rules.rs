@@ -183,6 +183,14 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_documented() {
+        let page = include_str!("../../../../docs/DATA.md");
+        for rule in Dropped::ALL {
+            assert!(page.contains(&format!("| `{}` |", rule.name())), "docs/DATA.md does not explain {}", rule.name());
+        }
+    }
+
+    #[test]
     fn only_quality_rules_can_be_turned_off() {
         let rules = RuleSet::without(&["c4_curly_bracket".to_owned()]).unwrap();
         assert!(!rules.is_on(Dropped::C4CurlyBracket) && rules.is_on(Dropped::C4Sentences));

@@ -1,4 +1,4 @@
-//! `tarazed data prepare|inspect|decontaminate|export`: text to data sets, and questions about them.
+//! `tarazed data prepare|refine|inspect|decontaminate|export`: text to data sets, and questions about them.
 
 use crate::exit::{Exit, Failure};
 use crate::outlet::last_words;
@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
-    CorpusError, DataManifest, DocumentRecord, DomainManifest, MegatronWriter, PrepareRequest, Split, TokenStore,
-    decontaminate, find_data_set, prepare_refined,
+    CorpusError, DataManifest, DocumentRecord, DomainManifest, MegatronWriter, PrepareEvent, PrepareRequest, Split,
+    TokenStore, decontaminate, find_data_set, prepare_refined, refine_text,
 };
 use tarazed_domain::DomainIndex;
 use tarazed_domain::config::{
@@ -21,6 +21,8 @@ use tarazed_domain::config::{
 pub enum Command {
     /// Clean, filter, deduplicate, decontaminate and tokenise the domains of a config; a run takes the result by data.prepared.
     Prepare(Prepare),
+    /// Refine as `prepare` does, and write the text that is kept instead of tokens.
+    Refine(Prepare),
     /// Show what a data set holds, what was left out and why, or where a token comes from.
     Inspect(Inspect),
     /// Look for text of benchmark sets in source files; with --out, write what is free of it.
@@ -37,8 +39,8 @@ pub struct Prepare {
     /// Override a key, e.g. --set data.refine.quality.enabled=false.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Folder for the data set; it gets a folder of its own in it, named after its inputs. What is there already is found, and
-    /// what was begun is gone on with.
+    /// Folder for the result; a data set gets a folder of its own in it, named after its inputs. What is there already is found,
+    /// and what was begun is gone on with.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Print the events as JSON lines, on standard output.
@@ -111,6 +113,7 @@ pub struct Export {
 pub fn run(command: &Command) -> Result<Exit, Failure> {
     match command {
         Command::Prepare(args) => prepare(args),
+        Command::Refine(args) => refine(args),
         Command::Inspect(args) => inspect(args),
         Command::Decontaminate(args) => look(args),
         Command::Export(args) => export(args),
@@ -118,7 +121,7 @@ pub fn run(command: &Command) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn prepare(args: &Prepare) -> Result<(), Failure> {
+fn load(args: &Prepare) -> Result<DataFile, Failure> {
     let file = DataFile::load(&args.config, &args.set)?;
     if file.data.prepared.is_some() {
         return Err(Failure::refused(
@@ -127,6 +130,23 @@ fn prepare(args: &Prepare) -> Result<(), Failure> {
             "leave it out to prepare the domains' own files",
         ));
     }
+    Ok(file)
+}
+
+impl Prepare {
+    /// Events go to standard error, so that standard output has the result alone; as JSON, all go to standard output.
+    fn tell(&self, event: &PrepareEvent) {
+        if self.json {
+            // A reader who has gone wants no more events; the data set is made all the same.
+            let _ = print_json_line(event);
+        } else {
+            last_words(&event.to_string());
+        }
+    }
+}
+
+fn prepare(args: &Prepare) -> Result<(), Failure> {
+    let file = load(args)?;
     let refine = file.data.refine.clone().unwrap_or_default();
     let request = PrepareRequest {
         domains: &file.data.domains,
@@ -135,21 +155,29 @@ fn prepare(args: &Prepare) -> Result<(), Failure> {
         held_out_fraction: file.data.held_out_fraction,
         context: file.context,
     };
-    // Events go to standard error, so that standard output has the result alone.
-    let mut tell = |event: tarazed_corpus::PrepareEvent| {
-        if args.json {
-            let _ = print_json_line(&event);
-        } else {
-            last_words(&event.to_string());
-        }
-    };
     let refine = refine_of(&request, &refine);
-    let prepared = prepare_refined(&request, refine, false, &args.out, &mut tell)?;
+    let prepared = prepare_refined(&request, refine, false, &args.out, &mut |event| args.tell(&event))?;
     if args.json {
         return print_json_line(&serde_json::json!({ "folder": prepared.folder, "version": prepared.manifest.version }));
     }
     let mut text = overview(&prepared.manifest, None);
     let _ = writeln!(text, "{}", short(&prepared.folder).display());
+    print(&text)
+}
+
+fn refine(args: &Prepare) -> Result<(), Failure> {
+    let file = load(args)?;
+    let config = file.data.refine.clone().unwrap_or_default();
+    let counts = refine_text(&file.data.domains, &config, &args.out, &mut |event| args.tell(&event))?;
+    let mut text = String::new();
+    for (domain, (documents, kept)) in file.data.domains.iter().zip(counts) {
+        if args.json {
+            print_json_line(&serde_json::json!({ "domain": domain.name, "documents": documents, "kept": kept }))?;
+        } else {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "{}: {kept} of {documents} documents kept", domain.name);
+        }
+    }
     print(&text)
 }
 
