@@ -240,6 +240,12 @@ pub enum CorpusError {
 }
 
 impl CorpusError {
+    /// Whether the same call may do better later.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::SourceChanged { .. })
+    }
+
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Unreadable { path, source }

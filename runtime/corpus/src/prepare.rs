@@ -140,6 +140,10 @@ pub fn prepare_refined(
             sync_folder(out_dir)
         });
     if let Err(error) = built {
+        if refine.is_some() && !error.is_transient() {
+            // The same inputs do no better, and others have another name.
+            let _ = std::fs::remove_dir_all(&work);
+        }
         // Best effort: what stays is never taken for a data set, and the next run removes it.
         let _ = std::fs::remove_dir_all(&partial);
         if !was_there {
@@ -251,7 +255,7 @@ fn recipe(
         "domains": domains,
     });
     if let Some(settings) = refine {
-        all["refine"] = serde_json::json!([refine::PROGRAM, settings]);
+        all["refine"] = serde_json::json!([refine::program(), settings]);
     }
     Ok(blake3::hash(all.to_string().as_bytes()).to_hex().to_string())
 }
@@ -265,7 +269,7 @@ const fn trained_vocabulary(request: &PrepareRequest<'_>) -> usize {
 }
 
 /// Holds the folder for one preparing process; the system lets go when the process ends, however it ends.
-fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, CorpusError> {
+pub(crate) fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, CorpusError> {
     let file = File::open(out_dir).map_err(CorpusError::write(out_dir))?;
     match file.try_lock() {
         Ok(()) => {}

@@ -3,8 +3,8 @@
 use crate::error::CorpusError;
 use crate::files::{HashingFile, sync_folder};
 use crate::pipeline::{self, Pipeline, Report};
-use crate::prepare::{PrepareEvent, domain_stem, read_inputs};
-use crate::refine;
+use crate::prepare::{PrepareEvent, domain_stem, lock, read_inputs};
+use crate::refine::program;
 use serde::Serialize;
 use std::path::Path;
 use tarazed_domain::config::{DomainConfig, RefineConfig};
@@ -40,10 +40,11 @@ pub fn refine_text(
     };
     let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     std::fs::create_dir_all(parent).map_err(CorpusError::write(parent))?;
+    let _lock = lock(parent, progress)?;
     let inputs = read_inputs(domains, progress)?;
     // Work of other inputs or settings is not gone on with.
     let sources: Vec<_> = inputs.iter().map(|input| (&input.config.name, input.config.language, &input.sources)).collect();
-    let identity = serde_json::json!([refine::PROGRAM, pipeline::settings_text(config)?, sources]).to_string();
+    let identity = serde_json::json!([program(), pipeline::settings_text(config)?, sources]).to_string();
     let work = beside(".work");
     let pipeline = Pipeline::run_for(&identity, config, &inputs, &work, progress)?;
     let partial = beside(".partial");
@@ -75,7 +76,7 @@ pub fn refine_text(
         counts.push(report.counts());
         reports.push(report);
     }
-    Report::new(refine::PROGRAM, pipeline.shared(), reports).write(&partial)?;
+    Report::new(pipeline.shared(), reports).write(&partial)?;
     sync_folder(&partial)?;
     std::fs::rename(&partial, out).map_err(CorpusError::write(out))?;
     sync_folder(parent)?;

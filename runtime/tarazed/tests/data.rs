@@ -32,20 +32,31 @@ fn refused(folder: &Path, args: &[&str], part: &str) {
 
 const QUESTION: &str = "A merchant buys thirty apples for sixty pence and sells each of them for three pence. How much does he gain in all?";
 
+/// A number for each pair, as if drawn.
+fn draw(i: usize, salt: usize) -> usize {
+    let mut z = (i as u64 * 1_000_003 + salt as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    (z >> 33) as usize
+}
+
 fn text(i: usize) -> String {
-    let nouns = ["farmer", "garden", "harbour", "island", "journey", "kitchen", "letter", "mountain", "ocean", "painter", "river"];
+    let nouns = [
+        "farmer", "garden", "harbour", "island", "journey", "kitchen", "letter", "mountain", "ocean", "painter", "river",
+        "soldier", "teacher", "village", "winter",
+    ];
     let verbs = ["admires", "builds", "carries", "describes", "enjoys", "follows", "gathers", "hears", "keeps", "notices", "paints"];
-    let pick = |list: &[&'static str], salt: usize| list[(i * 7919 + salt * 104_729 + i * i * salt) % list.len()];
+    let pick = |list: &[&'static str], salt: usize| list[draw(i, salt) % list.len()];
     (0..9)
         .map(|j| {
             format!(
-                "The {} {} the {} number {} and that is the {} of the {}. ",
-                pick(&nouns, j * 4),
-                pick(&verbs, j * 4 + 1),
-                pick(&nouns, j * 4 + 2),
-                (i * 31 + j * 17) % 97,
-                pick(&nouns, j * 4 + 3),
-                pick(&nouns, j * 5 + 1)
+                "The {} of the {} {} a {} and {} that {} with the {}. ",
+                pick(&nouns, j * 8),
+                pick(&nouns, j * 8 + 1),
+                pick(&verbs, j * 8 + 2),
+                pick(&nouns, j * 8 + 3),
+                pick(&verbs, j * 8 + 4),
+                pick(&nouns, j * 8 + 5),
+                pick(&nouns, j * 8 + 6)
             )
         })
         .collect()

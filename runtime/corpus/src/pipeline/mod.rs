@@ -19,7 +19,7 @@ pub(crate) use report::{DomainReport, Report};
 
 use crate::error::CorpusError;
 use crate::prepare::{DomainInput, PrepareEvent, Stage};
-use crate::refine::{Shared, hash_sets};
+use crate::refine::{Shared, check_rules, hash_sets};
 use copies::Copies;
 use document::Reason;
 use pieces::Piece;
@@ -48,8 +48,9 @@ pub(crate) struct Settings<'a> {
 /// The settings without paths: what is decided by them, and nothing else, as JSON.
 ///
 /// # Errors
-/// A benchmark set that cannot be read.
+/// A benchmark set that cannot be read, or a rule that there is not: before anything is written.
 pub(crate) fn settings_text(config: &RefineConfig) -> Result<String, CorpusError> {
+    check_rules(config)?;
     let decontaminate = &config.decontaminate;
     let settings = serde_json::json!({
         "document_bytes_max": config.document_bytes_max,

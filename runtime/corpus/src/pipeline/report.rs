@@ -6,7 +6,7 @@ use super::pieces::excerpt;
 use crate::error::CorpusError;
 use crate::files::write_file;
 use crate::manifest::FileManifest;
-use crate::refine::{BenchmarkItem, Dropped, Shared, mix};
+use crate::refine::{BenchmarkItem, Dropped, Shared, mix, program};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -160,7 +160,7 @@ impl ReasonReport {
 }
 
 impl Report {
-    pub(crate) fn new(program: &str, shared: &Shared, domains: Vec<DomainReport>) -> Self {
+    pub(crate) fn new(shared: &Shared, domains: Vec<DomainReport>) -> Self {
         let mut items: BTreeMap<BenchmarkItem, u64> = BTreeMap::new();
         for (item, count) in domains.iter().flat_map(|domain| &domain.items) {
             *items.entry(*item).or_default() += count;
@@ -181,7 +181,7 @@ impl Report {
             }
         });
         Self {
-            program: program.to_owned(),
+            program: program(),
             benchmarks: benchmarks.collect(),
             domains,
         }

@@ -82,9 +82,9 @@ fn refinement(
     folder: &Path,
 ) -> Result<Option<RefinementManifest>, CorpusError> {
     let Some((pipeline, settings)) = text.refined else { return Ok(None) };
-    let (report, report_text) = Report::new(refine::PROGRAM, pipeline.shared(), reports).write(folder)?;
+    let (report, report_text) = Report::new(pipeline.shared(), reports).write(folder)?;
     Ok(Some(RefinementManifest {
-        program: refine::PROGRAM.to_owned(),
+        program: refine::program(),
         settings: settings.to_owned(),
         report,
         report_text,

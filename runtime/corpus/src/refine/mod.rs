@@ -30,8 +30,13 @@ use std::sync::Arc;
 use tarazed_domain::config::{DomainConfig, DuplicateScope, Language, RefineConfig};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Part of the recipe of every refined data set: raise it when the same text and settings give another outcome.
-pub(crate) const PROGRAM: &str = "tarazed-refine 1, whichlang 0.1.1, unicode-normalization 0.1";
+/// Part of the recipe of every refined data set: the number goes up when the same text and settings give another outcome.
+/// Tables of the Unicode standard are part of the outcome, those of normalisation and those of the standard library.
+pub(crate) fn program() -> String {
+    let (a, b, c) = unicode_normalization::UNICODE_VERSION;
+    let (d, e, f) = char::UNICODE_VERSION;
+    format!("tarazed-refine 1, whichlang 0.1.1, Unicode {a}.{b}.{c} and {d}.{e}.{f}")
+}
 
 /// One character lost in so many is too much.
 const REPLACED_PER_CHARACTERS_MAX: u64 = 1000;
@@ -111,6 +116,18 @@ impl Shared {
     }
 }
 
+fn rules_of(config: &RefineConfig) -> Result<RuleSet, CorpusError> {
+    RuleSet::without(&config.quality.off).map_err(|name| CorpusError::UnknownRule { name })
+}
+
+/// Refuses rules that there are not.
+///
+/// # Errors
+/// [`CorpusError::UnknownRule`].
+pub(crate) fn check_rules(config: &RefineConfig) -> Result<(), CorpusError> {
+    rules_of(config).map(drop)
+}
+
 /// Judges the documents of one domain.
 #[derive(Debug)]
 pub(crate) struct Refiner {
@@ -130,7 +147,7 @@ impl Refiner {
         let is_prose = domain.language != Language::Code;
         let asks_language = is_prose && config.language.enabled && !config.language.exempt.contains(&domain.name);
         let asks_quality = is_prose && config.quality.enabled && !config.quality.exempt.contains(&domain.name);
-        let rules = RuleSet::without(&config.quality.off).map_err(|name| CorpusError::UnknownRule { name })?;
+        let rules = rules_of(config)?;
         Ok(Self {
             language: domain.language,
             share_min: asks_language.then_some(config.language.share_min),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 use tarazed_corpus::refine_text;
-use tarazed_domain::config::{DomainConfig, DuplicateScope, Language, RefineConfig, SourceFormat};
+use tarazed_domain::config::{DomainConfig, Language, RefineConfig, SourceFormat};
 use tarazed_tests::figures::{self, Figures, Summary};
 use tarazed_tests::peer::Peer;
 
@@ -102,10 +102,8 @@ fn run_ours(inputs: &Path, out: &Path) -> Result<(f64, u64)> {
         weight: 1.0,
         text_field: "text".to_owned(),
     }];
-    let mut config = RefineConfig::default();
-    config.duplicates.exact = DuplicateScope::Across;
     let started = Instant::now();
-    let counts = refine_text(&domains, &config, out, &mut |_| {})?;
+    let counts = refine_text(&domains, &RefineConfig::default(), out, &mut |_| {})?;
     Ok((started.elapsed().as_secs_f64(), counts.iter().map(|(_, kept)| kept).sum()))
 }
 
