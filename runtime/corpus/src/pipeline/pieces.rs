@@ -122,14 +122,15 @@ fn check_counts(input: &DomainInput<'_>) -> Result<(), CorpusError> {
 
 /// A file in which no document has the text field was named with the wrong field: an error, and no drop.
 fn refuse_missing_field(input: &DomainInput<'_>, pieces: &[Piece]) -> Result<(), CorpusError> {
-    for (source, file) in input.files.iter().enumerate() {
-        let tallies = pieces.iter().flat_map(|piece| &piece.sources);
-        let (mut texts, mut without, mut first) = (0, 0, u64::MAX);
-        for tally in tallies.filter(|tally| tally.source as usize == source) {
-            texts += tally.texts;
-            without += tally.without;
-            first = first.min(tally.first_without);
+    let mut sums = vec![(0, 0, u64::MAX); input.files.len()];
+    for tally in pieces.iter().flat_map(|piece| &piece.sources) {
+        if let Some((texts, without, first)) = sums.get_mut(tally.source as usize) {
+            *texts += tally.texts;
+            *without += tally.without;
+            *first = (*first).min(tally.first_without);
         }
+    }
+    for (file, (texts, without, first)) in input.files.iter().zip(sums) {
         if texts == 0 && without > 0 {
             return Err(CorpusError::MissingField {
                 path: file.path.clone(),

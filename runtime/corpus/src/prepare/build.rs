@@ -19,6 +19,7 @@ use crate::tokens;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Text encoded at once, in parallel, by document.
 const BATCH_BYTES: usize = 8 * 1024 * 1024;
@@ -357,15 +358,21 @@ impl<'a> DomainWriter<'a> {
 
     fn read(&mut self, progress: &mut dyn FnMut(PrepareEvent)) -> Result<(), CorpusError> {
         let (text, domain) = (self.text, self.domain);
+        let total_bytes = text.bytes(domain).max(1);
+        // For people: nothing that is written depends on the time.
+        let begun = Instant::now();
         text.each_document(domain, Some(self.tokenizer), &mut |read| {
             self.batch_bytes += read.content.text().len() + READ_BYTES;
             self.batch.push(read);
             if self.batch_bytes >= BATCH_BYTES {
                 self.encode_batch()?;
+                let text_bytes: u64 = self.streams.iter().map(|s| s.figures.text_bytes).sum();
                 progress(PrepareEvent::DomainProgress {
                     name: text.inputs[domain].config.name.clone(),
                     documents: self.streams.iter().map(|s| s.figures.documents).sum(),
-                    text_bytes: self.streams.iter().map(|s| s.figures.text_bytes).sum(),
+                    text_bytes,
+                    percent: (100.0 * text_bytes as f64 / total_bytes as f64).min(100.0),
+                    mb_per_s: text_bytes as f64 / 1e6 / begun.elapsed().as_secs_f64().max(1e-6),
                 });
             }
             Ok(())

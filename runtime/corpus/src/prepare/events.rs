@@ -75,6 +75,10 @@ pub enum PrepareEvent {
         documents: u64,
         /// Their UTF-8 bytes.
         text_bytes: u64,
+        /// Share of the domain's text, about, in percent: source files also hold what is no text.
+        percent: f64,
+        /// Text encoded in a second, in 10^6 bytes.
+        mb_per_s: f64,
     },
     /// A domain is encoded.
     DomainFinished {
@@ -152,10 +156,12 @@ impl fmt::Display for PrepareEvent {
                 name,
                 documents,
                 text_bytes,
+                percent,
+                mb_per_s,
             } => {
                 write!(
                     f,
-                    "domain {name}: {documents} documents, {:.1} MB so far",
+                    "domain {name}: {percent:.0}%: {documents} documents, {:.1} MB so far, {mb_per_s:.1} MB/s",
                     mega(*text_bytes)
                 )
             }

@@ -39,7 +39,7 @@ pub(super) fn judge(text: &str, rules: &RuleSet, scratch: &mut Scratch) -> Resul
     let figures = WordFigures::of(text);
     figures.check(rules)?;
     let lines = LineFigures::of(text);
-    lines.check(figures.words, rules)?;
+    lines.check(rules)?;
     sentences(text, rules)?;
     let repeated = repetition::pieces(counter, lines.lines, nonempty(text, "\n"));
     rules.check(
@@ -92,14 +92,17 @@ struct WordFigures {
 
 impl WordFigures {
     fn of(text: &str) -> Self {
-        let mut figures = Self::default();
+        // None of these holds white space, so those of a text are those of its words.
+        let mut figures = Self {
+            hashes: text.bytes().filter(|&b| b == b'#').count(),
+            ellipses: text.matches("...").count() + text.matches('…').count(),
+            ..Self::default()
+        };
         for word in text.split_whitespace() {
             figures.words += 1;
             figures.characters += characters(word);
             let letter = word.bytes().any(|b| b.is_ascii_alphabetic()) || word.chars().any(char::is_alphabetic);
             figures.with_letter += usize::from(letter);
-            figures.hashes += word.bytes().filter(|&b| b == b'#').count();
-            figures.ellipses += word.matches("...").count() + word.matches('…').count();
             if word.len() <= 4 {
                 let found = STOP_WORDS.iter().position(|stop| word.eq_ignore_ascii_case(stop));
                 figures.stop_words |= found.map_or(0, |at| 1 << at);
@@ -151,7 +154,7 @@ impl LineFigures {
         figures
     }
 
-    fn check(&self, _words: usize, rules: &RuleSet) -> Result<(), Broken> {
+    fn check(&self, rules: &RuleSet) -> Result<(), Broken> {
         let share = |count: usize| count as f64 / self.lines.max(1) as f64;
         let of = |rule, share: f64, is_broken| rules.check(rule, is_broken, || format!("{share:.2} of the lines"));
         let bullets = share(self.bullets);
