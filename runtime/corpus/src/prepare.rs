@@ -8,6 +8,7 @@
 
 mod build;
 mod events;
+mod resume;
 
 pub(crate) use build::{check_vocabulary, domain_stem, place_text};
 pub use events::{PrepareEvent, Stage};
@@ -121,9 +122,12 @@ pub fn prepare_refined(
     if folder.join(MANIFEST_FILE).exists() {
         return reuse(request, &folder, &recipe, progress);
     }
-    remove_stale(out_dir)?;
     let partial = out_dir.join(format!("{}{PARTIAL}", &recipe[..16]));
-    std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
+    // Refined domains that are done are found again in it.
+    remove_stale(out_dir, refine.is_some().then_some(partial.as_path()))?;
+    if !partial.exists() {
+        std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
+    }
     let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
     let built = refine
         .map(|config| Pipeline::run_for(&recipe, config, &inputs, &work, progress))
@@ -145,7 +149,9 @@ pub fn prepare_refined(
             let _ = std::fs::remove_dir_all(&work);
         }
         // Best effort: what stays is never taken for a data set, and the next run removes it.
-        let _ = std::fs::remove_dir_all(&partial);
+        if refine.is_none() || !error.is_transient() {
+            let _ = std::fs::remove_dir_all(&partial);
+        }
         if !was_there {
             // Fails, as it should, where the pipeline has left work to go on with.
             let _ = std::fs::remove_dir(out_dir);
@@ -285,11 +291,11 @@ pub(crate) fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Re
 }
 
 /// Removes what a process that died while preparing has left. Called with the lock held: nobody else is at it.
-fn remove_stale(out_dir: &Path) -> Result<(), CorpusError> {
+fn remove_stale(out_dir: &Path, kept: Option<&Path>) -> Result<(), CorpusError> {
     for entry in std::fs::read_dir(out_dir).map_err(CorpusError::write(out_dir))? {
         let path = entry.map_err(CorpusError::write(out_dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.strip_suffix(PARTIAL).is_some_and(is_recipe_name) {
+        if name.strip_suffix(PARTIAL).is_some_and(is_recipe_name) && kept != Some(path.as_path()) {
             std::fs::remove_dir_all(&path).map_err(CorpusError::write(&path))?;
         }
     }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
@@ -311,6 +312,44 @@ fn a_killed_process_is_gone_on_with() {
             });
             assert!(first.is_none_or(|documents| documents > 10), "begun anew after {killed_at} of {all}: {events:?}");
         }
+    }
+}
+
+/// Domains that were tokens already when a process was killed are taken as they are, if they are whole.
+#[test]
+fn finished_domains_are_not_made_anew() {
+    let fixture = Fixture::new();
+    let expected = files(&fixture.prepare().folder);
+    for harm in [false, true] {
+        let out = tempfile::tempdir().unwrap();
+        let mut domains = 0;
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            let _ = fixture.prepare_in(out.path(), &mut |event| {
+                domains += u32::from(matches!(event, PrepareEvent::DomainFinished { .. }));
+                assert!(domains < 2, "killed on purpose");
+            });
+        }));
+        assert!(killed.is_err());
+        let partial = std::fs::read_dir(out.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| path.extension().is_some_and(|e| e == "partial"))
+            .unwrap();
+        let shards = ["000-web.train.00000.tokens", "001-book.train.00000.tokens"];
+        let numbers = |folder: &Path| shards.map(|name| std::fs::metadata(folder.join(name)).unwrap().ino());
+        let before = numbers(&partial);
+        if harm {
+            let path = partial.join(shards[1]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[200] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+        let prepared = fixture.prepare_in(out.path(), &mut |_| {}).unwrap();
+        assert!(files(&prepared.folder) == expected);
+        let after = numbers(&prepared.folder);
+        assert_eq!(after[0], before[0], "the first domain's file is the very file");
+        // A new file may get the number of the one that went.
+        assert!(harm || after[1] == before[1]);
     }
 }
 

@@ -107,6 +107,11 @@ impl Pipeline {
         })
     }
 
+    /// Where what is under way lies.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Bytes of the texts of a domain that go on, copies included.
     pub(crate) fn kept_bytes(&self, domain: usize) -> u64 {
         self.domains[domain].iter().map(|piece| piece.kept_bytes).sum()

@@ -451,7 +451,7 @@ fn stem(domain: usize, index: usize) -> String {
 }
 
 /// Writes a small file so that it is there whole or not at all.
-pub(super) fn put(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), CorpusError> {
+pub(crate) fn put(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), CorpusError> {
     let partial = folder.join(format!("{name}.partial"));
     let _ = std::fs::remove_file(&partial);
     write_file(&partial, bytes)?;
@@ -479,7 +479,7 @@ fn find_pieces(folder: &Path, domain: usize) -> Result<Vec<Piece>, CorpusError> 
 }
 
 /// Whether a file is there as it was written.
-pub(super) fn is_whole(folder: &Path, file: &FileManifest) -> Result<bool, CorpusError> {
+pub(crate) fn is_whole(folder: &Path, file: &FileManifest) -> Result<bool, CorpusError> {
     let path = folder.join(&file.name);
     if std::fs::metadata(&path).map(|m| m.len()).ok() != Some(file.bytes) {
         return Ok(false);

@@ -1,6 +1,6 @@
 //! The work: tokenizer, domains, figures, manifest, all into one new folder.
 
-use super::{DomainInput, PrepareEvent, PrepareRequest, trained_vocabulary};
+use super::{DomainInput, PrepareEvent, PrepareRequest, resume, trained_vocabulary};
 use crate::documents::{DocumentPlace, DocumentRecord, DocumentWriter, KeptTokens, RefinedRecord};
 use crate::entropy::Unigram;
 use crate::error::CorpusError;
@@ -47,9 +47,7 @@ pub(super) fn build(
     });
     let mut domains = Vec::with_capacity(text.inputs.len());
     for index in 0..text.inputs.len() {
-        let mut writer = DomainWriter::create(folder, text, index, &tokenizer, request.held_out_fraction)?;
-        writer.read(progress)?;
-        let built = writer.finish()?;
+        let built = domain(request, text, index, &tokenizer, folder, progress)?;
         progress(finished(&built.manifest));
         domains.push(built);
     }
@@ -76,6 +74,30 @@ pub(super) fn build(
     Ok(manifest)
 }
 
+/// One domain: made, or found as an earlier process left it.
+fn domain(
+    request: &PrepareRequest<'_>,
+    text: &Text<'_>,
+    index: usize,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<DomainBuilt, CorpusError> {
+    if let Some(work) = text.work() {
+        if let Some(built) = resume::domain(work, folder, text, index, tokenizer.vocabulary())? {
+            return Ok(built);
+        }
+        resume::remove(folder, &[&format!("{index:03}-")])?;
+    }
+    let mut writer = DomainWriter::create(folder, text, index, tokenizer, request.held_out_fraction)?;
+    writer.read(progress)?;
+    let built = writer.finish()?;
+    if let Some(work) = text.work() {
+        resume::domain_done(work, index, &built.manifest)?;
+    }
+    Ok(built)
+}
+
 /// Writes the reports of what was left out.
 fn refinement(
     text: &Text<'_>,
@@ -83,6 +105,7 @@ fn refinement(
     folder: &Path,
 ) -> Result<Option<RefinementManifest>, CorpusError> {
     let Some((pipeline, settings)) = text.refined else { return Ok(None) };
+    resume::remove(folder, &["report.", MANIFEST_FILE])?;
     let (report, report_text) = Report::new(pipeline.shared(), reports).write(folder)?;
     Ok(Some(RefinementManifest {
         program: refine::program(),
@@ -111,11 +134,30 @@ fn tokenizer(
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<(Tokenizer, FileManifest), CorpusError> {
     let target = folder.join(TOKENIZER_FILE);
+    if let Some(work) = text.work() {
+        if let Some(found) = resume::tokenizer(work, folder)? {
+            return Ok(found);
+        }
+        resume::remove(folder, &[TOKENIZER_FILE])?;
+    }
+    let made = make_tokenizer(request, text, &target, progress)?;
+    if let Some(work) = text.work() {
+        resume::tokenizer_done(work, &made.0, &made.1)?;
+    }
+    Ok(made)
+}
+
+fn make_tokenizer(
+    request: &PrepareRequest<'_>,
+    text: &Text<'_>,
+    target: &Path,
+    progress: &mut dyn FnMut(PrepareEvent),
+) -> Result<(Tokenizer, FileManifest), CorpusError> {
     if let Some(path) = &request.tokenizer.path {
         let tokenizer = Tokenizer::load(path)?;
         check_vocabulary(path, tokenizer.vocabulary(), request.model_vocabulary)?;
         let bytes = std::fs::read(path).map_err(CorpusError::unreadable(path))?;
-        return Ok((tokenizer, write_file(&target, &bytes)?));
+        return Ok((tokenizer, write_file(target, &bytes)?));
     }
     let vocabulary = trained_vocabulary(request);
     check_vocabulary(
@@ -130,7 +172,7 @@ fn tokenizer(
         vocabulary,
     });
     let (tokenizer, json) = Tokenizer::train_bpe(&texts, vocabulary)?;
-    Ok((tokenizer, write_file(&target, json.as_bytes())?))
+    Ok((tokenizer, write_file(target, json.as_bytes())?))
 }
 
 /// Training text for the tokenizer: all of it where it fits into `train_bytes_max`, else a sample in which no domain takes
@@ -207,6 +249,21 @@ impl Content {
 }
 
 impl Text<'_> {
+    /// Where the pipeline's work lies, if there is any.
+    fn work(&self) -> Option<&Path> {
+        self.refined.map(|(pipeline, _)| pipeline.folder())
+    }
+
+    /// Counts the documents of a refined domain into its report.
+    pub(super) fn report(&self, domain: usize, report: &mut DomainReport) -> Result<(), CorpusError> {
+        self.each_document(domain, None, &mut |read| {
+            if let Content::Refined(document) = &read.content {
+                report.add(document, &|id| place_text(self.inputs, id));
+            }
+            Ok(())
+        })
+    }
+
     /// Bytes of a domain's text, or about so many.
     fn bytes(&self, domain: usize) -> u64 {
         match self.refined {
@@ -318,11 +375,11 @@ struct Stream {
     counts: Unigram,
 }
 
-struct DomainBuilt {
-    manifest: DomainManifest,
-    report: DomainReport,
-    train: Unigram,
-    held_out: Unigram,
+pub(super) struct DomainBuilt {
+    pub(super) manifest: DomainManifest,
+    pub(super) report: DomainReport,
+    pub(super) train: Unigram,
+    pub(super) held_out: Unigram,
 }
 
 impl<'a> DomainWriter<'a> {
