@@ -280,10 +280,10 @@ fn prepare(config: &Config, folder: &RunFolder, notify: &Notify) -> Result<Prepa
         context: config.model.context,
     };
     let mut heard = |event| notify(Notice::Preparing(event));
-    let prepared = if folder.resumed {
-        tarazed_corpus::prepare_again(&request, &folder.paths.data(), &mut heard)
-    } else {
-        tarazed_corpus::prepare(&request, &folder.paths.data(), &mut heard)
+    let (out_dir, refine) = (folder.paths.data(), config.data.refine.as_ref());
+    let prepared = match &config.data.prepared {
+        Some(ready) => tarazed_corpus::adopt(&request, ready, folder.resumed, &out_dir, &mut heard),
+        None => tarazed_corpus::prepare_refined(&request, refine, folder.resumed, &out_dir, &mut heard),
     }?;
     check_same_data(config, folder, &prepared)?;
     Ok(prepared)

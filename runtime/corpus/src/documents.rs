@@ -2,7 +2,8 @@
 
 use crate::error::CorpusError;
 use crate::files::HashingFile;
-use crate::manifest::{Dropped, FileManifest};
+use crate::manifest::FileManifest;
+use crate::refine::Dropped;
 use crate::split::Split;
 use serde::{Deserialize, Serialize};
 use std::io::BufRead;
@@ -26,6 +27,37 @@ pub struct DocumentRecord {
     /// Why it was left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropped: Option<Dropped>,
+    /// What refining did; none where the text was taken as it is. Of a document left out, `blake3` and `text_bytes` are those
+    /// of the text as it came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refined: Option<RefinedRecord>,
+}
+
+/// What refining did to a document.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefinedRecord {
+    /// BLAKE3 (hex) of its text as it came, where cleaning changed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_blake3: Option<String>,
+    /// The figure that broke a rule, or what is wrong.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// The document that it is a copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<DocumentPlace>,
+}
+
+/// Where a document comes from.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DocumentPlace {
+    /// Its domain.
+    pub domain: String,
+    /// Position of its source file in [`crate::DomainManifest::sources`] of that domain.
+    pub source: u32,
+    /// Its line or row in that file, from 1.
+    pub record: u64,
 }
 
 /// The tokens of a document in its split's stream.
@@ -62,17 +94,31 @@ impl DocumentWriter {
 
 /// The document that holds token `position` of a split: a scan of the index, for questions and not for training.
 pub(crate) fn find(path: &Path, split: Split, position: u64) -> Result<Option<DocumentRecord>, CorpusError> {
+    let mut found = None;
+    each(path, &mut |record| {
+        let holds = |kept: &KeptTokens| kept.split == split && (kept.start..kept.start + kept.tokens).contains(&position);
+        let is_it = record.kept.as_ref().is_some_and(holds);
+        if is_it {
+            found = Some(record);
+        }
+        Ok(!is_it)
+    })?;
+    Ok(found)
+}
+
+/// Hands every line of an index to `sink`, until that says false.
+pub(crate) fn each(
+    path: &Path,
+    sink: &mut dyn FnMut(DocumentRecord) -> Result<bool, CorpusError>,
+) -> Result<(), CorpusError> {
     let file = std::fs::File::open(path).map_err(CorpusError::unreadable(path))?;
     for line in std::io::BufReader::new(file).lines() {
         let line = line.map_err(CorpusError::unreadable(path))?;
         let record: DocumentRecord =
             serde_json::from_str(&line).map_err(|e| CorpusError::corrupt(path, format!("cannot be parsed ({e})")))?;
-        if let Some(kept) = record.kept
-            && kept.split == split
-            && (kept.start..kept.start + kept.tokens).contains(&position)
-        {
-            return Ok(Some(record));
+        if !sink(record)? {
+            break;
         }
     }
-    Ok(None)
+    Ok(())
 }

@@ -114,6 +114,68 @@ pub enum CorpusError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// Reconfigure: a file of tokens where text is needed.
+    #[error(
+        "{}: holds tokens, and no text to refine, to train a tokenizer on or to search; give its domain a ready \
+         data.tokenizer.path, and leave data.refine out",
+        path.display()
+    )]
+    TokensWithoutText {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Reconfigure: a file of tokens that is not what its header says.
+    #[error("{}: not a readable token file ({reason}); write it again, or leave it out", path.display())]
+    BadTokens {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Reconfigure: a benchmark set that cannot be used.
+    #[error("{}: not a usable benchmark set ({reason}); correct it, or data.refine.decontaminate.sets", path.display())]
+    Benchmark {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Reconfigure: a quality rule that there is not.
+    #[error("data.refine.quality.off: '{name}' is no quality rule; their names are in docs/DATA.md")]
+    UnknownRule {
+        /// The name.
+        name: String,
+    },
+    /// Reconfigure: more files or records than a document's place can name.
+    #[error("{}: {reason}; merge files, or cut this one up", path.display())]
+    TooMany {
+        /// The file or folder.
+        path: PathBuf,
+        /// What there are too many of.
+        reason: String,
+    },
+    /// Reconfigure: a folder without a data set, or with several.
+    #[error("{}: {reason}", path.display())]
+    NoDataSet {
+        /// The folder.
+        path: PathBuf,
+        /// What was found, and what to do.
+        reason: String,
+    },
+    /// Reconfigure: a prepared folder of other domains.
+    #[error(
+        "{}: holds the domains {found}, and the config names {wanted}; list the same names and languages in the same order, or \
+         name another data.prepared",
+        path.display()
+    )]
+    OtherDomains {
+        /// The folder.
+        path: PathBuf,
+        /// What it holds.
+        found: String,
+        /// What the config has.
+        wanted: String,
+    },
     /// Reconfigure: a run would go on with other data than it began with.
     #[error(
         "{}: holds other data than the config's sources give now: texts, domains or tokenizer have changed since the run \
@@ -178,6 +240,12 @@ pub enum CorpusError {
 }
 
 impl CorpusError {
+    /// Whether the same call may do better later.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::SourceChanged { .. })
+    }
+
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Unreadable { path, source }

@@ -14,34 +14,50 @@
 //!   with its reason.
 //! - No text stands in both splits: the split follows the hash of a document's text.
 //!
-//! What it does not do: it decides no sample order and no mixture (`tarazed-protocol` does), it filters no quality and
-//! removes no near-duplicates beyond exact copies within a domain, and it reads nothing over a network.
+//! With [`prepare_refined`], text goes through `refine` (what happens to one document: pure functions) and `pipeline` (all
+//! documents: pieces, copies, report) before it becomes tokens. Without, exact copies within a domain are all that is left
+//! out.
+//!
+//! What it does not do: it decides no sample order and no mixture (`tarazed-protocol` does), it changes no text but by the rules
+//! of `refine`, and it reads nothing over a network.
 
+mod adopt;
 mod baseline;
 mod chunks;
 mod documents;
 mod entropy;
 mod error;
 mod files;
+mod input;
 mod manifest;
 mod parquet_source;
+mod pipeline;
 mod prepare;
+mod refine;
+mod refined_text;
+mod scan;
 mod shard;
 mod source;
 mod split;
 mod store;
 mod tokenizer;
+mod tokens;
 
+pub use adopt::{adopt, find_data_set};
 pub use baseline::UnigramLoss;
-pub use documents::{DocumentRecord, KeptTokens};
+pub use documents::{DocumentPlace, DocumentRecord, KeptTokens, RefinedRecord};
 pub use error::CorpusError;
 pub use manifest::{
-    DataManifest, DomainManifest, Dropped, FileManifest, LanguageManifest, MANIFEST_FILE, SourceManifest,
+    DataManifest, DomainManifest, FileManifest, LanguageManifest, MANIFEST_FILE, RefinementManifest, SourceManifest,
     SplitManifest, TokenizerManifest,
 };
-pub use prepare::{PrepareEvent, PrepareRequest, Prepared, prepare, prepare_again};
+pub use prepare::{PrepareEvent, PrepareRequest, Prepared, Stage, prepare, prepare_again, prepare_refined};
+pub use refine::{Dropped, ReasonKind};
+pub use refined_text::refine_text;
+pub use scan::{Contamination, Found, decontaminate, train_tokenizer};
 #[doc(hidden)]
 pub use shard::fuzzing;
 pub use split::Split;
 pub use store::TokenStore;
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer};
+pub use tokens::MegatronWriter;

@@ -1,6 +1,7 @@
 //! `data.json`: what a data set holds, and the hashes that tie all of it together.
 
 use crate::error::CorpusError;
+use crate::refine::Dropped;
 use crate::split::Split;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,6 +28,9 @@ pub struct DataManifest {
     pub tokenizer: TokenizerManifest,
     /// Share of documents held out.
     pub held_out_fraction: f64,
+    /// How its text was refined; none where it was taken as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refinement: Option<RefinementManifest>,
     /// The domains, in the config's order.
     pub domains: Vec<DomainManifest>,
     /// Figures per language, in the order of [`Language`].
@@ -126,14 +130,18 @@ pub struct LanguageManifest {
     pub unigram_entropy_nats: Option<f64>,
 }
 
-/// Why a document was left out.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Dropped {
-    /// Nothing but white space, or a null.
-    Empty,
-    /// The exact text came before, in the same domain.
-    Duplicate,
+/// How the text of a data set was refined.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefinementManifest {
+    /// Version of the rules and of what they rest on.
+    pub program: String,
+    /// The settings as JSON, benchmark sets by their hashes: equal settings are equal texts.
+    pub settings: String,
+    /// What was left out and why, as JSON.
+    pub report: FileManifest,
+    /// The same for people.
+    pub report_text: FileManifest,
 }
 
 impl SplitManifest {

@@ -22,6 +22,22 @@ pub(crate) fn documents(
     column: &str,
     sink: &mut dyn FnMut(Document) -> Result<(), CorpusError>,
 ) -> Result<(), CorpusError> {
+    values(path, column, &mut |record, bytes| {
+        let text = text(path, bytes, record)?;
+        sink(Document { text, record })?;
+        Ok(true)
+    })
+}
+
+/// Hands the bytes of every row to `sink`, with the row's number from 1, until that says false; a null gives none.
+///
+/// # Errors
+/// [`CorpusError::BadParquet`], [`CorpusError::MissingColumn`], or the sink's own.
+pub(crate) fn values(
+    path: &Path,
+    column: &str,
+    sink: &mut dyn FnMut(u64, &[u8]) -> Result<bool, CorpusError>,
+) -> Result<(), CorpusError> {
     let bad = |e: parquet::errors::ParquetError| CorpusError::BadParquet {
         path: path.to_owned(),
         reason: e.to_string(),
@@ -65,8 +81,9 @@ pub(crate) fn documents(
                 } else {
                     None
                 };
-                let text = value.map_or(Ok(String::new()), |v| text(path, v.data(), record))?;
-                sink(Document { text, record })?;
+                if !sink(record, value.map_or(&[], |v| v.data()))? {
+                    return Ok(());
+                }
             }
         }
     }

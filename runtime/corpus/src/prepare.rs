@@ -3,26 +3,32 @@
 //! Straight line: list sources, hash them, and if the folder of that hash is there, done. Otherwise, under a lock on the
 //! parent folder: tokenizer, then each domain (split, encode, write), then the manifest, all in a `.partial` folder that
 //! is renamed when everything in it is synced. A failure at any point leaves no data set, and the partial folder of a
-//! process that died is removed by the next one.
+//! process that died is removed by the next one. With refinement, what the pipeline has finished lies in a `.work` folder
+//! until the data set is whole, and a process that was killed goes on from there.
 
 mod build;
 mod events;
+mod resume;
 
-pub use events::PrepareEvent;
+pub(crate) use build::{check_vocabulary, domain_stem, place_text};
+pub use events::{PrepareEvent, Stage};
 
 use crate::error::CorpusError;
 use crate::files::{hash_file, sync_folder};
 use crate::manifest::{DataManifest, MANIFEST_FILE, SourceManifest};
+use crate::pipeline::{self, Pipeline};
+use crate::refine;
 use crate::source::{self, SourceFile};
 use crate::tokenizer::TOKENIZER_FILE;
 use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use tarazed_domain::config::{DomainConfig, TokenizerConfig};
+use tarazed_domain::config::{DomainConfig, RefineConfig, TokenizerConfig};
 
 /// Part of every recipe: raise it when the same inputs give other tokens or other figures.
 const PROGRAM: &str = "tarazed-corpus 2, tokenizers 0.23.2";
 const PARTIAL: &str = ".partial";
+const WORK: &str = ".work";
 
 /// What to prepare. There is no seed: runs of any seed see the same tokens and the same held-out text.
 #[derive(Clone, Copy, Debug)]
@@ -51,10 +57,10 @@ pub struct Prepared {
 }
 
 /// One domain with its files and their hashes.
-struct DomainInput<'a> {
-    config: &'a DomainConfig,
-    files: Vec<SourceFile>,
-    sources: Vec<SourceManifest>,
+pub(crate) struct DomainInput<'a> {
+    pub(crate) config: &'a DomainConfig,
+    pub(crate) files: Vec<SourceFile>,
+    pub(crate) sources: Vec<SourceManifest>,
 }
 
 /// Makes the data set of `request` in a folder under `out_dir`, or finds it there. `progress` hears of each stage.
@@ -66,7 +72,7 @@ pub fn prepare(
     out_dir: &Path,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
-    prepare_beside(request, out_dir, false, progress)
+    prepare_refined(request, None, false, out_dir, progress)
 }
 
 /// Like [`prepare`], for a run that has trained on a data set under `out_dir`: where there are data sets and none is that
@@ -80,24 +86,32 @@ pub fn prepare_again(
     out_dir: &Path,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
-    prepare_beside(request, out_dir, true, progress)
+    prepare_refined(request, None, true, out_dir, progress)
 }
 
-fn prepare_beside(
+/// Like [`prepare`], or like [`prepare_again`] where `is_again`, with the text refined as `refine` says, if it does. A process
+/// that is killed in the middle leaves what it has finished in `out_dir`, and the next call with the same inputs goes on from
+/// there to the same bytes.
+///
+/// # Errors
+/// As theirs; and [`CorpusError::Benchmark`], [`CorpusError::UnknownRule`].
+pub fn prepare_refined(
     request: &PrepareRequest<'_>,
+    refine: Option<&RefineConfig>,
+    is_again: bool,
     out_dir: &Path,
-    refuse_others: bool,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
     assert!(!request.domains.is_empty() && request.context > 0, "a validated config");
-    let inputs = read_inputs(request, progress)?;
-    let recipe = recipe(request, &inputs)?;
+    let inputs = read_inputs(request.domains, progress)?;
+    let settings = refine.map(pipeline::settings_text).transpose()?;
+    let recipe = recipe(request, &inputs, settings.as_deref())?;
     let folder = out_dir.join(&recipe[..16]);
     // Without the lock: a data set that is there is whole, and ranks that start together need not queue for it.
     if folder.join(MANIFEST_FILE).exists() {
         return reuse(request, &folder, &recipe, progress);
     }
-    if refuse_others && holds_any(out_dir) {
+    if is_again && holds_any(out_dir) {
         return Err(CorpusError::OtherData {
             folder: out_dir.to_owned(),
         });
@@ -108,22 +122,45 @@ fn prepare_beside(
     if folder.join(MANIFEST_FILE).exists() {
         return reuse(request, &folder, &recipe, progress);
     }
-    remove_stale(out_dir)?;
     let partial = out_dir.join(format!("{}{PARTIAL}", &recipe[..16]));
-    std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
-    let built = build::build(request, &inputs, &recipe, &partial, progress).and_then(|manifest| {
-        manifest.check_context(request.context)?;
-        sync_folder(&partial)?;
-        std::fs::rename(&partial, &folder).map_err(CorpusError::write(&folder))?;
-        sync_folder(out_dir)
-    });
+    // Refined domains that are done are found again in it.
+    remove_stale(out_dir, refine.is_some().then_some(partial.as_path()))?;
+    if !partial.exists() {
+        std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
+    }
+    let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
+    let built = refine
+        .map(|config| Pipeline::run_for(&recipe, config, &inputs, &work, progress))
+        .transpose()
+        .and_then(|pipeline| {
+            let text = build::Text {
+                inputs: &inputs,
+                refined: pipeline.as_ref().zip(settings.as_deref()),
+            };
+            let manifest = build::build(request, &text, &recipe, &partial, progress)?;
+            manifest.check_context(request.context)?;
+            sync_folder(&partial)?;
+            std::fs::rename(&partial, &folder).map_err(CorpusError::write(&folder))?;
+            sync_folder(out_dir)
+        });
     if let Err(error) = built {
+        if refine.is_some() && !error.is_transient() {
+            // The same inputs do no better, and others have another name.
+            let _ = std::fs::remove_dir_all(&work);
+        }
         // Best effort: what stays is never taken for a data set, and the next run removes it.
-        let _ = std::fs::remove_dir_all(&partial);
+        if refine.is_none() || !error.is_transient() {
+            let _ = std::fs::remove_dir_all(&partial);
+        }
         if !was_there {
+            // Fails, as it should, where the pipeline has left work to go on with.
             let _ = std::fs::remove_dir(out_dir);
         }
         return Err(error);
+    }
+    if refine.is_some() {
+        // The data set is whole; what stays of the work would only take room.
+        std::fs::remove_dir_all(&work).map_err(CorpusError::write(&work))?;
     }
     drop(lock);
     let prepared = open(request, &folder, &recipe)?;
@@ -135,30 +172,32 @@ fn prepare_beside(
 }
 
 /// Whether a whole data set is there, of whatever inputs.
-fn holds_any(out_dir: &Path) -> bool {
+pub(crate) fn holds_any(out_dir: &Path) -> bool {
     let entries = std::fs::read_dir(out_dir).into_iter().flatten().flatten();
     entries
         .filter(|entry| is_recipe_name(&entry.file_name().to_string_lossy()))
         .any(|entry| entry.path().join(MANIFEST_FILE).exists())
 }
 
-fn is_recipe_name(name: &str) -> bool {
+/// The folder of a recipe's data set; none where the recipe is no hash.
+pub(crate) fn recipe_folder(out_dir: &Path, recipe: &str) -> Option<PathBuf> {
+    recipe.get(..16).filter(|name| is_recipe_name(name)).map(|name| out_dir.join(name))
+}
+
+pub(crate) fn is_recipe_name(name: &str) -> bool {
     name.len() == 16 && name.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-fn read_inputs<'a>(
-    request: &PrepareRequest<'a>,
+/// Lists and hashes the sources of all domains.
+pub(crate) fn read_inputs<'a>(
+    domains: &'a [DomainConfig],
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Vec<DomainInput<'a>>, CorpusError> {
-    let mut inputs = Vec::with_capacity(request.domains.len());
+    let mut inputs = Vec::with_capacity(domains.len());
     let (mut files_all, mut bytes_all) = (0, 0);
     // All are looked for before the first is read: a wrong path is said at once.
-    let listed = request
-        .domains
-        .iter()
-        .map(source::list)
-        .collect::<Result<Vec<_>, _>>()?;
-    for (config, files) in request.domains.iter().zip(listed) {
+    let listed = domains.iter().map(source::list).collect::<Result<Vec<_>, _>>()?;
+    for (config, files) in domains.iter().zip(listed) {
         let sources = files
             .par_iter()
             .map(|file| {
@@ -188,7 +227,11 @@ fn read_inputs<'a>(
 }
 
 /// BLAKE3 (hex) over everything that decides the tokens, and nothing else: no domain's place, no weight, no context.
-fn recipe(request: &PrepareRequest<'_>, inputs: &[DomainInput<'_>]) -> Result<String, CorpusError> {
+fn recipe(
+    request: &PrepareRequest<'_>,
+    inputs: &[DomainInput<'_>],
+    refine: Option<&str>,
+) -> Result<String, CorpusError> {
     let tokenizer = match &request.tokenizer.path {
         Some(path) => {
             let config = path.with_file_name("tokenizer_config.json");
@@ -211,12 +254,15 @@ fn recipe(request: &PrepareRequest<'_>, inputs: &[DomainInput<'_>]) -> Result<St
             serde_json::json!([c.name, c.language, c.text_field, input.sources])
         })
         .collect();
-    let all = serde_json::json!({
+    let mut all = serde_json::json!({
         "program": PROGRAM,
         "tokenizer": tokenizer,
         "held_out_fraction_bits": request.held_out_fraction.to_bits(),
         "domains": domains,
     });
+    if let Some(settings) = refine {
+        all["refine"] = serde_json::json!([refine::program(), settings]);
+    }
     Ok(blake3::hash(all.to_string().as_bytes()).to_hex().to_string())
 }
 
@@ -229,7 +275,7 @@ const fn trained_vocabulary(request: &PrepareRequest<'_>) -> usize {
 }
 
 /// Holds the folder for one preparing process; the system lets go when the process ends, however it ends.
-fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, CorpusError> {
+pub(crate) fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, CorpusError> {
     let file = File::open(out_dir).map_err(CorpusError::write(out_dir))?;
     match file.try_lock() {
         Ok(()) => {}
@@ -245,11 +291,11 @@ fn lock(out_dir: &Path, progress: &mut dyn FnMut(PrepareEvent)) -> Result<File, 
 }
 
 /// Removes what a process that died while preparing has left. Called with the lock held: nobody else is at it.
-fn remove_stale(out_dir: &Path) -> Result<(), CorpusError> {
+fn remove_stale(out_dir: &Path, kept: Option<&Path>) -> Result<(), CorpusError> {
     for entry in std::fs::read_dir(out_dir).map_err(CorpusError::write(out_dir))? {
         let path = entry.map_err(CorpusError::write(out_dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.strip_suffix(PARTIAL).is_some_and(is_recipe_name) {
+        if name.strip_suffix(PARTIAL).is_some_and(is_recipe_name) && kept != Some(path.as_path()) {
             std::fs::remove_dir_all(&path).map_err(CorpusError::write(&path))?;
         }
     }

@@ -1,17 +1,23 @@
 //! Where documents come from: files and folders of JSON lines, parquet or plain text, in a fixed order.
 
 use crate::error::CorpusError;
+use crate::input::{self, Packing};
 use crate::parquet_source;
+use crate::refine::Dropped;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 use tarazed_domain::config::{DomainConfig, SourceFormat};
 
 /// Bytes of one document.
 pub(crate) const DOCUMENT_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// What of a line of JSON is not its text, at most; texts are allowed two bytes for each of theirs, as escaped Han need it.
+const LINE_BYTES_BESIDE_TEXT: u64 = 64 * 1024;
+/// Times as many bytes as a packed file has, its text is taken to have.
+const UNPACKED_PER_PACKED_BYTE: u64 = 4;
 /// Folders within folders.
 const DEPTH_MAX: usize = 64;
 
@@ -34,6 +40,60 @@ pub(crate) struct Document {
     pub(crate) record: u64,
 }
 
+/// One document as it lies in its file: reading it further takes time, and may fail for it alone.
+#[derive(Debug)]
+pub(crate) struct RawDocument {
+    pub(crate) content: RawContent,
+    /// Line or row in its file, from 1.
+    pub(crate) record: u64,
+}
+
+/// What lies in the file.
+#[derive(Debug)]
+pub(crate) enum RawContent {
+    /// A line of JSON.
+    Line(Vec<u8>),
+    /// The text itself.
+    Text(Vec<u8>),
+    /// More bytes than are read.
+    TooLarge,
+}
+
+impl RawContent {
+    /// Bytes held.
+    pub(crate) const fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Line(bytes) | Self::Text(bytes) => bytes.as_slice(),
+            Self::TooLarge => &[],
+        }
+    }
+
+    /// The text, or why there is none.
+    pub(crate) fn text(self, field: &str, bytes_max: u64) -> Result<String, (Dropped, String)> {
+        let utf8 = |bytes: Vec<u8>| {
+            String::from_utf8(bytes)
+                .map_err(|e| (Dropped::InvalidUtf8, format!("at byte {}", e.utf8_error().valid_up_to())))
+        };
+        let text = match self {
+            Self::TooLarge => return Err((Dropped::TooLarge, format!("more than {bytes_max} bytes"))),
+            Self::Text(bytes) => utf8(bytes)?,
+            Self::Line(bytes) => {
+                let line = utf8(bytes)?;
+                match text_field(line.trim_start_matches('\u{feff}'), field) {
+                    Ok(Field::Text(text)) => text,
+                    Ok(Field::NotText) => return Err((Dropped::NoText, format!("'{field}' is not a string"))),
+                    Ok(Field::Absent) => return Err((Dropped::NoText, format!("no field '{field}'"))),
+                    Err(e) => return Err((Dropped::BadRecord, e.to_string())),
+                }
+            }
+        };
+        if text.len() as u64 > bytes_max {
+            return Err((Dropped::TooLarge, format!("{} bytes", text.len())));
+        }
+        Ok(text)
+    }
+}
+
 /// The files of a domain, sorted by name; hidden ones (a leading dot) are left out.
 ///
 /// # Errors
@@ -54,6 +114,10 @@ pub(crate) fn list(domain: &DomainConfig) -> Result<Vec<SourceFile>, CorpusError
         walk(root, "", 0, domain.format, &mut files)?;
     } else {
         files.push(source_file(root, crate::files::file_name(root), domain.format)?);
+        if domain.format == SourceFormat::Megatron {
+            let index = root.with_extension("idx");
+            files.push(source_file(&index, crate::files::file_name(&index), domain.format)?);
+        }
     }
     if files.is_empty() {
         return Err(CorpusError::EmptyDomain {
@@ -107,9 +171,9 @@ fn walk(
 fn source_file(path: &Path, name: String, format: SourceFormat) -> Result<SourceFile, CorpusError> {
     let metadata = std::fs::metadata(path).map_err(CorpusError::unreadable(path))?;
     let format = match format {
-        SourceFormat::Auto => match path.extension().and_then(|e| e.to_str()) {
-            Some("jsonl" | "ndjson") => SourceFormat::Jsonl,
-            Some("parquet") => SourceFormat::Parquet,
+        SourceFormat::Auto => match Packing::of(path) {
+            (_, Some("jsonl" | "ndjson")) => SourceFormat::Jsonl,
+            (Packing::Plain, Some("parquet")) => SourceFormat::Parquet,
             _ => SourceFormat::Text,
         },
         named => named,
@@ -124,6 +188,14 @@ fn source_file(path: &Path, name: String, format: SourceFormat) -> Result<Source
 }
 
 impl SourceFile {
+    /// Bytes of its text, or about so many where it is packed.
+    pub(crate) fn text_bytes_about(&self) -> u64 {
+        match Packing::of(&self.path).0 {
+            Packing::Plain => self.bytes,
+            Packing::Gzip | Packing::Zstandard => self.bytes * UNPACKED_PER_PACKED_BYTE,
+        }
+    }
+
     /// Refuses a file that was written to since it was listed: its hash would not be that of the text read.
     pub(crate) fn check_unchanged(&self) -> Result<(), CorpusError> {
         let now = std::fs::metadata(&self.path).map_err(CorpusError::unreadable(&self.path))?;
@@ -148,17 +220,97 @@ impl SourceFile {
             SourceFormat::Jsonl => self.jsonl(text_field, sink),
             SourceFormat::Parquet => parquet_source::documents(&self.path, text_field, sink),
             SourceFormat::Text | SourceFormat::Auto => self.text(sink),
+            SourceFormat::Megatron | SourceFormat::Llmc => Err(CorpusError::TokensWithoutText {
+                path: self.path.clone(),
+            }),
         }
     }
 
+    /// Hands every document to `sink` as it lies in the file, in the file's order, until that says false. Documents of more
+    /// than `bytes_max` bytes of text are named and passed over; `read` counts bytes of the file.
+    ///
+    /// # Errors
+    /// What makes the whole file unreadable, or the sink's own error.
+    pub(crate) fn raw_documents(
+        &self,
+        text_field: &str,
+        bytes_max: u64,
+        read: &AtomicU64,
+        sink: &mut dyn FnMut(RawDocument) -> Result<bool, CorpusError>,
+    ) -> Result<(), CorpusError> {
+        match self.format {
+            SourceFormat::Jsonl => self.raw_lines(2 * bytes_max + LINE_BYTES_BESIDE_TEXT, read, sink),
+            SourceFormat::Parquet => {
+                parquet_source::values(&self.path, text_field, &mut |record, bytes| {
+                    let content = if bytes.len() as u64 > bytes_max {
+                        RawContent::TooLarge
+                    } else {
+                        RawContent::Text(bytes.to_vec())
+                    };
+                    sink(RawDocument { content, record })
+                })?;
+                read.fetch_add(self.bytes, Ordering::Relaxed);
+                Ok(())
+            }
+            SourceFormat::Text | SourceFormat::Auto => {
+                let mut bytes = Vec::new();
+                input::open(&self.path, Some(read))
+                    .map(|file| file.take(bytes_max + 1))?
+                    .read_to_end(&mut bytes)
+                    .map_err(CorpusError::unreadable(&self.path))?;
+                let content = if bytes.len() as u64 > bytes_max {
+                    RawContent::TooLarge
+                } else {
+                    RawContent::Text(bytes)
+                };
+                sink(RawDocument { content, record: 1 }).map(drop)
+            }
+            SourceFormat::Megatron | SourceFormat::Llmc => Err(CorpusError::TokensWithoutText {
+                path: self.path.clone(),
+            }),
+        }
+    }
+
+    fn raw_lines(
+        &self,
+        bytes_max: u64,
+        read: &AtomicU64,
+        sink: &mut dyn FnMut(RawDocument) -> Result<bool, CorpusError>,
+    ) -> Result<(), CorpusError> {
+        let mut reader = input::open(&self.path, Some(read))?;
+        for record in 1.. {
+            let mut line = Vec::new();
+            let count = (&mut reader)
+                .take(bytes_max + 1)
+                .read_until(b'\n', &mut line)
+                .map_err(CorpusError::unreadable(&self.path))?;
+            if count == 0 {
+                break;
+            }
+            let content = if count as u64 > bytes_max && line.last() != Some(&b'\n') {
+                skip_line(&mut reader).map_err(CorpusError::unreadable(&self.path))?;
+                RawContent::TooLarge
+            } else if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            } else {
+                RawContent::Line(line)
+            };
+            if !sink(RawDocument { content, record })? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn text(&self, sink: &mut dyn FnMut(Document) -> Result<(), CorpusError>) -> Result<(), CorpusError> {
-        if self.bytes > DOCUMENT_BYTES_MAX {
+        let mut bytes = Vec::with_capacity(self.bytes.min(DOCUMENT_BYTES_MAX) as usize);
+        input::open(&self.path, None)?
+            .take(DOCUMENT_BYTES_MAX + 1)
+            .read_to_end(&mut bytes)
+            .map_err(CorpusError::unreadable(&self.path))?;
+        if bytes.len() as u64 > DOCUMENT_BYTES_MAX {
             return Err(self.too_large("it".to_owned()));
         }
-        let mut bytes = Vec::with_capacity(self.bytes as usize);
-        File::open(&self.path)
-            .and_then(|file| file.take(DOCUMENT_BYTES_MAX + 1).read_to_end(&mut bytes))
-            .map_err(CorpusError::unreadable(&self.path))?;
         let text = String::from_utf8(bytes).map_err(|e| CorpusError::InvalidUtf8 {
             path: self.path.clone(),
             offset: e.utf8_error().valid_up_to().to_string(),
@@ -174,8 +326,7 @@ impl SourceFile {
         text_field: &str,
         sink: &mut dyn FnMut(Document) -> Result<(), CorpusError>,
     ) -> Result<(), CorpusError> {
-        let file = File::open(&self.path).map_err(CorpusError::unreadable(&self.path))?;
-        let mut reader = BufReader::with_capacity(1 << 20, file);
+        let mut reader = input::open(&self.path, None)?;
         let mut line = Vec::new();
         let (mut number, mut offset) = (0_u64, 0_u64);
         loop {
@@ -209,10 +360,7 @@ impl SourceFile {
     }
 
     fn field(&self, line: &str, field: &str, number: u64) -> Result<String, CorpusError> {
-        let mut json = serde_json::Deserializer::from_str(line);
-        let parsed = TextField { field }
-            .deserialize(&mut json)
-            .and_then(|value| json.end().map(|()| value));
+        let parsed = text_field(line, field);
         let missing = |reason: String| CorpusError::MissingField {
             path: self.path.clone(),
             line: number,
@@ -245,6 +393,40 @@ fn without_mark(text: String) -> String {
         Some(rest) => rest.to_owned(),
         None => text,
     }
+}
+
+/// One string of a line of JSON.
+fn text_field(line: &str, field: &str) -> Result<Field, serde_json::Error> {
+    let mut json = serde_json::Deserializer::from_str(line);
+    let value = TextField { field }.deserialize(&mut json)?;
+    json.end().map(|()| value)
+}
+
+/// Passes over the rest of a line without keeping it.
+fn skip_line(reader: &mut dyn BufRead) -> std::io::Result<()> {
+    loop {
+        let buffer = reader.fill_buf()?;
+        let (count, is_done) = match buffer.iter().position(|&b| b == b'\n') {
+            Some(at) => (at + 1, true),
+            None => (buffer.len(), buffer.is_empty()),
+        };
+        reader.consume(count);
+        if is_done {
+            return Ok(());
+        }
+    }
+}
+
+/// All lines of a small file, packed or not.
+///
+/// # Errors
+/// [`CorpusError::Unreadable`], also where it is not UTF-8.
+pub(crate) fn read_lines(path: &Path) -> Result<Vec<String>, CorpusError> {
+    let mut text = String::new();
+    input::open(path, None)?
+        .read_to_string(&mut text)
+        .map_err(CorpusError::unreadable(path))?;
+    Ok(without_mark(text).lines().map(str::to_owned).collect())
 }
 
 enum Field {
@@ -381,6 +563,45 @@ mod tests {
         let empty = folder.path().join("empty");
         std::fs::create_dir(&empty).unwrap();
         assert!(matches!(read(&empty), Err(CorpusError::EmptyDomain { .. })));
+    }
+
+    /// What is wrong with one document is that document's alone, when it is read as it lies.
+    #[test]
+    fn raw_documents_are_wrong_one_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        let long = "x".repeat(500);
+        let huge = "x".repeat(2 * 400 + LINE_BYTES_BESIDE_TEXT as usize);
+        let lines: Vec<Vec<u8>> = vec![
+            "\u{feff}{\"text\":\"one\"}".into(),
+            b"".to_vec(),
+            b"{\"text\":\"caf\xe9\"}".to_vec(),
+            b"not JSON".to_vec(),
+            b"{\"body\":\"a\"}".to_vec(),
+            format!("{{\"text\":\"{long}\"}}").into_bytes(),
+            format!("{{\"text\":\"{huge}\"}}").into_bytes(),
+            "{\"text\":\"二\"}".into(),
+        ];
+        std::fs::write(&path, lines.join(&b'\n')).unwrap();
+        let mut found = Vec::new();
+        let read = AtomicU64::new(0);
+        list(&domain(&path)).unwrap()[0]
+            .raw_documents("text", 400, &read, &mut |raw| {
+                found.push((raw.record, raw.content.text("text", 400).map_err(|(rule, _)| rule)));
+                Ok(true)
+            })
+            .unwrap();
+        let expected = [
+            (1, Ok("one".to_owned())),
+            (3, Err(Dropped::InvalidUtf8)),
+            (4, Err(Dropped::BadRecord)),
+            (5, Err(Dropped::NoText)),
+            (6, Err(Dropped::TooLarge)),
+            (7, Err(Dropped::TooLarge)),
+            (8, Ok("二".to_owned())),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(read.into_inner(), std::fs::metadata(&path).unwrap().len());
     }
 
     #[test]

@@ -117,6 +117,44 @@ impl TokenStore {
         )
     }
 
+    /// Writes tokens `position..position + out.len()` of a split's stream into `out`.
+    ///
+    /// # Errors
+    /// [`CorpusError::CorruptCache`] if the bytes cannot be read or fail their hash.
+    ///
+    /// # Panics
+    /// If the stream ends before.
+    pub fn tokens(&self, domain: DomainIndex, split: Split, position: u64, out: &mut [u32]) -> Result<(), CorpusError> {
+        let there = self.manifest.domain(domain).split(split).tokens;
+        assert!(position + out.len() as u64 <= there, "tokens past the end of the stream");
+        read_across(&self.streams[domain.index()][split.index()], position, out)
+    }
+
+    /// Hands every line of a domain's index to `sink`, in order, until that says false. The index is checked first.
+    ///
+    /// # Errors
+    /// [`CorpusError::CorruptCache`] or [`CorpusError::Unreadable`], or the sink's own.
+    pub fn documents(
+        &self,
+        domain: DomainIndex,
+        sink: &mut dyn FnMut(DocumentRecord) -> Result<bool, CorpusError>,
+    ) -> Result<(), CorpusError> {
+        documents::each(&self.checked_index(domain)?, sink)
+    }
+
+    fn checked_index(&self, domain: DomainIndex) -> Result<PathBuf, CorpusError> {
+        let described = &self.manifest.domain(domain).documents;
+        let path = self.folder.join(&described.name);
+        let (bytes, hash) = hash_file(&path)?;
+        if bytes != described.bytes || hash.to_hex().as_str() != described.blake3 {
+            return Err(CorpusError::corrupt(
+                &path,
+                "its length or hash is not what data.json says",
+            ));
+        }
+        Ok(path)
+    }
+
     /// The data set's manifest.
     #[must_use]
     pub const fn manifest(&self) -> &DataManifest {
@@ -151,15 +189,7 @@ impl TokenStore {
         split: Split,
         position: u64,
     ) -> Result<Option<DocumentRecord>, CorpusError> {
-        let described = &self.manifest.domain(domain).documents;
-        let path = self.folder.join(&described.name);
-        let (bytes, hash) = hash_file(&path)?;
-        if bytes != described.bytes || hash.to_hex().as_str() != described.blake3 {
-            return Err(CorpusError::corrupt(
-                &path,
-                "its length or hash is not what data.json says",
-            ));
-        }
+        let path = self.checked_index(domain)?;
         documents::find(&path, split, position)
     }
 }

@@ -1,6 +1,6 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, decide, generate, plan, rank, resize, status, trace, train};
+use crate::commands::{checkpoint, data, decide, generate, plan, rank, resize, status, tokenizer, trace, train};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -45,6 +45,12 @@ pub enum Command {
     Trace(trace::Command),
     /// Continue a text with a checkpoint of a run.
     Generate(generate::Args),
+    /// Prepare data, look into them, look for benchmark text, export tokens.
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Train a tokenizer.
+    #[command(subcommand)]
+    Tokenizer(tokenizer::Command),
 }
 
 #[cfg(test)]

@@ -1,11 +1,23 @@
 //! What a person is told while a data set is made.
 
+use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 use tarazed_domain::config::Language;
 
+/// A stage of refining.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Each document is judged by itself.
+    Judging,
+    /// Documents have been compared with each other.
+    Comparing,
+}
+
 /// One stage of preparing; its `Display` is a line to print.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 pub enum PrepareEvent {
     /// Another process prepares in the same folder.
     Waiting {
@@ -25,6 +37,21 @@ pub enum PrepareEvent {
         folder: PathBuf,
         /// Its version.
         version: String,
+    },
+    /// Part of the text is refined.
+    Refining {
+        /// The stage.
+        stage: Stage,
+        /// Share of the source files' bytes that are read, in percent.
+        percent: f64,
+        /// Documents so far.
+        documents: u64,
+        /// Documents that go on.
+        kept: u64,
+        /// Bytes of text so far, as they came.
+        text_bytes: u64,
+        /// Text refined by this process in a second, in 10^6 bytes.
+        mb_per_s: f64,
     },
     /// Tokenizer training begins.
     TokenizerTraining {
@@ -48,6 +75,10 @@ pub enum PrepareEvent {
         documents: u64,
         /// Their UTF-8 bytes.
         text_bytes: u64,
+        /// Share of the domain's text, about, in percent: source files also hold what is no text.
+        percent: f64,
+        /// Text encoded in a second, in 10^6 bytes.
+        mb_per_s: f64,
     },
     /// A domain is encoded.
     DomainFinished {
@@ -93,6 +124,24 @@ impl fmt::Display for PrepareEvent {
                     short(version)
                 )
             }
+            Self::Refining {
+                stage,
+                percent,
+                documents,
+                kept,
+                text_bytes,
+                mb_per_s,
+            } => {
+                let done = match stage {
+                    Stage::Judging => "refined",
+                    Stage::Comparing => "compared",
+                };
+                write!(
+                    f,
+                    "refine: {percent:.0}% {done}: {documents} documents, {:.1} MB, {mb_per_s:.1} MB/s; {kept} go on",
+                    mega(*text_bytes)
+                )
+            }
             Self::TokenizerTraining {
                 documents,
                 bytes,
@@ -107,10 +156,12 @@ impl fmt::Display for PrepareEvent {
                 name,
                 documents,
                 text_bytes,
+                percent,
+                mb_per_s,
             } => {
                 write!(
                     f,
-                    "domain {name}: {documents} documents, {:.1} MB so far",
+                    "domain {name}: {percent:.0}%: {documents} documents, {:.1} MB so far, {mb_per_s:.1} MB/s",
                     mega(*text_bytes)
                 )
             }

@@ -3,15 +3,21 @@
 //! Sections that decide numbers ([`Config::identity`]) are apart from those that only decide when and where.
 
 mod batch;
+mod data_file;
 mod interval;
 mod loops;
 mod loops_check;
+mod refine;
 mod sections;
 mod validate;
 
 pub use batch::{BatchRamp, BatchSchedule};
+pub use data_file::DataFile;
 pub use interval::CheckpointInterval;
 pub use loops::{ControllerKind, MixtureConfig, MixtureStage, PolicyConfig, SpikePolicy, StageStart, StopRules};
+pub use refine::{
+    BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig, RefineConfig,
+};
 pub use sections::{
     BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape, DomainConfig,
     EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig, RunConfig,
@@ -230,16 +236,7 @@ impl Config {
     }
 
     fn resolve(&mut self, folder: &Path) -> Result<(), ConfigError> {
-        for (index, domain) in self.data.domains.iter_mut().enumerate() {
-            let key = format!("data.domains[{index}].path");
-            if domain.path.as_os_str().is_empty() {
-                return Err(ConfigError::new(key, "is empty", "name the domain's file or folder"));
-            }
-            domain.path = absolute(&key, &folder.join(&domain.path))?;
-        }
-        if let Some(path) = &mut self.data.tokenizer.path {
-            *path = absolute("data.tokenizer.path", &folder.join(&*path))?;
-        }
+        self.data.resolve(folder)?;
         let steps = self.run.steps;
         self.optimizer.schedule.fill_decay_steps(steps);
         let dir = if self.run.dir.as_os_str().is_empty() {

@@ -1,6 +1,6 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
-use super::{BatchRamp, CheckpointInterval};
+use super::{BatchRamp, CheckpointInterval, RefineConfig};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -325,6 +325,13 @@ pub struct DataConfig {
     /// Share of each domain's documents that is held out of training.
     #[serde(default = "held_out_fraction")]
     pub held_out_fraction: f64,
+    /// A folder that `tarazed data prepare` wrote; the domains' own files are not looked at then. Relative to the config
+    /// file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<PathBuf>,
+    /// What is done to text before it becomes tokens; nothing where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine: Option<RefineConfig>,
     /// The domains, in a fixed order.
     pub domains: Vec<DomainConfig>,
 }
@@ -362,7 +369,8 @@ impl Default for TokenizerConfig {
 pub struct DomainConfig {
     /// Unique name, e.g. `wiki`.
     pub name: String,
-    /// File or folder; relative to the config file.
+    /// File or folder; relative to the config file. Not needed with `data.prepared`.
+    #[serde(default)]
     pub path: PathBuf,
     /// How to read it; by file ending where it is absent.
     #[serde(default)]
@@ -384,7 +392,8 @@ fn text_field() -> String {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceFormat {
-    /// By file ending: `.jsonl`, `.parquet`; anything else in a folder is text.
+    /// By file ending: `.jsonl`, `.parquet`, each also with `.gz` or `.zst` behind it but for parquet; anything else in a
+    /// folder is text.
     #[default]
     Auto,
     /// One JSON object a line.
@@ -393,6 +402,18 @@ pub enum SourceFormat {
     Parquet,
     /// A folder of UTF-8 files, one document each.
     Text,
+    /// Tokens as Megatron keeps them: `NAME.bin` with `NAME.idx` beside it.
+    Megatron,
+    /// Tokens as llm.c keeps them.
+    Llmc,
+}
+
+impl SourceFormat {
+    /// Whether its files hold tokens instead of text.
+    #[must_use]
+    pub const fn is_tokens(self) -> bool {
+        matches!(self, Self::Megatron | Self::Llmc)
+    }
 }
 
 /// Language of a domain, for reports.

@@ -1,6 +1,6 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{ClusterTransport, Config, ConfigError, LearningRateSchedule};
+use super::{ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule};
 use crate::limits::*;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -31,7 +31,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     model(config)?;
     batch_and_cluster(config)?;
     optimizer(config)?;
-    data(config)?;
+    data(&config.data, config.model.vocabulary)?;
     store(config)?;
     loops(config)
 }
@@ -426,8 +426,7 @@ fn stable_and_decay(
     fraction(final_fraction)
 }
 
-fn data(config: &Config) -> Result<(), ConfigError> {
-    let d = &config.data;
+pub(super) fn data(d: &DataConfig, model_vocabulary: usize) -> Result<(), ConfigError> {
     require!(
         (1..=DOMAINS_MAX).contains(&d.domains.len()),
         "data.domains",
@@ -468,6 +467,9 @@ fn data(config: &Config) -> Result<(), ConfigError> {
             "weights are normalised: only their ratios count"
         );
     }
+    if let Some(refine) = &d.refine {
+        refine.validate(&d.domains)?;
+    }
     within(
         "data.tokenizer.train_bytes_max",
         d.tokenizer.train_bytes_max,
@@ -475,11 +477,11 @@ fn data(config: &Config) -> Result<(), ConfigError> {
         "the text is held in memory: choose e.g. 67108864",
     )?;
     require!(
-        d.tokenizer.vocabulary <= config.model.vocabulary,
+        d.tokenizer.vocabulary <= model_vocabulary,
         "data.tokenizer.vocabulary",
         format!(
-            "{} is more than model.vocabulary = {}",
-            d.tokenizer.vocabulary, config.model.vocabulary
+            "{} is more than model.vocabulary = {model_vocabulary}",
+            d.tokenizer.vocabulary
         ),
         "lower it or raise model.vocabulary"
     );

@@ -1,12 +1,14 @@
 //! One file per command.
 
 pub mod checkpoint;
+pub mod data;
 pub mod decide;
 pub mod generate;
 pub mod plan;
 pub mod rank;
 pub mod resize;
 pub mod status;
+pub mod tokenizer;
 pub mod trace;
 pub mod train;
 
@@ -28,6 +30,8 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Generate(args) => generate::run(&args),
+        Command::Data(command) => data::run(&command),
+        Command::Tokenizer(command) => tokenizer::run(&command),
     }
 }
 

@@ -1,0 +1,507 @@
+//! Refining, through the public API alone: what is kept and left out, that memory, threads and kills change nothing, and that
+//! every token has its lineage.
+
+// A test fails by panicking.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use tarazed_corpus::{
+    CorpusError, DocumentRecord, Dropped, PrepareEvent, PrepareRequest, Prepared, Split, TokenStore, adopt,
+    find_data_set, prepare, prepare_refined,
+};
+use tarazed_domain::DomainIndex;
+use tarazed_domain::config::{
+    BenchmarkConfig, DomainConfig, DuplicateScope, Language, RefineConfig, SourceFormat, TokenizerConfig,
+};
+
+const QUESTION: &str = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many \
+                        clips did Natalia sell altogether in April and May?";
+
+fn domain(name: &str, path: &Path, language: Language) -> DomainConfig {
+    DomainConfig {
+        name: name.to_owned(),
+        path: path.to_owned(),
+        format: SourceFormat::Auto,
+        language,
+        weight: 1.0,
+        text_field: "text".to_owned(),
+    }
+}
+
+/// A number for each index, as if drawn.
+fn draw(i: usize, salt: usize) -> usize {
+    let mut z = (i as u64 * 1_000_003 + salt as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    (z >> 33) as usize
+}
+
+const ADJECTIVES: [&str; 16] = [
+    "careful", "distant", "early", "faithful", "gentle", "heavy", "idle", "jealous", "kind", "late", "modest", "narrow", "open",
+    "patient", "quiet", "rapid",
+];
+const NOUNS: [&str; 20] = [
+    "farmer", "garden", "harbour", "island", "journey", "kitchen", "letter", "mountain", "neighbour", "ocean", "painter",
+    "question", "river", "soldier", "teacher", "uncle", "village", "winter", "yard", "zoo",
+];
+const VERBS: [&str; 16] = [
+    "admires", "builds", "carries", "describes", "enjoys", "follows", "gathers", "hears", "invites", "joins", "keeps", "leaves",
+    "measures", "notices", "offers", "paints",
+];
+
+/// Prose of some 110 words that breaks no rule; other words for each `i`.
+fn english(i: usize) -> String {
+    let sentence = |j: usize| {
+        let pick = |list: &[&'static str], salt: usize| list[draw(i * 31 + j, salt) % list.len()];
+        format!(
+            "The {} {} {} the {} of a {} {} and {} it with {}.",
+            pick(&ADJECTIVES, 1),
+            pick(&NOUNS, 2),
+            pick(&VERBS, 3),
+            pick(&NOUNS, 4),
+            pick(&ADJECTIVES, 5),
+            pick(&NOUNS, 6),
+            pick(&VERBS, 7),
+            pick(&NOUNS, 8)
+        )
+    };
+    (0..8).map(sentence).collect::<Vec<_>>().join(" ")
+}
+
+/// Prose of some 300 characters that breaks no rule.
+fn chinese(i: usize) -> String {
+    let character = |j: usize| char::from_u32(0x4e00 + (draw(i * 1009 + j, 6) % 6000) as u32).unwrap();
+    (0..20)
+        .map(|j| (0..15).map(|k| character(j * 15 + k)).collect::<String>() + "。")
+        .collect()
+}
+
+struct Fixture {
+    folder: tempfile::TempDir,
+    domains: Vec<DomainConfig>,
+    tokenizer: TokenizerConfig,
+    refine: RefineConfig,
+}
+
+impl Fixture {
+    /// Two domains, `web` (gzip) and `book` (JSON lines and a packed text), each with good documents and every kind of bad one.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let line = |text: &str| serde_json::json!({ "text": text }).to_string() + "\n";
+        let mut web: Vec<u8> = (0..60).flat_map(|i| line(&english(i)).into_bytes()).collect();
+        for text in [
+            english(3),                                                     // an exact copy
+            english(4).replace(" of a ", " near some ").replace("and", "but not"), // changed too much to be a near copy
+            format!("{} One more word.", english(5)),                       // a near copy
+            format!("Some talk before it, as there is. {}", QUESTION.to_uppercase().replace(['.', ','], " ;")) + " " + &english(200),
+            "Too short.".to_owned(),
+            "这个网页的内容全部是中文,不应该出现在英文领域里面,所以会被语言识别阶段去掉。".to_owned(),
+            format!("{} itâ€™s caf\u{e9}\u{a0}time \u{feff}now", english(61)),
+            " ".to_owned(),
+        ] {
+            web.extend(line(&text).into_bytes());
+        }
+        web.extend(b"{\"text\":\"caf\xe9\"}\nnot JSON\n{\"body\":\"x\"}\n");
+        web.extend(line(&"long ".repeat(60_000)).into_bytes());
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packed.write_all(&web).unwrap();
+        std::fs::write(folder.path().join("web.jsonl.gz"), packed.finish().unwrap()).unwrap();
+        let book = folder.path().join("book");
+        std::fs::create_dir(&book).unwrap();
+        let mut lines: String = (0..50).map(|i| line(&chinese(i))).collect();
+        let joined: String = chinese(7).chars().flat_map(|c| [c, ' ']).collect();
+        lines.push_str(&line(&format!("{joined}再加几个字。")));
+        lines.push_str(&line(&english(9)));
+        std::fs::write(book.join("a.jsonl"), lines).unwrap();
+        std::fs::write(book.join("b.txt.zst"), zstd::bulk::compress(chinese(70).as_bytes(), 1).unwrap()).unwrap();
+        std::fs::write(book.join("c.txt"), b"\xff\xfe").unwrap();
+        let benchmark = folder.path().join("gsm8k.jsonl");
+        std::fs::write(&benchmark, serde_json::json!({"question": QUESTION, "answer": "72"}).to_string()).unwrap();
+        let mut refine = RefineConfig {
+            document_bytes_max: 200_000,
+            ..RefineConfig::default()
+        };
+        refine.decontaminate.sets.push(BenchmarkConfig {
+            name: "gsm8k".to_owned(),
+            path: benchmark,
+            fields: Vec::new(),
+        });
+        Self {
+            domains: vec![
+                domain("web", &folder.path().join("web.jsonl.gz"), Language::En),
+                domain("book", &book, Language::Zh),
+            ],
+            tokenizer: TokenizerConfig {
+                path: None,
+                vocabulary: 400,
+                train_bytes_max: 1 << 20,
+            },
+            refine,
+            folder,
+        }
+    }
+
+    fn request(&self) -> PrepareRequest<'_> {
+        PrepareRequest {
+            domains: &self.domains,
+            tokenizer: &self.tokenizer,
+            model_vocabulary: 512,
+            held_out_fraction: 0.1,
+            context: 16,
+        }
+    }
+
+    fn prepare_in(&self, out: &Path, tell: &mut dyn FnMut(PrepareEvent)) -> Result<Prepared, CorpusError> {
+        prepare_refined(&self.request(), Some(&self.refine), false, out, tell)
+    }
+
+    fn prepare(&self) -> Prepared {
+        self.prepare_in(&self.folder.path().join("data"), &mut |event| assert!(!event.to_string().is_empty())).unwrap()
+    }
+}
+
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())).collect()
+}
+
+fn records(prepared: &Prepared, domain: usize) -> Vec<DocumentRecord> {
+    let mut found = Vec::new();
+    TokenStore::open(&prepared.folder, 1)
+        .unwrap()
+        .documents(DomainIndex(domain as u16), &mut |record| {
+            found.push(record);
+            Ok(true)
+        })
+        .unwrap();
+    found
+}
+
+/// DATA-3: every document is in the index with its fate, and no text left out is in the tokens.
+#[test]
+fn every_kind_of_bad_document_is_left_out_and_listed() {
+    let fixture = Fixture::new();
+    let prepared = fixture.prepare();
+    let web = records(&prepared, 0);
+    let fates: Vec<_> = web[60..].iter().map(|record| record.dropped).collect();
+    assert_eq!(
+        fates,
+        [
+            Some(Dropped::Duplicate),
+            None,
+            Some(Dropped::NearDuplicate),
+            Some(Dropped::Contaminated),
+            Some(Dropped::GopherWords),
+            Some(Dropped::Language),
+            None,
+            Some(Dropped::Empty),
+            Some(Dropped::InvalidUtf8),
+            Some(Dropped::BadRecord),
+            Some(Dropped::NoText),
+            Some(Dropped::TooLarge),
+        ]
+    );
+    assert!(web[..60].iter().all(|record| record.kept.is_some()), "{web:?}");
+    let refined = |at: usize| web[at].refined.clone().unwrap();
+    assert_eq!(refined(60).copy_of.unwrap().record, 4, "the fourth line is english(3)");
+    assert_eq!(refined(62).copy_of.unwrap().record, 6);
+    assert!(refined(63).detail.starts_with("gsm8k, line 1"), "{}", refined(63).detail);
+    assert!(refined(66).original_blake3.is_some() && refined(0).original_blake3.is_none());
+    let book = records(&prepared, 1);
+    let fates: Vec<_> = book[50..].iter().map(|record| record.dropped).collect();
+    assert_eq!(
+        fates,
+        [Some(Dropped::NearDuplicate), Some(Dropped::Language), None, Some(Dropped::InvalidUtf8)]
+    );
+    // What the tokens say.
+    let store = TokenStore::open(&prepared.folder, 1).unwrap();
+    let tokenizer = store.tokenizer().unwrap();
+    let mut all = String::new();
+    for split in Split::ALL {
+        let mut tokens = vec![0; prepared.manifest.domains[0].split(split).tokens as usize];
+        store.tokens(DomainIndex(0), split, 0, &mut tokens).unwrap();
+        all.push_str(&tokenizer.decode(&tokens).unwrap());
+    }
+    assert!(all.contains("it’s café time now") && !all.contains("NATALIA") && !all.contains("Too short"));
+}
+
+/// Each count in data.json, report.json and the index is the same, and the report shows samples.
+#[test]
+fn the_report_says_what_the_index_says() {
+    let fixture = Fixture::new();
+    let prepared = fixture.prepare();
+    let files = files(&prepared.folder);
+    let report: serde_json::Value = serde_json::from_slice(&files["report.json"]).unwrap();
+    for (index, domain) in prepared.manifest.domains.iter().enumerate() {
+        let mut counts: BTreeMap<Dropped, u64> = BTreeMap::new();
+        let records = records(&prepared, index);
+        records.iter().filter_map(|record| record.dropped).for_each(|rule| *counts.entry(rule).or_default() += 1);
+        assert_eq!(domain.dropped, counts);
+        let told = &report["domains"][index];
+        assert_eq!(told["documents"].as_u64(), Some(records.len() as u64));
+        assert_eq!(told["kept"].as_u64(), Some(records.iter().filter(|record| record.kept.is_some()).count() as u64));
+        for (rule, count) in counts {
+            let reason = &told["left_out"][rule.name()];
+            assert_eq!(reason["documents"].as_u64(), Some(count), "{rule:?}");
+            assert_eq!(reason["samples"].as_array().unwrap().len() as u64, count.min(5));
+        }
+    }
+    let set = &report["benchmarks"][0];
+    assert_eq!((set["name"].as_str(), set["items_found"].as_u64(), set["documents_left_out"].as_u64()), (Some("gsm8k"), Some(1), Some(1)));
+    let text = String::from_utf8(files["report.md"].clone()).unwrap();
+    for expected in ["| gsm8k | 1 | 0 | 1 | 1 |", "near_duplicate", "copy of web/web.jsonl.gz:6", "Rae et al. 2021"] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+}
+
+/// DET-1: memory and threads decide how the work is cut up, and nothing else.
+#[test]
+fn memory_and_threads_change_nothing() {
+    let mut fixture = Fixture::new();
+    let expected = files(&fixture.prepare().folder);
+    // Pieces of a few documents each.
+    fixture.refine.memory_bytes_max = 16 * 4096;
+    for threads in [1, 2, 7] {
+        let out = tempfile::tempdir().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let mut pieces = 0;
+        let prepared = pool
+            .install(|| fixture.prepare_in(out.path(), &mut |event| pieces += u32::from(matches!(event, PrepareEvent::Refining { .. }))))
+            .unwrap();
+        assert!(pieces > 10, "{pieces}");
+        assert!(files(&prepared.folder) == expected, "{threads} threads");
+        let left: Vec<_> = std::fs::read_dir(out.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "nothing but the data set stays: {left:?}");
+    }
+}
+
+/// Wherever a process ends, the next one goes on to the same bytes, and does not do again what was finished.
+#[test]
+fn a_killed_process_is_gone_on_with() {
+    let mut fixture = Fixture::new();
+    fixture.refine.memory_bytes_max = 16 * 8192;
+    let expected = files(&fixture.prepare().folder);
+    let count = |out: &Path| {
+        let mut events = Vec::new();
+        let prepared = fixture.prepare_in(out, &mut |event| events.push(event)).unwrap();
+        (prepared, events)
+    };
+    let all = count(tempfile::tempdir().unwrap().path()).1.len();
+    let pieces = |events: &[PrepareEvent]| events.iter().filter(|event| matches!(event, PrepareEvent::Refining { .. })).count();
+    for killed_at in 1..all {
+        let out = tempfile::tempdir().unwrap();
+        let mut told = 0;
+        // A panic leaves the files as a kill does: nothing is tidied up.
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            let _ = fixture.prepare_in(out.path(), &mut |_| {
+                told += 1;
+                assert!(told < killed_at, "killed on purpose");
+            });
+        }));
+        assert!(killed.is_err(), "event {killed_at} of {all}");
+        let (prepared, events) = count(out.path());
+        assert!(files(&prepared.folder) == expected, "killed at event {killed_at}");
+        assert!(pieces(&events) <= all, "{events:?}");
+        if killed_at > all / 2 {
+            let first = events.iter().find_map(|event| match event {
+                PrepareEvent::Refining { documents, .. } => Some(*documents),
+                _ => None,
+            });
+            assert!(first.is_none_or(|documents| documents > 10), "begun anew after {killed_at} of {all}: {events:?}");
+        }
+    }
+}
+
+/// Domains that were tokens already when a process was killed are taken as they are, if they are whole.
+#[test]
+fn finished_domains_are_not_made_anew() {
+    let fixture = Fixture::new();
+    let expected = files(&fixture.prepare().folder);
+    for harm in [false, true] {
+        let out = tempfile::tempdir().unwrap();
+        let mut domains = 0;
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            let _ = fixture.prepare_in(out.path(), &mut |event| {
+                domains += u32::from(matches!(event, PrepareEvent::DomainFinished { .. }));
+                assert!(domains < 2, "killed on purpose");
+            });
+        }));
+        assert!(killed.is_err());
+        let partial = std::fs::read_dir(out.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| path.extension().is_some_and(|e| e == "partial"))
+            .unwrap();
+        let shards = ["000-web.train.00000.tokens", "001-book.train.00000.tokens"];
+        let numbers = |folder: &Path| shards.map(|name| std::fs::metadata(folder.join(name)).unwrap().ino());
+        let before = numbers(&partial);
+        if harm {
+            let path = partial.join(shards[1]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[200] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+        }
+        let prepared = fixture.prepare_in(out.path(), &mut |_| {}).unwrap();
+        assert!(files(&prepared.folder) == expected);
+        let after = numbers(&prepared.folder);
+        assert_eq!(after[0], before[0], "the first domain's file is the very file");
+        // A new file may get the number of the one that went.
+        assert!(harm || after[1] == before[1]);
+    }
+}
+
+/// A piece that was damaged between two processes is made again.
+#[test]
+fn damaged_work_is_not_believed() {
+    let mut fixture = Fixture::new();
+    fixture.refine.memory_bytes_max = 16 * 8192;
+    let expected = files(&fixture.prepare().folder);
+    for ending in ["docs", "keys", "json", "table"] {
+        let out = tempfile::tempdir().unwrap();
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            let _ = fixture.prepare_in(out.path(), &mut |event| assert!(!matches!(event, PrepareEvent::TokenizerReady { .. })));
+        }));
+        assert!(killed.is_err());
+        let work = std::fs::read_dir(out.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| path.extension().is_some_and(|e| e == "work"))
+            .unwrap();
+        let mut harmed = 0;
+        for entry in std::fs::read_dir(&work).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == ending) && !path.ends_with("plan.json") {
+                let mut bytes = std::fs::read(&path).unwrap();
+                if let Some(byte) = bytes.last_mut() {
+                    *byte ^= 1;
+                    harmed += 1;
+                }
+                std::fs::write(&path, bytes).unwrap();
+            }
+        }
+        assert!(harmed > 0, "{ending}");
+        let prepared = fixture.prepare_in(out.path(), &mut |_| {}).unwrap();
+        assert!(files(&prepared.folder) == expected, "{ending}");
+    }
+}
+
+#[test]
+fn copies_are_looked_for_across_domains_or_within() {
+    let mut fixture = Fixture::new();
+    let lines = |texts: &[String]| texts.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n").collect::<String>();
+    let (a, b) = (fixture.folder.path().join("a.jsonl"), fixture.folder.path().join("b.jsonl"));
+    let texts: Vec<String> = (0..40).map(english).collect();
+    std::fs::write(&a, lines(&texts)).unwrap();
+    let mut others: Vec<String> = (40..80).map(english).collect();
+    others.extend([texts[1].clone(), format!("{} And more.", texts[2]), others[0].clone()]);
+    std::fs::write(&b, lines(&others)).unwrap();
+    fixture.domains = vec![domain("a", &a, Language::En), domain("b", &b, Language::En)];
+    for (exact, near, expected) in [
+        (DuplicateScope::Across, DuplicateScope::Across, [2, 1]),
+        (DuplicateScope::Within, DuplicateScope::Within, [1, 0]),
+        (DuplicateScope::Off, DuplicateScope::Off, [0, 0]),
+        (DuplicateScope::Off, DuplicateScope::Across, [0, 3]),
+        (DuplicateScope::Across, DuplicateScope::Off, [2, 0]),
+    ] {
+        fixture.refine.duplicates.exact = exact;
+        fixture.refine.duplicates.near = near;
+        let out = tempfile::tempdir().unwrap();
+        let prepared = fixture.prepare_in(out.path(), &mut |_| {}).unwrap();
+        let dropped = &prepared.manifest.domains[1].dropped;
+        let found = [Dropped::Duplicate, Dropped::NearDuplicate].map(|rule| dropped.get(&rule).copied().unwrap_or(0));
+        assert_eq!(found, expected, "{exact:?} {near:?}");
+        assert!(prepared.manifest.domains[0].dropped.is_empty(), "the first domain keeps its own");
+    }
+}
+
+#[test]
+fn wrong_input_is_an_error_with_its_place() {
+    let mut fixture = Fixture::new();
+    let path = fixture.folder.path().join("x.jsonl");
+    let refused = |fixture: &Fixture| {
+        let out = fixture.folder.path().join("refused");
+        fixture.prepare_in(&out, &mut |_| {}).unwrap_err().to_string()
+    };
+    std::fs::write(&path, "{\"body\":\"a\"}\n{\"body\":\"b\"}\n").unwrap();
+    fixture.domains[0] = domain("web", &path, Language::En);
+    let error = refused(&fixture);
+    assert!(error.contains("x.jsonl:1: no line of the file has a string in the field 'text'"), "{error}");
+    std::fs::write(&path, "{\"text\":\"Too short.\"}\n").unwrap();
+    let error = refused(&fixture);
+    assert!(error.contains("all left out: 1 by gopher_words"), "{error}");
+    fixture.refine.quality.off.push("gopher".to_owned());
+    assert!(refused(&fixture).contains("'gopher' is no quality rule"));
+    fixture.refine.quality.off.clear();
+    fixture.refine.decontaminate.sets[0].path = "/no/such/set.jsonl".into();
+    assert!(refused(&fixture).contains("/no/such/set.jsonl"));
+    // A packed file that was cut is no shorter text.
+    let mut fixture = Fixture::new();
+    let packed = fixture.folder.path().join("web.jsonl.gz");
+    let bytes = std::fs::read(&packed).unwrap();
+    std::fs::write(&packed, &bytes[..bytes.len() / 2]).unwrap();
+    fixture.refine.quality.enabled = false;
+    assert!(refused(&fixture).contains("web.jsonl.gz: cannot be read"));
+}
+
+/// Settings that change the text change the data set; memory does not; and without refinement nothing is as it was not before.
+#[test]
+fn the_name_of_a_data_set_follows_what_decides_its_text() {
+    let mut fixture = Fixture::new();
+    let first = fixture.prepare();
+    fixture.refine.memory_bytes_max *= 2;
+    assert_eq!(fixture.prepare(), first);
+    fixture.refine.duplicates.bands = 10;
+    assert_ne!(fixture.prepare().folder, first.folder);
+    let set = fixture.refine.decontaminate.sets[0].path.clone();
+    fixture.refine.duplicates.bands = 14;
+    std::fs::write(&set, format!("{}\n{}", std::fs::read_to_string(&set).unwrap(), "{\"question\":\"Yes?\"}")).unwrap();
+    assert_ne!(fixture.prepare().folder, first.folder);
+}
+
+/// A run takes a prepared folder as it is, if it holds the domains that the run names.
+#[test]
+fn a_prepared_folder_is_adopted() {
+    let fixture = Fixture::new();
+    let prepared = fixture.prepare();
+    let run = tempfile::tempdir().unwrap();
+    let data = run.path().join("data");
+    let ready = prepared.folder.parent().unwrap();
+    assert_eq!(find_data_set(ready).unwrap(), prepared.folder);
+    assert_eq!(find_data_set(&prepared.folder).unwrap(), prepared.folder);
+    let mut request = fixture.request();
+    let take = |request: &PrepareRequest<'_>, from: &Path, again| adopt(request, from, again, &data, &mut |_| {});
+    let adopted = take(&request, ready, false).unwrap();
+    assert_eq!(adopted.manifest, prepared.manifest);
+    assert_eq!(adopted.folder.parent(), Some(data.as_path()));
+    TokenStore::open(&adopted.folder, 16).unwrap();
+    assert_eq!(take(&request, &prepared.folder, true).unwrap(), adopted, "a second time, and a run that goes on");
+    // Others are refused.
+    let swapped: Vec<DomainConfig> = fixture.domains.iter().rev().cloned().collect();
+    request.domains = &swapped;
+    let error = take(&request, ready, false).unwrap_err().to_string();
+    assert!(error.contains("holds the domains web (en), book (zh)"), "{error}");
+    let mut request = fixture.request();
+    request.model_vocabulary = 300;
+    assert!(matches!(take(&request, ready, false), Err(CorpusError::VocabularyTooLarge { .. })));
+    let raw = prepare(&fixture.request_without_bad_files(), &fixture.folder.path().join("raw"), &mut |_| {}).unwrap();
+    assert!(matches!(take(&fixture.request(), &raw.folder, true), Err(CorpusError::OtherData { .. } | CorpusError::OtherDomains { .. })));
+    let none = tempfile::tempdir().unwrap();
+    assert!(matches!(find_data_set(none.path()), Err(CorpusError::NoDataSet { .. })));
+}
+
+impl Fixture {
+    /// The same domains by name and language, over a source that needs no refining.
+    fn request_without_bad_files(&self) -> PrepareRequest<'_> {
+        let path: PathBuf = self.folder.path().join("plain.jsonl");
+        let lines: String = (0..80).map(|i| serde_json::json!({ "text": english(i) }).to_string() + "\n").collect();
+        std::fs::write(&path, lines).unwrap();
+        let domains = vec![domain("web", &path, Language::En), domain("book", &path, Language::Zh)];
+        PrepareRequest {
+            domains: Box::leak(domains.into_boxed_slice()),
+            ..self.request()
+        }
+    }
+}
