@@ -30,6 +30,7 @@ mod shard;
 mod source;
 mod split;
 mod store;
+mod texts;
 mod tokenizer;
 
 pub use baseline::UnigramLoss;
@@ -43,5 +44,6 @@ pub use prepare::{PrepareEvent, PrepareRequest, Prepared, prepare, prepare_again
 #[doc(hidden)]
 pub use shard::fuzzing;
 pub use split::Split;
-pub use store::TokenStore;
+pub use store::{ScoredText, TokenStore};
+pub use texts::{SourceText, each_text};
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer};

@@ -1,6 +1,6 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, generate, plan, rank, resize, status, trace, train};
+use crate::commands::{bench, checkpoint, generate, plan, rank, resize, status, trace, train};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -43,6 +43,9 @@ pub enum Command {
     Trace(trace::Command),
     /// Continue a text with a checkpoint of a run.
     Generate(generate::Args),
+    /// Compare ways to train.
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 #[cfg(test)]
