@@ -4,7 +4,7 @@
 //! bytes of the very text that is scored: a number that does not depend on the tokenizer. An evaluation in line `s` is of
 //! the weights before step `s`, so it stands at the tokens of line `s - 1`.
 
-use super::plan::{Metric, Plan};
+use super::plan::{Metric, NamedStatic, Plan, Target};
 use serde::Serialize;
 use std::f64::consts::LN_2;
 use tarazed_protocol::trace::TraceLine;
@@ -219,10 +219,10 @@ fn area(curve: &[Evaluation]) -> f64 {
 
 /// The target in bits per byte of a pair of runs; `named` gives the end of the static arm that a plan may name.
 #[must_use]
-pub fn target(plan: &Plan, named: impl FnOnce(super::plan::NamedStatic) -> Option<f64>) -> Option<f64> {
+pub fn target(plan: &Plan, named: impl FnOnce(NamedStatic) -> Option<f64>) -> Option<f64> {
     match plan.metrics.target {
-        super::plan::Target::BitsPerByte(bits) => Some(bits),
-        super::plan::Target::EndOf(arm) => named(arm),
+        Target::BitsPerByte(bits) => Some(bits),
+        Target::EndOf(arm) => named(arm),
     }
 }
 

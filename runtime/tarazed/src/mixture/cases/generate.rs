@@ -129,15 +129,14 @@ fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) ->
         if !seen.insert(*hash.as_bytes()) {
             continue;
         }
-        match Split::of(&hash, held_out_fraction) {
-            Split::HeldOut => drop(keep.insert(at)),
-            Split::Train => {
-                let mut hasher = blake3::Hasher::new_derive_key("tarazed bench mixture v1 tiny domain");
-                hasher.update(&seed.to_le_bytes());
-                hasher.update(hash.as_bytes());
-                training.push((*hasher.finalize().as_bytes(), at));
-            }
+        if Split::of(&hash, held_out_fraction) == Split::HeldOut {
+            keep.insert(at);
+            continue;
         }
+        let mut hasher = blake3::Hasher::new_derive_key("tarazed bench mixture v1 tiny domain");
+        hasher.update(&seed.to_le_bytes());
+        hasher.update(hash.as_bytes());
+        training.push((*hasher.finalize().as_bytes(), at));
     }
     training.sort_unstable();
     keep.extend(training.iter().take(documents).map(|(_, at)| *at));
