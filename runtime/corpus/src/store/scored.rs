@@ -51,7 +51,10 @@ impl TokenStore {
             let line = line.map_err(CorpusError::unreadable(&path))?;
             let record: DocumentRecord = serde_json::from_str(&line)
                 .map_err(|e| CorpusError::corrupt(&path, format!("cannot be parsed ({e})")))?;
-            let Some(kept) = record.kept.filter(|kept| kept.split == Split::HeldOut && kept.tokens > 0) else {
+            let Some(kept) = record
+                .kept
+                .filter(|kept| kept.split == Split::HeldOut && kept.tokens > 0)
+            else {
                 continue;
             };
             let first = kept.start.max(1);

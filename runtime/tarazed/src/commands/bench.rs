@@ -51,7 +51,11 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
     let base = base(&plan)?;
     let work = std::path::absolute(&args.work).map_err(|e| {
         let cause = format!("cannot be made absolute ({e})");
-        Failure::refused("--work", cause, "start in another folder, or give the path from the root")
+        Failure::refused(
+            "--work",
+            cause,
+            "start in another folder, or give the path from the root",
+        )
     })?;
     let _lock = lock(&work)?;
     let ready = data(&plan, &base, &work)?;
@@ -79,7 +83,7 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
     let ended = go(&plan, &runs, &mut processes, &mut finished);
     // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
     let written = write(&finished, &processes);
-    ended.and_then(|()| written)?;
+    ended.and(written)?;
     print(&format!("report: {}\n", short(&work.join("report.md")).display()))?;
     Ok(Exit::Done)
 }
@@ -98,12 +102,23 @@ fn base(plan: &Plan) -> Result<Config, Failure> {
     };
     let interval = base.evaluation.interval_steps;
     if interval == 0 || !plan.steps.is_multiple_of(interval) {
-        let reason = format!("{interval} does not divide the plan's {} steps: the end would not be measured", plan.steps);
-        return refuse("evaluation.interval_steps", reason, "choose a divisor, e.g. a twentieth");
+        let reason = format!(
+            "{interval} does not divide the plan's {} steps: the end would not be measured",
+            plan.steps
+        );
+        return refuse(
+            "evaluation.interval_steps",
+            reason,
+            "choose a divisor, e.g. a twentieth",
+        );
     }
     if base.data.held_out_fraction <= 0.0 || base.evaluation.sequences_per_domain_max == 0 {
         let reason = "is 0: there would be nothing to judge by".to_owned();
-        return refuse("data.held_out_fraction, evaluation.sequences_per_domain_max", reason, "set both");
+        return refuse(
+            "data.held_out_fraction, evaluation.sequences_per_domain_max",
+            reason,
+            "set both",
+        );
     }
     Ok(base)
 }
@@ -158,7 +173,10 @@ fn check_configs(runs: &[CaseRuns<'_>], processes: &Processes<'_>) -> Result<(),
 fn seconds_per_run(plan: &Plan, seconds: &[f64]) -> f64 {
     let mut sorted = seconds.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(plan.expected_seconds_per_run)
+    sorted
+        .get(sorted.len() / 2)
+        .copied()
+        .unwrap_or(plan.expected_seconds_per_run)
 }
 
 fn duration(seconds: f64) -> String {
@@ -174,7 +192,11 @@ fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], finished: &Finished, seconds: &[
     let total: usize = runs.iter().map(|case| case.total(finished)).sum();
     let left = total.saturating_sub(finished.len());
     let each = seconds_per_run(plan, seconds);
-    let whence = if seconds.is_empty() { "the plan expects" } else { "as those before took" };
+    let whence = if seconds.is_empty() {
+        "the plan expects"
+    } else {
+        "as those before took"
+    };
     format!(
         "{total} runs, {} done before, {left} to do: about {} at {each:.0} s a run, {whence}\n",
         finished.len(),
@@ -196,7 +218,9 @@ fn go(
         let each = began.elapsed().as_secs_f64() / (done - before) as f64;
         let left = duration(total.saturating_sub(done) as f64 * each);
         let end = finished[run].macro_end();
-        print(&format!("[{done}/{total}] {run}: {end:.4} bits per byte; {left} left\n"))
+        print(&format!(
+            "[{done}/{total}] {run}: {end:.4} bits per byte; {left} left\n"
+        ))
     };
     debug_assert!(plan.cases().count() == runs.len(), "every case has its runs");
     carry_out(runs, processes, finished, &mut told)
@@ -217,10 +241,16 @@ fn write_report(work: &Path, runs: &[CaseRuns<'_>], results: &Results, finished:
         let arms: Vec<Arm> = judged.arms.iter().map(|arm| arm.arm.clone()).collect();
         let figure = |what, arm: &str| figures.join(report::figure_file(case.name, what, arm));
         put(figure(report::CURVES, ""), figure::curves(case, &arms, finished).draw())?;
-        put(figure(report::DIFFERENCES, ""), figure::differences(case, &arms, finished).draw())?;
+        put(
+            figure(report::DIFFERENCES, ""),
+            figure::differences(case, &arms, finished).draw(),
+        )?;
         for controller in results.plan.controllers() {
             if let Some(arm) = arms.iter().find(|arm| arm.label == controller.name) {
-                put(figure(report::MIXTURE, &arm.label), figure::mixture(case, arm, finished).draw())?;
+                put(
+                    figure(report::MIXTURE, &arm.label),
+                    figure::mixture(case, arm, finished).draw(),
+                )?;
             }
         }
     }
@@ -240,7 +270,10 @@ mod tests {
         let plan = Plan::load(path).expect("a good plan");
         assert_eq!(seconds_per_run(&plan, &[]), plan.expected_seconds_per_run);
         assert_eq!(seconds_per_run(&plan, &[9.0, 1.0, 2.0]), 2.0);
-        assert_eq!((duration(61.0), duration(119.0 * 60.0), duration(9_000.0)), ("2 min".into(), "119 min".into(), "2.5 h".into()));
+        assert_eq!(
+            (duration(61.0), duration(119.0 * 60.0), duration(9_000.0)),
+            ("2 min".into(), "119 min".into(), "2.5 h".into())
+        );
     }
 
     /// The plans that ship are whole: their base loads, and it has what a comparison needs.

@@ -58,7 +58,10 @@ fn series(label: &str, curves: &[Vec<(f64, f64)>]) -> Series {
 fn shown<'a>(case: &CaseRuns<'_>, arms: &'a [Arm]) -> Vec<&'a Arm> {
     let wanted = |arm: &&Arm| {
         let statics = ["natural", "uniform", "unimax", BEST_STATIC];
-        let adaptive = case.plan.controllers().any(|c| arm.label == c.name || arm.label == format!("{}-mean", c.name));
+        let adaptive = case
+            .plan
+            .controllers()
+            .any(|c| arm.label == c.name || arm.label == format!("{}-mean", c.name));
         statics.contains(&arm.label.as_str()) || adaptive
     };
     arms.iter().filter(wanted).collect()
@@ -71,7 +74,13 @@ pub fn curves(case: &CaseRuns<'_>, arms: &[Arm], finished: &Finished) -> Chart {
     let of = |arm: &Arm| {
         let runs = seeds.iter().filter_map(|&seed| run(case, arm, seed, finished));
         let curves: Vec<Vec<(f64, f64)>> = runs
-            .map(|outcome| outcome.curve.iter().map(|place| (place.tokens as f64, place.macro_mean)).collect())
+            .map(|outcome| {
+                outcome
+                    .curve
+                    .iter()
+                    .map(|place| (place.tokens as f64, place.macro_mean))
+                    .collect()
+            })
             .collect();
         series(&arm.label, &curves)
     };
@@ -90,7 +99,11 @@ pub fn differences(case: &CaseRuns<'_>, arms: &[Arm], finished: &Finished) -> Ch
         let pairs = case.plan.seeds.judging.iter().filter_map(|&seed| {
             let (own, other) = (run(case, arm, seed, finished)?, run(case, natural?, seed, finished)?);
             let places = own.curve.iter().zip(&other.curve);
-            Some(places.map(|(a, b)| (a.tokens as f64, a.macro_mean - b.macro_mean)).collect())
+            Some(
+                places
+                    .map(|(a, b)| (a.tokens as f64, a.macro_mean - b.macro_mean))
+                    .collect(),
+            )
         });
         series(&arm.label, &pairs.collect::<Vec<_>>())
     };
@@ -108,7 +121,13 @@ pub fn mixture(case: &CaseRuns<'_>, arm: &Arm, finished: &Finished) -> Chart {
     let of = |(domain, facts): (usize, &super::measure::DomainFacts)| {
         let runs = seeds.iter().filter_map(|&seed| run(case, arm, seed, finished));
         let curves: Vec<Vec<(f64, f64)>> = runs
-            .map(|outcome| outcome.curve.iter().map(|place| (place.tokens as f64, place.mixture[domain])).collect())
+            .map(|outcome| {
+                outcome
+                    .curve
+                    .iter()
+                    .map(|place| (place.tokens as f64, place.mixture[domain]))
+                    .collect()
+            })
             .collect();
         series(&facts.name, &curves)
     };
@@ -132,7 +151,9 @@ impl Axes {
         let fold = |values: &mut dyn Iterator<Item = f64>| {
             values
                 .filter(|value| value.is_finite())
-                .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)))
+                .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+                    (low.min(value), high.max(value))
+                })
         };
         let x = fold(&mut places().map(|place| place.0));
         let y = fold(&mut places().flat_map(|place| [place.2, place.3]));
@@ -159,7 +180,10 @@ impl Axes {
 fn ticks((low, high): (f64, f64)) -> Vec<f64> {
     let rough = (high - low) / 8.0;
     let power = libm::pow(10.0, libm::floor(libm::log10(rough)));
-    let step = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power).into_iter().find(|step| *step >= rough);
+    let step = [1.0, 2.0, 5.0, 10.0]
+        .map(|factor| factor * power)
+        .into_iter()
+        .find(|step| *step >= rough);
     let step = step.unwrap_or(10.0 * power);
     let (first, last) = (libm::ceil(low / step) as i64, libm::floor(high / step) as i64);
     (first..=last).map(|at| at as f64 * step).collect()
@@ -184,7 +208,10 @@ struct Canvas(String);
 
 impl Canvas {
     fn line(&mut self, (x1, y1): (f64, f64), (x2, y2): (f64, f64), style: &str) {
-        let _ = writeln!(self.0, r#"<line x1="{x1:.1}" y1="{y1:.1}" x2="{x2:.1}" y2="{y2:.1}" {style}/>"#);
+        let _ = writeln!(
+            self.0,
+            r#"<line x1="{x1:.1}" y1="{y1:.1}" x2="{x2:.1}" y2="{y2:.1}" {style}/>"#
+        );
     }
 
     fn text(&mut self, (x, y): (f64, f64), style: &str, text: &str) {
@@ -233,18 +260,30 @@ impl Chart {
         canvas.line((LEFT, TOP), (LEFT, bottom), r#"stroke="black""#);
         let middle = f64::midpoint(LEFT, right);
         canvas.text((middle, bottom + 44.0), r#"text-anchor="middle""#, "training tokens");
-        let drawn = || self.series.iter().enumerate().filter(|(_, series)| !series.places.is_empty());
+        let drawn = || {
+            self.series
+                .iter()
+                .enumerate()
+                .filter(|(_, series)| !series.places.is_empty())
+        };
         for (at, series) in drawn() {
             let colour = COLOURS[at % COLOURS.len()];
             let at_y = |value: f64| axes.y_of(value);
             let upper = series.places.iter().map(|place| (axes.x_of(place.0), at_y(place.3)));
-            let lower = series.places.iter().rev().map(|place| (axes.x_of(place.0), at_y(place.2)));
+            let lower = series
+                .places
+                .iter()
+                .rev()
+                .map(|place| (axes.x_of(place.0), at_y(place.2)));
             let band: Vec<(f64, f64)> = upper.chain(lower).collect();
             canvas.shape("polygon", &band, &format!(r#"fill="{colour}" fill-opacity="0.12""#));
         }
         for (at, series) in drawn() {
-            let line: Vec<(f64, f64)> =
-                series.places.iter().map(|place| (axes.x_of(place.0), axes.y_of(place.1))).collect();
+            let line: Vec<(f64, f64)> = series
+                .places
+                .iter()
+                .map(|place| (axes.x_of(place.0), axes.y_of(place.1)))
+                .collect();
             canvas.shape("polyline", &line, &format!(r#"fill="none" {}"#, stroke(at)));
         }
         self.labels(axes, canvas);
@@ -273,7 +312,10 @@ impl Chart {
 }
 
 fn stroke(series: usize) -> String {
-    let (colour, dash) = (COLOURS[series % COLOURS.len()], DASHES[series / COLOURS.len() % DASHES.len()]);
+    let (colour, dash) = (
+        COLOURS[series % COLOURS.len()],
+        DASHES[series / COLOURS.len() % DASHES.len()],
+    );
     format!(r#"stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}""#)
 }
 
@@ -288,17 +330,24 @@ mod tests {
     fn ticks_are_round_and_inside() {
         assert_eq!(ticks((0.0, 8.0)), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let found = ticks((1.93, 2.31));
-        assert_eq!(found.iter().map(|tick| number(*tick)).collect::<Vec<_>>(), [
-            "1.95", "2", "2.05", "2.1", "2.15", "2.2", "2.25", "2.3"
-        ]);
-        assert_eq!((number(-0.0), tokens_text(512_000.0), tokens_text(1.5e6)), ("0".into(), "512k".into(), "1.5M".into()));
+        assert_eq!(
+            found.iter().map(|tick| number(*tick)).collect::<Vec<_>>(),
+            ["1.95", "2", "2.05", "2.1", "2.15", "2.2", "2.25", "2.3"]
+        );
+        assert_eq!(
+            (number(-0.0), tokens_text(512_000.0), tokens_text(1.5e6)),
+            ("0".into(), "512k".into(), "1.5M".into())
+        );
     }
 
     #[test]
     fn a_place_has_the_mean_and_the_deviation_of_its_seeds() {
         let found = series("x", &[vec![(0.0, 1.0), (10.0, 4.0)], vec![(0.0, 3.0), (10.0, 4.0)]]);
         let spread = 2.0_f64.sqrt();
-        assert_eq!(found.places, [(0.0, 2.0, 2.0 - spread, 2.0 + spread), (10.0, 4.0, 4.0, 4.0)]);
+        assert_eq!(
+            found.places,
+            [(0.0, 2.0, 2.0 - spread, 2.0 + spread), (10.0, 4.0, 4.0, 4.0)]
+        );
     }
 
     #[test]

@@ -106,9 +106,15 @@ impl Outcome {
             return Err(Unfit::Unfinished { have, want: steps });
         }
         if have > steps || lines.len() as u64 != steps {
-            return Err(Unfit::Other(format!("{} lines up to step {have}, not {steps}", lines.len())));
+            return Err(Unfit::Other(format!(
+                "{} lines up to step {have}, not {steps}",
+                lines.len()
+            )));
         }
-        let mixtures: Vec<Vec<f64>> = lines.iter().map(|line| mixture(line, facts)).collect::<Result<_, _>>()?;
+        let mixtures: Vec<Vec<f64>> = lines
+            .iter()
+            .map(|line| mixture(line, facts))
+            .collect::<Result<_, _>>()?;
         let mut curve = Vec::new();
         let mut tokens_before = 0;
         for (line, mixture) in lines.iter().zip(&mixtures) {
@@ -121,12 +127,17 @@ impl Outcome {
         let Some(end) = curve.last().filter(|_| last_is_measured) else {
             return Err(Unfit::Other("its last line holds no evaluation".to_owned()));
         };
-        let judged = || facts.domains.iter().zip(&end.bits_per_byte).filter(|(domain, _)| domain.judged);
+        let judged = || {
+            facts
+                .domains
+                .iter()
+                .zip(&end.bits_per_byte)
+                .filter(|(domain, _)| domain.judged)
+        };
         let bytes: f64 = judged().map(|(domain, _)| domain.train_bytes as f64).sum();
         let weighted: f64 = judged().map(|(domain, bits)| domain.train_bytes as f64 * bits).sum();
-        let means = (0..facts.domains.len()).map(|domain| {
-            mixtures.iter().map(|mixture| mixture[domain]).sum::<f64>() / mixtures.len() as f64
-        });
+        let means = (0..facts.domains.len())
+            .map(|domain| mixtures.iter().map(|mixture| mixture[domain]).sum::<f64>() / mixtures.len() as f64);
         Ok(Self {
             mean_mixture: means.collect(),
             final_mixture: mixtures.last().cloned().unwrap_or_default(),
@@ -172,7 +183,10 @@ impl Outcome {
 fn mixture(line: &TraceLine, facts: &Facts) -> Result<Vec<f64>, Unfit> {
     let names = || facts.domains.iter().map(|domain| domain.name.as_str());
     if !line.mixture.iter().map(|(name, _)| name).eq(names()) {
-        return Err(Unfit::Other(format!("line {} has other domains than its case", line.step)));
+        return Err(Unfit::Other(format!(
+            "line {} has other domains than its case",
+            line.step
+        )));
     }
     Ok(line.mixture.iter().map(|(_, weight)| *weight).collect())
 }
@@ -182,7 +196,10 @@ fn evaluation(line: &TraceLine, tokens: u64, mixture: &[f64], facts: &Facts) -> 
     for domain in &facts.domains {
         let loss = line.heldout.as_ref().and_then(|losses| losses.get(&domain.name));
         let Some(loss) = loss.filter(|loss| loss.loss.is_finite() && loss.tokens == domain.scored_tokens) else {
-            let cause = format!("line {} has no loss over the held-out text of '{}'", line.step, domain.name);
+            let cause = format!(
+                "line {} has no loss over the held-out text of '{}'",
+                line.step, domain.name
+            );
             return Err(Unfit::Other(cause));
         };
         bits_per_byte.push(loss.loss / LN_2 * domain.scored_tokens as f64 / domain.scored_bytes);
@@ -263,7 +280,13 @@ pub(crate) mod tests {
                 losses
                     .map(|(domain, bits)| {
                         let loss = bits * LN_2 * domain.scored_bytes / domain.scored_tokens as f64;
-                        (domain.name.clone(), DomainLoss { loss, tokens: domain.scored_tokens })
+                        (
+                            domain.name.clone(),
+                            DomainLoss {
+                                loss,
+                                tokens: domain.scored_tokens,
+                            },
+                        )
                     })
                     .collect(),
             )
@@ -303,7 +326,13 @@ pub(crate) mod tests {
         assert!(close(outcome.area, 3.75));
         let tokens: Vec<u64> = outcome.curve.iter().map(|place| place.tokens).collect();
         assert_eq!(tokens, [1_000, 3_000], "the weights before the step");
-        assert!(outcome.mean_mixture.iter().zip([0.375, 0.25, 0.375]).all(|(a, b)| close(*a, b)));
+        assert!(
+            outcome
+                .mean_mixture
+                .iter()
+                .zip([0.375, 0.25, 0.375])
+                .all(|(a, b)| close(*a, b))
+        );
         assert_eq!(outcome.final_mixture, moved);
         assert_eq!(outcome.decisions, 1);
         // From 5 to 2.5 over 2,000 tokens: 4 after 800 of them.

@@ -40,10 +40,17 @@ pub(crate) mod tests {
         };
         let word = |i: usize| ["lane", "step", "rank", "trace", "shard", "block", "batch"][i % 7];
         write("web.jsonl", &|i| {
-            (0..12).map(|at| format!("{} {} ", word(i * 5 + at * at), (i * 31 + at * 17) % 97)).collect()
+            (0..12)
+                .map(|at| format!("{} {} ", word(i * 5 + at * at), (i * 31 + at * 17) % 97))
+                .collect()
         });
         write("zh.jsonl", &|i| {
-            let letter = |at: usize| "天地玄黄宇宙洪荒日月盈昃辰宿列张".chars().nth((i * 7 + at * at * 3) % 16).unwrap_or('天');
+            let letter = |at: usize| {
+                "天地玄黄宇宙洪荒日月盈昃辰宿列张"
+                    .chars()
+                    .nth((i * 7 + at * at * 3) % 16)
+                    .unwrap_or('天')
+            };
             (0..20).map(letter).collect::<String>() + &i.to_string()
         });
         let text = "[run]\nname = \"tiny\"\nseed = 7\nsteps = 3\n\

@@ -327,7 +327,11 @@ impl Plan {
     pub fn load(path: &Path) -> Result<Self, Failure> {
         let text = std::fs::read_to_string(path).map_err(|e| {
             let cause = format!("cannot be read ({e})");
-            Failure::refused(path.display(), cause, "give the path of a plan, e.g. configs/mixture/small.toml")
+            Failure::refused(
+                path.display(),
+                cause,
+                "give the path of a plan, e.g. configs/mixture/small.toml",
+            )
         })?;
         let mut plan = Self::parse(&text, &path.display().to_string())?;
         let folder = path.parent().unwrap_or_else(|| Path::new(""));
@@ -375,7 +379,11 @@ impl Plan {
             return refuse("statistics.confidence", "is not in 0.5..1", "set e.g. 0.95");
         }
         if self.overlap.units == 0 || !(0.0..=1.0).contains(&self.overlap.share_max) {
-            return refuse("overlap", "is no n-gram length and share", "set e.g. units = 13, share_max = 0.1");
+            return refuse(
+                "overlap",
+                "is no n-gram length and share",
+                "set e.g. units = 13, share_max = 0.1",
+            );
         }
         if !positive(self.statics.unimax_epochs_max) {
             return refuse("static.unimax_epochs_max", "is not positive", "set e.g. 4");
@@ -391,7 +399,11 @@ impl Plan {
         if let Target::BitsPerByte(target) = self.metrics.target
             && !positive(target)
         {
-            return refuse("metrics.target", "is not positive", "give bits per byte, or a static arm's name");
+            return refuse(
+                "metrics.target",
+                "is not positive",
+                "give bits per byte, or a static arm's name",
+            );
         }
         self.check_seeds()?;
         self.check_names()?;
@@ -483,7 +495,11 @@ fn check_names<'a>(key: &str, items: impl Iterator<Item = (&'a String, bool, &'a
             ));
         }
         if !seen.insert(name) || seen.len() > COUNT_MAX {
-            return Err(Failure::refused(format!("{key} '{name}'"), "stands twice", "give each its own name"));
+            return Err(Failure::refused(
+                format!("{key} '{name}'"),
+                "stands twice",
+                "give each its own name",
+            ));
         }
         if !enabled && reason.trim().is_empty() {
             return Err(Failure::refused(
@@ -560,7 +576,11 @@ pub(crate) mod tests {
             ("reason = \"data cannot change during a run yet\"", "", "say why"),
             ("enabled = false", "enabled = true", "live data changes"),
             ("points = 2", "points = 2\nunimax_epochs_max = 0.0", "unimax_epochs_max"),
-            ("[static]", "[statistics]\nconfidence = 95.0\n[static]", "statistics.confidence"),
+            (
+                "[static]",
+                "[statistics]\nconfidence = 95.0\n[static]",
+                "statistics.confidence",
+            ),
         ] {
             let text = TEXT.replacen(from, to, 1);
             assert_ne!(text, TEXT, "{from}");

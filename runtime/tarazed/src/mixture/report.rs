@@ -15,7 +15,11 @@ pub const MIXTURE: &str = "mixture";
 /// File of a figure.
 #[must_use]
 pub fn figure_file(case: &str, what: &str, arm: &str) -> String {
-    let arm = if arm.is_empty() { String::new() } else { format!("-{arm}") };
+    let arm = if arm.is_empty() {
+        String::new()
+    } else {
+        format!("-{arm}")
+    };
     format!("{case}-{what}{arm}.svg")
 }
 
@@ -40,15 +44,25 @@ pub fn markdown(results: &Results) -> String {
         "Each run: `{}`{}, {} steps, {} ranks. Chosen on seeds {:?}, judged on seeds {:?}, paired by seed. Programs (BLAKE3): \
          {}.\n",
         plan.base.display(),
-        if plan.set.is_empty() { String::new() } else { format!(" with `{}`", plan.set.join("`, `")) },
+        if plan.set.is_empty() {
+            String::new()
+        } else {
+            format!(" with `{}`", plan.set.join("`, `"))
+        },
         plan.steps,
         plan.ranks,
         plan.seeds.tuning,
         plan.seeds.judging,
-        if results.programs.is_empty() { "none yet".to_owned() } else { short(&results.programs) },
+        if results.programs.is_empty() {
+            "none yet".to_owned()
+        } else {
+            short(&results.programs)
+        },
     );
     if results.programs.len() > 1 {
-        text.push_str("**Runs were done by more than one program: numbers of different programs need not be comparable.**\n\n");
+        text.push_str(
+            "**Runs were done by more than one program: numbers of different programs need not be comparable.**\n\n",
+        );
     }
     verdicts(&mut text, results);
     reading(&mut text, results);
@@ -75,7 +89,9 @@ const fn word(verdict: Verdict) -> &'static str {
 }
 
 fn judged(case: &CaseResults) -> impl Iterator<Item = &Comparison> {
-    case.comparisons.iter().filter(|comparison| comparison.verdict.is_some())
+    case.comparisons
+        .iter()
+        .filter(|comparison| comparison.verdict.is_some())
 }
 
 fn verdicts(text: &mut String, results: &Results) {
@@ -86,7 +102,9 @@ fn verdicts(text: &mut String, results: &Results) {
         for comparison in judged(case) {
             let Some(verdict) = comparison.verdict else { continue };
             let (mean, interval) = difference(comparison);
-            let p = comparison.p_corrected.map_or_else(|| "-".to_owned(), |p| format!("{p:.4}"));
+            let p = comparison
+                .p_corrected
+                .map_or_else(|| "-".to_owned(), |p| format!("{p:.4}"));
             let _ = writeln!(
                 text,
                 "| {} | {} | {} | {mean} | {interval} | {p} | {} |",
@@ -149,7 +167,11 @@ fn data_text(text: &mut String, case: &CaseResults) {
             text,
             "| {} | {} | {} | {} | {} | {} | {:.3} |",
             domain.name,
-            if domain.made.is_empty() { "as it is" } else { &domain.made },
+            if domain.made.is_empty() {
+                "as it is"
+            } else {
+                &domain.made
+            },
             if domain.judged { "yes" } else { "no" },
             domain.train_documents,
             domain.train_tokens,
@@ -162,7 +184,11 @@ fn data_text(text: &mut String, case: &CaseResults) {
         "\nOf {} held-out documents {} were left out because they overlap with training text.{}\n",
         case.held_out_documents,
         case.dropped,
-        if case.dropped_examples.is_empty() { "" } else { " For example:" }
+        if case.dropped_examples.is_empty() {
+            ""
+        } else {
+            " For example:"
+        }
     );
     for example in &case.dropped_examples {
         let _ = writeln!(
@@ -192,7 +218,10 @@ fn arms_text(text: &mut String, case: &CaseResults) {
         let _ = write!(text, " {} |", metric.title());
     }
     text.push_str(" seeds |\n|---|---|---|---|---|---|---|\n");
-    for ArmResults { arm, seeds, metrics, .. } in &case.arms {
+    for ArmResults {
+        arm, seeds, metrics, ..
+    } in &case.arms
+    {
         let runs = if arm.label == arm.runs || arm.runs.is_empty() {
             String::new()
         } else {
@@ -203,7 +232,11 @@ fn arms_text(text: &mut String, case: &CaseResults) {
             let missed = result.values.iter().filter(|value| value.is_none()).count();
             let cell = match (result.mean, result.deviation) {
                 (Some(mean), Some(deviation)) => {
-                    format!("{} ± {}", figure_of(result.metric, mean), figure_of(result.metric, deviation))
+                    format!(
+                        "{} ± {}",
+                        figure_of(result.metric, mean),
+                        figure_of(result.metric, deviation)
+                    )
                 }
                 (Some(mean), None) => figure_of(result.metric, mean),
                 _ if missed > 0 => format!("missed by {missed}"),
@@ -227,10 +260,19 @@ fn difference(comparison: &Comparison) -> (String, String) {
     comparison.paired.map_or_else(
         || {
             let missed = comparison.missed;
-            let mean = if missed > 0 { format!("{missed} pairs miss it") } else { "-".to_owned() };
+            let mean = if missed > 0 {
+                format!("{missed} pairs miss it")
+            } else {
+                "-".to_owned()
+            };
             (mean, "-".to_owned())
         },
-        |paired| (show(paired.mean), format!("{} to {}", show(paired.interval.low), show(paired.interval.high))),
+        |paired| {
+            (
+                show(paired.mean),
+                format!("{} to {}", show(paired.interval.low), show(paired.interval.high)),
+            )
+        },
     )
 }
 
@@ -257,7 +299,11 @@ fn comparisons_text(text: &mut String, case: &CaseResults, results: &Results) {
         let _ = write!(text, "| {} | {} |", pair[0].controller, pair[0].against);
         for comparison in pair {
             let (mean, interval) = difference(comparison);
-            let cell = if comparison.paired.is_some() { format!("{mean} ({interval})") } else { mean };
+            let cell = if comparison.paired.is_some() {
+                format!("{mean} ({interval})")
+            } else {
+                mean
+            };
             let _ = write!(text, " {cell} |");
         }
         text.push('\n');
@@ -286,7 +332,10 @@ fn sweep_text(text: &mut String, case: &CaseResults) {
         text.push_str("The sweep is not finished.\n\n");
         return;
     };
-    let _ = writeln!(text, "The sweep chose `{best}`. On the tuning seeds, primary metric:\n\n| candidate | mean |\n|---|---|");
+    let _ = writeln!(
+        text,
+        "The sweep chose `{best}`. On the tuning seeds, primary metric:\n\n| candidate | mean |\n|---|---|"
+    );
     let mut order: Vec<_> = case.candidates.iter().collect();
     order.sort_by(|a, b| a.tuned.unwrap_or(f64::NAN).total_cmp(&b.tuned.unwrap_or(f64::NAN)));
     for candidate in order {
@@ -299,10 +348,20 @@ fn sweep_text(text: &mut String, case: &CaseResults) {
 
 fn left_out(text: &mut String, results: &Results) {
     let plan = &results.plan;
-    let cases = plan.cases.iter().filter(|case| !case.enabled).map(|case| ("case", &case.name, &case.reason));
-    let controllers = plan.controllers.iter().filter(|c| !c.enabled).map(|c| ("controller", &c.name, &c.reason));
-    let lines: Vec<String> =
-        cases.chain(controllers).map(|(what, name, reason)| format!("- {what} `{name}`: {reason}\n")).collect();
+    let cases = plan
+        .cases
+        .iter()
+        .filter(|case| !case.enabled)
+        .map(|case| ("case", &case.name, &case.reason));
+    let controllers = plan
+        .controllers
+        .iter()
+        .filter(|c| !c.enabled)
+        .map(|c| ("controller", &c.name, &c.reason));
+    let lines: Vec<String> = cases
+        .chain(controllers)
+        .map(|(what, name, reason)| format!("- {what} `{name}`: {reason}\n"))
+        .collect();
     if !lines.is_empty() {
         let _ = write!(text, "## Left out\n\n{}", lines.concat());
     }
@@ -345,7 +404,10 @@ mod tests {
         let (mut results, _) = whole(&plan_of("[1, 2]"));
         results.finished -= 1;
         let text = markdown(&results);
-        assert!(text.contains(&format!("**Unfinished: {} of {} runs.**", results.finished, results.total)));
+        assert!(text.contains(&format!(
+            "**Unfinished: {} of {} runs.**",
+            results.finished, results.total
+        )));
         assert!(text.contains("too few seeds for a verdict"));
         assert!(!text.contains("**better**"));
     }

@@ -144,7 +144,11 @@ impl Results {
             programs: programs.clone(),
             finished: finished.len(),
             total,
-            cases: cases.iter().zip(ready).map(|(case, ready)| judge(case, ready, finished)).collect(),
+            cases: cases
+                .iter()
+                .zip(ready)
+                .map(|(case, ready)| judge(case, ready, finished))
+                .collect(),
         }
     }
 }
@@ -196,8 +200,10 @@ fn judge_arm(case: &CaseRuns<'_>, arm: Arm, finished: &Finished) -> ArmResults {
         .filter_map(|&seed| Some((seed, run(case, &arm, seed, finished)?)))
         .collect();
     let metrics = Metric::ALL.map(|metric| {
-        let values: Vec<Option<f64>> =
-            runs.iter().map(|(seed, outcome)| value(case, outcome, metric, *seed, finished)).collect();
+        let values: Vec<Option<f64>> = runs
+            .iter()
+            .map(|(seed, outcome)| value(case, outcome, metric, *seed, finished))
+            .collect();
         let known: Option<Vec<f64>> = values.iter().copied().collect();
         let known = known.filter(|known| !known.is_empty());
         MetricResults {
@@ -216,7 +222,11 @@ fn judge_arm(case: &CaseRuns<'_>, arm: Arm, finished: &Finished) -> ArmResults {
         arm,
         seeds: runs.iter().map(|(seed, _)| *seed).collect(),
         metrics: metrics.into(),
-        mean_mixture: if runs.is_empty() { Vec::new() } else { (0..domains).map(mean).collect() },
+        mean_mixture: if runs.is_empty() {
+            Vec::new()
+        } else {
+            (0..domains).map(mean).collect()
+        },
     }
 }
 
@@ -277,7 +287,10 @@ fn pair(case: &CaseRuns<'_>, own: &Arm, other: &Arm, metric: Metric, finished: &
 fn give_verdicts(plan: &Plan, family: &mut [&mut Comparison]) {
     let alpha = 1.0 - plan.statistics.confidence;
     let seeds = plan.seeds.judging.len();
-    let p: Vec<f64> = family.iter().map(|c| c.paired.map_or(1.0, |paired| paired.p_sign_flip)).collect();
+    let p: Vec<f64> = family
+        .iter()
+        .map(|c| c.paired.map_or(1.0, |paired| paired.p_sign_flip))
+        .collect();
     let corrected = statistics::holm(&p);
     // The best that all of a family can have together.
     let too_few = statistics::p_least(seeds) * family.len() as f64 > alpha;
@@ -286,7 +299,11 @@ fn give_verdicts(plan: &Plan, family: &mut [&mut Comparison]) {
             _ if too_few => Verdict::TooFewSeeds,
             None => Verdict::Incomplete,
             Some(paired) if paired.interval.excludes_zero() && corrected <= alpha => {
-                if paired.mean < 0.0 { Verdict::Better } else { Verdict::Worse }
+                if paired.mean < 0.0 {
+                    Verdict::Better
+                } else {
+                    Verdict::Worse
+                }
             }
             Some(_) => Verdict::NotShown,
         });
@@ -327,7 +344,10 @@ pub(crate) mod tests {
         let mut finished = Finished::new();
         carry_out(&cases, &mut Fake::default(), &mut finished, &mut |_, _| Ok(())).expect("done");
         let ready = ready(&facts);
-        (Results::of(&cases, &[&ready, &ready], &finished, &BTreeSet::new()), finished)
+        (
+            Results::of(&cases, &[&ready, &ready], &finished, &BTreeSet::new()),
+            finished,
+        )
     }
 
     fn verdicts(results: &Results) -> Vec<(&str, Verdict)> {
@@ -355,7 +375,11 @@ pub(crate) mod tests {
     #[test]
     fn few_seeds_give_numbers_and_no_verdict() {
         let (results, _) = whole(&plan_of("[1, 2]"));
-        assert!(verdicts(&results).iter().all(|(_, verdict)| *verdict == Verdict::TooFewSeeds));
+        assert!(
+            verdicts(&results)
+                .iter()
+                .all(|(_, verdict)| *verdict == Verdict::TooFewSeeds)
+        );
         assert!(results.cases[0].comparisons.iter().any(|c| c.paired.is_some()));
     }
 
@@ -365,7 +389,11 @@ pub(crate) mod tests {
         let arms = &results.cases[0].arms;
         let metric = |label: &str| {
             let arm = arms.iter().find(|arm| arm.arm.label == label).expect("an arm");
-            arm.metrics.iter().find(|m| m.metric == Metric::TokensToTarget).expect("a metric").clone()
+            arm.metrics
+                .iter()
+                .find(|m| m.metric == Metric::TokensToTarget)
+                .expect("a metric")
+                .clone()
         };
         // The natural arm reaches its own end at the end.
         assert_eq!(metric("natural").mean, Some(1_000.0));
@@ -400,6 +428,11 @@ pub(crate) mod tests {
         let results = Results::of(&cases, &[&ready], &finished, &BTreeSet::new());
         assert_eq!(results.finished, 30);
         assert!(results.total > 30);
-        assert!(verdicts(&results).iter().all(|(_, verdict)| *verdict == Verdict::Incomplete), "{results:?}");
+        assert!(
+            verdicts(&results)
+                .iter()
+                .all(|(_, verdict)| *verdict == Verdict::Incomplete),
+            "{results:?}"
+        );
     }
 }

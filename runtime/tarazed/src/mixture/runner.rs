@@ -71,12 +71,26 @@ impl<'a> Processes<'a> {
         };
         let program = std::env::current_exe().map_err(no_program)?;
         let mut hasher = blake3::Hasher::new();
-        File::open(&program).and_then(|file| hasher.update_reader(file).map(drop)).map_err(no_program)?;
-        let no_signals = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(no_signals)?;
+        File::open(&program)
+            .and_then(|file| hasher.update_reader(file).map(drop))
+            .map_err(no_program)?;
+        let no_signals =
+            |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(no_signals)?;
         let entered = runtime.enter();
-        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::user_defined1()];
-        let stop = kinds.into_iter().map(signal).collect::<Result<_, _>>().map_err(no_signals)?;
+        let kinds = [
+            SignalKind::terminate(),
+            SignalKind::interrupt(),
+            SignalKind::user_defined1(),
+        ];
+        let stop = kinds
+            .into_iter()
+            .map(signal)
+            .collect::<Result<_, _>>()
+            .map_err(no_signals)?;
         drop(entered);
         Ok(Self {
             plan,
@@ -120,7 +134,12 @@ impl<'a> Processes<'a> {
         } else {
             &run.set
         };
-        Ok(Config::parse(&config.to_toml()?, &format!("config of {}", run.id), set, self.work)?)
+        Ok(Config::parse(
+            &config.to_toml()?,
+            &format!("config of {}", run.id),
+            set,
+            self.work,
+        )?)
     }
 
     /// The outcome in a run's folder; none where its trace has not come to its end.
@@ -142,7 +161,9 @@ impl<'a> Processes<'a> {
         };
         let theirs = Config::load(&folder.config(), &[])?;
         if theirs.identity() != self.config(run)?.identity() {
-            return Err(refuse("holds a run of another config: the plan has changed since".to_owned()));
+            return Err(refuse(
+                "holds a run of another config: the plan has changed since".to_owned(),
+            ));
         }
         Ok(Some(outcome))
     }
@@ -150,7 +171,8 @@ impl<'a> Processes<'a> {
     /// Makes the folder of a run and its config file.
     fn prepare(&self, run: &RunSpec) -> Result<PathBuf, Failure> {
         let folder = self.folder(&run.id);
-        let failed = |e: std::io::Error| Failure::io(folder.display(), &e, "cannot be made", "free space and try again");
+        let failed =
+            |e: std::io::Error| Failure::io(folder.display(), &e, "cannot be made", "free space and try again");
         std::fs::create_dir_all(&folder).map_err(failed)?;
         let data = folder.join("data");
         if !data.exists() {
@@ -169,24 +191,41 @@ impl<'a> Processes<'a> {
     fn live(&mut self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
         let folder = self.folder(&run.id);
         let log = folder.with_extension("log");
-        let failed = |e: std::io::Error| Failure::io(log.display(), &e, "cannot be written", "free space and try again");
-        let out = OpenOptions::new().create(true).append(true).open(&log).map_err(failed)?;
+        let failed =
+            |e: std::io::Error| Failure::io(log.display(), &e, "cannot be written", "free space and try again");
+        let out = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .map_err(failed)?;
         let errors = out.try_clone().map_err(failed)?;
         let mut command = tokio::process::Command::new(&self.program);
         // A group of its own: a Ctrl-C reaches the bench alone, which then ends the run in order.
-        command.arg("train").arg(config).stdin(Stdio::null()).stdout(out).stderr(errors).process_group(0);
+        command
+            .arg("train")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(errors)
+            .process_group(0);
         let stop = &mut self.stop;
         self.runtime.block_on(async {
             wait_until_free(&folder.join("lock"), stop).await?;
             let mut child = command.spawn().map_err(|e| {
-                Failure::transient("a run", format!("cannot be started ({e})"), "free resources and try again")
+                Failure::transient(
+                    "a run",
+                    format!("cannot be started ({e})"),
+                    "free resources and try again",
+                )
             })?;
             let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
             tokio::select! {
                 status = child.wait() => return status.map_err(lost),
                 () = next(stop) => {}
             }
-            let pid = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+            let pid = child
+                .id()
+                .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
             if let Some(pid) = pid {
                 // It may have ended just now.
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
@@ -204,10 +243,13 @@ impl<'a> Processes<'a> {
             seconds,
         };
         let path = folder.dir().join(NOTE_FILE);
-        let failed = |e: std::io::Error| Failure::io(path.display(), &e, "cannot be written", "free space and try again");
+        let failed =
+            |e: std::io::Error| Failure::io(path.display(), &e, "cannot be written", "free space and try again");
         let fresh = path.with_extension("json.new");
         let text = serde_json::json!(note).to_string() + "\n";
-        std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, &path)).map_err(failed)?;
+        std::fs::write(&fresh, text)
+            .and_then(|()| std::fs::rename(&fresh, &path))
+            .map_err(failed)?;
         // Its trace says all that is asked of it; hundreds of checkpoints would fill the disk.
         match std::fs::remove_dir_all(folder.store()) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failed(e)),
@@ -217,7 +259,12 @@ impl<'a> Processes<'a> {
 }
 
 fn stopped() -> Failure {
-    Failure::new(Exit::Stopped, "the bench", "was stopped by a signal", "the same command goes on")
+    Failure::new(
+        Exit::Stopped,
+        "the bench",
+        "was stopped by a signal",
+        "the same command goes on",
+    )
 }
 
 async fn next(signals: &mut [Signal]) {
@@ -238,7 +285,10 @@ async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure
             return Ok(());
         }
         if !said {
-            eprintln!("waiting for the run of an earlier bench, which holds {}", lock.display());
+            eprintln!(
+                "waiting for the run of an earlier bench, which holds {}",
+                lock.display()
+            );
             said = true;
         }
         tokio::select! {
@@ -277,12 +327,19 @@ impl Runner for Processes<'_> {
         let config = self.prepare(run)?;
         for _ in 0..TRIES_MAX {
             let status = self.live(run, &config)?;
-            let exit = status.code().and_then(|code| u8::try_from(code).ok()).map_or(Exit::Halted, Exit::from_code);
+            let exit = status
+                .code()
+                .and_then(|code| u8::try_from(code).ok())
+                .map_or(Exit::Halted, Exit::from_code);
             match exit {
                 Exit::Done => {
                     let Some(outcome) = self.outcome(run)? else {
                         let remedy = "keep the folder and report this";
-                        return Err(Failure::halted(run.id.to_string(), "ended well with an unfinished trace", remedy));
+                        return Err(Failure::halted(
+                            run.id.to_string(),
+                            "ended well with an unfinished trace",
+                            remedy,
+                        ));
                     };
                     let seconds = began.elapsed().as_secs_f64();
                     self.note(run, seconds)?;

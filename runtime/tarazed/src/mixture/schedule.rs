@@ -29,7 +29,9 @@ impl RunId {
     /// Its folder, below the work folder.
     #[must_use]
     pub fn folder(&self) -> PathBuf {
-        ["runs", &self.case, &self.arm, &format!("seed-{}", self.seed)].iter().collect()
+        ["runs", &self.case, &self.arm, &format!("seed-{}", self.seed)]
+            .iter()
+            .collect()
     }
 }
 
@@ -101,8 +103,12 @@ impl CaseRuns<'_> {
             .powers
             .iter()
             .map(|power| (format!("power-{power}"), statics::temperature(&sizes, *power)));
-        let points = (0..statics.points)
-            .map(|index| (format!("sweep-{index:02}"), statics::simplex_point(sizes.len(), statics.seed, index)));
+        let points = (0..statics.points).map(|index| {
+            (
+                format!("sweep-{index:02}"),
+                statics::simplex_point(sizes.len(), statics.seed, index),
+            )
+        });
         named.into_iter().chain(powers).chain(points).collect()
     }
 
@@ -117,7 +123,9 @@ impl CaseRuns<'_> {
     /// The target of runs with this seed, in bits per byte.
     #[must_use]
     pub fn target(&self, finished: &Finished, seed: u64) -> Option<f64> {
-        target(self.plan, |named| finished.get(&self.id(named.name(), seed)).map(Outcome::macro_end))
+        target(self.plan, |named| {
+            finished.get(&self.id(named.name(), seed)).map(Outcome::macro_end)
+        })
     }
 
     /// Mean of the primary metric over the tuning seeds, by candidate; a candidate that misses the target is last. None while
@@ -157,7 +165,10 @@ impl CaseRuns<'_> {
             label: label.to_owned(),
             runs: runs.to_owned(),
         };
-        let mut arms: Vec<Arm> = NamedStatic::ALL.iter().map(|named| arm(named.name(), named.name())).collect();
+        let mut arms: Vec<Arm> = NamedStatic::ALL
+            .iter()
+            .map(|named| arm(named.name(), named.name()))
+            .collect();
         arms.push(arm(BEST_STATIC, best_static));
         for Controller { name, .. } in self.plan.controllers() {
             for label in [name.clone(), format!("{name}-mean"), format!("{name}-final")] {
@@ -293,10 +304,7 @@ pub(crate) mod tests {
         let end = if run.set.is_empty() { start } else { even };
         let distance: f64 = end.iter().zip(even).map(|(a, b)| (a - b).abs()).sum();
         let bits = 2.0 + distance + run.id.seed as f64 / 1_000.0;
-        let lines = [
-            line(1, start, Some([4.0, 4.0])),
-            line(2, end, Some([bits, bits])),
-        ];
+        let lines = [line(1, start, Some([4.0, 4.0])), line(2, end, Some([bits, bits]))];
         Outcome::read(&lines, &facts(), 2).expect("an outcome")
     }
 
@@ -332,16 +340,34 @@ pub(crate) mod tests {
         let mut fake = Fake::default();
         let mut finished = Finished::new();
         carry_out(&cases, &mut fake, &mut finished, &mut |_, _| Ok(())).expect("done");
-        assert_eq!(finished.len(), cases.iter().map(|case| case.total(&finished)).sum::<usize>());
+        assert_eq!(
+            finished.len(),
+            cases.iter().map(|case| case.total(&finished)).sum::<usize>()
+        );
         assert!(cases.iter().all(|case| case.due(&finished).is_empty()));
         // Nothing is judged before all is tuned, and every judged run is on another seed than every tuned one.
         let of_case: Vec<&RunId> = fake.done.iter().filter(|run| run.case == "plain").collect();
-        let tuned = of_case.iter().position(|run| plan.seeds.judging.contains(&run.seed)).expect("judged");
-        assert!(of_case[tuned..].iter().all(|run| plan.seeds.judging.contains(&run.seed)));
+        let tuned = of_case
+            .iter()
+            .position(|run| plan.seeds.judging.contains(&run.seed))
+            .expect("judged");
+        assert!(
+            of_case[tuned..]
+                .iter()
+                .all(|run| plan.seeds.judging.contains(&run.seed))
+        );
         assert_eq!(tuned, cases[0].candidates().len() * 2);
         // A frozen run has the mean of its own controller's run of the same seed.
-        let mean = &finished[&RunId { case: "plain".into(), arm: "ado-mean".into(), seed: 2 }];
-        let adaptive = &finished[&RunId { case: "plain".into(), arm: "ado".into(), seed: 2 }];
+        let mean = &finished[&RunId {
+            case: "plain".into(),
+            arm: "ado-mean".into(),
+            seed: 2,
+        }];
+        let adaptive = &finished[&RunId {
+            case: "plain".into(),
+            arm: "ado".into(),
+            seed: 2,
+        }];
         assert_eq!(mean.final_mixture, adaptive.mean_mixture);
     }
 
@@ -360,7 +386,10 @@ pub(crate) mod tests {
         }
         assert_eq!(case.best_static(&finished).as_deref(), Some("sweep-01"));
         let arms = case.arms("sweep-01");
-        assert!(arms.iter().any(|arm| arm.label == BEST_STATIC && arm.runs == "sweep-01"));
+        assert!(
+            arms.iter()
+                .any(|arm| arm.label == BEST_STATIC && arm.runs == "sweep-01")
+        );
         let judged: BTreeSet<String> = case.due(&finished).into_iter().map(|run| run.id.arm).collect();
         let expected = ["ado", "natural", "sqrt", "sweep-01", "uniform", "unimax"];
         assert!(judged.iter().eq(expected), "{judged:?}");

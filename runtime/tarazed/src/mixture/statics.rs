@@ -77,7 +77,10 @@ mod tests {
     #[test]
     fn powers_of_size_are_the_known_mixtures() {
         let sizes = [100, 400, 900];
-        assert!(close(&natural(&sizes), &[100.0 / 1400.0, 400.0 / 1400.0, 900.0 / 1400.0]));
+        assert!(close(
+            &natural(&sizes),
+            &[100.0 / 1400.0, 400.0 / 1400.0, 900.0 / 1400.0]
+        ));
         assert!(close(&temperature(&sizes, 0.5), &[1.0 / 6.0, 2.0 / 6.0, 3.0 / 6.0]));
         assert!(close(&temperature(&sizes, 0.0), &[1.0 / 3.0; 3]));
     }
@@ -89,10 +92,16 @@ mod tests {
         let expected = [100.0 / 900.0, 400.0 / 900.0, 400.0 / 900.0];
         assert!(close(&unimax(&[50, 200, 1000], 900, 2.0), &expected));
         // The order of the domains does not matter, each keeps its place.
-        assert!(close(&unimax(&[1000, 50, 200], 900, 2.0), &[expected[2], expected[0], expected[1]]));
+        assert!(close(
+            &unimax(&[1000, 50, 200], 900, 2.0),
+            &[expected[2], expected[0], expected[1]]
+        ));
         // Without a cap in reach it is uniform; where all are capped it is the natural mixture.
         assert!(close(&unimax(&[50, 200, 1000], 90, 2.0), &[1.0 / 3.0; 3]));
-        assert!(close(&unimax(&[50, 200, 1000], 1_000_000, 2.0), &natural(&[50, 200, 1000])));
+        assert!(close(
+            &unimax(&[50, 200, 1000], 1_000_000, 2.0),
+            &natural(&[50, 200, 1000])
+        ));
     }
 
     proptest! {

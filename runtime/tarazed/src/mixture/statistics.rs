@@ -250,7 +250,14 @@ mod tests {
         while expanded_tail(4, confidence) > 0.1 {
             confidence += 1e-4;
         }
-        let found = expanded_percentile(&differences, &Bootstrap { confidence, ..BOOTSTRAP }, "exact");
+        let found = expanded_percentile(
+            &differences,
+            &Bootstrap {
+                confidence,
+                ..BOOTSTRAP
+            },
+            "exact",
+        );
         assert!((found.low - means[25]).abs() < 1e-12, "{found:?} {}", means[25]);
         assert!((found.high - means[230]).abs() < 1e-12, "{found:?} {}", means[230]);
     }
@@ -295,7 +302,10 @@ mod tests {
     fn holm_steps_down() {
         let adjusted = holm(&[0.01, 0.04, 0.03, 0.5]);
         let expected = [0.04, 0.09, 0.09, 0.5];
-        assert!(adjusted.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{adjusted:?}");
+        assert!(
+            adjusted.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12),
+            "{adjusted:?}"
+        );
         assert_eq!(holm(&[0.9, 0.8]), [1.0, 1.0]);
         assert!(holm(&[]).is_empty());
     }

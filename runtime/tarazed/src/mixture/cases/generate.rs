@@ -12,12 +12,7 @@ use tarazed_domain::config::Language;
 ///
 /// # Errors
 /// Refused where the change names a domain that is not there, or leaves nothing of one.
-pub fn generate(
-    change: &Change,
-    corpus: &[Domain],
-    held_out_fraction: f64,
-    key: &str,
-) -> Result<Vec<Domain>, Failure> {
+pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key: &str) -> Result<Vec<Domain>, Failure> {
     let position = |name: &str| {
         let found = corpus.iter().position(|domain| domain.name == name);
         found.ok_or_else(|| {
@@ -141,7 +136,10 @@ fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) ->
     training.sort_unstable();
     keep.extend(training.iter().take(documents).map(|(_, at)| *at));
     Domain {
-        made: format!("{documents} training documents of {}, seed {seed}, and all held-out ones", domain.name),
+        made: format!(
+            "{documents} training documents of {}, seed {seed}, and all held-out ones",
+            domain.name
+        ),
         documents: keep.iter().map(|at| domain.documents[*at].clone()).collect(),
         ..domain.clone()
     }
@@ -229,7 +227,10 @@ mod tests {
 
     fn corpus() -> Vec<Domain> {
         vec![
-            domain("web", (0..200).map(|i| format!("the page {i} of the web is about the number {i}"))),
+            domain(
+                "web",
+                (0..200).map(|i| format!("the page {i} of the web is about the number {i}")),
+            ),
             domain("zh", (0..100).map(|i| format!("天地玄黄宇宙洪荒第{i}页"))),
         ]
     }
@@ -289,7 +290,12 @@ mod tests {
         };
         assert_eq!(counts(&domains[0]), (12, counts(&all[0]).1));
         assert!(domains[0].judged && domains[1] == all[1]);
-        assert!(domains[0].documents.iter().all(|document| all[0].documents.contains(document)));
+        assert!(
+            domains[0]
+                .documents
+                .iter()
+                .all(|document| all[0].documents.contains(document))
+        );
         assert_ne!(domains[0].documents, made(&change(2))[0].documents);
     }
 
@@ -309,14 +315,22 @@ mod tests {
         assert_eq!(names, ["web-easy", "web-hard", "zh"]);
         let together = domains[0].documents.len() + domains[1].documents.len();
         assert_eq!(together, corpus[0].documents.len());
-        assert!(domains[0].documents.iter().all(|document| document.text.starts_with("the page")));
+        assert!(
+            domains[0]
+                .documents
+                .iter()
+                .all(|document| document.text.starts_with("the page"))
+        );
         assert!(domains.iter().all(|domain| domain.judged));
     }
 
     #[test]
     fn what_cannot_be_made_is_refused() {
         for (change, part) in [
-            (Change::Duplicate { of: "code".to_owned() }, "no domain of the base config is called 'code'"),
+            (
+                Change::Duplicate { of: "code".to_owned() },
+                "no domain of the base config is called 'code'",
+            ),
             (
                 Change::Late {
                     of: "web".to_owned(),
@@ -332,6 +346,10 @@ mod tests {
         taken[1].name = "noise".to_owned();
         let noise = Change::Noise { share: 0.1, seed: 1 };
         let refused = generate(&noise, &taken, FRACTION, "cases.x").expect_err("refused");
-        assert!(refused.message.contains("a second domain 'noise'"), "{}", refused.message);
+        assert!(
+            refused.message.contains("a second domain 'noise'"),
+            "{}",
+            refused.message
+        );
     }
 }

@@ -257,7 +257,9 @@ fn put(folder: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure> {
     std::fs::create_dir_all(&partial).map_err(failed)?;
     for (name, text) in files {
         std::fs::write(partial.join(name), text).map_err(failed)?;
-        File::open(partial.join(name)).and_then(|file| file.sync_all()).map_err(failed)?;
+        File::open(partial.join(name))
+            .and_then(|file| file.sync_all())
+            .map_err(failed)?;
     }
     std::fs::rename(&partial, folder).map_err(failed)
 }
@@ -281,7 +283,10 @@ mod tests {
         assert_eq!(plain, make(0).expect("the same case"));
         assert_eq!((plain.domains.len(), noise.domains.len()), (2, 3));
         for facts in plain.facts.domains.iter().chain(&noise.facts.domains) {
-            assert!(facts.train_tokens > 0 && facts.scored_tokens > 0 && facts.scored_bytes > 0.0, "{facts:?}");
+            assert!(
+                facts.train_tokens > 0 && facts.scored_tokens > 0 && facts.scored_bytes > 0.0,
+                "{facts:?}"
+            );
             assert_eq!(facts.judged, facts.name != "noise");
         }
         // The noise is for training; what is judged is the same text by the same tokenizer.

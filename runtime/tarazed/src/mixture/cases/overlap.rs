@@ -92,13 +92,20 @@ fn ngrams(text: &str, units: usize) -> Vec<u64> {
     if words.is_empty() {
         return Vec::new();
     }
-    words.windows(units.min(words.len())).map(|run| hash_of(run, units)).collect()
+    words
+        .windows(units.min(words.len()))
+        .map(|run| hash_of(run, units))
+        .collect()
 }
 
 /// A run shorter than an n-gram must not look like one.
 fn hash_of(run: &[u64], units: usize) -> u64 {
     let length = if run.len() < units { run.len() as u64 } else { 0 };
-    let bytes: Vec<u8> = run.iter().chain([&length]).flat_map(|word| word.to_le_bytes()).collect();
+    let bytes: Vec<u8> = run
+        .iter()
+        .chain([&length])
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     xxh3_64(&bytes)
 }
 
@@ -170,10 +177,19 @@ mod tests {
 
     #[test]
     fn near_copies_are_found_across_domains_and_layouts() {
-        let training = [on(Split::Train, PASSAGE), on(Split::Train, "天地玄黄宇宙洪荒日月盈昃辰宿列张")];
+        let training = [
+            on(Split::Train, PASSAGE),
+            on(Split::Train, "天地玄黄宇宙洪荒日月盈昃辰宿列张"),
+        ];
         let held_out = [
-            on(Split::HeldOut, "A LANE is, a fixed\n\nset of sequences; summed left-to-right in single precision!"),
-            on(Split::HeldOut, "the optimizer shards are spread over all of the ranks evenly"),
+            on(
+                Split::HeldOut,
+                "A LANE is, a fixed\n\nset of sequences; summed left-to-right in single precision!",
+            ),
+            on(
+                Split::HeldOut,
+                "the optimizer shards are spread over all of the ranks evenly",
+            ),
             on(Split::HeldOut, "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。"),
         ];
         let mut domains = [domain("web", &training), domain("other", &held_out)];
@@ -187,7 +203,10 @@ mod tests {
     #[test]
     fn a_phrase_in_common_is_no_copy() {
         let own: String = (0..60).map(|i| format!("word{i} ")).collect();
-        let texts = [on(Split::Train, PASSAGE), on(Split::HeldOut, &format!("{own} is a fixed set of sequences"))];
+        let texts = [
+            on(Split::Train, PASSAGE),
+            on(Split::HeldOut, &format!("{own} is a fixed set of sequences")),
+        ];
         let mut domains = [domain("web", &texts)];
         assert_eq!(remove(&mut domains, FRACTION, &RULE), []);
         assert_eq!(domains[0].documents.len(), 2);
