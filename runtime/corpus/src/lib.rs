@@ -40,6 +40,7 @@ mod shard;
 mod source;
 mod split;
 mod store;
+mod texts;
 mod tokenizer;
 mod tokens;
 
@@ -58,6 +59,7 @@ pub use scan::{Contamination, Found, decontaminate, train_tokenizer};
 #[doc(hidden)]
 pub use shard::fuzzing;
 pub use split::Split;
-pub use store::TokenStore;
+pub use store::{ScoredText, TokenStore};
+pub use texts::{SourceText, each_text};
 pub use tokenizer::{TOKENIZER_FILE, Tokenizer};
 pub use tokens::MegatronWriter;

@@ -1,5 +1,9 @@
 //! Reading sequences back.
 
+mod scored;
+
+pub use scored::ScoredText;
+
 use crate::chunks::{CACHED_CHUNKS_MAX, ChunkCache};
 use crate::documents::{self, DocumentRecord};
 use crate::error::CorpusError;

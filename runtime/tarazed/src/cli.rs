@@ -1,6 +1,8 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, data, decide, generate, plan, rank, resize, status, tokenizer, trace, train};
+use crate::commands::{
+    bench, checkpoint, data, decide, generate, plan, rank, resize, status, tokenizer, trace, train,
+};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -51,6 +53,9 @@ pub enum Command {
     /// Train a tokenizer.
     #[command(subcommand)]
     Tokenizer(tokenizer::Command),
+    /// Compare ways to train.
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 #[cfg(test)]

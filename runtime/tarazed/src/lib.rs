@@ -1,13 +1,14 @@
 //! The `tarazed` binary's parts: commands, planning, progress lines, telemetry (floor 5).
 //!
 //! Commands parse, call the floors below and turn what comes back into text and an exit code; they decide nothing about
-//! training. [`plan`] and [`progress`] are pure: no clock, no I/O.
+//! training. [`plan`] and [`progress`] are pure: no clock, no I/O. So is most of [`mixture`], the comparison of mixtures.
 
 pub mod cli;
 pub mod commands;
 pub mod exit;
 pub mod finale;
 pub mod inference;
+pub mod mixture;
 pub mod outlet;
 pub mod output;
 pub mod panics;

@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod data;
 pub mod decide;
@@ -30,6 +31,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Generate(args) => generate::run(&args),
+        Command::Bench(command) => bench::run(&command),
         Command::Data(command) => data::run(&command),
         Command::Tokenizer(command) => tokenizer::run(&command),
     }

@@ -1,0 +1,290 @@
+//! `tarazed bench mixture`: compares mixtures, adaptive against static, as a plan says (docs/MIXTURE.md).
+//!
+//! This file puts the parts of [`crate::mixture`] together; what is due, what it is worth and what may be said of it is
+//! decided there.
+
+use crate::exit::{Exit, Failure};
+use crate::mixture::cases::{self, Ready};
+use crate::mixture::plan::Plan;
+use crate::mixture::results::Results;
+use crate::mixture::runner::Processes;
+use crate::mixture::schedule::{Arm, CaseRuns, Finished, RunId, carry_out, recall};
+use crate::mixture::{figure, report};
+use crate::output::{print, short};
+use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use tarazed_domain::config::{Config, ConfigError};
+
+/// `tarazed bench …`
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Train many small models on mixtures of the same data, adaptive and static, and judge them; goes on where it stood.
+    Mixture(Args),
+}
+
+/// Options of `tarazed bench mixture`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Plan file, e.g. configs/mixture/small.toml.
+    plan: PathBuf,
+    /// Folder for data, runs and report.
+    #[arg(long, value_name = "DIR")]
+    work: PathBuf,
+    /// Make the data and say what is due and how long it takes; train nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Refused where plan, corpus or work folder do not fit together; as a run ends that does not end well; 34 after a signal.
+pub fn run(command: &Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Mixture(args) => mixture(args),
+    }
+}
+
+fn mixture(args: &Args) -> Result<Exit, Failure> {
+    let plan = Plan::load(&args.plan)?;
+    let base = base(&plan)?;
+    let work = std::path::absolute(&args.work).map_err(|e| {
+        let cause = format!("cannot be made absolute ({e})");
+        Failure::refused(
+            "--work",
+            cause,
+            "start in another folder, or give the path from the root",
+        )
+    })?;
+    let _lock = lock(&work)?;
+    let ready = data(&plan, &base, &work)?;
+    let runs: Vec<CaseRuns<'_>> = plan
+        .cases()
+        .map(|case| CaseRuns {
+            plan: &plan,
+            name: &case.name,
+            facts: &ready[&case.name].facts,
+            run_tokens: plan.steps * base.tokens_per_step(),
+        })
+        .collect();
+    let mut processes = Processes::new(&plan, &base, &ready, &work)?;
+    check_configs(&runs, &processes)?;
+    let mut finished = recall(&runs, &mut processes)?;
+    print(&estimate(&plan, &runs, &finished, &processes.seconds))?;
+    if args.dry_run {
+        return Ok(Exit::Done);
+    }
+    let write = |finished: &Finished, processes: &Processes<'_>| {
+        let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
+        let results = Results::of(&runs, &in_order, finished, &processes.programs);
+        write_report(&work, &runs, &results, finished)
+    };
+    let ended = go(&plan, &runs, &mut processes, &mut finished);
+    // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
+    let written = write(&finished, &processes);
+    ended.and(written)?;
+    print(&format!("report: {}\n", short(&work.join("report.md")).display()))?;
+    Ok(Exit::Done)
+}
+
+/// The config of all runs, with what the comparison asks of it.
+fn base(plan: &Plan) -> Result<Config, Failure> {
+    let mut set = plan.set.clone();
+    set.push(format!("run.steps={}", plan.steps));
+    let base = Config::load_for(&plan.base, &set, Some(plan.ranks))?;
+    let refuse = |key: &str, reason: String, remedy: &str| {
+        Err(Failure::from(ConfigError {
+            key: key.to_owned(),
+            reason,
+            remedy: remedy.to_owned(),
+        }))
+    };
+    let interval = base.evaluation.interval_steps;
+    if interval == 0 || !plan.steps.is_multiple_of(interval) {
+        let reason = format!(
+            "{interval} does not divide the plan's {} steps: the end would not be measured",
+            plan.steps
+        );
+        return refuse(
+            "evaluation.interval_steps",
+            reason,
+            "choose a divisor, e.g. a twentieth",
+        );
+    }
+    if base.data.held_out_fraction <= 0.0 || base.evaluation.sequences_per_domain_max == 0 {
+        let reason = "is 0: there would be nothing to judge by".to_owned();
+        return refuse(
+            "data.held_out_fraction, evaluation.sequences_per_domain_max",
+            reason,
+            "set both",
+        );
+    }
+    Ok(base)
+}
+
+/// Holds the work folder: two benches would do each other's runs.
+fn lock(work: &Path) -> Result<File, Failure> {
+    let failed = |e: std::io::Error| Failure::io(work.display(), &e, "cannot be made or locked", "name another --work");
+    std::fs::create_dir_all(work).map_err(failed)?;
+    let file = File::create(work.join("lock")).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Failure::refused(
+            work.display(),
+            "is in use by another bench",
+            "wait for it, stop it, or name another --work",
+        )),
+        Err(TryLockError::Error(e)) => Err(failed(e)),
+    }
+}
+
+fn data(plan: &Plan, base: &Config, work: &Path) -> Result<BTreeMap<String, Ready>, Failure> {
+    let corpus = cases::read_corpus(base)?;
+    let tokenizer = cases::tokenizer(base, work)?;
+    let mut ready = BTreeMap::new();
+    for case in plan.cases() {
+        let made = cases::make(plan, case, &corpus, base, &tokenizer, work)?;
+        let tokens: u64 = made.facts.sizes().iter().sum();
+        print(&format!(
+            "case {}: {} domains, {tokens} training tokens; {} of {} held-out documents overlap with training text and are \
+             left out\n",
+            case.name,
+            made.domains.len(),
+            made.dropped,
+            made.held_out_documents
+        ))?;
+        ready.insert(case.name.clone(), made);
+    }
+    Ok(ready)
+}
+
+/// A config that a run would refuse hours from now is refused now.
+fn check_configs(runs: &[CaseRuns<'_>], processes: &Processes<'_>) -> Result<(), Failure> {
+    for case in runs {
+        for run in case.due(&Finished::new()) {
+            processes.config(&run)?;
+        }
+    }
+    Ok(())
+}
+
+/// Seconds of a run: the median of those that were done, the plan's figure before there are any.
+fn seconds_per_run(plan: &Plan, seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted
+        .get(sorted.len() / 2)
+        .copied()
+        .unwrap_or(plan.expected_seconds_per_run)
+}
+
+fn duration(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).ceil() as u64;
+    if minutes < 120 {
+        format!("{minutes} min")
+    } else {
+        format!("{:.1} h", seconds / 3600.0)
+    }
+}
+
+fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], finished: &Finished, seconds: &[f64]) -> String {
+    let total: usize = runs.iter().map(|case| case.total(finished)).sum();
+    let left = total.saturating_sub(finished.len());
+    let each = seconds_per_run(plan, seconds);
+    let whence = if seconds.is_empty() {
+        "the plan expects"
+    } else {
+        "as those before took"
+    };
+    format!(
+        "{total} runs, {} done before, {left} to do: about {} at {each:.0} s a run, {whence}\n",
+        finished.len(),
+        duration(left as f64 * each)
+    )
+}
+
+fn go(
+    plan: &Plan,
+    runs: &[CaseRuns<'_>],
+    processes: &mut Processes<'_>,
+    finished: &mut Finished,
+) -> Result<(), Failure> {
+    let began = std::time::Instant::now();
+    let before = finished.len();
+    let mut told = |run: &RunId, finished: &Finished| {
+        let total: usize = runs.iter().map(|case| case.total(finished)).sum();
+        let done = finished.len();
+        let each = began.elapsed().as_secs_f64() / (done - before) as f64;
+        let left = duration(total.saturating_sub(done) as f64 * each);
+        let end = finished[run].macro_end();
+        print(&format!(
+            "[{done}/{total}] {run}: {end:.4} bits per byte; {left} left\n"
+        ))
+    };
+    debug_assert!(plan.cases().count() == runs.len(), "every case has its runs");
+    carry_out(runs, processes, finished, &mut told)
+}
+
+fn write_report(work: &Path, runs: &[CaseRuns<'_>], results: &Results, finished: &Finished) -> Result<(), Failure> {
+    let figures = work.join("figures");
+    let put = |path: PathBuf, text: String| {
+        // Under another name first: a reader never finds half of it.
+        let fresh = path.with_extension("new");
+        std::fs::write(&fresh, text)
+            .and_then(|()| std::fs::rename(&fresh, &path))
+            .map_err(|e| Failure::io(path.display(), &e, "cannot be written", "free space and try again"))
+    };
+    std::fs::create_dir_all(&figures)
+        .map_err(|e| Failure::io(figures.display(), &e, "cannot be made", "free space and try again"))?;
+    for (case, judged) in runs.iter().zip(&results.cases) {
+        let arms: Vec<Arm> = judged.arms.iter().map(|arm| arm.arm.clone()).collect();
+        let figure = |what, arm: &str| figures.join(report::figure_file(case.name, what, arm));
+        put(figure(report::CURVES, ""), figure::curves(case, &arms, finished).draw())?;
+        put(
+            figure(report::DIFFERENCES, ""),
+            figure::differences(case, &arms, finished).draw(),
+        )?;
+        for controller in results.plan.controllers() {
+            if let Some(arm) = arms.iter().find(|arm| arm.label == controller.name) {
+                put(
+                    figure(report::MIXTURE, &arm.label),
+                    figure::mixture(case, arm, finished).draw(),
+                )?;
+            }
+        }
+    }
+    let json = serde_json::to_string_pretty(results)
+        .map_err(|e| Failure::halted("report.json", format!("cannot be made ({e})"), "report this as a bug"))?;
+    put(work.join("report.json"), json + "\n")?;
+    put(work.join("report.md"), report::markdown(results))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn estimates_follow_what_was_seen() {
+        let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/mixture/small.toml"));
+        let plan = Plan::load(path).expect("a good plan");
+        assert_eq!(seconds_per_run(&plan, &[]), plan.expected_seconds_per_run);
+        assert_eq!(seconds_per_run(&plan, &[9.0, 1.0, 2.0]), 2.0);
+        assert_eq!(
+            (duration(61.0), duration(119.0 * 60.0), duration(9_000.0)),
+            ("2 min".into(), "119 min".into(), "2.5 h".into())
+        );
+    }
+
+    /// The plans that ship are whole: their base loads, and it has what a comparison needs.
+    #[test]
+    fn the_plans_that_ship_are_good() {
+        for name in ["small", "full"] {
+            let path = format!("{}/../../configs/mixture/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+            let plan = Plan::load(Path::new(&path)).expect("a good plan");
+            let base = base(&plan).expect("a good base");
+            assert_eq!(plan.name, name);
+            assert_eq!(base.run.steps, plan.steps);
+        }
+    }
+}

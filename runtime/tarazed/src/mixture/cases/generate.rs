@@ -1,0 +1,355 @@
+//! What a case does to a corpus: pure functions of its documents, the plan's keys and the share held out.
+
+use super::{Document, Domain};
+use crate::exit::Failure;
+use crate::mixture::plan::Change;
+use crate::mixture::random::Random;
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_corpus::Split;
+use tarazed_domain::config::Language;
+
+/// The corpus with `change` made. `key` stands for the case in messages.
+///
+/// # Errors
+/// Refused where the change names a domain that is not there, or leaves nothing of one.
+pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key: &str) -> Result<Vec<Domain>, Failure> {
+    let position = |name: &str| {
+        let found = corpus.iter().position(|domain| domain.name == name);
+        found.ok_or_else(|| {
+            let known: Vec<&str> = corpus.iter().map(|domain| domain.name.as_str()).collect();
+            let cause = format!("no domain of the base config is called '{name}'");
+            Failure::refused(key, cause, format!("name one of {}", known.join(", ")))
+        })
+    };
+    let mut domains = corpus.to_vec();
+    match change {
+        Change::None => {}
+        Change::Noise { share, seed } => domains.push(noise(corpus, *share, *seed)),
+        Change::Duplicate { of } => domains.push(copy(&corpus[position(of)?])),
+        Change::Tiny { of, documents, seed } => {
+            let domain = &mut domains[position(of)?];
+            *domain = tiny(domain, *documents, *seed, held_out_fraction);
+        }
+        Change::Difficulty { of } => {
+            let cut: BTreeSet<usize> = of.iter().map(|name| position(name)).collect::<Result<_, _>>()?;
+            domains = halves(corpus, &cut);
+        }
+        Change::Late { .. } => {
+            return Err(Failure::refused(
+                key,
+                "a domain cannot enter a run that has begun: that needs live data changes",
+                "disable the case",
+            ));
+        }
+    }
+    check_distinct(&domains, key)?;
+    Ok(domains)
+}
+
+fn check_distinct(domains: &[Domain], key: &str) -> Result<(), Failure> {
+    let mut seen = BTreeSet::new();
+    for domain in domains {
+        if !seen.insert(domain.name.as_str()) {
+            let cause = format!("makes a second domain '{}'", domain.name);
+            return Err(Failure::refused(key, cause, "rename that domain of the base config"));
+        }
+        if domain.documents.is_empty() {
+            let cause = format!("leaves no document of domain '{}'", domain.name);
+            return Err(Failure::refused(key, cause, "choose a larger domain"));
+        }
+    }
+    Ok(())
+}
+
+/// Random text: every character drawn by itself with the corpus' frequencies, documents as long as the corpus' (in
+/// characters), until there are `share` times its bytes. No context predicts it, so its loss has a floor that no training
+/// lowers.
+fn noise(corpus: &[Domain], share: f64, seed: u64) -> Domain {
+    let texts: Vec<&str> = corpus.iter().flat_map(Domain::texts).collect();
+    let mut counts: BTreeMap<char, u64> = BTreeMap::new();
+    for c in texts.iter().flat_map(|text| text.chars()) {
+        *counts.entry(c).or_default() += 1;
+    }
+    // Characters with the sum of the counts up to and with them: a draw is a search.
+    let mut total = 0;
+    let table: Vec<(u64, char)> = counts
+        .into_iter()
+        .map(|(c, count)| {
+            total += count;
+            (total, c)
+        })
+        .collect();
+    let wanted = share * texts.iter().map(|text| text.len() as f64).sum::<f64>();
+    let mut random = Random::of(seed, "noise");
+    let (mut documents, mut bytes) = (Vec::new(), 0);
+    while total > 0 && (bytes as f64) < wanted {
+        let length = texts[random.index(0..texts.len())].chars().count();
+        let text: String = (0..length)
+            .map(|_| {
+                let at = random.index(0..total as usize) as u64;
+                table[table.partition_point(|(below, _)| *below <= at)].1
+            })
+            .collect();
+        bytes += text.len();
+        let source = format!("noise:{seed}:{}", documents.len() + 1);
+        if !text.is_empty() {
+            documents.push(Document { text, source });
+        }
+    }
+    Domain {
+        name: "noise".to_owned(),
+        language: Language::En,
+        judged: false,
+        made: format!("characters drawn with the corpus' frequencies, seed {seed}, {share} of its bytes"),
+        documents,
+    }
+}
+
+fn copy(domain: &Domain) -> Domain {
+    Domain {
+        name: format!("{}-copy", domain.name),
+        judged: false,
+        made: format!("a copy of {}", domain.name),
+        ..domain.clone()
+    }
+}
+
+/// `documents` training documents chosen by a hash of their text, and all held-out ones, so that it is measured as before.
+fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) -> Domain {
+    let mut training: Vec<([u8; 32], usize)> = Vec::new();
+    let mut keep = BTreeSet::new();
+    let mut seen = BTreeSet::new();
+    for (at, document) in domain.documents.iter().enumerate() {
+        let hash = blake3::hash(document.text.as_bytes());
+        if !seen.insert(*hash.as_bytes()) {
+            continue;
+        }
+        if Split::of(&hash, held_out_fraction) == Split::HeldOut {
+            keep.insert(at);
+            continue;
+        }
+        let mut hasher = blake3::Hasher::new_derive_key("tarazed bench mixture v1 tiny domain");
+        hasher.update(&seed.to_le_bytes());
+        hasher.update(hash.as_bytes());
+        training.push((*hasher.finalize().as_bytes(), at));
+    }
+    training.sort_unstable();
+    keep.extend(training.iter().take(documents).map(|(_, at)| *at));
+    Domain {
+        made: format!(
+            "{documents} training documents of {}, seed {seed}, and all held-out ones",
+            domain.name
+        ),
+        documents: keep.iter().map(|at| domain.documents[*at].clone()).collect(),
+        ..domain.clone()
+    }
+}
+
+/// Each domain of `cut` in two of about equal bytes: the documents that are easier to predict, and the harder ones.
+fn halves(corpus: &[Domain], cut: &BTreeSet<usize>) -> Vec<Domain> {
+    let mut domains = Vec::new();
+    for (at, domain) in corpus.iter().enumerate() {
+        if !cut.contains(&at) {
+            domains.push(domain.clone());
+            continue;
+        }
+        let scores = surprisal(domain);
+        let mut order: Vec<usize> = (0..domain.documents.len()).collect();
+        order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
+        let bytes: usize = domain.texts().map(str::len).sum();
+        let mut taken = 0;
+        let easy: BTreeSet<usize> = order
+            .into_iter()
+            .take_while(|&document| {
+                taken += domain.documents[document].text.len();
+                taken * 2 <= bytes
+            })
+            .collect();
+        for (name, wanted) in [("easy", true), ("hard", false)] {
+            let chosen = (0..domain.documents.len()).filter(|document| easy.contains(document) == wanted);
+            domains.push(Domain {
+                name: format!("{}-{name}", domain.name),
+                made: format!("the {name} half of {}, by character bigrams", domain.name),
+                documents: chosen.map(|document| domain.documents[document].clone()).collect(),
+                ..domain.clone()
+            });
+        }
+    }
+    domains
+}
+
+/// Bits per byte of each document under the add-one smoothed character bigrams of its domain: a measure of difficulty
+/// that needs no model.
+fn surprisal(domain: &Domain) -> Vec<f64> {
+    let mut pairs: BTreeMap<(char, char), f64> = BTreeMap::new();
+    let mut firsts: BTreeMap<char, f64> = BTreeMap::new();
+    let mut alphabet = BTreeSet::new();
+    let bigrams = |text: &str| text.chars().zip(text.chars().skip(1)).collect::<Vec<_>>();
+    for text in domain.texts() {
+        alphabet.extend(text.chars());
+        for (first, second) in bigrams(text) {
+            *pairs.entry((first, second)).or_default() += 1.0;
+            *firsts.entry(first).or_default() += 1.0;
+        }
+    }
+    let size = alphabet.len() as f64;
+    domain
+        .texts()
+        .map(|text| {
+            let bits: f64 = bigrams(text)
+                .iter()
+                .map(|pair| -libm::log2((pairs[pair] + 1.0) / (firsts[&pair.0] + size)))
+                .sum();
+            bits / text.len().max(1) as f64
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRACTION: f64 = 0.2;
+
+    fn domain(name: &str, texts: impl IntoIterator<Item = String>) -> Domain {
+        let document = |(at, text): (usize, String)| Document {
+            text,
+            source: format!("{name}:{at}"),
+        };
+        Domain {
+            name: name.to_owned(),
+            language: Language::En,
+            judged: true,
+            made: String::new(),
+            documents: texts.into_iter().enumerate().map(document).collect(),
+        }
+    }
+
+    fn corpus() -> Vec<Domain> {
+        vec![
+            domain(
+                "web",
+                (0..200).map(|i| format!("the page {i} of the web is about the number {i}")),
+            ),
+            domain("zh", (0..100).map(|i| format!("天地玄黄宇宙洪荒第{i}页"))),
+        ]
+    }
+
+    fn made(change: &Change) -> Vec<Domain> {
+        generate(change, &corpus(), FRACTION, "cases.test").expect("a case")
+    }
+
+    fn is_held_out(document: &Document) -> bool {
+        Split::of(&blake3::hash(document.text.as_bytes()), FRACTION) == Split::HeldOut
+    }
+
+    #[test]
+    fn noise_has_the_frequencies_of_the_corpus_and_its_share_of_bytes() {
+        let change = Change::Noise { share: 0.5, seed: 3 };
+        let domains = made(&change);
+        assert_eq!(domains[..2], corpus()[..]);
+        let noise = &domains[2];
+        assert!(!noise.judged && noise.name == "noise");
+        let bytes = |domains: &[Domain]| domains.iter().flat_map(Domain::texts).map(str::len).sum::<usize>() as f64;
+        let share = bytes(&domains[2..]) / bytes(&domains[..2]);
+        assert!((0.5..0.52).contains(&share), "{share}");
+        let frequency = |domains: &[Domain], wanted: char| {
+            let (mut found, mut all) = (0.0, 0.0);
+            for c in domains.iter().flat_map(Domain::texts).flat_map(str::chars) {
+                found += f64::from(u8::from(c == wanted));
+                all += 1.0;
+            }
+            found / all
+        };
+        for c in ['e', '天', '7'] {
+            let (is, was) = (frequency(&domains[2..], c), frequency(&domains[..2], c));
+            assert!((is / was - 1.0).abs() < 0.25, "{c}: {is} of {was}");
+        }
+        assert_eq!(domains, made(&change), "a function of corpus and seed");
+        assert_ne!(domains[2], made(&Change::Noise { share: 0.5, seed: 4 })[2]);
+    }
+
+    #[test]
+    fn a_duplicate_is_the_domain_under_another_name_and_not_judged() {
+        let domains = made(&Change::Duplicate { of: "zh".to_owned() });
+        assert_eq!(domains[2].documents, domains[1].documents);
+        assert_eq!((domains[2].name.as_str(), domains[2].judged), ("zh-copy", false));
+    }
+
+    #[test]
+    fn a_tiny_domain_keeps_a_few_training_documents_and_all_held_out_ones() {
+        let change = |seed| Change::Tiny {
+            of: "web".to_owned(),
+            documents: 12,
+            seed,
+        };
+        let (all, domains) = (corpus(), made(&change(1)));
+        let counts = |domain: &Domain| {
+            let held_out = domain.documents.iter().filter(|document| is_held_out(document)).count();
+            (domain.documents.len() - held_out, held_out)
+        };
+        assert_eq!(counts(&domains[0]), (12, counts(&all[0]).1));
+        assert!(domains[0].judged && domains[1] == all[1]);
+        assert!(
+            domains[0]
+                .documents
+                .iter()
+                .all(|document| all[0].documents.contains(document))
+        );
+        assert_ne!(domains[0].documents, made(&change(2))[0].documents);
+    }
+
+    #[test]
+    fn difficulty_cuts_a_domain_in_two_by_how_predictable_its_documents_are() {
+        let mut corpus = corpus();
+        // Every second document is a jumble of letters.
+        for (at, document) in corpus[0].documents.iter_mut().enumerate().filter(|(at, _)| at % 2 == 1) {
+            let mut random = Random::of(at as u64, "jumble");
+            document.text = (0..43).map(|_| char::from(b'a' + random.index(0..26) as u8)).collect();
+        }
+        let change = Change::Difficulty {
+            of: vec!["web".to_owned()],
+        };
+        let domains = generate(&change, &corpus, FRACTION, "cases.test").expect("a case");
+        let names: Vec<&str> = domains.iter().map(|domain| domain.name.as_str()).collect();
+        assert_eq!(names, ["web-easy", "web-hard", "zh"]);
+        let together = domains[0].documents.len() + domains[1].documents.len();
+        assert_eq!(together, corpus[0].documents.len());
+        assert!(
+            domains[0]
+                .documents
+                .iter()
+                .all(|document| document.text.starts_with("the page"))
+        );
+        assert!(domains.iter().all(|domain| domain.judged));
+    }
+
+    #[test]
+    fn what_cannot_be_made_is_refused() {
+        for (change, part) in [
+            (
+                Change::Duplicate { of: "code".to_owned() },
+                "no domain of the base config is called 'code'",
+            ),
+            (
+                Change::Late {
+                    of: "web".to_owned(),
+                    from_step: 3,
+                },
+                "live data changes",
+            ),
+        ] {
+            let refused = generate(&change, &corpus(), FRACTION, "cases.x").expect_err("refused");
+            assert!(refused.message.contains(part), "{}", refused.message);
+        }
+        let mut taken = corpus();
+        taken[1].name = "noise".to_owned();
+        let noise = Change::Noise { share: 0.1, seed: 1 };
+        let refused = generate(&noise, &taken, FRACTION, "cases.x").expect_err("refused");
+        assert!(
+            refused.message.contains("a second domain 'noise'"),
+            "{}",
+            refused.message
+        );
+    }
+}

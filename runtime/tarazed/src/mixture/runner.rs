@@ -1,0 +1,365 @@
+//! A run as a process: this program's own `train`, in a folder of its own, on the case's data set.
+
+use super::cases::Ready;
+use super::measure::{Outcome, Unfit};
+use super::plan::Plan;
+use super::schedule::{RunId, RunSpec, Runner};
+use crate::exit::{Exit, Failure};
+use crate::run_folder::RunFolder;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tarazed_domain::config::Config;
+use tarazed_protocol::trace::parse_whole_lines;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// What the bench notes in a run's folder when the run is whole.
+const NOTE_FILE: &str = "bench.json";
+/// Weight of a domain without weight: a config has none, and a batch none of it.
+const WEIGHT_LEAST: f64 = 1e-9;
+/// Tries of a run that fails for now (exit code 33).
+const TRIES_MAX: u32 = 3;
+/// Between looks at a run folder that another process holds.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// About a whole run; no metric comes from it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Note {
+    /// Version of the data that it was trained on.
+    data_version: String,
+    /// BLAKE3 of the program that ended it.
+    program: String,
+    /// Its time from start to end; less where an earlier life did a part.
+    seconds: f64,
+}
+
+/// Runs as processes.
+#[derive(Debug)]
+pub struct Processes<'a> {
+    plan: &'a Plan,
+    base: &'a Config,
+    cases: &'a BTreeMap<String, Ready>,
+    work: &'a Path,
+    program: PathBuf,
+    program_hash: String,
+    runtime: tokio::runtime::Runtime,
+    stop: Vec<Signal>,
+    /// Times of whole runs, for estimates.
+    pub seconds: Vec<f64>,
+    /// Hashes of the programs whose runs were found or done.
+    pub programs: BTreeSet<String>,
+}
+
+impl<'a> Processes<'a> {
+    /// A runner for these cases below `work`. From here on signals end runs in order.
+    ///
+    /// # Errors
+    /// If this program cannot be found, or signals cannot be heard.
+    pub fn new(
+        plan: &'a Plan,
+        base: &'a Config,
+        cases: &'a BTreeMap<String, Ready>,
+        work: &'a Path,
+    ) -> Result<Self, Failure> {
+        let no_program = |e: std::io::Error| {
+            let cause = format!("cannot find or read itself ({e})");
+            Failure::refused("this program", cause, "start it by its path")
+        };
+        let program = std::env::current_exe().map_err(no_program)?;
+        let mut hasher = blake3::Hasher::new();
+        File::open(&program)
+            .and_then(|file| hasher.update_reader(file).map(drop))
+            .map_err(no_program)?;
+        let no_signals =
+            |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(no_signals)?;
+        let entered = runtime.enter();
+        let kinds = [
+            SignalKind::terminate(),
+            SignalKind::interrupt(),
+            SignalKind::user_defined1(),
+        ];
+        let stop = kinds
+            .into_iter()
+            .map(signal)
+            .collect::<Result<_, _>>()
+            .map_err(no_signals)?;
+        drop(entered);
+        Ok(Self {
+            plan,
+            base,
+            cases,
+            work,
+            program,
+            program_hash: hasher.finalize().to_hex().to_string(),
+            runtime,
+            stop,
+            seconds: Vec::new(),
+            programs: BTreeSet::new(),
+        })
+    }
+
+    fn folder(&self, run: &RunId) -> PathBuf {
+        self.work.join(run.folder())
+    }
+
+    /// The config of a run.
+    ///
+    /// # Errors
+    /// As a config is refused: by a controller's keys.
+    pub fn config(&self, run: &RunSpec) -> Result<Config, Failure> {
+        let ready = &self.cases[&run.id.case];
+        let mut config = self.base.clone();
+        config.run.name = format!("{}-{}-{}", run.id.case, run.id.arm, run.id.seed);
+        config.run.seed = run.id.seed;
+        config.data.tokenizer.path = Some(ready.tokenizer.clone());
+        config.data.domains.clone_from(&ready.domains);
+        for (domain, weight) in config.data.domains.iter_mut().zip(&run.mixture) {
+            domain.weight = weight.max(WEIGHT_LEAST);
+        }
+        // A run of a minute is done again rather than resumed.
+        config.checkpoint.store.clear();
+        config.checkpoint.interval_steps = 0;
+        config.checkpoint.keep_last = 1;
+        config.set_dir(&self.folder(&run.id))?;
+        let set = if run.set.is_empty() {
+            &["mixture.controller=static".to_owned()][..]
+        } else {
+            &run.set
+        };
+        Ok(Config::parse(
+            &config.to_toml()?,
+            &format!("config of {}", run.id),
+            set,
+            self.work,
+        )?)
+    }
+
+    /// The outcome in a run's folder; none where its trace has not come to its end.
+    fn outcome(&self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+        let folder = RunFolder::new(self.folder(&run.id));
+        let path = folder.trace();
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Failure::io(path.display(), &e, "cannot be read", "check the disk")),
+        };
+        let remedy = "remove the run's folder to do it again, or name another --work";
+        let refuse = |cause: String| Failure::refused(folder.dir().display(), cause, remedy);
+        let (lines, _) = parse_whole_lines(&bytes).map_err(|e| refuse(e.to_string()))?;
+        let outcome = match Outcome::read(&lines, &self.cases[&run.id.case].facts, self.plan.steps) {
+            Ok(outcome) => outcome,
+            Err(Unfit::Unfinished { .. }) => return Ok(None),
+            Err(other) => return Err(refuse(other.to_string())),
+        };
+        let theirs = Config::load(&folder.config(), &[])?;
+        if theirs.identity() != self.config(run)?.identity() {
+            return Err(refuse(
+                "holds a run of another config: the plan has changed since".to_owned(),
+            ));
+        }
+        Ok(Some(outcome))
+    }
+
+    /// Makes the folder of a run and its config file.
+    fn prepare(&self, run: &RunSpec) -> Result<PathBuf, Failure> {
+        let folder = self.folder(&run.id);
+        let failed =
+            |e: std::io::Error| Failure::io(folder.display(), &e, "cannot be made", "free space and try again");
+        std::fs::create_dir_all(&folder).map_err(failed)?;
+        let data = folder.join("data");
+        if !data.exists() {
+            // From runs/<case>/<arm>/seed-<n>/ to cases/<case>/data: the work folder may be moved.
+            let target = Path::new("../../../../cases").join(&run.id.case).join("data");
+            // One whose target was gone would stand in the way.
+            let _ = std::fs::remove_file(&data);
+            std::os::unix::fs::symlink(target, &data).map_err(failed)?;
+        }
+        let config = folder.with_extension("toml");
+        std::fs::write(&config, self.config(run)?.to_toml()?).map_err(failed)?;
+        Ok(config)
+    }
+
+    /// One life of the run's process, to its end.
+    fn live(&mut self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
+        let folder = self.folder(&run.id);
+        let log = folder.with_extension("log");
+        let failed =
+            |e: std::io::Error| Failure::io(log.display(), &e, "cannot be written", "free space and try again");
+        let out = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .map_err(failed)?;
+        let errors = out.try_clone().map_err(failed)?;
+        let mut command = tokio::process::Command::new(&self.program);
+        // A group of its own: a Ctrl-C reaches the bench alone, which then ends the run in order.
+        command
+            .arg("train")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(errors)
+            .process_group(0);
+        let stop = &mut self.stop;
+        self.runtime.block_on(async {
+            wait_until_free(&folder.join("lock"), stop).await?;
+            let mut child = command.spawn().map_err(|e| {
+                Failure::transient(
+                    "a run",
+                    format!("cannot be started ({e})"),
+                    "free resources and try again",
+                )
+            })?;
+            let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
+            tokio::select! {
+                status = child.wait() => return status.map_err(lost),
+                () = next(stop) => {}
+            }
+            let pid = child
+                .id()
+                .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+            if let Some(pid) = pid {
+                // It may have ended just now.
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            }
+            child.wait().await.map_err(lost)?;
+            Err(stopped())
+        })
+    }
+
+    fn note(&mut self, run: &RunSpec, seconds: f64) -> Result<(), Failure> {
+        let folder = RunFolder::new(self.folder(&run.id));
+        let note = Note {
+            data_version: self.cases[&run.id.case].facts.data_version.clone(),
+            program: self.program_hash.clone(),
+            seconds,
+        };
+        let path = folder.dir().join(NOTE_FILE);
+        let failed =
+            |e: std::io::Error| Failure::io(path.display(), &e, "cannot be written", "free space and try again");
+        let fresh = path.with_extension("json.new");
+        let text = serde_json::json!(note).to_string() + "\n";
+        std::fs::write(&fresh, text)
+            .and_then(|()| std::fs::rename(&fresh, &path))
+            .map_err(failed)?;
+        // Its trace says all that is asked of it; hundreds of checkpoints would fill the disk.
+        match std::fs::remove_dir_all(folder.store()) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failed(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn stopped() -> Failure {
+    Failure::new(
+        Exit::Stopped,
+        "the bench",
+        "was stopped by a signal",
+        "the same command goes on",
+    )
+}
+
+async fn next(signals: &mut [Signal]) {
+    let [terminate, interrupt, user] = signals else { return };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = user.recv() => {}
+    }
+}
+
+/// A bench that was killed leaves its run going: waits for that one's end.
+async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure> {
+    let mut said = false;
+    loop {
+        let held = File::open(lock).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
+        if !held {
+            return Ok(());
+        }
+        if !said {
+            eprintln!(
+                "waiting for the run of an earlier bench, which holds {}",
+                lock.display()
+            );
+            said = true;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = next(stop) => return Err(stopped()),
+        }
+    }
+}
+
+impl Runner for Processes<'_> {
+    fn find(&mut self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+        // Without a note the run's own process has the last word on whether it is whole, and on this data.
+        let Ok(text) = std::fs::read(self.folder(&run.id).join(NOTE_FILE)) else {
+            return Ok(None);
+        };
+        let Ok(note) = serde_json::from_slice::<Note>(&text) else {
+            return Ok(None);
+        };
+        if note.data_version != self.cases[&run.id.case].facts.data_version {
+            return Err(Failure::refused(
+                self.folder(&run.id).display(),
+                "holds a run on other data: the corpus has changed since",
+                "put it back, or name another --work",
+            ));
+        }
+        let outcome = self.outcome(run)?;
+        if outcome.is_some() {
+            self.seconds.push(note.seconds);
+            self.programs.insert(note.program);
+        }
+        Ok(outcome)
+    }
+
+    fn run(&mut self, run: &RunSpec) -> Result<Outcome, Failure> {
+        let began = Instant::now();
+        let config = self.prepare(run)?;
+        for _ in 0..TRIES_MAX {
+            let status = self.live(run, &config)?;
+            let exit = status
+                .code()
+                .and_then(|code| u8::try_from(code).ok())
+                .map_or(Exit::Halted, Exit::from_code);
+            match exit {
+                Exit::Done => {
+                    let Some(outcome) = self.outcome(run)? else {
+                        let remedy = "keep the folder and report this";
+                        return Err(Failure::halted(
+                            run.id.to_string(),
+                            "ended well with an unfinished trace",
+                            remedy,
+                        ));
+                    };
+                    let seconds = began.elapsed().as_secs_f64();
+                    self.note(run, seconds)?;
+                    self.seconds.push(seconds);
+                    self.programs.insert(self.program_hash.clone());
+                    return Ok(outcome);
+                }
+                Exit::Transient => {}
+                other => return Err(self.ended_badly(run, other, &status.to_string())),
+            }
+        }
+        Err(self.ended_badly(run, Exit::Transient, "exit code 33, several times"))
+    }
+}
+
+impl Processes<'_> {
+    fn ended_badly(&self, run: &RunSpec, exit: Exit, how: &str) -> Failure {
+        let log = self.folder(&run.id).with_extension("log");
+        let cause = format!("its process ended with {how}");
+        let remedy = format!("{} says why; the same command goes on", log.display());
+        Failure::new(exit, run.id.to_string(), cause, remedy)
+    }
+}
