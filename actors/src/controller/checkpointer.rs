@@ -13,7 +13,7 @@ use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsComplete
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
-use tarazed_protocol::trace::TraceLine;
+use tarazed_protocol::trace::{NewLineage, Program, TraceLine, declared_after};
 use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
     ShardGeometry, ShardRecord, StoreError, TraceHead, WriterId,
@@ -34,6 +34,8 @@ pub struct Located {
     pub lines: Vec<TraceLine>,
     /// Heads of the trace after its step, for checkpoints made in the replay.
     pub heads: TraceHeads,
+    /// To be declared in the next line: another program computed the trace so far (DET-4).
+    pub lineage: Option<NewLineage>,
 }
 
 pub enum CheckpointerMessage {
@@ -130,6 +132,11 @@ impl ManifestFacts {
         ))
     }
 
+    /// What this program is in a trace.
+    fn program(&self) -> Program {
+        program_of(&self.binary, &self.device_type)
+    }
+
     /// What is declared where binary or device type changed (DET-4); empty otherwise.
     fn lineage_change(&self, manifest: &Manifest) -> String {
         let mut changes = Vec::new();
@@ -143,6 +150,14 @@ impl ManifestFacts {
             ));
         }
         changes.join("; ")
+    }
+}
+
+fn program_of(binary: &BinaryId, device_type: &str) -> Program {
+    Program {
+        binary: format!("{} {}", binary.version, binary.build),
+        device: device_type.to_owned(),
+        libraries: binary.libraries.clone(),
     }
 }
 
@@ -236,7 +251,7 @@ impl CheckpointerState {
     async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
         let found = newest(store, below).await.map_err(judge)?;
-        let (mut from, mut head) = (None, None);
+        let (mut from, mut head, mut writer) = (None, None, None);
         if let Some(found) = found {
             for warning in found.warnings {
                 self.warn(warning);
@@ -255,6 +270,7 @@ impl CheckpointerState {
                 blake3: found.object.blake3.0,
             });
             self.restored_from(&found.reference, declared);
+            writer = Some(program_of(&found.manifest.binary, &found.manifest.device_type));
             head = Some(found.manifest.trace_head);
         }
         let base = from.as_ref().map_or(StepsCompleted(0), |from| from.step);
@@ -266,7 +282,16 @@ impl CheckpointerState {
         if let Some(head) = head {
             Self::compare_trace(&head, &heads)?;
         }
-        Ok(Located { from, lines, heads })
+        // Lines behind the checkpoint may have another writer, which the first of them names.
+        let writer = declared_after(&lines, base).cloned().or(writer);
+        let own = self.arguments.facts.program();
+        let lineage = writer.filter(|writer| *writer != own).map(|from| NewLineage { from, to: own });
+        Ok(Located {
+            from,
+            lines,
+            heads,
+            lineage,
+        })
     }
 
     /// What the newest checkpoint says of the processes that made it is true of these ranks.

@@ -707,7 +707,12 @@ impl CoordinatorState {
     }
 
     fn located(&mut self, located: Result<Located, (u8, String)>) -> Result<(), ActorProcessingErr> {
-        let Located { from, lines, heads } = match located {
+        let Located {
+            from,
+            lines,
+            heads,
+            lineage,
+        } = match located {
             Ok(located) => located,
             Err((code, reason)) => return self.halt(code, reason),
         };
@@ -722,6 +727,9 @@ impl CoordinatorState {
         }
         self.arguments.tracker.on_restored(step);
         self.arguments.ledger.recall(lines);
+        if let Some(lineage) = lineage {
+            self.arguments.ledger.declare(lineage);
+        }
         self.heads.extend(heads);
         self.event(Event::Located { checkpoint: from })
     }

@@ -16,7 +16,7 @@
 use crate::data::decision::Decision;
 use crate::data::stats::LaneStats;
 use crate::message::StepLine;
-use crate::trace::{DomainMap, TraceLine};
+use crate::trace::{DomainMap, NewLineage, TraceLine};
 use std::collections::BTreeMap;
 use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::{Mutant, StepsCompleted};
@@ -52,6 +52,8 @@ pub struct Ledger {
     known: BTreeMap<StepsCompleted, TraceLine>,
     waiting: BTreeMap<StepsCompleted, TraceLine>,
     at_work: Option<AtWork>,
+    /// To stand in the next line.
+    lineage: Option<NewLineage>,
     decisions: Vec<Decision>,
 }
 
@@ -77,6 +79,7 @@ impl Ledger {
             known,
             waiting: BTreeMap::new(),
             at_work: None,
+            lineage: None,
             decisions,
         }
     }
@@ -85,6 +88,11 @@ impl Ledger {
     #[must_use]
     pub const fn written(&self) -> StepsCompleted {
         self.written
+    }
+
+    /// Another program has gone on with the run: the next line that is written says so (DET-4).
+    pub fn declare(&mut self, lineage: NewLineage) {
+        self.lineage = Some(lineage);
     }
 
     /// Whether the line of this step, the newest that is written, holds decisions.
@@ -170,6 +178,7 @@ impl Ledger {
         };
         self.at_work = Some(AtWork::Writing(step));
         line.decisions = decisions;
+        line.lineage = self.lineage.take();
         vec![LedgerEffect::Write(Box::new(line.clone()))]
     }
 
@@ -218,6 +227,7 @@ impl Ledger {
             heldout: stats.heldout_map(names),
             lane_squares: stats.lane_squares(),
             skipped: line.skipped,
+            lineage: None,
             decisions: Vec::new(),
         })
     }
@@ -237,6 +247,7 @@ fn compare(recorded: &TraceLine, mut line: TraceLine) -> LedgerEffect {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::trace::Program;
 
     fn line(step: u64, loss: f64) -> StepLine {
         StepLine {
@@ -305,6 +316,39 @@ mod tests {
             diagnosis.contains("step 2") && diagnosis.contains("loss"),
             "{diagnosis}"
         );
+    }
+
+    /// DET-4: what is declared stands in the next line that is written, once; a replay of that line is checked as any other.
+    #[test]
+    fn a_new_lineage_stands_in_one_line() {
+        let program = |build: &str| Program {
+            binary: build.to_owned(),
+            device: "cpu".to_owned(),
+            libraries: Vec::new(),
+        };
+        let mut ledger = ledger();
+        let effects = ledger.on_line(&line(1, 1.0));
+        run_through(&mut ledger, effects);
+        ledger.declare(NewLineage {
+            from: program("a"),
+            to: program("b"),
+        });
+        let mut declares = Vec::new();
+        for step in [1, 2, 3, 2] {
+            let mut queue = ledger.on_line(&line(step, 1.0));
+            while let Some(effect) = queue.pop() {
+                match effect {
+                    LedgerEffect::Decide(line) => queue.extend(ledger.on_decided(line.step, vec![])),
+                    LedgerEffect::Write(line) => {
+                        declares.push((line.step.0, line.lineage.is_some()));
+                        queue.extend(ledger.on_written(line.step));
+                    }
+                    LedgerEffect::Mismatch(diagnosis) => panic!("{diagnosis}"),
+                    LedgerEffect::Checked(_) | LedgerEffect::Acknowledge { .. } => {}
+                }
+            }
+        }
+        assert_eq!(declares, [(2, true), (3, false)]);
     }
 
     /// STEP-3: a loop that is made again may answer twice for one line; it is written once.

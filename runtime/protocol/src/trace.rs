@@ -9,6 +9,9 @@
 //! - **STEP-5** Replayed steps are checked against their lines: [`TraceLine::first_difference`] says in what they differ.
 //! - **LOOP-1**, **DATA-2** The lines are all that signals, controllers and the cursor are made of.
 //!
+//! - **DET-4** Where another program, or the same on another device type, goes on with a run, its first line says so
+//!   ([`NewLineage`]). That is no part of what lines are compared by: it says who computed them, not what they hold.
+//!
 //! No file is opened here: text comes in as bytes, and goes out as text.
 
 use crate::data::decision::Decision;
@@ -87,6 +90,29 @@ pub struct DomainLoss {
     pub tokens: u64,
 }
 
+/// What computes a run, as far as it decides numbers (DET-4).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Program {
+    /// Version and build of the binary.
+    pub binary: String,
+    /// Device type.
+    pub device: String,
+    /// Libraries whose version decides numbers; the key is there only where there are any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub libraries: Vec<String>,
+}
+
+/// From this line on another program computes the run (DET-4).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewLineage {
+    /// Until then.
+    pub from: Program,
+    /// From here on.
+    pub to: Program,
+}
+
 /// One line of the committed trace.
 #[derive(Clone, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 #[serde(into = "LineText", try_from = "LineText")]
@@ -115,6 +141,8 @@ pub struct TraceLine {
     pub lane_squares: Option<f64>,
     /// The update was left out, by the bounds in force: the state is that of the line before.
     pub skipped: bool,
+    /// Declared where another program goes on from here.
+    pub lineage: Option<NewLineage>,
     /// Decisions made on this line.
     pub decisions: Vec<Decision>,
 }
@@ -180,7 +208,8 @@ impl TraceLine {
         })
     }
 
-    /// The first field, in key order, in which two lines differ, by bits: its name and both values.
+    /// The first field, in key order, in which two lines differ, by bits: its name and both values. Who computed them is not
+    /// compared.
     #[must_use]
     pub fn first_difference(&self, other: &Self) -> Option<Difference> {
         let found = |field: &str, a: &dyn fmt::Display, b: &dyn fmt::Display| {
@@ -253,7 +282,7 @@ impl TraceLine {
     }
 }
 
-/// Equal in every field, floats by bits.
+/// Equal in all that was computed, floats by bits.
 impl PartialEq for TraceLine {
     fn eq(&self, other: &Self) -> bool {
         self.first_difference(other).is_none()
@@ -341,6 +370,13 @@ pub fn diff(a: &[TraceLine], b: &[TraceLine]) -> Comparison {
     }
 }
 
+/// Who computed the newest of these lines, where one behind `after` says so.
+#[must_use]
+pub fn declared_after(lines: &[TraceLine], after: StepsCompleted) -> Option<&Program> {
+    let declared = lines.iter().rev().filter(|line| line.step > after);
+    declared.filter_map(|line| line.lineage.as_ref()).map(|lineage| &lineage.to).next()
+}
+
 /// Reads a whole trace. Steps must follow each other without a gap.
 ///
 /// # Errors
@@ -410,6 +446,8 @@ struct LineText {
     lane_squares: Option<f64>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     skipped: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lineage: Option<NewLineage>,
     decisions: Vec<Decision>,
 }
 
@@ -430,6 +468,7 @@ impl From<TraceLine> for LineText {
             heldout: line.heldout,
             lane_squares: line.lane_squares,
             skipped: line.skipped,
+            lineage: line.lineage,
             decisions: line.decisions,
         }
     }
@@ -452,6 +491,7 @@ impl TryFrom<LineText> for TraceLine {
             heldout: text.heldout,
             lane_squares: text.lane_squares,
             skipped: text.skipped,
+            lineage: text.lineage,
             decisions: text.decisions,
         })
     }

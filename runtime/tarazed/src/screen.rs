@@ -361,6 +361,7 @@ mod tests {
             heldout,
             lane_squares: None,
             skipped: false,
+            lineage: None,
             decisions: Vec::new(),
         };
         Notice::Line {

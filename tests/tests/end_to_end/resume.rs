@@ -5,7 +5,7 @@ use crate::common::{
 };
 use rustix::process::Signal;
 use std::time::Duration;
-use tarazed_tests::harness::{Project, Random, Run};
+use tarazed_tests::harness::{Project, Random, Run, assert_same_trace, undisturbed};
 
 const STEPS: u64 = 120;
 
@@ -208,7 +208,7 @@ fn checkpoints_faster_than_the_store_cost_none_of_the_last() {
     assert_eq!(rest.newest_checkpoint(), steps);
 }
 
-/// DET-4, as far as it is kept: a resumed run whose program has changed says so, and its checkpoints name both.
+/// DET-4: a resumed run whose program has changed says so, its first line declares both, and all that it computes is the same.
 #[test]
 fn another_program_is_a_declared_lineage() {
     let project = Project::tiny();
@@ -227,8 +227,32 @@ fn another_program_is_a_declared_lineage() {
     };
     assert_eq!(warnings(&run), 0);
     let mut resumed = Run::start(&project.train("lineage").ranks(2).steps(40).program(&other));
-    assert_undisturbed(&mut resumed, 40, "another program");
+    resumed.finish().assert_code(0);
     assert_eq!(warnings(&resumed), 1, "{}", resumed.tail());
+    let trace = String::from_utf8(resumed.trace()).expect("text");
+    let mut undeclared = String::new();
+    for (line, step) in trace.lines().zip(1..) {
+        let declared = line.split_once(r#""lineage":{"#).map(|(before, rest)| {
+            let (lineage, after) = rest.split_once(r#"}},"#).expect("its end");
+            (lineage, format!("{before}{after}"))
+        });
+        assert_eq!(declared.is_some(), step == 21, "line {step}: {line}");
+        undeclared.push_str(declared.as_ref().map_or(line, |(_, rest)| rest));
+        undeclared.push('\n');
+        if let Some((lineage, _)) = declared {
+            let builds: Vec<&str> = lineage.split(r#""binary":""#).skip(1).filter_map(|rest| rest.split('"').next()).collect();
+            assert!(builds.len() == 2 && builds[0] != builds[1], "{lineage}");
+        }
+    }
+    assert_same_trace(undeclared.as_bytes(), undisturbed(40), "another program");
+    project.tarazed(&["trace".as_ref(), "diff".as_ref(), resumed.dir().as_os_str(), resumed.dir().as_os_str()]).assert_code(0);
+    // The first program again: the trace says whose lines it goes on from.
+    let mut back = Run::start(&project.train("lineage").ranks(2).steps(60));
+    back.finish().assert_code(0);
+    let trace = String::from_utf8(back.trace()).expect("text");
+    let declares: Vec<usize> = (1..).zip(trace.lines()).filter(|(_, line)| line.contains("lineage")).map(|(step, _)| step).collect();
+    assert_eq!(declares, [21, 41]);
+    project.verify(&["trace".as_ref(), back.dir().as_os_str()]).assert_code(0);
 }
 
 /// DET-4: the program's file is replaced while the run goes on. A rank that is replaced then is the program that began it.

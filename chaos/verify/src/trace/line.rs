@@ -37,7 +37,7 @@ pub struct Line {
 }
 
 /// Keys that a line may lack, in their order; they stand behind its domains.
-const OPTIONAL: [&str; 3] = ["heldout", "lane_squares", "skipped"];
+const OPTIONAL: [&str; 4] = ["heldout", "lane_squares", "skipped", "lineage"];
 
 impl Line {
     /// Reads a line without its end.
@@ -70,6 +70,9 @@ impl Line {
         }
         if json.get("skipped").is_ok_and(|skipped| *skipped != Json::Bool(true)) {
             return Err("skipped is not true".into());
+        }
+        if let Ok(declared) = json.get("lineage") {
+            lineage(declared).map_err(|why| format!("lineage: {why}"))?;
         }
         let keys = [
             "step",
@@ -121,6 +124,22 @@ impl Line {
                 .map_err(|why| format!("decisions: {why}"))?,
         })
     }
+}
+
+/// Another program goes on: who computed the lines before, and who does from here on.
+fn lineage(declared: &Json) -> Result<(), String> {
+    for program in declared.exactly(["from", "to"])? {
+        let known: Vec<&str> = program.object()?.iter().map(|(key, _)| key.as_str()).collect();
+        if !matches!(known[..], ["binary", "device"] | ["binary", "device", "libraries"]) {
+            return Err("a program is its binary, its device, and libraries where there are any".into());
+        }
+        program.get("binary")?.text()?;
+        program.get("device")?.text()?;
+        if let Ok(libraries) = program.get("libraries") {
+            libraries.list()?.iter().try_for_each(|library| library.text().map(drop))?;
+        }
+    }
+    Ok(())
 }
 
 /// A value that stands twice, once to read (null if it is not finite) and once as bits.
@@ -233,6 +252,16 @@ pub mod tests {
     }
 
     const REST: &str = r#""mixture":{"b":0.75,"a":0.25},"domains":{"b":{"loss":2.5,"tokens":64}},"heldout":{"b":{"loss":null,"tokens":1,"loss_bits":"0x7ff8000000000000"}},"decisions":[{"id":1,"line":3,"effective":9,"kind":{"mixture":{"weights":[1.0,0.0]}},"by":{"controller":"ado"},"reason":"r"},{"id":2,"line":3,"effective":9,"kind":"pin","by":{"person":"p"},"reason":""}]"#;
+
+    #[test]
+    fn a_new_lineage_names_both_programs() {
+        let good = r#"{"from":{"binary":"0.1.0 aa","device":"cpu"},"to":{"binary":"0.1.0 bb","device":"cpu","libraries":["x 1"]}}"#;
+        let read = |text: &str| lineage(&Json::parse(text.as_bytes()).unwrap());
+        assert_eq!(read(good), Ok(()));
+        for (old, new) in [("\"to\"", "\"on\""), ("\"binary\"", "\"program\""), ("[\"x 1\"]", "[1]"), ("\"cpu\"", "1")] {
+            assert!(read(&good.replacen(old, new, 1)).is_err(), "{old}");
+        }
+    }
 
     #[test]
     fn a_line_is_read_whole() {

@@ -80,17 +80,30 @@ fn decision() -> impl Strategy<Value = Decision> {
     )
 }
 
+fn program() -> impl Strategy<Value = Program> {
+    let libraries = prop::collection::vec(".{0,4}", 0..2);
+    (".{0,6}", ".{0,6}", libraries).prop_map(|(binary, device, libraries)| Program {
+        binary,
+        device,
+        libraries,
+    })
+}
+
+fn lineage() -> impl Strategy<Value = NewLineage> {
+    (program(), program()).prop_map(|(from, to)| NewLineage { from, to })
+}
+
 prop_compose! {
     fn line()(
         step: u64, tokens: u64, data: [u8; 32], state: [u8; 32],
         loss in any_bits(), grad_norm in any_bits(), lr in finite_bits(),
         mixture in (names(), prop::collection::vec(finite_bits(), 5)),
         domains in losses(), heldout in prop::option::of(losses()),
-        lane_squares in prop::option::of(finite_bits()), skipped: bool,
+        lane_squares in prop::option::of(finite_bits()), skipped: bool, lineage in prop::option::of(lineage()),
         decisions in prop::collection::vec(decision(), 0..3),
     ) -> TraceLine {
         let mixture = DomainMap(mixture.0.into_iter().zip(mixture.1).collect());
-        TraceLine { step: StepsCompleted(step), tokens, data, loss, grad_norm, state, lr, mixture, domains, heldout, lane_squares, skipped, decisions }
+        TraceLine { step: StepsCompleted(step), tokens, data, loss, grad_norm, state, lr, mixture, domains, heldout, lane_squares, skipped, lineage, decisions }
     }
 }
 
@@ -114,6 +127,7 @@ fn sample(step: u64) -> TraceLine {
         heldout: None,
         lane_squares: None,
         skipped: false,
+        lineage: None,
         decisions: Vec::new(),
     }
 }
@@ -264,4 +278,33 @@ fn differences_name_step_and_field() {
     let mut nan = sample(1);
     nan.loss = f64::NAN;
     assert_eq!(diff(&[nan.clone()], &[nan]).first, None, "the same NaN is the same");
+}
+
+/// DET-4: who computed a line is said in it, stays in the text, and is no difference; the newest declaration counts.
+#[test]
+fn a_new_lineage_is_declared_and_not_compared() {
+    let program = |build: &str| Program {
+        binary: build.to_owned(),
+        device: "cpu".to_owned(),
+        libraries: Vec::new(),
+    };
+    let declares = |step: u64, from: &str, to: &str| TraceLine {
+        lineage: Some(NewLineage {
+            from: program(from),
+            to: program(to),
+        }),
+        ..sample(step)
+    };
+    let line = declares(3, "a", "b");
+    assert_eq!(line.first_difference(&sample(3)), None);
+    let text = line.print();
+    assert!(
+        text.contains(r#""lineage":{"from":{"binary":"a","device":"cpu"},"to":{"binary":"b","device":"cpu"}},"decisions""#),
+        "{text}"
+    );
+    assert_eq!(TraceLine::parse(&text, 1).unwrap().lineage, line.lineage);
+    let lines = [sample(2), line, sample(4), declares(5, "b", "c"), sample(6)];
+    let after = |step: u64| declared_after(&lines, StepsCompleted(step)).map(|program| program.binary.as_str());
+    assert_eq!([after(2), after(4), after(5), after(6)], [Some("c"), Some("c"), None, None]);
+    assert_eq!(declared_after(&lines[..3], StepsCompleted(2)).map(|program| program.binary.as_str()), Some("b"));
 }

@@ -302,6 +302,9 @@ pub(crate) mod tests {
             mixture: DomainMap(names().zip(mixture).collect()),
             domains: DomainMap::default(),
             heldout,
+            lane_squares: None,
+            skipped: false,
+            lineage: None,
             decisions: Vec::new(),
         }
     }

@@ -40,6 +40,7 @@ fn recorded() -> Vec<TraceLine> {
             heldout: None,
             lane_squares: None,
             skipped: false,
+            lineage: None,
             decisions: Vec::new(),
         };
         settle_loss(&mut line);

@@ -182,6 +182,7 @@ impl World {
             heldout: None,
             lane_squares: None,
             skipped: false,
+            lineage: None,
             decisions: Vec::new(),
         };
         let (mut loss_sum, mut token_sum) = (0.0, 0.0);
