@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
-use tarazed_kernels::{CpuDevice, Device};
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
@@ -110,7 +109,7 @@ impl ManifestFacts {
             block_count: layout.block_count() as u32,
             binary,
             clock,
-            device_type: CpuDevice::new().device_type(),
+            device_type: crate::rank::device_type(config),
         }
     }
 

@@ -5,7 +5,7 @@
 
 use super::feeder::{self, Feed, FeederMessage};
 use super::root::RootMessage;
-use super::shard::{OptimizerShard, ShardMessage};
+use super::shard::{OnDevice, OptimizerShard, Saving, ShardMessage};
 use super::writer::WriterMessage;
 use super::{RankError, RankExit};
 use crate::link::{LinkError, ToController};
@@ -17,7 +17,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, OptimizerShardIndex, Rank, StepsCompleted};
-use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateReport, StepLine, ToRank};
@@ -26,6 +25,7 @@ use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
 use tarazed_train::feeder::{Feeder, Share};
 use tarazed_train::generation::{Paused, ShardToSave};
+use tarazed_train::host::HostVisible;
 use tarazed_train::progress::Progress;
 
 /// The way to the device thread; says whether it is still there.
@@ -54,7 +54,7 @@ pub enum RankMessage {
     /// The device thread finished a step.
     Line(Generation, Box<StepLine>),
     /// The device thread wants these shards saved.
-    Save(Generation, StepsCompleted, Vec<ShardToSave<CpuDevice>>),
+    Save(Generation, StepsCompleted, Vec<Box<dyn Saving>>),
     /// The rank itself is broken.
     Broken(String),
     /// Time for a heartbeat.
@@ -63,20 +63,24 @@ pub enum RankMessage {
 impl ractor::Message for RankMessage {}
 
 /// What the device thread says, as messages to the actor.
-pub struct DeviceReports(pub ActorRef<RankMessage>);
+pub struct DeviceReports<D> {
+    pub rank: ActorRef<RankMessage>,
+    /// Where the state lies that is to be saved.
+    pub device: D,
+}
 
-impl DeviceReports {
+impl<D> DeviceReports<D> {
     fn tell(&self, message: FromRank) {
         self.cast(RankMessage::Tell(message));
     }
 
     fn cast(&self, message: RankMessage) {
         // An error means that the process ends already.
-        let _ = self.0.cast(message);
+        let _ = self.rank.cast(message);
     }
 }
 
-impl DeviceEvents<CpuDevice> for DeviceReports {
+impl<D: HostVisible + Clone> DeviceEvents<D> for DeviceReports<D> {
     fn running(&self, generation: Generation, base: StepsCompleted) {
         self.tell(FromRank::Running { generation, base });
     }
@@ -85,7 +89,12 @@ impl DeviceEvents<CpuDevice> for DeviceReports {
         self.cast(RankMessage::Line(generation, Box::new(line)));
     }
 
-    fn save(&self, generation: Generation, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) {
+    fn save(&self, generation: Generation, step: StepsCompleted, shards: Vec<ShardToSave<D>>) {
+        let on_device = |shard| -> Box<dyn Saving> {
+            let device = self.device.clone();
+            Box::new(OnDevice { device, shard })
+        };
+        let shards = shards.into_iter().map(on_device).collect();
         self.cast(RankMessage::Save(generation, step, shards));
     }
 
@@ -385,10 +394,10 @@ impl RankActorState {
         &self,
         generation: Generation,
         step: StepsCompleted,
-        shards: Vec<ShardToSave<CpuDevice>>,
+        shards: Vec<Box<dyn Saving>>,
     ) -> Result<(), ActorProcessingErr> {
         for shard in shards {
-            let index = shard.shard;
+            let index = shard.shard();
             match self.shards.get(&index) {
                 Some(actor) => actor.cast(ShardMessage::Snapshot {
                     step,

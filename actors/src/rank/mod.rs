@@ -5,6 +5,7 @@
 //! controller for a while (`rank/home.rs`), so that a new one may go on with what it holds.
 
 mod actor;
+mod device;
 mod feeder;
 mod home;
 mod restore;
@@ -15,6 +16,7 @@ mod writer;
 use crate::link::PeerId;
 use crate::run_folder::RunPaths;
 pub use actor::CommandSink;
+pub use device::{DeviceChoice, DeviceRefused, device_type};
 use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
@@ -32,6 +34,7 @@ use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 pub use tarazed_train::harm::Harm;
+use tarazed_train::host::HostVisible;
 use tarazed_train::progress::Progress;
 use tarazed_train::state::RankState;
 
@@ -174,6 +177,32 @@ fn transport(config: &Config, args: &RankArgs) -> Transport {
     }
 }
 
+/// What a device thread is made of, before its device is known.
+struct DeviceWork {
+    config: Arc<Config>,
+    member: Member,
+    harm: Option<Harm>,
+    progress: Arc<Progress>,
+    data_plane: Sockets,
+    feeder: Arc<Feeder>,
+    source: StoreSource,
+}
+
+impl DeviceWork {
+    fn start<D: HostVisible + Clone>(self, tree: &RankTree, device: D) -> Result<(), RankError> {
+        let events = tree.device_events(&device);
+        let state = RankState::new(self.config, device, self.progress).map_err(|e| RankError::because("device")(&e))?;
+        tree.start_device(DeviceThread {
+            state: state.harmed(self.harm),
+            member: self.member,
+            data_plane: Box::new(self.data_plane),
+            feeder: self.feeder,
+            source: Box::new(self.source),
+            events,
+        })
+    }
+}
+
 async fn serve(
     args: &RankArgs,
     paths: RunPaths,
@@ -213,20 +242,23 @@ async fn serve(
         exit: exit_sender,
     };
     let tree = RankTree::start(parts).await?;
-    let device = DeviceThread {
-        state: RankState::new(Arc::clone(&config), CpuDevice::new(), progress)
-            .map_err(|e| RankError::because("device")(&e))?
-            .harmed(args.harm),
+    let work = DeviceWork {
+        config: Arc::clone(&config),
         member,
-        data_plane: Box::new(Sockets {
+        harm: args.harm,
+        progress,
+        data_plane: Sockets {
             listener,
             run_token: token,
-        }),
+        },
         feeder,
-        source: Box::new(store),
-        events: tree.device_events(),
+        source: store,
     };
-    tree.start_device(device)?;
+    match DeviceChoice::of(&config).map_err(|e| RankError::because("device")(&e))? {
+        DeviceChoice::Cpu => work.start(&tree, CpuDevice::new())?,
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda { count } => work.start(&tree, device::open(args.worker % count)?)?,
+    }
     let home = Home {
         paths,
         token,

@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use tarazed_domain::ShardLayout;
 use tarazed_domain::config::Config;
-use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceEvents, DeviceThread};
 use tarazed_train::feeder::Feeder;
+use tarazed_train::host::HostVisible;
 use tarazed_train::progress::Progress;
 use tokio::sync::oneshot;
 
@@ -124,17 +124,18 @@ impl RankTree {
         self.root.get_cell()
     }
 
-    /// What the device thread says goes here.
+    /// What the device thread of this device says goes here.
     #[must_use]
-    pub fn device_events(&self) -> Arc<dyn DeviceEvents<CpuDevice>> {
-        Arc::new(DeviceReports(self.rank.clone()))
+    pub fn device_events<D: HostVisible + Clone>(&self, device: &D) -> Arc<dyn DeviceEvents<D>> {
+        let (rank, device) = (self.rank.clone(), device.clone());
+        Arc::new(DeviceReports { rank, device })
     }
 
     /// Starts the device thread, whose end, if it was not told to end, ends the process.
     ///
     /// # Errors
     /// If the system refuses a thread.
-    pub fn start_device(&self, device: DeviceThread<CpuDevice>) -> Result<(), RankError> {
+    pub fn start_device<D: HostVisible + Clone>(&self, device: DeviceThread<D>) -> Result<(), RankError> {
         let (sender, receiver) = mpsc::channel();
         self.attach(Arc::new(move |command| sender.send(command).is_ok()));
         let root = self.root.clone();

@@ -7,21 +7,40 @@
 use super::writer::{Snapshot, WriterMessage};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
-use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, Device, DeviceError};
+use tarazed_kernels::{BlockHash, Blocks, CpuDevice, Device, DeviceError};
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardToSave;
+use tarazed_train::host::HostVisible;
 
 pub enum ShardMessage {
     /// Copy the state of this step and pass it on to be stored.
     Snapshot {
         step: StepsCompleted,
         generation: Generation,
-        shard: ShardToSave<CpuDevice>,
+        shard: Box<dyn Saving>,
     },
     /// A copy is made; or the rank must end, because of this.
     Copied(Result<Box<Snapshot>, String>),
 }
 impl ractor::Message for ShardMessage {}
+
+/// A shard to save, on whatever device it lies.
+pub trait Saving: Send {
+    /// Which shard.
+    fn shard(&self) -> OptimizerShardIndex;
+
+    /// Copies it to the host and checks the copy against the hashes of its last update.
+    ///
+    /// # Errors
+    /// Why the rank must end.
+    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, String>;
+}
+
+/// A shard on a device of one kind.
+pub struct OnDevice<D: Device> {
+    pub device: D,
+    pub shard: ShardToSave<D>,
+}
 
 pub struct OptimizerShard;
 
@@ -55,9 +74,9 @@ impl Actor for OptimizerShard {
                 generation,
                 shard,
             } => {
-                assert_eq!(shard.shard, state.index, "a shard's snapshot comes to its own actor");
+                assert_eq!(shard.shard(), state.index, "a shard's snapshot comes to its own actor");
                 crate::blocking::detach(move || {
-                    let snapshot = copy(step, generation, shard);
+                    let snapshot = shard.copy(step, generation);
                     // An error means that this shard moved to another rank meanwhile.
                     let _ = myself.cast(ShardMessage::Copied(snapshot.map(Box::new)));
                 });
@@ -68,31 +87,40 @@ impl Actor for OptimizerShard {
     }
 }
 
-fn copy(step: StepsCompleted, generation: Generation, shard: ShardToSave<CpuDevice>) -> Result<Snapshot, String> {
-    let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
-    let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-    assert_eq!(state.steps, step, "the next update waits for this copy");
-    let copied =
-        |buffer| CpuBuffer::from_slice(buffer).map_err(|e| format!("a snapshot of shard {}: {e}", shard.shard));
-    let snapshot = Snapshot {
-        step,
-        generation,
-        shard: shard.shard,
-        master: copied(&state.master)?,
-        exp_avg: copied(&state.first_moment)?,
-        exp_avg_sq: copied(&state.second_moment)?,
-    };
-    let hashes = state.hashes.clone();
-    drop(state);
-    drop(shard.ticket);
-    if hashes_of(&snapshot, shard.blocks, hashes.len()).map_err(|e| e.to_string())? == hashes {
-        Ok(snapshot)
-    } else {
-        let shard = shard.shard;
-        Err(StepError::Rotten { shard, step }.to_string())
+impl<D: HostVisible> Saving for OnDevice<D> {
+    fn shard(&self) -> OptimizerShardIndex {
+        self.shard.shard
+    }
+
+    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, String> {
+        let Self { device, shard } = *self;
+        let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
+        let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        assert_eq!(state.steps, step, "the next update waits for this copy");
+        let [master, exp_avg, exp_avg_sq] = device
+            .copies([&state.master, &state.first_moment, &state.second_moment])
+            .map_err(|e| format!("a snapshot of shard {}: {e}", shard.shard))?;
+        let snapshot = Snapshot {
+            step,
+            generation,
+            shard: shard.shard,
+            master,
+            exp_avg,
+            exp_avg_sq,
+        };
+        let hashes = state.hashes.clone();
+        drop(state);
+        drop(shard.ticket);
+        if hashes_of(&snapshot, shard.blocks, hashes.len()).map_err(|e| e.to_string())? == hashes {
+            Ok(snapshot)
+        } else {
+            let shard = shard.shard;
+            Err(StepError::Rotten { shard, step }.to_string())
+        }
     }
 }
 
+/// Hashes are the same on every device, so the host's check its copy.
 fn hashes_of(snapshot: &Snapshot, blocks: Blocks, count: usize) -> Result<Vec<BlockHash>, DeviceError> {
     let device = CpuDevice::new();
     let mut hashes = vec![BlockHash::default(); count];

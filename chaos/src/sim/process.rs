@@ -295,7 +295,8 @@ async fn assemble(
     };
     let progress = Arc::clone(&parts.progress);
     let tree = RankTree::start(parts).await.map_err(|e| e.to_string())?;
-    let state = RankState::new(config, CpuDevice::new(), progress).map_err(|e| e.to_string())?;
+    let device = CpuDevice::new();
+    let state = RankState::new(config, device, progress).map_err(|e| e.to_string())?;
     let device = DeviceThread {
         state: state
             .with_waiting(waiting)
@@ -307,7 +308,7 @@ async fn assemble(
         }),
         feeder,
         source: Box::new(SimSource(store)),
-        events: tree.device_events(),
+        events: tree.device_events(&device),
     };
     start_device(world, process, &tree, device);
     Ok(tree)

@@ -241,16 +241,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     type Stream = CudaStream<D>;
 
     fn device_type(&self) -> String {
-        let facts = self.facts();
-        let libraries: String = facts
-            .numeric_libraries
-            .iter()
-            .map(|(name, version)| format!(", {name} {version}"))
-            .collect();
-        format!(
-            "cuda-bf16: {}, sm_{}{}, {} multiprocessors{libraries}",
-            facts.name, facts.capability.0, facts.capability.1, facts.multiprocessors
-        )
+        self.facts().device_type()
     }
 
     fn stream(&self) -> Result<CudaStream<D>, DeviceError> {

@@ -69,6 +69,24 @@ pub struct DeviceFacts {
     pub driver_version: u32,
 }
 
+impl DeviceFacts {
+    /// What DET-4 compares: devices of one type give the same bits. Names the product, its multiprocessors, which
+    /// algorithms are chosen by, and the libraries that decide numbers.
+    #[must_use]
+    pub fn device_type(&self) -> String {
+        let libraries: String = self
+            .numeric_libraries
+            .iter()
+            .map(|(name, version)| format!(", {name} {version}"))
+            .collect();
+        let (major, minor) = self.capability;
+        format!(
+            "cuda-bf16: {}, sm_{major}{minor}, {} multiprocessors{libraries}",
+            self.name, self.multiprocessors
+        )
+    }
+}
+
 /// Memory at a moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MemoryState {
@@ -244,7 +262,7 @@ pub struct GemmKey {
 
 /// Alignment of every operand of a matrix product.
 pub const GEMM_ALIGNMENT_BYTES: u64 = 16;
-/// Workspace of a matrix product at most, and what each stream keeps for it: what NVIDIA's cuBLAS manual advises for Hopper.
+/// Workspace of a matrix product at most, and what a stream keeps for it once it has had one: what NVIDIA's cuBLAS manual advises for Hopper.
 pub const GEMM_WORKSPACE_BYTES: usize = 32 << 20;
 
 /// A matrix product whose algorithm is chosen, once and for all.

@@ -169,6 +169,55 @@ fn facts_of(device: sys::CUdevice) -> Result<DeviceFacts, DriverError> {
     })
 }
 
+/// A device that can be used, with all that its driver needs, and nothing taken yet.
+struct Found {
+    device: sys::CUdevice,
+    facts: DeviceFacts,
+    compiler: Nvrtc,
+    architecture: String,
+}
+
+fn find(ordinal: u32) -> Result<Found, Absence> {
+    let count = device_count()?;
+    if ordinal >= count {
+        return Err(Absence::Ordinal { ordinal, count });
+    }
+    let mut device = 0;
+    // SAFETY: the target is valid for the write.
+    check("cuDeviceGet", unsafe {
+        sys::cuDeviceGet(&raw mut device, ordinal as c_int)
+    })?;
+    let mut facts = facts_of(device)?;
+    if facts.capability < CAPABILITY_MIN {
+        let DeviceFacts { name, capability, .. } = facts;
+        return Err(Absence::TooOld { name, capability });
+    }
+    let compiler = Nvrtc::open()?;
+    let architecture = cubin::architecture(facts.capability, &compiler.architectures)
+        .map_err(|cause| refused("nvrtcGetSupportedArchs", cause))?;
+    facts.numeric_libraries = vec![
+        ("cublaslt".to_owned(), cublaslt::version()?),
+        ("nvrtc".to_owned(), cubin::Compiler::version(&compiler)),
+        ("code".to_owned(), architecture.clone()),
+        ("kernels".to_owned(), cubin::sources_digest()),
+    ];
+    Ok(Found {
+        device,
+        facts,
+        compiler,
+        architecture,
+    })
+}
+
+/// What there is to know of the device of this number, from 0, if it can be used. Takes nothing of it: no context, no
+/// memory.
+///
+/// # Errors
+/// [`Absence`]: an ordinary answer, in one line.
+pub fn probe(ordinal: u32) -> Result<DeviceFacts, Absence> {
+    find(ordinal).map(|found| found.facts)
+}
+
 /// A device's context, given back when dropped before a driver takes it over.
 struct Retained(sys::CUdevice);
 
@@ -185,23 +234,12 @@ impl RealDriver {
     /// # Errors
     /// [`Absence`]: an ordinary answer, in one line.
     pub fn open(ordinal: u32, cubins: CubinCache) -> Result<Self, Absence> {
-        let count = device_count()?;
-        if ordinal >= count {
-            return Err(Absence::Ordinal { ordinal, count });
-        }
-        let mut device = 0;
-        // SAFETY: the target is valid for the write.
-        check("cuDeviceGet", unsafe {
-            sys::cuDeviceGet(&raw mut device, ordinal as c_int)
-        })?;
-        let mut facts = facts_of(device)?;
-        if facts.capability < CAPABILITY_MIN {
-            let DeviceFacts { name, capability, .. } = facts;
-            return Err(Absence::TooOld { name, capability });
-        }
-        let compiler = Nvrtc::open()?;
-        let architecture = cubin::architecture(facts.capability, &compiler.architectures)
-            .map_err(|cause| refused("nvrtcGetSupportedArchs", cause))?;
+        let Found {
+            device,
+            facts,
+            compiler,
+            architecture,
+        } = find(ordinal)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: the target is valid for the write, and the driver gave the device.
         check("cuDevicePrimaryCtxRetain", unsafe {
@@ -212,12 +250,6 @@ impl RealDriver {
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(context) })?;
         let products = CublasLt::open()?;
         std::mem::forget(retained);
-        facts.numeric_libraries = vec![
-            ("cublaslt".to_owned(), products.version()),
-            ("nvrtc".to_owned(), cubin::Compiler::version(&compiler)),
-            ("code".to_owned(), architecture.clone()),
-            ("kernels".to_owned(), cubin::sources_digest()),
-        ];
         Ok(Self {
             device,
             context,

@@ -15,7 +15,7 @@ use crate::device::DeviceError;
 use std::sync::Arc;
 
 /// Bytes of the staging buffer: long enough that a copy's fixed cost does not show.
-pub(super) const STAGING_BYTES: usize = 4 << 20;
+pub const STAGING_BYTES: usize = 4 << 20;
 
 /// What a run of scratch memory is for; one operation never needs two runs of one kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,14 +84,15 @@ pub struct CudaStream<D: Driver> {
     staged: Event<D>,
     staging: Pinned<D>,
     in_flight: InFlight,
-    workspace: Arc<Allocation<D>>,
+    /// Made for the first matrix product: a stream that only copies has none.
+    workspace: Option<Arc<Allocation<D>>>,
     scratch: [Option<Arc<Allocation<D>>>; SCRATCH_KINDS],
     /// What the work recorded so far uses; none while nothing is recorded.
     captured: Option<Vec<Arc<Allocation<D>>>>,
 }
 
 impl<D: Driver> CudaStream<D> {
-    /// A queue with its staging buffer and workspace.
+    /// A queue with its staging buffer.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`], [`DeviceError::Failed`].
@@ -102,7 +103,7 @@ impl<D: Driver> CudaStream<D> {
             staged: Event::new(context)?,
             staging: Pinned::new(context, STAGING_BYTES)?,
             in_flight: InFlight::Nothing,
-            workspace: Arc::new(Allocation::new(context, GEMM_WORKSPACE_BYTES)?),
+            workspace: None,
             scratch: std::array::from_fn(|_| None),
             captured: None,
         })
@@ -210,16 +211,29 @@ impl<D: Driver> CudaStream<D> {
         operands: [Address; 3],
     ) -> Result<(), DeviceError> {
         assert!(
-            plan.workspace_bytes <= self.workspace.bytes(),
+            plan.workspace_bytes <= GEMM_WORKSPACE_BYTES,
             "a plan keeps to the workspace that streams have"
         );
-        let workspace = Arc::clone(&self.workspace);
-        self.uses(&workspace);
+        let workspace = self.workspace()?;
         // SAFETY: the caller's promise; the workspace is as long as any plan needs, and one stream's products run one
         // after another.
         self.context.ask("gemm", |driver| unsafe {
-            driver.gemm(self.id(), plan, alpha, operands, workspace.address())
+            driver.gemm(self.id(), plan, alpha, operands, workspace)
         })
+    }
+
+    fn workspace(&mut self) -> Result<Address, DeviceError> {
+        let workspace = match &self.workspace {
+            Some(workspace) => Arc::clone(workspace),
+            None => {
+                self.refuse_in_capture("gemm")?;
+                let made = Arc::new(Allocation::new(&self.context, GEMM_WORKSPACE_BYTES)?);
+                self.workspace = Some(Arc::clone(&made));
+                made
+            }
+        };
+        self.uses(&workspace);
+        Ok(workspace.address())
     }
 
     /// Sets bytes to zero.

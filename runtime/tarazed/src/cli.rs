@@ -1,6 +1,6 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
-use crate::commands::{checkpoint, generate, plan, rank, resize, status, trace, train};
+use crate::commands::{checkpoint, generate, gpu_check, plan, rank, resize, status, trace, train};
 use clap::{Parser, Subcommand};
 
 /// Fault-tolerant pretraining of Aquila2-family language models.
@@ -43,6 +43,8 @@ pub enum Command {
     Trace(trace::Command),
     /// Continue a text with a checkpoint of a run.
     Generate(generate::Args),
+    /// Check this machine's GPU: results, the same bits each time, speed. Exits with 2 where there is none.
+    GpuCheck(gpu_check::Args),
 }
 
 #[cfg(test)]

@@ -11,14 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::{DomainIndex, LaneIndex, LaneRange, LaneTree, Mutant, Node};
-use tarazed_kernels::{Device, Precision, View, ViewMut};
+use tarazed_kernels::{Device, DeviceError, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace};
 use tarazed_protocol::data::stats::LaneStats;
 use tarazed_protocol::message::ItemDigest;
 
-/// What one compute thread owns.
+/// What one compute thread owns. It has one stream, the workspace's: what is asked of another is not in its order.
 struct Worker<D: Device> {
-    stream: D::Stream,
     workspace: Workspace<D>,
 }
 
@@ -42,6 +41,10 @@ pub struct LaneResults<D: Device> {
     pub audited: Option<ItemDigest>,
 }
 
+/// Digests a gradient, when all that the stream was asked for is done.
+pub type GradientDigest<D> =
+    fn(&D, &mut <D as Device>::Stream, &<D as Device>::Buffer) -> Result<ItemDigest, DeviceError>;
+
 /// Everything a lane is computed from.
 pub struct LaneInputs<'a, D: Device> {
     /// The device.
@@ -59,7 +62,7 @@ pub struct LaneInputs<'a, D: Device> {
     /// Shown to the outside.
     pub progress: &'a Progress,
     /// What two ranks compare of a lane's gradient.
-    pub digest: fn(&D::Buffer) -> ItemDigest,
+    pub digest: GradientDigest<D>,
 }
 
 impl<D: Device> Clone for LaneInputs<'_, D> {
@@ -75,7 +78,6 @@ impl<D: Device> LaneEngine<D> {
     /// # Errors
     /// If the device has no memory for it.
     pub fn new(
-        device: &D,
         model: &Model<D>,
         flat_elements: usize,
         threads: usize,
@@ -85,7 +87,6 @@ impl<D: Device> LaneEngine<D> {
         let workers = (0..threads.max(1))
             .map(|_| {
                 Ok(Worker {
-                    stream: device.stream()?,
                     workspace: model.workspace(micro_batch_sequences)?,
                 })
             })
@@ -167,7 +168,7 @@ impl<D: Device> LaneEngine<D> {
         let len = self.flat_elements;
         inputs
             .device
-            .zero(&mut worker.stream, ViewMut::from(&mut gradient), len)?;
+            .zero(worker.workspace.stream(), ViewMut::from(&mut gradient), len)?;
         train_on(
             self.micro_batch_sequences,
             worker,
@@ -177,8 +178,7 @@ impl<D: Device> LaneEngine<D> {
             0,
             |_, _| {},
         )?;
-        inputs.device.synchronize(&mut worker.stream)?;
-        let digest = (inputs.digest)(&gradient);
+        let digest = (inputs.digest)(inputs.device, worker.workspace.stream(), &gradient)?;
         self.recycle([gradient]);
         Ok(digest)
     }
@@ -228,8 +228,8 @@ impl<D: Device> Shared<'_, D> {
         let mut gradient = self.take_buffer(worker, inputs)?;
         let stats = self.compute_lane(worker, inputs, lane, &mut gradient)?;
         if inputs.batch.audited == Some(lane) {
-            inputs.device.synchronize(&mut worker.stream)?;
-            *lock(&self.audited) = Some((inputs.digest)(&gradient));
+            let digest = (inputs.digest)(inputs.device, worker.workspace.stream(), &gradient)?;
+            *lock(&self.audited) = Some(digest);
         }
         lock(&self.stats)[(lane.0 - self.range.start) as usize] = Some(stats);
         let (mut node, mut value) = (Node::leaf(lane), gradient);
@@ -240,10 +240,13 @@ impl<D: Device> Shared<'_, D> {
                 return Ok(());
             };
             let len = inputs.device.len(&left);
-            inputs
-                .device
-                .fold(&mut worker.stream, ViewMut::from(&mut left), View::from(&right), len)?;
-            inputs.device.synchronize(&mut worker.stream)?;
+            inputs.device.fold(
+                worker.workspace.stream(),
+                ViewMut::from(&mut left),
+                View::from(&right),
+                len,
+            )?;
+            inputs.device.synchronize(worker.workspace.stream())?;
             lock(self.pool).push(right);
             (node, value) = (parent, left);
         }
@@ -257,7 +260,7 @@ impl<D: Device> Shared<'_, D> {
         };
         inputs
             .device
-            .zero(&mut worker.stream, ViewMut::from(&mut buffer), elements)?;
+            .zero(worker.workspace.stream(), ViewMut::from(&mut buffer), elements)?;
         Ok(buffer)
     }
 

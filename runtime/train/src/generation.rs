@@ -14,7 +14,7 @@
 
 use crate::StepError;
 use crate::feeder::Feeder;
-use crate::host::HostVisible;
+use crate::host::{HostVisible, Target};
 use crate::optimizer::Shard;
 use crate::progress::Phase;
 use crate::snapshot::SnapshotTicket;
@@ -365,39 +365,48 @@ fn copy_shards<D: HostVisible>(
             .filter(|(_, donor, _)| *donor == world.rank)
             .map(|&(shard, _, to)| (shard, to, state.shards[&shard].read()))
             .collect();
-        let mut sends = Vec::new();
+        let mut leaving = Vec::new();
         for (shard, to, guard) in &donated {
             let whole = 0..world.elements(*shard).len();
             for (part, buffer) in [&guard.master, &guard.first_moment, &guard.second_moment]
                 .into_iter()
                 .enumerate()
             {
-                sends.push(Send {
-                    to: *to,
-                    tag: copy_tag(plan.base, *shard, part),
-                    bytes: D::bytes(buffer, whole.clone()),
-                });
+                let elements = state.device.outgoing(&mut state.stream, buffer, whole.clone())?;
+                leaving.push((*to, copy_tag(plan.base, *shard, part), elements));
             }
         }
+        let sends: Vec<Send<'_>> = leaving.iter().map(step::send).collect();
         let mut filling: Vec<_> = arrived
             .iter_mut()
             .map(|shard: &mut Shard<D>| (shard.index(), shard.write()))
             .collect();
-        let mut receives = Vec::new();
+        let (mut targets, mut arriving) = (Vec::new(), Vec::new());
         let mine = copies.iter().filter(|(_, _, to)| *to == world.rank);
         for ((shard, guard), &(_, donor, _)) in filling.iter_mut().zip(mine) {
             let state = &mut **guard;
             let parts = [&mut state.master, &mut state.first_moment, &mut state.second_moment];
             for (part, buffer) in parts.into_iter().enumerate() {
-                let bytes = bytemuck::cast_slice_mut(D::elements_mut(buffer));
-                receives.push(Receive {
-                    from: donor,
-                    tag: copy_tag(plan.base, *shard, part),
-                    bytes,
+                arriving.push((donor, copy_tag(plan.base, *shard, part)));
+                let whole = 0..world.elements(*shard).len();
+                targets.push(Target {
+                    buffer,
+                    ranges: vec![whole],
                 });
             }
         }
-        fabric.exchange(&sends, &mut receives)?;
+        state.device.receive(&mut state.stream, targets, |slices| {
+            let mut receives: Vec<Receive<'_>> = arriving
+                .iter()
+                .zip(slices)
+                .map(|(&(from, tag), elements)| Receive {
+                    from,
+                    tag,
+                    bytes: bytemuck::cast_slice_mut(elements),
+                })
+                .collect();
+            fabric.exchange(&sends, &mut receives).map_err(StepError::from)
+        })?;
     }
     settle(state, plan.base, arrived)
 }

@@ -134,7 +134,8 @@ fn flip<D: Device>(device: &D, stream: &mut D::Stream, buffer: &mut D::Buffer, e
     let mut value = [0.0_f32];
     let read = device.download(stream, View::at(buffer, element), &mut value);
     let flipped = [f32::from_bits(value[0].to_bits() ^ 1 << bit)];
-    if read.is_err() || device.upload(stream, &flipped, ViewMut::at(buffer, element)).is_err() {
+    let written = device.upload(stream, &flipped, ViewMut::at(buffer, element));
+    if read.is_err() || written.and_then(|()| device.synchronize(stream)).is_err() {
         tracing::warn!("the bit could not be flipped");
     }
 }

@@ -1,28 +1,211 @@
-//! Device memory that the host can address, which is what a data plane of sockets needs.
+//! The way of device memory to and from the host, which is what a data plane of sockets needs.
+//!
+//! Elements travel in full precision: a receiver rounds them to its buffer's precision, as the update that made them does.
 
-use tarazed_kernels::{CpuBuffer, CpuDevice, Device};
+use std::borrow::Cow;
+use std::ops::Range;
+use tarazed_kernels::cuda::driver::Driver;
+use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
+use tarazed_kernels::{CpuBuffer, CpuDevice, CpuStream, Device, DeviceError, View, ViewMut};
 
-/// A device whose buffers are host memory.
-///
-/// A GPU's data plane sends device memory itself and does not go through this.
+/// Where elements are to arrive: ranges of a buffer, ascending and apart.
+pub struct Target<'a, D: Device> {
+    /// The buffer.
+    pub buffer: &'a mut D::Buffer,
+    /// Elements to fill.
+    pub ranges: Vec<Range<usize>>,
+}
+
+/// A device whose memory a host can read and fill: in place where it is host memory, through copies where it is not.
 pub trait HostVisible: Device {
-    /// The elements of a buffer.
-    fn elements(buffer: &Self::Buffer) -> &[f32];
-    /// The elements of a buffer, to write.
-    fn elements_mut(buffer: &mut Self::Buffer) -> &mut [f32];
+    /// Elements on the host, when all that the stream was asked for is done.
+    ///
+    /// # Errors
+    /// As [`Device::download`].
+    fn outgoing<'a>(
+        &self,
+        stream: &mut Self::Stream,
+        buffer: &'a Self::Buffer,
+        range: Range<usize>,
+    ) -> Result<Cow<'a, [f32]>, DeviceError>;
 
-    /// The bytes of a range of elements.
-    fn bytes(buffer: &Self::Buffer, range: std::ops::Range<usize>) -> &[u8] {
-        bytemuck::cast_slice(&Self::elements(buffer)[range])
+    /// Lets `arrive` fill slices, one for each range of each target in order; on return they are in their buffers, for any
+    /// stream. Nothing of a target counts if `arrive` fails.
+    ///
+    /// # Errors
+    /// Those of `arrive`; as [`Device::upload`].
+    fn receive<E: From<DeviceError>>(
+        &self,
+        stream: &mut Self::Stream,
+        targets: Vec<Target<'_, Self>>,
+        arrive: impl FnOnce(Vec<&mut [f32]>) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        Self: Sized;
+
+    /// Copies of whole buffers whose last work is done, made beside whatever other streams do: a snapshot.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] of host memory; as [`Device::download`].
+    fn copies<const N: usize>(&self, buffers: [&Self::Buffer; N]) -> Result<[CpuBuffer; N], DeviceError>;
+}
+
+/// Consecutive parts of a slice.
+fn cut<'a>(elements: &'a mut [f32], ranges: &[Range<usize>]) -> Vec<&'a mut [f32]> {
+    let (mut rest, mut at) = (elements, 0);
+    let mut parts = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let (_, behind) = std::mem::take(&mut rest).split_at_mut(range.start - at);
+        let (part, behind) = behind.split_at_mut(range.len());
+        parts.push(part);
+        (rest, at) = (behind, range.end);
     }
+    parts
+}
+
+/// All buffers' copies, or the first error.
+fn all<const N: usize>(
+    copy: impl FnMut(usize) -> Result<CpuBuffer, DeviceError>,
+) -> Result<[CpuBuffer; N], DeviceError> {
+    let copies = (0..N).map(copy).collect::<Result<Vec<_>, _>>()?;
+    Ok(<[CpuBuffer; N]>::try_from(copies).unwrap_or_else(|_| unreachable!("one copy for each buffer")))
 }
 
 impl HostVisible for CpuDevice {
-    fn elements(buffer: &CpuBuffer) -> &[f32] {
-        buffer
+    fn outgoing<'a>(
+        &self,
+        _: &mut CpuStream,
+        buffer: &'a CpuBuffer,
+        range: Range<usize>,
+    ) -> Result<Cow<'a, [f32]>, DeviceError> {
+        Ok(Cow::Borrowed(&buffer[range]))
     }
 
-    fn elements_mut(buffer: &mut CpuBuffer) -> &mut [f32] {
-        buffer
+    fn receive<E: From<DeviceError>>(
+        &self,
+        _: &mut CpuStream,
+        targets: Vec<Target<'_, Self>>,
+        arrive: impl FnOnce(Vec<&mut [f32]>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let slices = targets
+            .into_iter()
+            .flat_map(|target| cut(target.buffer, &target.ranges));
+        arrive(slices.collect())
+    }
+
+    fn copies<const N: usize>(&self, buffers: [&CpuBuffer; N]) -> Result<[CpuBuffer; N], DeviceError> {
+        all(|index| CpuBuffer::from_slice(buffers[index]))
+    }
+}
+
+impl<R: Driver> HostVisible for CudaDevice<R> {
+    fn outgoing<'a>(
+        &self,
+        stream: &mut CudaStream<R>,
+        buffer: &'a CudaBuffer<R>,
+        range: Range<usize>,
+    ) -> Result<Cow<'a, [f32]>, DeviceError> {
+        let mut elements = vec![0.0; range.len()];
+        self.download(stream, View::at(buffer, range.start), &mut elements)?;
+        Ok(Cow::Owned(elements))
+    }
+
+    fn receive<E: From<DeviceError>>(
+        &self,
+        stream: &mut CudaStream<R>,
+        targets: Vec<Target<'_, Self>>,
+        arrive: impl FnOnce(Vec<&mut [f32]>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let ranges = targets.iter().flat_map(|target| &target.ranges);
+        let mut staged: Vec<Vec<f32>> = ranges.map(|range| vec![0.0; range.len()]).collect();
+        arrive(staged.iter_mut().map(Vec::as_mut_slice).collect())?;
+        let mut staged = staged.iter();
+        for target in targets {
+            for (range, elements) in target.ranges.iter().zip(staged.by_ref()) {
+                self.upload(stream, elements, ViewMut::at(target.buffer, range.start))?;
+            }
+        }
+        self.synchronize(stream)?;
+        Ok(())
+    }
+
+    fn copies<const N: usize>(&self, buffers: [&CudaBuffer<R>; N]) -> Result<[CpuBuffer; N], DeviceError> {
+        let mut stream = self.stream()?;
+        all(|index| {
+            let mut copy = CpuBuffer::zeroed(self.len(buffers[index]))?;
+            self.download(&mut stream, buffers[index].into(), &mut copy)?;
+            Ok(copy)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tarazed_kernels::Precision;
+    use tarazed_kernels::cuda::recording::RecordingDriver;
+
+    /// What arrives in a target lies where it belongs, and only there; what goes out is what lies there.
+    fn round_trip<D: HostVisible>(device: &D, rounded: impl Fn(f32) -> f32) {
+        let mut stream = device.stream().expect("a stream");
+        let buffer = |precision| device.alloc(10, precision).expect("a buffer");
+        let (mut working, mut full) = (buffer(Precision::Working), buffer(Precision::Full));
+        let targets = vec![
+            Target {
+                buffer: &mut working,
+                ranges: vec![1..3, 3..4, 8..10],
+            },
+            Target {
+                buffer: &mut full,
+                ranges: vec![0..2],
+            },
+        ];
+        let arrived = device.receive(&mut stream, targets, |slices| -> Result<(), DeviceError> {
+            let lengths: Vec<usize> = slices.iter().map(|slice| slice.len()).collect();
+            assert_eq!(lengths, [2, 1, 2, 2]);
+            for (number, element) in slices.into_iter().flatten().enumerate() {
+                *element = 1.0 + (number as f32) / 1000.0;
+            }
+            Ok(())
+        });
+        arrived.expect("arrives");
+        let value = |number: usize| 1.0 + (number as f32) / 1000.0;
+        let expected = [
+            0.0,
+            value(0),
+            value(1),
+            value(2),
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            value(3),
+            value(4),
+        ]
+        .map(rounded);
+        assert_eq!(
+            device.outgoing(&mut stream, &working, 0..10).expect("goes out")[..],
+            expected
+        );
+        let [copy, other] = device.copies([&full, &working]).expect("a copy");
+        assert_eq!(copy[..3], [value(5), value(6), 0.0]);
+        assert_eq!(other[..], expected);
+
+        let target = Target {
+            buffer: &mut full,
+            ranges: vec![0..1],
+        };
+        let refused = device.receive(&mut stream, vec![target], |_| {
+            Err(DeviceError::OutOfMemory { needed_bytes: 1 })
+        });
+        assert!(refused.is_err());
+    }
+
+    #[test]
+    fn elements_cross_to_the_host_and_back_on_every_device() {
+        use tarazed_kernels::cuda::bf16;
+        round_trip(&CpuDevice::new(), |value| value);
+        let device = CudaDevice::new(RecordingDriver::new()).expect("a device");
+        round_trip(&device, |value| bf16::widen(bf16::round(value)));
     }
 }

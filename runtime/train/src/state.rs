@@ -86,7 +86,6 @@ impl<D: Device + Clone> RankState<D> {
         let threads = config.cluster.threads_per_rank as usize;
         let micro_batch = config.batch.micro_batch_sequences as usize;
         let engine = LaneEngine::new(
-            &device,
             &model,
             layout.flat_elements(),
             threads,

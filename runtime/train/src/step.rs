@@ -15,15 +15,17 @@ use crate::StepError;
 use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
 use crate::harm::{self, Moment};
-use crate::host::HostVisible;
+use crate::host::{HostVisible, Target};
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
+use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Instant;
 use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
-use tarazed_kernels::{BlockHash, Device, Precision, View, ViewMut};
+use tarazed_kernels::{BlockHash, Device, DeviceError, Precision, View, ViewMut};
 use tarazed_protocol::data::stats::LaneStats;
 use tarazed_protocol::message::{BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, ItemDigest, StepLine};
 use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
@@ -140,9 +142,14 @@ fn compute_lanes<D: HostVisible>(
     Ok((results, audit))
 }
 
-fn gradient_digest<D: HostVisible>(gradient: &D::Buffer) -> ItemDigest {
-    let whole = blake3::hash(bytemuck::cast_slice(D::elements(gradient)));
-    std::array::from_fn(|byte| whole.as_bytes()[byte])
+fn gradient_digest<D: HostVisible>(
+    device: &D,
+    stream: &mut D::Stream,
+    gradient: &D::Buffer,
+) -> Result<ItemDigest, DeviceError> {
+    let elements = device.outgoing(stream, gradient, 0..device.len(gradient))?;
+    let whole = blake3::hash(bytemuck::cast_slice(&elements));
+    Ok(std::array::from_fn(|byte| whole.as_bytes()[byte]))
 }
 
 /// Ships every node's part of every shard to the shard's primary, which folds them along the tree. Returns the own lanes'
@@ -161,7 +168,15 @@ fn reduce_to_primaries<D: HostVisible>(
         .flat_map(|rank| world.nodes_of(rank).into_iter().map(move |node| (rank, node)))
         .collect();
     let mut staged = take_staging(state, world, sources.len())?;
-    exchange_partials(world, fabric, step, &lanes, &sources, &mut staged)?;
+    exchange_partials(
+        (&state.device, &mut state.stream),
+        world,
+        fabric,
+        step,
+        &lanes,
+        &sources,
+        &mut staged,
+    )?;
 
     // Own nodes lie in the flat space, staged ones hold the own primary shards one after another.
     let own_count = lanes.nodes.len();
@@ -230,6 +245,7 @@ fn take_staging<D: Device>(state: &mut RankState<D>, world: &World, count: usize
 }
 
 fn exchange_partials<D: HostVisible>(
+    (device, stream): (&D, &mut D::Stream),
     world: &World,
     fabric: &mut dyn Collective,
     step: StepsCompleted,
@@ -237,53 +253,73 @@ fn exchange_partials<D: HostVisible>(
     sources: &[(Rank, Node)],
     staged: &mut [D::Buffer],
 ) -> Result<(), StepError> {
-    let mut sends = Vec::new();
+    let mut leaving = Vec::new();
     for rank in world.others() {
         for shard in world.primaries_of(rank) {
             for (ordinal, (_, buffer)) in lanes.nodes.iter().enumerate() {
-                let bytes = D::bytes(buffer, world.elements(shard));
-                sends.push(Send {
-                    to: rank,
-                    tag: partial_tag(step, shard, ordinal),
-                    bytes,
-                });
+                let elements = device.outgoing(stream, buffer, world.elements(shard))?;
+                leaving.push((rank, partial_tag(step, shard, ordinal), elements));
             }
         }
     }
-    // From one rank all nodes of a shard come before the next shard, as that rank sends them.
-    let lengths: Vec<usize> = world
-        .primaries_of(world.rank)
-        .map(|shard| world.elements(shard).len())
-        .collect();
-    let mut cut: Vec<Vec<Option<&mut [u8]>>> = staged
+    let sends: Vec<Send<'_>> = leaving.iter().map(send).collect();
+    // Staging buffers hold the own primary shards one after another.
+    let lengths = world.primaries_of(world.rank).map(|shard| world.elements(shard).len());
+    let ranges = consecutive(lengths);
+    let shards = ranges.len();
+    let targets = staged
         .iter_mut()
-        .map(|buffer| {
-            cut_bytes(D::elements_mut(buffer), &lengths)
-                .into_iter()
-                .map(Some)
-                .collect()
+        .map(|buffer| Target {
+            buffer,
+            ranges: ranges.clone(),
         })
         .collect();
-    let mut receives = Vec::new();
-    for (position, shard) in world.primaries_of(world.rank).enumerate() {
-        let mut ordinal = 0;
-        for (index, &(rank, _)) in sources.iter().enumerate() {
-            ordinal = if index > 0 && sources[index - 1].0 == rank {
-                ordinal + 1
-            } else {
-                0
-            };
-            if let Some(bytes) = cut[index][position].take() {
-                receives.push(Receive {
-                    from: rank,
-                    tag: partial_tag(step, shard, ordinal),
-                    bytes,
-                });
+    device.receive(stream, targets, |slices| {
+        let mut slices: Vec<Option<&mut [f32]>> = slices.into_iter().map(Some).collect();
+        let mut receives = Vec::new();
+        // From one rank all nodes of a shard come before the next shard, as that rank sends them.
+        for (position, shard) in world.primaries_of(world.rank).enumerate() {
+            let mut ordinal = 0;
+            for (index, &(rank, _)) in sources.iter().enumerate() {
+                ordinal = if index > 0 && sources[index - 1].0 == rank {
+                    ordinal + 1
+                } else {
+                    0
+                };
+                if let Some(elements) = slices[index * shards + position].take() {
+                    receives.push(Receive {
+                        from: rank,
+                        tag: partial_tag(step, shard, ordinal),
+                        bytes: bytemuck::cast_slice_mut(elements),
+                    });
+                }
             }
         }
+        Ok(fabric.exchange(&sends, &mut receives)?)
+    })
+}
+
+/// What leaves for a rank.
+pub(crate) type Leaving<'a> = (Rank, Tag, Cow<'a, [f32]>);
+
+/// As the data plane takes it.
+pub(crate) fn send<'a>((to, tag, elements): &'a Leaving<'_>) -> Send<'a> {
+    Send {
+        to: *to,
+        tag: *tag,
+        bytes: bytemuck::cast_slice(elements),
     }
-    fabric.exchange(&sends, &mut receives)?;
-    Ok(())
+}
+
+/// Ranges of these lengths, one behind the other.
+fn consecutive(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut end = 0;
+    lengths
+        .map(|length| {
+            end += length;
+            end - length..end
+        })
+        .collect()
 }
 
 fn partial_tag(step: StepsCompleted, shard: OptimizerShardIndex, ordinal: usize) -> Tag {
@@ -292,18 +328,6 @@ fn partial_tag(step: StepsCompleted, shard: OptimizerShardIndex, ordinal: usize)
         step.0,
         u64::from(shard.0) << 16 | ordinal as u64,
     )
-}
-
-/// Consecutive mutable byte slices of these lengths (elements).
-pub(crate) fn cut_bytes<'a>(elements: &'a mut [f32], lengths: &[usize]) -> Vec<&'a mut [u8]> {
-    let mut rest = elements;
-    let mut parts = Vec::with_capacity(lengths.len());
-    for &length in lengths {
-        let (part, tail) = std::mem::take(&mut rest).split_at_mut(length);
-        parts.push(bytemuck::cast_slice_mut(part));
-        rest = tail;
-    }
-    parts
 }
 
 /// Folds all nodes' parts of one shard to the root, in place; returns which part holds it.
@@ -346,24 +370,41 @@ fn forward_to_replicas<D: HostVisible>(
 ) -> Result<(), StepError> {
     let _span = tracing::info_span!("forward").entered();
     state.progress.enter(Phase::Forwarding);
-    let mut sends = Vec::new();
-    let mut receives = Vec::new();
+    let (mut leaving, mut targets, mut arriving) = (Vec::new(), Vec::new(), Vec::new());
     let mine = |shard: &OptimizerShardIndex| world.holds(world.rank, *shard);
     for (&shard, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         let tag = Tag::new(TagKind::ReducedGradient, step.0, u64::from(shard.0));
+        let whole = 0..world.elements(shard).len();
         if world.primary(shard) == world.rank {
-            let bytes = D::bytes(held.reduced(), 0..world.elements(shard).len());
-            sends.extend(world.replicas(shard).iter().map(|&to| Send { to, tag, bytes }));
+            let elements = state.device.outgoing(&mut state.stream, held.reduced(), whole)?;
+            leaving.push((world.replicas(shard), tag, elements));
         } else {
-            let bytes = bytemuck::cast_slice_mut(D::elements_mut(held.reduced_mut()));
-            receives.push(Receive {
-                from: world.primary(shard),
-                tag,
-                bytes,
+            arriving.push((world.primary(shard), tag));
+            targets.push(Target {
+                buffer: held.reduced_mut(),
+                ranges: vec![whole],
             });
         }
     }
-    fabric.exchange(&sends, &mut receives)?;
+    let sends: Vec<Send<'_>> = leaving
+        .iter()
+        .flat_map(|(replicas, tag, elements)| {
+            let (tag, bytes) = (*tag, bytemuck::cast_slice(elements));
+            replicas.iter().map(move |&to| Send { to, tag, bytes })
+        })
+        .collect();
+    state.device.receive(&mut state.stream, targets, |slices| {
+        let mut receives: Vec<Receive<'_>> = arriving
+            .iter()
+            .zip(slices)
+            .map(|(&(from, tag), elements)| Receive {
+                from,
+                tag,
+                bytes: bytemuck::cast_slice_mut(elements),
+            })
+            .collect();
+        fabric.exchange(&sends, &mut receives).map_err(StepError::from)
+    })?;
     for (_, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         held.mark_reduced(step);
     }
@@ -632,34 +673,49 @@ fn exchange_weights<D: HostVisible>(
     fabric: &mut dyn Collective,
     step: StepsCompleted,
 ) -> Result<(), StepError> {
-    let mut sends = Vec::new();
-    let mut receives = Vec::new();
-    // What is sent lies in the master weights, what is received goes straight into the flat working weights.
+    // What is sent are the master weights; a receiver rounds them to working weights, as the update does on a holder.
     let guards: Vec<_> = world
         .primaries_of(world.rank)
         .map(|shard| (shard, state.shards[&shard].read()))
         .collect();
+    let mut leaving = Vec::new();
     for (shard, guard) in &guards {
         let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
-        let bytes = D::bytes(&guard.master, 0..world.elements(*shard).len());
-        for to in world.others().filter(|&rank| !world.holds(rank, *shard)) {
-            sends.push(Send { to, tag, bytes });
+        let to: Vec<Rank> = world.others().filter(|&rank| !world.holds(rank, *shard)).collect();
+        if !to.is_empty() {
+            let whole = 0..world.elements(*shard).len();
+            let elements = state.device.outgoing(&mut state.stream, &guard.master, whole)?;
+            leaving.push((to, tag, elements));
         }
     }
-    let lengths: Vec<usize> = world.shards.shards().map(|shard| world.elements(shard).len()).collect();
-    let parts = cut_bytes(D::elements_mut(&mut state.weights), &lengths);
-    for (shard, bytes) in world.shards.shards().zip(parts) {
-        if !world.holds(world.rank, shard) {
-            let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
-            receives.push(Receive {
+    let sends: Vec<Send<'_>> = leaving
+        .iter()
+        .flat_map(|(ranks, tag, elements)| {
+            let (tag, bytes) = (*tag, bytemuck::cast_slice(elements));
+            ranks.iter().map(move |&to| Send { to, tag, bytes })
+        })
+        .collect();
+    let missing: Vec<OptimizerShardIndex> = world
+        .shards
+        .shards()
+        .filter(|&shard| !world.holds(world.rank, shard))
+        .collect();
+    let target = Target {
+        buffer: &mut state.weights,
+        ranges: missing.iter().map(|&shard| world.elements(shard)).collect(),
+    };
+    state.device.receive(&mut state.stream, vec![target], |slices| {
+        let mut receives: Vec<Receive<'_>> = missing
+            .iter()
+            .zip(slices)
+            .map(|(&shard, elements)| Receive {
                 from: world.primary(shard),
-                tag,
-                bytes,
-            });
-        }
-    }
-    fabric.exchange(&sends, &mut receives)?;
-    Ok(())
+                tag: Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0)),
+                bytes: bytemuck::cast_slice_mut(elements),
+            })
+            .collect();
+        fabric.exchange(&sends, &mut receives).map_err(StepError::from)
+    })
 }
 
 /// BLAKE3 over the step and all block hashes in block order (STEP-4).

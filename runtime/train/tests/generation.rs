@@ -11,13 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tarazed_domain::{OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
 use tarazed_fabric::{Collective, FabricError};
-use tarazed_kernels::CpuDevice;
 use tarazed_protocol::message::{BeginPlan, DisputedItem, Member, RestoreFrom, StateReport, StepLine};
 use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardSource;
 use tarazed_train::harm::{Harm, Place};
-use tarazed_train::host::HostVisible;
 
 type Lines = BTreeMap<StepsCompleted, StepLine>;
 
@@ -436,7 +434,7 @@ fn spoil(node: &mut Node, shard: OptimizerShardIndex) {
     let state = &mut node.state;
     let held = state.shards.get_mut(&shard).unwrap();
     let mut inner = held.write();
-    let element = &mut CpuDevice::elements_mut(&mut inner.second_moment)[3];
+    let element = &mut inner.second_moment[3];
     *element = f32::from_bits(element.to_bits() ^ 1 << 20);
     drop(inner);
     held.rehash(&state.device, &mut state.stream, &state.layout).unwrap();

@@ -190,7 +190,6 @@ unsafe impl Sync for Plan {}
 pub(super) struct CublasLt {
     handle: sys::cublasLtHandle_t,
     plans: Mutex<Vec<Arc<Plan>>>,
-    version: usize,
 }
 
 // SAFETY: NVIDIA's manual (cuBLAS, thread safety) allows one handle in many threads, and the list of plans is locked.
@@ -206,28 +205,27 @@ impl Drop for CublasLt {
     }
 }
 
+/// The library's version, e.g. `130002`, if it is there.
+pub(super) fn version() -> Result<String, Absence> {
+    // SAFETY: it tries to open a library by its names; that runs the library's initialisers, as any use of it does.
+    if !unsafe { sys::is_culib_present() } {
+        let library = "libcublasLt.so";
+        return Err(Absence::Library { library });
+    }
+    // SAFETY: the library is there; the call takes nothing and returns a number.
+    Ok(unsafe { sys::cublasLtGetVersion() }.to_string())
+}
+
 impl CublasLt {
-    /// Finds the library and opens it for the device whose context is current.
-    pub fn open() -> Result<Self, Absence> {
-        // SAFETY: it tries to open a library by its names; that runs the library's initialisers, as any use of it does.
-        if !unsafe { sys::is_culib_present() } {
-            let library = "libcublasLt.so";
-            return Err(Absence::Library { library });
-        }
+    /// Opens the library, which is there, for the device whose context is current.
+    pub fn open() -> Result<Self, DriverError> {
         let mut made = std::ptr::null_mut();
         // SAFETY: the target is valid for the write of a pointer, and a context is current.
         check("cublasLtCreate", unsafe { sys::cublasLtCreate(&raw mut made) })?;
         Ok(Self {
             handle: made,
             plans: Mutex::default(),
-            // SAFETY: it takes nothing and returns a number.
-            version: unsafe { sys::cublasLtGetVersion() },
         })
-    }
-
-    /// Its version, e.g. `130002`.
-    pub fn version(&self) -> String {
-        self.version.to_string()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Plan>>> {

@@ -8,9 +8,9 @@ mod validate;
 
 pub use interval::CheckpointInterval;
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ClusterTransport, ControllerKind, DataConfig, DomainConfig,
-    EvaluationConfig, FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig, OptimizerConfig,
-    RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
+    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, ControllerKind, DataConfig,
+    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, MixtureConfig, ModelConfig,
+    OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;

@@ -435,7 +435,21 @@ pub enum ClusterTransport {
     Tcp,
 }
 
-/// `[cluster]`: placement, which decides no number.
+/// What ranks compute on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClusterDevice {
+    /// A CUDA device where this machine has one that can be used, else the processors. Resolved when a run starts.
+    #[default]
+    Auto,
+    /// The processors, in f32.
+    Cpu,
+    /// CUDA devices, in bf16; refused where there is none.
+    Cuda,
+}
+
+/// `[cluster]`: placement, which decides no number, but for `device`: the device's type is part of what a run's numbers
+/// follow from, and is declared where it changes (DET-4).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClusterConfig {
@@ -445,6 +459,8 @@ pub struct ClusterConfig {
     pub spares: u32,
     /// Compute threads of each rank; results do not depend on it.
     pub threads_per_rank: u32,
+    /// What ranks compute on. Worker k takes the CUDA device of number k modulo their count.
+    pub device: ClusterDevice,
     /// Sockets of the data plane and of the control plane.
     pub transport: ClusterTransport,
     /// Worker k's data plane listens at this TCP port plus k; 0 for ports that the system chooses.
@@ -463,6 +479,7 @@ impl Default for ClusterConfig {
             ranks: 1,
             spares: 0,
             threads_per_rank: 1,
+            device: ClusterDevice::Auto,
             transport: ClusterTransport::Unix,
             mesh_port: 0,
             mesh_advertise_port: 0,

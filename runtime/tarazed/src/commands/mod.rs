@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod generate;
+pub mod gpu_check;
 pub mod plan;
 pub mod rank;
 pub mod resize;
@@ -26,6 +27,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Generate(args) => generate::run(&args),
+        Command::GpuCheck(args) => gpu_check::run(&args),
     }
 }
 

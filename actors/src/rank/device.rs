@@ -1,0 +1,130 @@
+//! Which device a rank computes on: what `cluster.device` says, and what this machine has.
+
+use super::RankError;
+use tarazed_domain::config::{ClusterDevice, Config};
+use tarazed_kernels::{CpuDevice, Device};
+
+#[cfg(feature = "cuda")]
+use tarazed_kernels::cuda::CudaDevice;
+#[cfg(feature = "cuda")]
+use tarazed_kernels::cuda::cubin::CubinCache;
+#[cfg(feature = "cuda")]
+use tarazed_kernels::cuda::real::{self, RealDriver};
+
+/// A device that was asked for and is not to be had: reconfigure.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{cause}; set cluster.device to \"cpu\", or {remedy}")]
+pub struct DeviceRefused {
+    /// One line.
+    pub cause: String,
+    /// What else to do.
+    pub remedy: &'static str,
+}
+
+/// What ranks of a run compute on, on this machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeviceChoice {
+    /// The processors.
+    Cpu,
+    /// CUDA devices, so many.
+    #[cfg(feature = "cuda")]
+    Cuda {
+        /// At least one.
+        count: u32,
+    },
+}
+
+impl DeviceChoice {
+    /// What the config asks for, where this machine has it.
+    ///
+    /// # Errors
+    /// [`DeviceRefused`] where it asks for a CUDA device and there is none that can be used.
+    pub fn of(config: &Config) -> Result<Self, DeviceRefused> {
+        match config.cluster.device {
+            ClusterDevice::Cpu => Ok(Self::Cpu),
+            ClusterDevice::Auto => Ok(Self::cuda().unwrap_or(Self::Cpu)),
+            ClusterDevice::Cuda => Self::cuda(),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda() -> Result<Self, DeviceRefused> {
+        let found = real::device_count().and_then(|count| real::probe(0).map(|_| Self::Cuda { count }));
+        found.map_err(|absence| DeviceRefused {
+            cause: absence.to_string(),
+            remedy: "make the device and CUDA's libraries visible to this process",
+        })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda() -> Result<Self, DeviceRefused> {
+        Err(DeviceRefused {
+            cause: "no CUDA device: this program was built without the feature `cuda`".to_owned(),
+            remedy: "build it with that feature",
+        })
+    }
+
+    /// As a run's resolved config says it: a restart computes on the same kind of device or is refused.
+    #[must_use]
+    pub const fn resolved(self) -> ClusterDevice {
+        match self {
+            Self::Cpu => ClusterDevice::Cpu,
+            #[cfg(feature = "cuda")]
+            Self::Cuda { .. } => ClusterDevice::Cuda,
+        }
+    }
+}
+
+/// What DET-4 compares, as the controller's machine has it; ranks of one run compute on devices of one kind.
+#[must_use]
+pub fn device_type(config: &Config) -> String {
+    match DeviceChoice::of(config) {
+        Ok(DeviceChoice::Cpu) => CpuDevice::new().device_type(),
+        #[cfg(feature = "cuda")]
+        Ok(DeviceChoice::Cuda { .. }) => match real::probe(0) {
+            Ok(facts) => facts.device_type(),
+            Err(absence) => absence.to_string(),
+        },
+        // A run on it would not have started: whatever stands here is declared as a change.
+        Err(refused) => refused.cause,
+    }
+}
+
+/// Opens the CUDA device of this number.
+#[cfg(feature = "cuda")]
+pub(super) fn open(ordinal: u32) -> Result<CudaDevice<RealDriver>, RankError> {
+    let folder = CubinCache::default_folder(|name| std::env::var_os(name).map(Into::into));
+    let driver = RealDriver::open(ordinal, CubinCache::new(folder)).map_err(|e| RankError::because("device")(&e))?;
+    CudaDevice::new(driver).map_err(|e| RankError::because("device")(&e))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn config(device: ClusterDevice) -> Config {
+        let mut config = Config::default();
+        config.cluster.device = device;
+        config
+    }
+
+    /// With a GPU or without, each answer fits the machine and the others.
+    #[test]
+    fn what_is_asked_for_is_had_or_refused_in_one_line() {
+        assert_eq!(DeviceChoice::of(&config(ClusterDevice::Cpu)), Ok(DeviceChoice::Cpu));
+        assert_eq!(device_type(&config(ClusterDevice::Cpu)), CpuDevice::new().device_type());
+        let auto = DeviceChoice::of(&config(ClusterDevice::Auto)).unwrap();
+        match DeviceChoice::of(&config(ClusterDevice::Cuda)) {
+            Ok(cuda) => assert_eq!((auto, cuda.resolved()), (cuda, ClusterDevice::Cuda)),
+            Err(refused) => {
+                let line = refused.to_string();
+                assert!(line.starts_with("no CUDA device") && !line.contains('\n'), "{line}");
+                assert!(line.contains("cluster.device"), "{line}");
+                assert_eq!(auto, DeviceChoice::Cpu);
+                assert_eq!(auto.resolved(), ClusterDevice::Cpu);
+            }
+        }
+    }
+}
