@@ -1,5 +1,6 @@
 //! The CUDA device on the emulator: the conformance suite over the kernels' own sources, and what they promise beyond it.
 #![cfg(feature = "emulator")]
+#![allow(clippy::unwrap_used)]
 
 use std::hash::{BuildHasher, Hasher};
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! Shared memory of the attention kernels: no load of a fragment meets a bank twice. In a process of its own, whose count it is.
 #![cfg(feature = "emulator")]
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use tarazed_kernels::cuda::CudaDevice;
