@@ -157,8 +157,8 @@ DEVICE void add_rows(float (&sum)[CHUNK], const bf16* column, u32 width, u32 len
     }
 }
 
-// Lists the places from `first` to `first + SEARCH` that hold `token`, in their order. Returns how many there are; the list may
-// be written again only behind a barrier.
+// Lists the places from `first` to `first + SEARCH` that hold `token`, in their order. Returns how many there are. The list is written
+// behind the first of two barriers, so that everybody has read the last one.
 DEVICE u32 list_places(const u32* tokens, u32 token_count, u32 token, u32 first, u32* list, u32 (&counts)[WARP]) {
     const u32 place = first + threadIdx.x, warp = warp_of_block();
     const bool here = place < token_count && tokens[place] == token;
@@ -188,9 +188,7 @@ KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, floa
     const u32 own_run = own / SEARCH * SEARCH;
     for (u32 run = own_run + SEARCH; run > 0; run -= SEARCH) {
         const u32 found = list_places(tokens, token_count, token, run - SEARCH, list, counts);
-        const bool earlier = found > 0 && list[0] < own;
-        sync_block();
-        if (earlier) return;
+        if (found > 0 && list[0] < own) return;
     }
     const u32 chunk = blockIdx.y * blockDim.x + threadIdx.x;
     const bool works = chunk < chunks_of(width);
@@ -202,7 +200,6 @@ KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, floa
     for (u32 run = own_run; run < token_count; run += SEARCH) {
         const u32 found = list_places(tokens, token_count, token, run, list, counts);
         add_rows(sum, out_gradient + column, width, length, list, found);
-        sync_block();
     }
     store_chunk(to, length, sum);
 }

@@ -170,7 +170,8 @@ impl EmulatedDriver {
         })
     }
 
-    /// The order in which blocks and threads run from now on: 0 forward, 1 backward, any other the seed of a random one.
+    /// The order in which blocks and warps run from now on: 0 forward, 1 backward, any other the seed of a random one. Even seeds
+    /// mix the threads of all warps; in all other orders each warp runs as far as it gets before the next begins.
     pub fn set_order(&self, order: u64) {
         self.order.store(order, Ordering::Relaxed);
     }
