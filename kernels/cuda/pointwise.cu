@@ -1,21 +1,27 @@
 // Kernels whose outputs are functions of few inputs each: conversions, additions, rotation, SwiGLU, embedding.
 //
-// All are bound by memory. A thread handles chunks of eight elements, 16 bytes at a time where addresses allow.
-// `kernels/src/cuda/table.rs` says what each takes and how it is launched.
+// All are bound by memory. A thread handles 16 bytes at a time where addresses allow. `kernels/src/cuda/table.rs` says what each
+// takes and how it is launched.
 
 #include "common.cuh"
 
-// Applies `combine` to the chunk of this thread in `len` elements.
-template <typename Combine> DEVICE void for_chunk(u64 len, Combine combine) {
-    const u64 at = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * CHUNK;
-    if (at >= len) return;
-    const u64 left = len - at;
-    combine(at, left < CHUNK ? static_cast<u32>(left) : CHUNK);
+// Threads of a block of an element-wise kernel, and quads that each of them handles.
+constexpr u32 ELEMENT_THREADS = 256;
+constexpr u32 ELEMENT_QUADS = 2;
+
+// Applies `combine` to this thread's quads of `len` elements.
+template <typename Combine> DEVICE void for_quads(u64 len, Combine combine) {
+#pragma unroll
+    for (u32 i = 0; i < ELEMENT_QUADS; ++i) {
+        const u64 quad = (static_cast<u64>(blockIdx.x) * ELEMENT_QUADS + i) * ELEMENT_THREADS + threadIdx.x;
+        const u64 at = quad * QUAD;
+        if (at < len) combine(at, len - at < QUAD ? static_cast<u32>(len - at) : QUAD);
+    }
 }
 
 template <typename From, typename To> DEVICE void convert(const From* from, To* to, u64 len) {
-    for_chunk(len, [&](u64 at, u32 length) {
-        float values[CHUNK];
+    for_quads(len, [&](u64 at, u32 length) {
+        float values[QUAD];
         load_chunk(from + at, length, values);
         store_chunk(to + at, length, values);
     });
@@ -26,12 +32,12 @@ KERNEL(convert_f32_bf16, 256, 1)(const float* from, bf16* to, u64 len) { convert
 KERNEL(convert_bf16_f32, 256, 1)(const bf16* from, float* to, u64 len) { convert(from, to, len); }
 
 template <typename X, typename Y> DEVICE void add(X* x, const Y* y, u64 len) {
-    for_chunk(len, [&](u64 at, u32 length) {
-        float sum[CHUNK], term[CHUNK];
+    for_quads(len, [&](u64 at, u32 length) {
+        float sum[QUAD], term[QUAD];
         load_chunk(static_cast<const X*>(x + at), length, sum);
         load_chunk(y + at, length, term);
 #pragma unroll
-        for (u32 i = 0; i < CHUNK; ++i) sum[i] += term[i];
+        for (u32 i = 0; i < QUAD; ++i) sum[i] += term[i];
         store_chunk(x + at, length, sum);
     });
 }
@@ -151,8 +157,8 @@ DEVICE void add_rows(float (&sum)[CHUNK], const bf16* column, u32 width, u32 len
     }
 }
 
-// Lists the places from `first` to `first + SEARCH` that hold `token`, in their order. Returns how many there are; the list may
-// be written again only behind a barrier.
+// Lists the places from `first` to `first + SEARCH` that hold `token`, in their order. Returns how many there are. The list is written
+// behind the first of two barriers, so that everybody has read the last one.
 DEVICE u32 list_places(const u32* tokens, u32 token_count, u32 token, u32 first, u32* list, u32 (&counts)[WARP]) {
     const u32 place = first + threadIdx.x, warp = warp_of_block();
     const bool here = place < token_count && tokens[place] == token;
@@ -182,9 +188,7 @@ KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, floa
     const u32 own_run = own / SEARCH * SEARCH;
     for (u32 run = own_run + SEARCH; run > 0; run -= SEARCH) {
         const u32 found = list_places(tokens, token_count, token, run - SEARCH, list, counts);
-        const bool earlier = found > 0 && list[0] < own;
-        sync_block();
-        if (earlier) return;
+        if (found > 0 && list[0] < own) return;
     }
     const u32 chunk = blockIdx.y * blockDim.x + threadIdx.x;
     const bool works = chunk < chunks_of(width);
@@ -196,7 +200,6 @@ KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, floa
     for (u32 run = own_run; run < token_count; run += SEARCH) {
         const u32 found = list_places(tokens, token_count, token, run, list, counts);
         add_rows(sum, out_gradient + column, width, length, list, found);
-        sync_block();
     }
     store_chunk(to, length, sum);
 }

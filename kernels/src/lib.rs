@@ -1,4 +1,4 @@
-//! Floor 1: the `Device` trait, its CPU implementation, and the conformance suite that any implementation runs.
+//! Floor 1: the `Device` trait, its CPU and CUDA implementations, and the conformance suite that any implementation runs.
 //!
 //! A [`Device`] is a set of fallible operations on flat device buffers. Tensors are views (an offset into a buffer), so
 //! all weights lie in one buffer and all gradients in another, laid out by `tarazed_domain::ParameterLayout`.
@@ -11,7 +11,7 @@
 //!   parallelism is over lanes.
 //! - **STEP-4** the AdamW pass makes the 128-bit hash of each block it writes ([`hash`]).
 //!
-//! This crate knows no model, does no I/O beyond device memory, and starts no thread.
+//! This crate knows no model, does no I/O beyond device memory and the folder of compiled kernels, and starts no thread.
 
 pub mod conformance;
 pub mod cpu;

@@ -1,5 +1,6 @@
 //! The emulator itself: kernels that are wrong on purpose (`kernels/cuda/emulator/faults.cu`), and what it says of each.
 #![cfg(feature = "emulator")]
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Command;

@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __x86_64__
+#ifdef TARAZED_EMULATOR_SWITCH
 asm(R"(
 .text
 .globl emulator_switch
@@ -156,6 +156,8 @@ struct Engine {
     const Kernel* kernel = nullptr;
     void** arguments = nullptr;
     u32 at_barrier = 0, done = 0, count = 0;
+    // Rows that `ldmatrix` read from banks that another row of the same phase took, since it was last asked.
+    u64 bank_conflicts = 0;
     std::string error;
 };
 
@@ -229,6 +231,13 @@ void load(Warp& warp, bool transposed) {
         if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("ldmatrix reads a row that is not aligned to 16 bytes");
     }
     for (u32 matrix = 0; matrix < 4; ++matrix) {
+        // Each matrix is one phase: its eight rows of 16 bytes should meet all 32 banks.
+        u32 banks = 0;
+        for (u32 row = 0; row < 8; ++row) {
+            const auto address = reinterpret_cast<std::uintptr_t>(warp.operands[8 * matrix + row].in[0]);
+            banks |= 1u << (address / 16 % 8);
+        }
+        engine().bank_conflicts += 8 - count_bits(banks);
         u16 elements[8][8];
         for (u32 row = 0; row < 8; ++row) std::memcpy(elements[row], warp.operands[8 * matrix + row].in[0], 16);
         for (u32 lane = 0; lane < LANES; ++lane) {
@@ -288,14 +297,20 @@ void perform(Warp& warp) {
 
 u32 number_of(const Index& index, const Index& size) { return index.x + size.x * (index.y + size.y * index.z); }
 
-// Runs one block's fibres in `order` until all are done. Returns false where that cannot be, and says why.
-bool run_block(const std::vector<u32>& order) {
+// The order in which a block's threads run, and how many of them take turns before the next have theirs.
+struct Schedule {
+    std::vector<u32> order;
+    u32 run;
+};
+
+// Runs one block's fibres until all are done. Returns false where that cannot be, and says why.
+bool run_block(const Schedule& schedule) {
     Engine& e = engine();
     e.at_barrier = e.done = 0;
     std::fill(e.warps.begin(), e.warps.end(), Warp{});
     std::memset(__start_emulated_shared, POISON, static_cast<std::size_t>(__stop_emulated_shared - __start_emulated_shared));
     e.shared.poison();
-    for (u32 number : order) {
+    for (u32 number : schedule.order) {
         Thread& thread = *e.threads[number];
         thread.state = State::Ready;
         thread.copies.clear();
@@ -306,14 +321,21 @@ bool run_block(const std::vector<u32>& order) {
     }
     while (e.done < e.count) {
         bool moved = false;
-        for (u32 number : order) {
-            Thread& thread = *e.threads[number];
-            if (thread.state != State::Ready) continue;
-            moved = true;
-            e.running = &thread;
-            place.thread = thread.index;
-            switch_to(e.scheduler, thread.execution);
-            if (!e.error.empty()) return false;
+        for (u32 first = 0; first < e.count; first += schedule.run) {
+            // A run of threads goes on until none of it can, then the next.
+            bool again = true;
+            while (again) {
+                again = false;
+                for (u32 at = first; at < first + schedule.run; ++at) {
+                    Thread& thread = *e.threads[schedule.order[at]];
+                    if (thread.state != State::Ready) continue;
+                    again = moved = true;
+                    e.running = &thread;
+                    place.thread = thread.index;
+                    switch_to(e.scheduler, thread.execution);
+                    if (!e.error.empty()) return false;
+                }
+            }
         }
         if (moved) continue;
         std::string waiting;
@@ -333,6 +355,17 @@ std::vector<u32> order_of(u32 count, u64 order) {
     for (u32 number = 0; number < count; ++number) numbers[number] = order == 1 ? count - 1 - number : number;
     if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937_64(order));
     return numbers;
+}
+
+// Either warp by warp, each as far as it gets: what one warp does must not need that another has not gone on. Or all threads in turn,
+// in an order that mixes the warps.
+Schedule schedule_of(u32 count, u64 order) {
+    if (order > 1 && order % 2 == 0) return {order_of(count, order), count};
+    std::vector<u32> threads;
+    for (u32 warp : order_of(count / LANES, order)) {
+        for (u32 lane : order_of(LANES, order)) threads.push_back(warp * LANES + lane);
+    }
+    return {threads, LANES};
 }
 
 template <typename... A, std::size_t... I>
@@ -383,6 +416,7 @@ const Kernel KERNELS[] = {
     ENTRY(faults, fault_left_copy),
     ENTRY(faults, fault_alignment),
     ENTRY(faults, fault_beyond),
+    ENTRY(faults, fault_banks),
 };
 
 // Names the thread whose access faulted, then lets the fault take its course.
@@ -506,7 +540,15 @@ void copy_async_wait(u32 pending) {
 
 } // namespace emulator
 
-// Runs a kernel to its end. `order` is that of blocks and of threads: 0 forward, 1 backward, any other the seed of a random one.
+// How often `ldmatrix` met a bank twice since this was last asked: a number of rows.
+extern "C" __attribute__((visibility("default"))) u64 tarazed_emulator_bank_conflicts() {
+    emulator::Engine& e = emulator::engine();
+    const std::lock_guard guard(e.lock);
+    return std::exchange(e.bank_conflicts, 0);
+}
+
+// Runs a kernel to its end. `order` is that of blocks and of warps: 0 forward, 1 backward, any other the seed of a random one; even
+// seeds mix the threads of all warps, else each warp runs as far as it gets.
 // `arguments` points to the values, as for the CUDA driver. Returns 0, or 1 with the cause in `error`, cut to `error_bytes`.
 extern "C" __attribute__((visibility("default"))) int tarazed_emulator_launch(const char* name, const u32* grid,
                                                                               const u32* block, u32 shared_bytes,
@@ -528,10 +570,10 @@ extern "C" __attribute__((visibility("default"))) int tarazed_emulator_launch(co
         e.warps.assign(e.count / LANES, Warp{});
         while (e.threads.size() < e.count) e.threads.push_back(std::make_unique<Thread>());
         e.shared.resize(shared_bytes);
-        const std::vector<u32> threads = order_of(e.count, order);
+        const Schedule schedule = schedule_of(e.count, order);
         for (u32 number : order_of(grid[0] * grid[1] * grid[2], order)) {
             place.block = {number % grid[0], number / grid[0] % grid[1], number / grid[0] / grid[1]};
-            if (!run_block(threads)) break;
+            if (!run_block(schedule)) break;
         }
     }
     if (e.error.empty()) return 0;

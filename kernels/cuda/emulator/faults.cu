@@ -78,3 +78,11 @@ KERNEL(fault_beyond, 1024, 1)(float* out) {
     DYNAMIC_SHARED(dynamic);
     reinterpret_cast<float*>(dynamic)[4 * blockDim.x + threadIdx.x] = out[threadIdx.x];
 }
+
+// Reads eight rows that all lie in the same banks.
+KERNEL(fault_banks, 1024, 1)(float* out) {
+    DYNAMIC_SHARED(dynamic);
+    u32 rows[4];
+    load_matrices(rows, dynamic + lane_of_warp() % 8 * 128);
+    out[threadIdx.x] = static_cast<float>(rows[0]);
+}

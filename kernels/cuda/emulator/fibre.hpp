@@ -1,12 +1,17 @@
 // A stack of its own and a way to and from it. On x86-64 a switch is a dozen instructions; elsewhere it is `swapcontext`.
 #pragma once
 
+// Set to try the portable way where the other one is there, too.
+#if defined(__x86_64__) && !defined(TARAZED_EMULATOR_PORTABLE)
+#define TARAZED_EMULATOR_SWITCH
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <sys/mman.h>
 #include <unistd.h>
-#ifndef __x86_64__
+#ifndef TARAZED_EMULATOR_SWITCH
 #include <ucontext.h>
 #endif
 #ifdef __SANITIZE_ADDRESS__
@@ -18,7 +23,7 @@ namespace emulator {
 
 // Where an execution stands while another one runs.
 struct Execution {
-#ifdef __x86_64__
+#ifdef TARAZED_EMULATOR_SWITCH
     void* stack_pointer = nullptr;
 #else
     ucontext_t context{};
@@ -29,7 +34,7 @@ struct Execution {
     std::size_t bytes = 0;
 };
 
-#ifdef __x86_64__
+#ifdef TARAZED_EMULATOR_SWITCH
 extern "C" void emulator_switch(void** save, void* load);
 #endif
 
@@ -38,7 +43,7 @@ inline void switch_to(Execution& from, Execution& to) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.bytes);
 #endif
-#ifdef __x86_64__
+#ifdef TARAZED_EMULATOR_SWITCH
     emulator_switch(&from.stack_pointer, to.stack_pointer);
 #else
     swapcontext(&from.context, &to.context);
@@ -71,7 +76,7 @@ class Stack {
         // A fibre never returns from its first function, whose frame stays marked.
         __asan_unpoison_memory_region(memory_, BYTES);
 #endif
-#ifdef __x86_64__
+#ifdef TARAZED_EMULATOR_SWITCH
         // Six registers that the switch restores, where it returns to, and a return address that is never used.
         auto* top = reinterpret_cast<void**>(memory_ + BYTES);
         *--top = nullptr;

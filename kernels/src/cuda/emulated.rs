@@ -170,9 +170,16 @@ impl EmulatedDriver {
         })
     }
 
-    /// The order in which blocks and threads run from now on: 0 forward, 1 backward, any other the seed of a random one.
+    /// The order in which blocks and warps run from now on: 0 forward, 1 backward, any other the seed of a random one. Even seeds
+    /// mix the threads of all warps; in all other orders each warp runs as far as it gets before the next begins.
     pub fn set_order(&self, order: u64) {
         self.order.store(order, Ordering::Relaxed);
+    }
+
+    /// Rows of 16 bytes that tensor core loads (`ldmatrix`) found in a bank that another row of the same phase had taken, since
+    /// this was last asked. Counted for the whole process: every driver has the same emulator.
+    pub fn take_bank_conflicts(&self) -> u64 {
+        self.emulator.bank_conflicts()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

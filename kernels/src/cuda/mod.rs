@@ -39,4 +39,4 @@ pub mod table;
 
 pub use device::CudaDevice;
 pub use memory::{CudaBuffer, CudaTokens};
-pub use stream::CudaStream;
+pub use stream::{CudaStream, STAGING_BYTES};

@@ -15,7 +15,7 @@ use crate::device::DeviceError;
 use std::sync::Arc;
 
 /// Bytes of the staging buffer: long enough that a copy's fixed cost does not show.
-pub(super) const STAGING_BYTES: usize = 4 << 20;
+pub const STAGING_BYTES: usize = 4 << 20;
 
 /// What a run of scratch memory is for; one operation never needs two runs of one kind.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,7 +1,7 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
 use crate::commands::{
-    bench, checkpoint, data, decide, generate, plan, rank, resize, status, tokenizer, trace, train,
+    bench, checkpoint, data, decide, generate, gpu_check, plan, rank, resize, status, tokenizer, trace, train,
 };
 use clap::{Parser, Subcommand};
 
@@ -56,6 +56,8 @@ pub enum Command {
     /// Compare ways to train.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Check this machine's GPU: results, the same bits each time, speed. Exits with 2 where there is none.
+    GpuCheck(gpu_check::Args),
 }
 
 #[cfg(test)]

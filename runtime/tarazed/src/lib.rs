@@ -7,6 +7,8 @@ pub mod cli;
 pub mod commands;
 pub mod exit;
 pub mod finale;
+#[cfg(feature = "cuda")]
+pub mod gpu_check;
 pub mod inference;
 pub mod mixture;
 pub mod outlet;

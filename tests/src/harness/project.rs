@@ -46,6 +46,9 @@ sequences_per_domain_max = 4
 [checkpoint]
 interval_steps = 20
 keep_last = 3
+
+[cluster]
+device = "cpu"
 "#;
 
 const TEMPORARY: &str = "tmp";

@@ -79,6 +79,7 @@ type LaunchFunction = unsafe extern "C" fn(
 /// The emulator as it was loaded; it stays so.
 pub(super) struct Emulator {
     launch: LaunchFunction,
+    bank_conflicts: unsafe extern "C" fn() -> u64,
     /// What it was compiled by.
     pub compiler: String,
     _library: Library,
@@ -106,19 +107,29 @@ impl Emulator {
             cause,
         };
         // SAFETY: the library is compiled from this crate's sources, which run no initialiser that does more than set up
-        // their own statics; its one symbol has the type that `emulator.cpp` declares.
-        let (library, launch) = unsafe {
+        // their own statics; its two symbols have the types that `emulator.cpp` declares.
+        let (library, launch, bank_conflicts) = unsafe {
             let library = Library::new(&path).map_err(failed)?;
             let launch = *library
                 .get::<LaunchFunction>(b"tarazed_emulator_launch\0")
                 .map_err(failed)?;
-            (library, launch)
+            let bank_conflicts = *library
+                .get::<unsafe extern "C" fn() -> u64>(b"tarazed_emulator_bank_conflicts\0")
+                .map_err(failed)?;
+            (library, launch, bank_conflicts)
         };
         Ok(Self {
             launch,
+            bank_conflicts,
             compiler,
             _library: library,
         })
+    }
+
+    /// Rows of matrices that met a bank twice since this was last asked, by any thread of this process.
+    pub fn bank_conflicts(&self) -> u64 {
+        // SAFETY: the function takes nothing and guards its state by a lock.
+        unsafe { (self.bank_conflicts)() }
     }
 
     /// Runs a kernel to its end, blocks and threads in that order (0 forward, 1 backward, any other the seed of a random

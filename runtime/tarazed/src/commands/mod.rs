@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod decide;
 pub mod generate;
+pub mod gpu_check;
 pub mod plan;
 pub mod rank;
 pub mod resize;
@@ -34,6 +35,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Bench(command) => bench::run(&command),
         Command::Data(command) => data::run(&command),
         Command::Tokenizer(command) => tokenizer::run(&command),
+        Command::GpuCheck(args) => gpu_check::run(&args),
     }
 }
 

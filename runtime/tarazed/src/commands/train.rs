@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
+use tarazed_actors::rank::DeviceChoice;
 use tarazed_actors::run_folder::{Existing, FolderError, Occupied, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
@@ -56,6 +57,14 @@ impl Args {
         if self.steps == Some(0) {
             return Err(Failure::refused("--steps", "is 0", "stop after at least 1 step"));
         }
+        let device = DeviceChoice::of(&config).map_err(|refused| {
+            Failure::refused(
+                "cluster.device",
+                refused.cause,
+                format!("set it to \"cpu\", or {}", refused.remedy),
+            )
+        })?;
+        config.cluster.device = device.resolved();
         Ok(config)
     }
 

@@ -7,6 +7,9 @@ use std::convert::Infallible;
 use tarazed_domain::config::Config;
 use tarazed_domain::lanes::{LaneRange, LaneTree, Node, TreeFold};
 use tarazed_domain::layout::{ParameterLayout, ShardLayout};
+use tarazed_kernels::cuda::STAGING_BYTES;
+use tarazed_kernels::cuda::driver::GEMM_WORKSPACE_BYTES;
+use tarazed_kernels::cuda::table::norm_partials;
 
 /// Logits that the head holds at once, in elements, and its least number of rows.
 const LOGITS: (u64, u64) = (1 << 20, 64);
@@ -47,6 +50,8 @@ pub struct Shares {
     pub lanes: u32,
     /// f32 gradient buffers that folding those lanes holds at once.
     pub gradient_buffers: u64,
+    /// Partial gradients that a rank ships, at most: its maximal nodes.
+    pub own_nodes: u64,
     /// Partial gradients that a rank takes in from the others: their maximal nodes.
     pub foreign_nodes: u64,
     /// Compute threads that work at once, each on a lane of its own.
@@ -96,6 +101,7 @@ impl Shares {
             lanes,
             gradient_buffers: ranges.iter().map(|&range| fold_buffers(tree, range)).max().unwrap_or(0)
                 + threads.saturating_sub(1),
+            own_nodes: nodes.iter().max().copied().unwrap_or(0),
             foreign_nodes: nodes.iter().sum::<u64>() - nodes.iter().min().copied().unwrap_or(0),
             threads,
             shard_elements: shard_elements as u64,
@@ -126,7 +132,46 @@ pub fn terms(config: &Config, hardware: &Hardware, shares: &Shares) -> Vec<Term>
     let on_gpu = matches!(hardware, Hardware::Gpu { .. });
     let mut terms = state_terms(shares, on_gpu);
     terms.extend(working_terms(config, shares, on_gpu));
+    if on_gpu {
+        terms.extend(gpu_terms(config, shares));
+    }
     terms
+}
+
+/// What a CUDA device needs besides, as its streams and the data plane's way over the host use it.
+fn gpu_terms(config: &Config, shares: &Shares) -> [Term; 3] {
+    let (model, threads) = (&config.model, shares.threads);
+    let tokens = config.batch.micro_batch_sequences as usize * model.context;
+    let (partials, _) = norm_partials(tokens);
+    let sums = (partials * model.hidden).max(tokens * model.heads) as u64 * 4;
+    let workspace = GEMM_WORKSPACE_BYTES as u64;
+    let streams = threads + 1;
+    let (staging, n) = (STAGING_BYTES as u64, shares.parameters);
+    let (own, foreign) = (shares.own_nodes, shares.foreign_nodes);
+    let primary = shares.primaries * shares.shard_elements;
+    [
+        Term {
+            name: "products and partial sums",
+            place: Place::Device,
+            bytes: threads * (workspace + sums),
+            formula: format!("{threads} threads x ({workspace} B of product workspace + {sums} B of partial sums)"),
+        },
+        Term {
+            name: "pinned staging",
+            place: Place::Host,
+            bytes: streams * staging,
+            formula: format!("{streams} streams x {staging} B"),
+        },
+        Term {
+            name: "exchange staging",
+            place: Place::Host,
+            bytes: (own * n.saturating_sub(primary) + foreign * primary) * 4,
+            formula: format!(
+                "({own} own nodes x ({n} parameters - {primary} of primary shards) + {foreign} nodes of other ranks x {primary}) \
+                 x 4 B"
+            ),
+        },
+    ]
 }
 
 fn state_terms(shares: &Shares, on_gpu: bool) -> Vec<Term> {

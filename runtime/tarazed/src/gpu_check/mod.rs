@@ -1,0 +1,131 @@
+//! Whether a GPU computes what it must, the same each time, and how fast: what `tarazed gpu-check` finds out.
+//!
+//! Checks are generic over the device, so that they run, and fail where they must, without a GPU, too. Nothing is said of a
+//! check that did not run: the report holds what ran, and the first failure ends it.
+
+pub mod determinism;
+pub mod timing;
+
+use serde_json::{Value, json};
+use tarazed_kernels::cuda::CudaDevice;
+use tarazed_kernels::cuda::driver::Driver;
+use tarazed_kernels::{Device, conformance};
+
+/// Unit roundoff of bf16, the working precision of CUDA devices.
+const BF16_UNIT_ROUNDOFF: f64 = 1.0 / (1_u64 << 8) as f64;
+
+/// A check that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{check}: {cause}")]
+pub struct CheckFailed {
+    /// Which.
+    pub check: &'static str,
+    /// Why.
+    pub cause: String,
+}
+
+impl CheckFailed {
+    /// For errors of what a check is made of.
+    pub(crate) fn because<E: std::fmt::Display>(check: &'static str) -> impl Fn(E) -> Self {
+        move |error| Self {
+            check,
+            cause: error.to_string(),
+        }
+    }
+}
+
+/// What to check with.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// Seeds of the conformance suite's inputs.
+    pub seeds: Vec<u64>,
+    /// The model whose passes are compared bit for bit.
+    pub determinism: determinism::Sizes,
+    /// What is timed.
+    pub timing: timing::Sizes,
+}
+
+/// Checks a device. Returns the report, and the failure that ended it if one did.
+pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Option<CheckFailed>) {
+    let facts = device.facts();
+    let mut report = json!({
+        "device": {
+            "type": device.device_type(), "name": facts.name,
+            "compute_capability": format!("{}.{}", facts.capability.0, facts.capability.1),
+            "multiprocessors": facts.multiprocessors, "memory_bytes": facts.memory_bytes,
+            "driver_version": facts.driver_version,
+        },
+    });
+    let failed = run(device, extent, &mut report).err();
+    report["passed"] = json!(failed.is_none());
+    if let Some(failure) = &failed {
+        report["failure"] = json!(failure.to_string());
+    }
+    (report, failed)
+}
+
+fn run<D: Driver>(device: &CudaDevice<D>, extent: &Extent, report: &mut Value) -> Result<(), CheckFailed> {
+    let mut suites = Vec::new();
+    for &seed in &extent.seeds {
+        let measured = conformance::run(device, BF16_UNIT_ROUNDOFF, seed)
+            .map_err(CheckFailed::because("conformance"))?;
+        let kernels: Vec<Value> = measured
+            .iter()
+            .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share}))
+            .collect();
+        suites.push(json!({"seed": seed, "kernels": kernels}));
+        report["conformance"] = json!(suites);
+    }
+    report["determinism"] = determinism::check(device, &extent.determinism)?;
+    report["timings"] = timing::measure(device, &extent.timing)?;
+    let plans: Vec<Value> = device
+        .plans()
+        .iter()
+        .map(|(key, plan)| {
+            json!({
+                "shape": format!("{key:?}"), "algorithm": plan.algorithm, "workspace_bytes": plan.workspace_bytes,
+            })
+        })
+        .collect();
+    report["matrix_product_plans"] = json!(plans);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tarazed_kernels::cuda::driver::Severity;
+    use tarazed_kernels::cuda::recording::RecordingDriver;
+
+    fn extent() -> Extent {
+        Extent {
+            seeds: vec![1],
+            determinism: determinism::Sizes::small(),
+            timing: timing::Sizes::small(),
+        }
+    }
+
+    /// A device that computes nothing fails the first check, and the report says nothing of the others.
+    #[test]
+    fn a_device_that_computes_nothing_does_not_pass() {
+        let device = CudaDevice::new(RecordingDriver::new()).expect("a device");
+        let (report, failed) = check(&device, &extent());
+        assert_eq!(failed.expect("fails").check, "conformance");
+        assert_eq!(report["passed"], json!(false));
+        assert!(report["failure"].as_str().is_some_and(|text| text.starts_with("conformance: gemm")));
+        for absent in ["conformance", "determinism", "timings"] {
+            assert!(report[absent].is_null(), "{report}");
+        }
+        assert_eq!(report["device"]["name"], json!("recorder"));
+    }
+
+    #[test]
+    fn a_device_that_fails_is_told_with_its_cause() {
+        let recorder = RecordingDriver::new();
+        let device = CudaDevice::new(recorder.clone()).expect("a device");
+        recorder.fail(recorder.asked().len() + 40, Severity::Sticky);
+        let (report, failed) = check(&device, &extent());
+        assert!(failed.expect("fails").to_string().contains("CUDA_ERROR_ILLEGAL_ADDRESS"));
+        assert!(report["failure"].as_str().is_some_and(|text| text.contains("CUDA_ERROR_ILLEGAL_ADDRESS")));
+    }
+}
