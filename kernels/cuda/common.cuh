@@ -3,8 +3,10 @@
 
 #include "platform.cuh"
 
-// Elements that a thread handles together: 16 bytes of bf16.
+// Elements that a thread handles together, 16 bytes: in kernels over bf16, and where f32 takes part. Neighbouring threads then have
+// neighbouring 16 bytes, and each of a warp's accesses covers whole lines.
 constexpr u32 CHUNK = 8;
+constexpr u32 QUAD = 4;
 
 constexpr float NOT_A_NUMBER = __builtin_bit_cast(float, 0x7FFFFFFFu);
 constexpr float INFINITE = __builtin_bit_cast(float, 0x7F800000u);
@@ -17,33 +19,43 @@ DEVICE u32 chunk_length(u32 width, u32 index) {
     return left < CHUNK ? left : CHUNK;
 }
 
-// Whether 16 bytes can be moved at once.
-DEVICE bool is_aligned(const void* pointer) { return (reinterpret_cast<u64>(pointer) & 15) == 0; }
+// Whether so many bytes can be moved at once.
+template <u32 BYTES = 16> DEVICE bool is_aligned(const void* pointer) {
+    return reinterpret_cast<u64>(pointer) % BYTES == 0;
+}
 
 DEVICE void unpack(u32 pair, float& low, float& high) {
     low = bits_to_float(pair << 16);
     high = bits_to_float(pair & 0xFFFF0000u);
 }
 
-// A chunk of `length` elements; those beyond are zero. The fast way and the slow one give the same values.
-DEVICE void load_chunk(const bf16* from, u32 length, float (&to)[CHUNK]) {
-    if (length == CHUNK && is_aligned(from)) {
-        const u32x4 words = *reinterpret_cast<const u32x4*>(from);
-        unpack(words.x, to[0], to[1]);
-        unpack(words.y, to[2], to[3]);
-        unpack(words.z, to[4], to[5]);
-        unpack(words.w, to[6], to[7]);
+// A chunk of `length` elements, at most N; those beyond are zero. The fast way and the slow one give the same values.
+template <u32 N> DEVICE void load_chunk(const bf16* from, u32 length, float (&to)[N]) {
+    static_assert(N == CHUNK || N == QUAD);
+    if (length == N && is_aligned<2 * N>(from)) {
+        if constexpr (N == CHUNK) {
+            const u32x4 words = *reinterpret_cast<const u32x4*>(from);
+            unpack(words.x, to[0], to[1]);
+            unpack(words.y, to[2], to[3]);
+            unpack(words.z, to[4], to[5]);
+            unpack(words.w, to[6], to[7]);
+        } else {
+            const u32x2 words = *reinterpret_cast<const u32x2*>(from);
+            unpack(words.x, to[0], to[1]);
+            unpack(words.y, to[2], to[3]);
+        }
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) to[i] = i < length ? to_float(from[i]) : 0.0f;
+    for (u32 i = 0; i < N; ++i) to[i] = i < length ? to_float(from[i]) : 0.0f;
 }
 
-DEVICE void load_chunk(const float* from, u32 length, float (&to)[CHUNK]) {
-    if (length == CHUNK && is_aligned(from)) {
+template <u32 N> DEVICE void load_chunk(const float* from, u32 length, float (&to)[N]) {
+    static_assert(N % QUAD == 0);
+    if (length == N && is_aligned(from)) {
         const u32x4* words = reinterpret_cast<const u32x4*>(from);
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
+        for (u32 i = 0; i < N / QUAD; ++i) {
             const u32x4 quad = words[i];
             to[4 * i] = bits_to_float(quad.x);
             to[4 * i + 1] = bits_to_float(quad.y);
@@ -53,33 +65,40 @@ DEVICE void load_chunk(const float* from, u32 length, float (&to)[CHUNK]) {
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) to[i] = i < length ? from[i] : 0.0f;
+    for (u32 i = 0; i < N; ++i) to[i] = i < length ? from[i] : 0.0f;
 }
 
-DEVICE void store_chunk(bf16* to, u32 length, const float (&from)[CHUNK]) {
-    if (length == CHUNK && is_aligned(to)) {
-        *reinterpret_cast<u32x4*>(to) = u32x4{pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
-                                              pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7])};
+template <u32 N> DEVICE void store_chunk(bf16* to, u32 length, const float (&from)[N]) {
+    static_assert(N == CHUNK || N == QUAD);
+    if (length == N && is_aligned<2 * N>(to)) {
+        const u32 first = pack_bf16(from[0], from[1]), second = pack_bf16(from[2], from[3]);
+        if constexpr (N == CHUNK) {
+            const u32 third = pack_bf16(from[4], from[5]), fourth = pack_bf16(from[6], from[7]);
+            *reinterpret_cast<u32x4*>(to) = u32x4{first, second, third, fourth};
+        } else {
+            *reinterpret_cast<u32x2*>(to) = u32x2{first, second};
+        }
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) {
+    for (u32 i = 0; i < N; ++i) {
         if (i < length) to[i] = to_bf16(from[i]);
     }
 }
 
-DEVICE void store_chunk(float* to, u32 length, const float (&from)[CHUNK]) {
-    if (length == CHUNK && is_aligned(to)) {
+template <u32 N> DEVICE void store_chunk(float* to, u32 length, const float (&from)[N]) {
+    static_assert(N % QUAD == 0);
+    if (length == N && is_aligned(to)) {
         u32x4* words = reinterpret_cast<u32x4*>(to);
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
+        for (u32 i = 0; i < N / QUAD; ++i) {
             words[i] = u32x4{float_to_bits(from[4 * i]), float_to_bits(from[4 * i + 1]), float_to_bits(from[4 * i + 2]),
                              float_to_bits(from[4 * i + 3])};
         }
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) {
+    for (u32 i = 0; i < N; ++i) {
         if (i < length) to[i] = from[i];
     }
 }

@@ -87,10 +87,11 @@ template <u32 D> DEVICE void load_right_transposed(u32 (&to)[4], Tile<D> tile, u
     load_matrices_transposed(to, tile.piece(term + lane % 16, column / CHUNK + lane / 16));
 }
 
-// c[m] += left · rightᵀ for `M` row fragments from row `row` on; right has `COLUMNS` rows, both are D wide.
+// c[m] += left · rightᵀ for `M` row fragments from row `row` on; right has `COLUMNS` rows, both are D wide. Terms are not unrolled
+// whole: the addresses of eight steps held at once do not fit beside the accumulators.
 template <u32 M, u32 COLUMNS, u32 D>
 DEVICE void multiply_transposed(Accumulators<COLUMNS> (&c)[M], Tile<D> left, u32 row, Tile<D> right) {
-#pragma unroll
+#pragma unroll 4
     for (u32 term = 0; term < D; term += FRAGMENT_TERMS) {
         u32 a[M][4];
 #pragma unroll

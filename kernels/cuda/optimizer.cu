@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-// Elements of a parameter block that one block of threads goes through; a multiple of CHUNK, so that no pair of words is cut.
+// Elements of a parameter block that one block of threads goes through; a multiple of QUAD, so that no pair of words is cut.
 constexpr u64 OPTIMIZER_TILE = 8192;
 constexpr u32 THREADS = 256;
 
@@ -42,10 +42,10 @@ struct HashSums {
 
 // Adds the products of one array's neighbouring words under their keys. `factor_1` and `factor_2` are the array's. A last odd
 // word has a partner that is zero and keyed; pairs beyond it do not count.
-DEVICE void hash_chunk(HashSums& sums, const u32 (&keys)[CHUNK], const float (&values)[CHUNK], u32 length, u32 factor_1,
+DEVICE void hash_quad(HashSums& sums, const u32 (&keys)[QUAD], const float (&values)[QUAD], u32 length, u32 factor_1,
                        u32 factor_2) {
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; i += 2) {
+    for (u32 i = 0; i < QUAD; i += 2) {
         if (i < length) {
             const u32 left = float_to_bits(values[i]);
             const u32 right = i + 1 < length ? float_to_bits(values[i + 1]) : 0;
@@ -60,18 +60,18 @@ DEVICE void hash_chunk(HashSums& sums, const u32 (&keys)[CHUNK], const float (&v
 }
 
 struct State {
-    float master[CHUNK], first_moment[CHUNK], second_moment[CHUNK];
+    float master[QUAD], first_moment[QUAD], second_moment[QUAD];
 };
 
-DEVICE void hash_state(HashSums& sums, const u32 (&keys)[CHUNK], const State& state, u32 length) {
-    hash_chunk(sums, keys, state.master, length, 0x2C1B3C6Du, 0x297A2D39u);
-    hash_chunk(sums, keys, state.first_moment, length, 0x9ACD5B91u, 0xC2B2AE35u);
-    hash_chunk(sums, keys, state.second_moment, length, 0x85EBCA6Bu, 0xCC9E2D51u);
+DEVICE void hash_state(HashSums& sums, const u32 (&keys)[QUAD], const State& state, u32 length) {
+    hash_quad(sums, keys, state.master, length, 0x2C1B3C6Du, 0x297A2D39u);
+    hash_quad(sums, keys, state.first_moment, length, 0x9ACD5B91u, 0xC2B2AE35u);
+    hash_quad(sums, keys, state.second_moment, length, 0x85EBCA6Bu, 0xCC9E2D51u);
 }
 
-DEVICE void chunk_keys(Seeds seeds, u64 position, u32 (&keys)[CHUNK]) {
+DEVICE void quad_keys(Seeds seeds, u64 position, u32 (&keys)[QUAD]) {
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) keys[i] = position_key(seeds, static_cast<u32>(position) + i);
+    for (u32 i = 0; i < QUAD; ++i) keys[i] = position_key(seeds, static_cast<u32>(position) + i);
 }
 
 DEVICE void load_state(const float* master, const float* first_moment, const float* second_moment, u64 at, u32 length,
@@ -95,10 +95,10 @@ struct AdamwScalars {
     float beta1, one_minus_beta1, beta2, one_minus_beta2, keep, step_size, inverse_root_correction, eps, gradient_scale;
 };
 
-// One chunk's update.
-DEVICE void update(const AdamwScalars& s, const float (&gradient)[CHUNK], State& state) {
+// One quad's update.
+DEVICE void update(const AdamwScalars& s, const float (&gradient)[QUAD], State& state) {
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) {
+    for (u32 i = 0; i < QUAD; ++i) {
         const float g = gradient[i] * s.gradient_scale;
         const float m = fused(g, s.one_minus_beta1, state.first_moment[i] * s.beta1);
         const float v = fused(g * s.one_minus_beta2, g, state.second_moment[i] * s.beta2);
@@ -122,15 +122,15 @@ KERNEL(adamw, 256, 2)(const float* gradient, float* master, float* first_moment,
     const u64 start = blockIdx.x * block_elements, tile = blockIdx.y * OPTIMIZER_TILE;
     const u64 end = block_elements - tile < OPTIMIZER_TILE ? block_elements : tile + OPTIMIZER_TILE;
     HashSums before = {}, after = {};
-    for (u64 position = tile + threadIdx.x * CHUNK; position < end; position += THREADS * CHUNK) {
+    for (u64 position = tile + threadIdx.x * QUAD; position < end; position += THREADS * QUAD) {
         const u64 at = start + position;
-        const u32 length = end - position < CHUNK ? static_cast<u32>(end - position) : CHUNK;
-        float slope[CHUNK];
+        const u32 length = end - position < QUAD ? static_cast<u32>(end - position) : QUAD;
+        float slope[QUAD];
         State state;
-        u32 keys[CHUNK];
+        u32 keys[QUAD];
         load_chunk(gradient + at, length, slope);
         load_state(master, first_moment, second_moment, at, length, state);
-        chunk_keys(seeds, position, keys);
+        quad_keys(seeds, position, keys);
         hash_state(before, keys, state, length);
         update(scalars, slope, state);
         hash_state(after, keys, state, length);
@@ -152,12 +152,12 @@ KERNEL(block_hashes, 256, 2)(const float* master, const float* first_moment, con
     const u64 start = blockIdx.x * block_elements, tile = blockIdx.y * OPTIMIZER_TILE;
     const u64 end = block_elements - tile < OPTIMIZER_TILE ? block_elements : tile + OPTIMIZER_TILE;
     HashSums sums = {};
-    for (u64 position = tile + threadIdx.x * CHUNK; position < end; position += THREADS * CHUNK) {
-        const u32 length = end - position < CHUNK ? static_cast<u32>(end - position) : CHUNK;
+    for (u64 position = tile + threadIdx.x * QUAD; position < end; position += THREADS * QUAD) {
+        const u32 length = end - position < QUAD ? static_cast<u32>(end - position) : QUAD;
         State state;
-        u32 keys[CHUNK];
+        u32 keys[QUAD];
         load_state(master, first_moment, second_moment, start + position, length, state);
-        chunk_keys(seeds, position, keys);
+        quad_keys(seeds, position, keys);
         hash_state(sums, keys, state, length);
     }
     add_sums(sums, hash_sums + static_cast<u64>(blockIdx.x) * 2, scratch);

@@ -28,6 +28,10 @@ struct alignas(16) u32x4 {
     u32 x, y, z, w;
 };
 
+struct alignas(8) u32x2 {
+    u32 x, y;
+};
+
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_to_bits(float x) { return __float_as_uint(x); }
 

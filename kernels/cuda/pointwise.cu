@@ -1,21 +1,27 @@
 // Kernels whose outputs are functions of few inputs each: conversions, additions, rotation, SwiGLU, embedding.
 //
-// All are bound by memory. A thread handles chunks of eight elements, 16 bytes at a time where addresses allow.
-// `kernels/src/cuda/table.rs` says what each takes and how it is launched.
+// All are bound by memory. A thread handles 16 bytes at a time where addresses allow. `kernels/src/cuda/table.rs` says what each
+// takes and how it is launched.
 
 #include "common.cuh"
 
-// Applies `combine` to the chunk of this thread in `len` elements.
-template <typename Combine> DEVICE void for_chunk(u64 len, Combine combine) {
-    const u64 at = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * CHUNK;
-    if (at >= len) return;
-    const u64 left = len - at;
-    combine(at, left < CHUNK ? static_cast<u32>(left) : CHUNK);
+// Threads of a block of an element-wise kernel, and quads that each of them handles.
+constexpr u32 ELEMENT_THREADS = 256;
+constexpr u32 ELEMENT_QUADS = 2;
+
+// Applies `combine` to this thread's quads of `len` elements.
+template <typename Combine> DEVICE void for_quads(u64 len, Combine combine) {
+#pragma unroll
+    for (u32 i = 0; i < ELEMENT_QUADS; ++i) {
+        const u64 quad = (static_cast<u64>(blockIdx.x) * ELEMENT_QUADS + i) * ELEMENT_THREADS + threadIdx.x;
+        const u64 at = quad * QUAD;
+        if (at < len) combine(at, len - at < QUAD ? static_cast<u32>(len - at) : QUAD);
+    }
 }
 
 template <typename From, typename To> DEVICE void convert(const From* from, To* to, u64 len) {
-    for_chunk(len, [&](u64 at, u32 length) {
-        float values[CHUNK];
+    for_quads(len, [&](u64 at, u32 length) {
+        float values[QUAD];
         load_chunk(from + at, length, values);
         store_chunk(to + at, length, values);
     });
@@ -26,12 +32,12 @@ KERNEL(convert_f32_bf16, 256, 1)(const float* from, bf16* to, u64 len) { convert
 KERNEL(convert_bf16_f32, 256, 1)(const bf16* from, float* to, u64 len) { convert(from, to, len); }
 
 template <typename X, typename Y> DEVICE void add(X* x, const Y* y, u64 len) {
-    for_chunk(len, [&](u64 at, u32 length) {
-        float sum[CHUNK], term[CHUNK];
+    for_quads(len, [&](u64 at, u32 length) {
+        float sum[QUAD], term[QUAD];
         load_chunk(static_cast<const X*>(x + at), length, sum);
         load_chunk(y + at, length, term);
 #pragma unroll
-        for (u32 i = 0; i < CHUNK; ++i) sum[i] += term[i];
+        for (u32 i = 0; i < QUAD; ++i) sum[i] += term[i];
         store_chunk(x + at, length, sum);
     });
 }

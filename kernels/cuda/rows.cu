@@ -48,6 +48,25 @@ KERNEL(rms_norm, 1024, 1)(const bf16* x, const bf16* branch, bf16* sum, const bf
     if (threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
 }
 
+// The sums of a chunk's columns in shared memory: all first quads, then all second ones, so that a warp's accesses meet every bank
+// once.
+DEVICE void load_sums(const float* sums, u32 chunks, u32 chunk, float (&to)[CHUNK]) {
+    float low[QUAD], high[QUAD];
+    load_chunk(sums + chunk * QUAD, QUAD, low);
+    load_chunk(sums + (chunks + chunk) * QUAD, QUAD, high);
+#pragma unroll
+    for (u32 i = 0; i < QUAD; ++i) {
+        to[i] = low[i];
+        to[QUAD + i] = high[i];
+    }
+}
+
+DEVICE void store_sums(float* sums, u32 chunks, u32 chunk, const float (&from)[CHUNK]) {
+    const float low[QUAD] = {from[0], from[1], from[2], from[3]}, high[QUAD] = {from[4], from[5], from[6], from[7]};
+    store_chunk(sums + chunk * QUAD, QUAD, low);
+    store_chunk(sums + (chunks + chunk) * QUAD, QUAD, high);
+}
+
 // Adds one row's share to the sums of the weight's gradient, and returns this thread's part of the dot product that the input's
 // gradient needs. A thread's columns are its own, so the sums need no barrier.
 DEVICE float norm_row_sums(const bf16* x, const bf16* weight, const bf16* dy, float inverse, u32 width, float* sums) {
@@ -58,14 +77,14 @@ DEVICE float norm_row_sums(const bf16* x, const bf16* weight, const bf16* dy, fl
         load_chunk(x + at, length, normal);
         load_chunk(dy + at, length, slope);
         load_chunk(weight + at, length, factor);
-        load_chunk(static_cast<const float*>(sums + at), CHUNK, sum);
+        load_sums(sums, chunks_of(width), chunk, sum);
 #pragma unroll
         for (u32 i = 0; i < CHUNK; ++i) {
             normal[i] *= inverse;
             dot = fused(slope[i] * factor[i], normal[i], dot);
             sum[i] = fused(slope[i], normal[i], sum[i]);
         }
-        store_chunk(sums + at, CHUNK, sum);
+        store_sums(sums, chunks_of(width), chunk, sum);
     }
     return dot;
 }
@@ -98,7 +117,7 @@ KERNEL(rms_norm_backward, 1024, 1)(const bf16* x, const float* inverse_rms, cons
     float* sums = reinterpret_cast<float*>(dynamic);
     const float zeros[CHUNK] = {};
     for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
-        store_chunk(sums + chunk * CHUNK, CHUNK, zeros);
+        store_sums(sums, chunks_of(width), chunk, zeros);
     }
     const u32 first = blockIdx.x * rows_per_partial;
     const u32 end = rows - first < rows_per_partial ? rows : first + rows_per_partial;
@@ -112,7 +131,7 @@ KERNEL(rms_norm_backward, 1024, 1)(const bf16* x, const float* inverse_rms, cons
     float* to = partials + static_cast<u64>(blockIdx.x) * width;
     for (u32 chunk = threadIdx.x; chunk < chunks_of(width); chunk += blockDim.x) {
         float sum[CHUNK];
-        load_chunk(static_cast<const float*>(sums + chunk * CHUNK), CHUNK, sum);
+        load_sums(sums, chunks_of(width), chunk, sum);
         store_chunk(to + chunk * CHUNK, chunk_length(width, chunk), sum);
     }
 }
@@ -220,17 +239,17 @@ KERNEL(cross_entropy, 1024, 1)(bf16* logits, const u32* targets, float* losses, 
     }
 }
 
-// One block of threads for each parameter block. A square is exact in f64; thread t sums chunks t, t + 256, ... in order.
+// One block of threads for each parameter block. A square is exact in f64; thread t sums quads t, t + 256, ... in order.
 KERNEL(square_sums, 256, 1)(const float* x, double* sums, u64 block_elements) {
     SHARED double scratch[WARP];
     const float* block = x + blockIdx.x * block_elements;
     double sum = 0.0;
-    for (u64 at = threadIdx.x * CHUNK; at < block_elements; at += static_cast<u64>(blockDim.x) * CHUNK) {
+    for (u64 at = threadIdx.x * QUAD; at < block_elements; at += static_cast<u64>(blockDim.x) * QUAD) {
         const u64 left = block_elements - at;
-        float values[CHUNK];
-        load_chunk(block + at, left < CHUNK ? static_cast<u32>(left) : CHUNK, values);
+        float values[QUAD];
+        load_chunk(block + at, left < QUAD ? static_cast<u32>(left) : QUAD, values);
 #pragma unroll
-        for (u32 i = 0; i < CHUNK; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+        for (u32 i = 0; i < QUAD; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
     }
     const double total = block_sum(sum, scratch);
     if (threadIdx.x == 0) sums[blockIdx.x] = total;

@@ -31,6 +31,10 @@ struct alignas(16) u32x4 {
     u32 x, y, z, w;
 };
 
+struct alignas(8) u32x2 {
+    u32 x, y;
+};
+
 namespace emulator {
 
 struct Index {

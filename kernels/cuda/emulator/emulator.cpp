@@ -61,6 +61,9 @@ namespace attention_forward {
 namespace attention_backward {
 #include "../attention_backward.cu"
 }
+namespace faults {
+#include "faults.cu"
+}
 
 extern "C" u8 __start_emulated_shared[] __attribute__((visibility("hidden")));
 extern "C" u8 __stop_emulated_shared[] __attribute__((visibility("hidden")));
@@ -153,6 +156,8 @@ struct Engine {
     const Kernel* kernel = nullptr;
     void** arguments = nullptr;
     u32 at_barrier = 0, done = 0, count = 0;
+    // Rows that `ldmatrix` read from banks that another row of the same phase took, since it was last asked.
+    u64 bank_conflicts = 0;
     std::string error;
 };
 
@@ -226,6 +231,13 @@ void load(Warp& warp, bool transposed) {
         if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("ldmatrix reads a row that is not aligned to 16 bytes");
     }
     for (u32 matrix = 0; matrix < 4; ++matrix) {
+        // Each matrix is one phase: its eight rows of 16 bytes should meet all 32 banks.
+        u32 banks = 0;
+        for (u32 row = 0; row < 8; ++row) {
+            const auto address = reinterpret_cast<std::uintptr_t>(warp.operands[8 * matrix + row].in[0]);
+            banks |= 1u << (address / 16 % 8);
+        }
+        engine().bank_conflicts += 8 - count_bits(banks);
         u16 elements[8][8];
         for (u32 row = 0; row < 8; ++row) std::memcpy(elements[row], warp.operands[8 * matrix + row].in[0], 16);
         for (u32 lane = 0; lane < LANES; ++lane) {
@@ -370,6 +382,17 @@ const Kernel KERNELS[] = {
     ENTRY(attention_backward, attention_queries_32),
     ENTRY(attention_backward, attention_queries_64),
     ENTRY(attention_backward, attention_queries_128),
+    ENTRY(faults, fault_missed_barrier),
+    ENTRY(faults, fault_two_barriers),
+    ENTRY(faults, fault_half_warp),
+    ENTRY(faults, fault_divergence),
+    ENTRY(faults, fault_unwritten),
+    ENTRY(faults, fault_race),
+    ENTRY(faults, fault_no_wait),
+    ENTRY(faults, fault_left_copy),
+    ENTRY(faults, fault_alignment),
+    ENTRY(faults, fault_beyond),
+    ENTRY(faults, fault_banks),
 };
 
 // Names the thread whose access faulted, then lets the fault take its course.
@@ -492,6 +515,13 @@ void copy_async_wait(u32 pending) {
 }
 
 } // namespace emulator
+
+// How often `ldmatrix` met a bank twice since this was last asked: a number of rows.
+extern "C" __attribute__((visibility("default"))) u64 tarazed_emulator_bank_conflicts() {
+    emulator::Engine& e = emulator::engine();
+    const std::lock_guard guard(e.lock);
+    return std::exchange(e.bank_conflicts, 0);
+}
 
 // Runs a kernel to its end. `order` is that of blocks and of threads: 0 forward, 1 backward, any other the seed of a random one.
 // `arguments` points to the values, as for the CUDA driver. Returns 0, or 1 with the cause in `error`, cut to `error_bytes`.

@@ -10,6 +10,7 @@
 #include <ucontext.h>
 #endif
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -66,6 +67,10 @@ class Stack {
         to.bottom = memory_;
         to.bytes = BYTES;
         to.fake_stack = nullptr;
+#ifdef __SANITIZE_ADDRESS__
+        // A fibre never returns from its first function, whose frame stays marked.
+        __asan_unpoison_memory_region(memory_, BYTES);
+#endif
 #ifdef __x86_64__
         // Six registers that the switch restores, where it returns to, and a return address that is never used.
         auto* top = reinterpret_cast<void**>(memory_ + BYTES);

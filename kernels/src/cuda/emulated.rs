@@ -175,6 +175,12 @@ impl EmulatedDriver {
         self.order.store(order, Ordering::Relaxed);
     }
 
+    /// Rows of 16 bytes that tensor core loads (`ldmatrix`) found in a bank that another row of the same phase had taken, since
+    /// this was last asked. Counted for the whole process: every driver has the same emulator.
+    pub fn take_bank_conflicts(&self) -> u64 {
+        self.emulator.bank_conflicts()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -32,6 +32,7 @@ mod memory;
 #[cfg(feature = "cuda")]
 pub mod real;
 pub mod recording;
+pub mod resources;
 pub mod snapshot;
 mod stream;
 pub mod table;

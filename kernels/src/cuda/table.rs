@@ -666,8 +666,8 @@ pub const ATTENTION_TILES: [AttentionTiles; 3] = [
     },
 ];
 
-/// Bytes of one row of a tile.
 impl AttentionTiles {
+    /// Bytes of so many rows of a tile.
     const fn rows(&self, rows: u32) -> u32 {
         rows * self.head_dim * Element::Bf16.bytes() as u32
     }
@@ -769,98 +769,4 @@ pub fn attention_queries(call: &Attention) -> Result<Launch, DeviceError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every entry is defined in its source with parameters of the table's types and names, in the table's order.
-    #[test]
-    fn sources_declare_what_the_table_says() {
-        for entry in ENTRIES {
-            let declared = declared(entry);
-            let expected: Vec<String> = entry.arguments.iter().map(parameter).collect();
-            assert_eq!(declared, expected, "{}", entry.name);
-        }
-    }
-
-    /// Parameters of the kernel in its source: `KERNEL(name, threads, blocks)(parameters)`.
-    fn declared(entry: &Entry) -> Vec<String> {
-        let text = entry.source.text;
-        let start = format!("KERNEL({},", entry.name);
-        let (_, after) = text
-            .split_once(&start)
-            .unwrap_or_else(|| panic!("{} has no {start}", entry.source.file));
-        let (_, after) = after.split_once(")(").expect("a list of parameters");
-        let (parameters, _) = after.split_once(')').expect("its end");
-        let one = |parameter: &str| parameter.split_whitespace().collect::<Vec<_>>().join(" ");
-        parameters.split(',').map(one).collect()
-    }
-
-    fn parameter(argument: &Argument) -> String {
-        let kind = match argument.kind {
-            Kind::U32 => "u32".to_owned(),
-            Kind::U64 => "u64".to_owned(),
-            Kind::F32 => "float".to_owned(),
-            Kind::Pointer { element, access, .. } => {
-                let element = match element {
-                    Element::Bf16 => "bf16",
-                    Element::F32 => "float",
-                    Element::F64 => "double",
-                    Element::U32 => "u32",
-                    Element::U64 => "u64",
-                };
-                let constant = if access == Access::Read { "const " } else { "" };
-                format!("{constant}{element}*")
-            }
-        };
-        format!("{kind} {}", argument.name)
-    }
-
-    #[test]
-    fn attention_s_tiles_are_those_of_its_sources() {
-        let text = HEADERS
-            .iter()
-            .find(|header| header.file == "attention.cuh")
-            .expect("it is there")
-            .text;
-        for tiles in &ATTENTION_TILES {
-            let tiling = |name: &str, [warps, own, others]: [u32; 3]| {
-                format!("    using {name} = Tiling<{warps}, {own}, {others}>;\n")
-            };
-            let expected = format!(
-                "template <> struct Tilings<{}> {{\n{}{}{}}};",
-                tiles.head_dim,
-                tiling("Forward", tiles.forward),
-                tiling("Keys", tiles.keys),
-                tiling("Queries", tiles.queries),
-            );
-            assert!(text.contains(&expected), "attention.cuh has not:\n{expected}");
-        }
-    }
-
-    #[test]
-    fn no_launch_asks_for_more_than_a_card_gives() {
-        for tiles in &ATTENTION_TILES {
-            for bytes in [tiles.forward_bytes(), tiles.keys_bytes(), tiles.queries_bytes()] {
-                assert!(bytes <= SHARED_BYTES_MAX, "{tiles:?}: {bytes}");
-            }
-        }
-    }
-
-    proptest::proptest! {
-        /// Runs cover the rows, and none is empty.
-        #[test]
-        fn partials_of_a_norm_cover_its_rows(rows in 0_usize..1 << 20) {
-            let (partials, each) = norm_partials(rows);
-            assert!(partials * each >= rows && partials <= NORM_PARTIALS_MAX);
-            assert!(partials == 0 || (partials - 1) * each < rows);
-        }
-    }
-
-    #[test]
-    fn values_are_checked_against_their_kinds() {
-        let bf16 = RMS_NORM.arguments[0].kind;
-        assert!(Value::Pointer(2).fits(bf16) && !Value::Pointer(3).fits(bf16) && !Value::Pointer(0).fits(bf16));
-        assert!(Value::Pointer(0).fits(RMS_NORM.arguments[1].kind));
-        assert!(!Value::U32(1).fits(bf16) && !Value::U64(1).fits(Kind::U32));
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 /// What the compiler is called with, besides paths. Contraction is off here as it is for a GPU.
 const FLAGS: [&str; 8] = [
@@ -18,8 +19,12 @@ const FLAGS: [&str; 8] = [
     "-fvisibility=hidden",
     "-DTARAZED_EMULATOR",
 ];
+/// More flags from the environment, separated by blanks, e.g. `-fsanitize=address`.
+const MORE_FLAGS: &str = "TARAZED_EMULATOR_FLAGS";
 /// The compiler's name where `CXX` says no other.
 const COMPILER: &str = "g++";
+/// Held while the compiler runs.
+static COMPILING: Mutex<()> = Mutex::new(());
 /// Bytes of an error's text, at most.
 const ERROR_BYTES: usize = 1024;
 
@@ -74,6 +79,7 @@ type LaunchFunction = unsafe extern "C" fn(
 /// The emulator as it was loaded; it stays so.
 pub(super) struct Emulator {
     launch: LaunchFunction,
+    bank_conflicts: unsafe extern "C" fn() -> u64,
     /// What it was compiled by.
     pub compiler: String,
     _library: Library,
@@ -89,27 +95,41 @@ impl Emulator {
     pub fn load(folder: &Path) -> Result<Self, EmulatorError> {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| COMPILER.to_owned());
         let path = folder.join(format!("emulator-{:016x}.so", digest(&compiler)?));
-        if !path.exists() {
-            compile(&compiler, &path)?;
+        {
+            // Threads of one process wait for each other's compilation instead of making it again.
+            let _one = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
+            if !path.exists() {
+                compile(&compiler, &path)?;
+            }
         }
         let failed = |cause| EmulatorError::Load {
             path: path.clone(),
             cause,
         };
         // SAFETY: the library is compiled from this crate's sources, which run no initialiser that does more than set up
-        // their own statics; its one symbol has the type that `emulator.cpp` declares.
-        let (library, launch) = unsafe {
+        // their own statics; its two symbols have the types that `emulator.cpp` declares.
+        let (library, launch, bank_conflicts) = unsafe {
             let library = Library::new(&path).map_err(failed)?;
             let launch = *library
                 .get::<LaunchFunction>(b"tarazed_emulator_launch\0")
                 .map_err(failed)?;
-            (library, launch)
+            let bank_conflicts = *library
+                .get::<unsafe extern "C" fn() -> u64>(b"tarazed_emulator_bank_conflicts\0")
+                .map_err(failed)?;
+            (library, launch, bank_conflicts)
         };
         Ok(Self {
             launch,
+            bank_conflicts,
             compiler,
             _library: library,
         })
+    }
+
+    /// Rows of matrices that met a bank twice since this was last asked, by any thread of this process.
+    pub fn bank_conflicts(&self) -> u64 {
+        // SAFETY: the function takes nothing and guards its state by a lock.
+        unsafe { (self.bank_conflicts)() }
     }
 
     /// Runs a kernel to its end, blocks and threads in that order (0 forward, 1 backward, any other the seed of a random
@@ -155,14 +175,19 @@ fn bytes(value: Value) -> [u8; 8] {
     held
 }
 
+fn more_flags() -> Vec<String> {
+    let flags = std::env::var(MORE_FLAGS).unwrap_or_default();
+    flags.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Names what is compiled: all sources, flags, compiler.
 fn digest(compiler: &str) -> Result<u64, EmulatorError> {
     let mut hasher = DefaultHasher::new();
-    (compiler, FLAGS).hash(&mut hasher);
+    (compiler, FLAGS, more_flags()).hash(&mut hasher);
     for source in SOURCES.iter().copied().chain(&HEADERS) {
         source.text.hash(&mut hasher);
     }
-    for file in ["emulator.cpp", "device.hpp", "fibre.hpp"] {
+    for file in ["emulator.cpp", "device.hpp", "fibre.hpp", "faults.cu"] {
         let path = sources().join("emulator").join(file);
         let text = std::fs::read(&path).map_err(|cause| EmulatorError::File { path, cause })?;
         text.hash(&mut hasher);
@@ -182,6 +207,7 @@ fn compile(compiler: &str, path: &Path) -> Result<(), EmulatorError> {
     let own = path.with_extension(format!("{}.so", std::process::id()));
     let output = Command::new(compiler)
         .args(FLAGS)
+        .args(more_flags())
         .arg("-I")
         .arg(sources())
         .arg(sources().join("emulator/emulator.cpp"))
