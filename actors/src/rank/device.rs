@@ -1,17 +1,16 @@
 //! Which device a rank computes on: what `cluster.device` says, and what this machine has.
 
-use super::RankError;
 use tarazed_domain::config::{ClusterDevice, Config};
 use tarazed_kernels::{CpuDevice, Device};
 
 #[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::CudaDevice;
-#[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::cubin::CubinCache;
-#[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::driver::Absence;
-#[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::real::{self, RealDriver};
+use {
+    super::RankError,
+    tarazed_kernels::cuda::CudaDevice,
+    tarazed_kernels::cuda::cubin::CubinCache,
+    tarazed_kernels::cuda::driver::Absence,
+    tarazed_kernels::cuda::real::{self, RealDriver},
+};
 
 /// A device that was asked for and is not to be had: reconfigure.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
