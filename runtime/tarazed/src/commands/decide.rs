@@ -83,7 +83,11 @@ impl Signature {
     fn person(&self) -> Result<String, Failure> {
         let name = self.by.clone().or_else(|| std::env::var("USER").ok());
         name.filter(|name| !name.is_empty()).ok_or_else(|| {
-            Failure::refused("--by", "says nothing, and neither does USER", "give your name: it stands in the trace")
+            Failure::refused(
+                "--by",
+                "says nothing, and neither does USER",
+                "give your name: it stands in the trace",
+            )
         })
     }
 }
@@ -155,7 +159,9 @@ fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
         let Some(index) = domains.iter().position(|domain| domain == name) else {
             return Err(refused(item, "names no domain of this run"));
         };
-        let weight: f64 = weight.parse().map_err(|_| refused(item, "has no number behind the '='"))?;
+        let weight: f64 = weight
+            .parse()
+            .map_err(|_| refused(item, "has no number behind the '='"))?;
         if !(weight.is_finite() && weight >= 0.0) {
             return Err(refused(item, "is no weight"));
         }
@@ -187,7 +193,10 @@ mod tests {
             (&["web=1", "web=2"], "again"),
         ] {
             let refused = of(items).expect_err("refused");
-            assert!(refused.contains(problem) && refused.contains("web, wiki, code"), "{refused}");
+            assert!(
+                refused.contains(problem) && refused.contains("web, wiki, code"),
+                "{refused}"
+            );
         }
     }
 }
