@@ -33,6 +33,7 @@ pub enum What {
     Veto {
         /// Its `id` in the trace.
         id: u64,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
@@ -49,6 +50,7 @@ pub enum Force {
         /// Weight by domain; only their ratios count.
         #[arg(required = true, value_name = "DOMAIN=WEIGHT")]
         weights: Vec<String>,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
@@ -56,6 +58,7 @@ pub enum Force {
     Rate {
         /// Positive, e.g. 0.5.
         factor: f64,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
