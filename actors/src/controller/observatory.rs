@@ -7,6 +7,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
+use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::{Generation, Rank, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::message::Member;
@@ -49,7 +50,8 @@ pub struct ObservatoryArguments {
     pub metrics: JsonLines,
     pub events: JsonLines,
     pub notify: Notify,
-    pub tokens_per_step: u64,
+    pub batch: BatchSchedule,
+    pub context_tokens: u64,
     pub last_step: StepsCompleted,
 }
 
@@ -315,17 +317,15 @@ impl ObservatoryState {
             .rev()
             .nth(1)
             .map_or(f64::NAN, |(at, _)| (now - *at).as_secs_f64() * 1e3);
-        let rate = self
-            .lines
-            .front()
-            .filter(|(at, _)| now - *at > Duration::ZERO)
-            .map(|(at, first)| {
-                let steps = line.step.0.saturating_sub(first.0) as f64;
-                steps / (now - *at).as_secs_f64()
-            });
-        let tokens_per_s = rate
-            .filter(|rate| *rate > 0.0)
-            .map(|rate| rate * self.arguments.tokens_per_step as f64);
+        let since = self.lines.front().filter(|(at, _)| now - *at > Duration::ZERO);
+        let per_s = |count: u64, at: &Instant| count as f64 / (now - *at).as_secs_f64();
+        let rate = since.map(|(at, first)| per_s(line.step.0.saturating_sub(first.0), at));
+        // Batches of a ramp differ.
+        let batch = &self.arguments.batch;
+        let samples = |first: StepsCompleted| batch.samples(line.step).saturating_sub(batch.samples(first));
+        let tokens_per_s = since
+            .map(|(at, first)| per_s(samples(*first).saturating_mul(self.arguments.context_tokens), at))
+            .filter(|rate| *rate > 0.0);
         let left = self.arguments.last_step.0.saturating_sub(line.step.0) as f64;
         let eta_s = rate.filter(|rate| *rate > 0.0).map(|rate| left / rate);
         let wall_s = self.began.elapsed().as_secs_f64();

@@ -170,7 +170,10 @@ async fn decide(request: Box<Decide>, coordinator: &ActorRef<CoordinatorMessage>
     let asked = coordinator.call(|reply| CoordinatorMessage::Ask(request, reply), Some(REQUEST_TIMEOUT));
     match asked.await {
         Ok(CallResult::Success(Ok((line, step)))) => json!({"line": line, "effective": step}),
-        Ok(CallResult::Success(Err(refused))) => json!({"error": refused.to_string()}),
+        Ok(CallResult::Success(Err(refused))) => json!({
+            "error": refused.to_string(),
+            "remedy": "`tarazed trace show` lists what is decided; ask for what can stand beside it",
+        }),
         _ => json!({"error": "the controller is starting or ending, or its loop is being made again; ask again"}),
     }
 }

@@ -179,7 +179,8 @@ impl Tree {
             metrics: parts.metrics,
             events: parts.events,
             notify: Arc::clone(&parts.notify),
-            tokens_per_step: config.tokens_per_step(),
+            batch: config.batch_schedule(),
+            context_tokens: config.model.context as u64,
             last_step: parts.last_step,
         };
         let (observatory, _) = Actor::spawn_linked(None, Observatory, observatory_arguments, parent.clone())

@@ -468,7 +468,7 @@ fn contradictions_of_the_loop_name_their_key() {
             "optimizer.schedule.decay_from",
         ),
         (
-            vec!["batch.ramp={start_sequences = 1, step_sequences = 1, samples = 10}".into()],
+            vec!["batch.ramp={start_sequences = 0, step_sequences = 1, samples = 10}".into()],
             "batch.ramp.start_sequences",
         ),
         (

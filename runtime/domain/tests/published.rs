@@ -4,10 +4,10 @@
 //! training scripts (FlagScale, `examples/aquila/{7B,34B,70B}/pretrain_*.sh`) and released model configs. Where the report
 //! contradicts itself (64 heads for 34B in Table 12), its Table 1, the scripts and the configs agree with each other.
 //!
-//! Not pinned, for no key expresses it: the batch ramps of 34B and 70B. The warm-up of 7B's first training is not published
-//! (its script goes on from an older model); the family's is used.
+//! The warm-up of 7B's first training is not published (its script goes on from an older model); the family's is used.
 
 use std::path::Path;
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{Config, LearningRateSchedule};
 
 /// What was published of one model.
@@ -20,6 +20,8 @@ struct Published {
     learning_rate: f64,
     /// Sequences of the global batch and of a micro-batch.
     batch_sequences: [u64; 2],
+    /// Sequences at first, sequences more at each rise, samples until the batch is full.
+    ramp: Option<[u64; 3]>,
     /// Tokens of the global batch: the sequences by the context.
     batch_tokens: u64,
     warmup_samples: u64,
@@ -36,6 +38,7 @@ const PUBLISHED: [Published; 3] = [
         parameters_e7: 730,
         learning_rate: 2e-4,
         batch_sequences: [1728, 2],
+        ramp: None,
         batch_tokens: 3_538_944,
         warmup_samples: 500_000,
         initial: [0.02, 1.0],
@@ -47,6 +50,7 @@ const PUBLISHED: [Published; 3] = [
         parameters_e7: 3_369,
         learning_rate: 1.5e-4,
         batch_sequences: [1024, 1],
+        ramp: Some([32, 32, 2_000_000]),
         batch_tokens: 4_194_304,
         warmup_samples: 500_000,
         initial: [0.0165, 0.3],
@@ -58,6 +62,7 @@ const PUBLISHED: [Published; 3] = [
         parameters_e7: 7_009,
         learning_rate: 1.5e-4,
         batch_sequences: [1056, 2],
+        ramp: Some([48, 48, 2_000_000]),
         batch_tokens: 4_325_376,
         warmup_samples: 500_000,
         initial: [0.0149, 0.25],
@@ -100,7 +105,7 @@ fn optimizer_and_schedule_are_the_published_ones() {
         assert_eq!([o.weight_decay, o.clip_norm], [0.1, 1.0], "{file}");
         // Cosine to a tenth of the peak at the run's end; warm-up in whole steps that hold the published samples.
         let expected = LearningRateSchedule::Cosine {
-            warmup_steps: published.warmup_samples.div_ceil(published.batch_sequences[0]),
+            warmup_steps: config.batch_schedule().step_after(published.warmup_samples).0,
             decay_steps: config.run.steps,
             final_fraction: 0.1,
         };
@@ -118,7 +123,16 @@ fn batches_and_lengths_are_the_published_ones() {
         let batch = [sequences, u64::from(b.micro_batch_sequences)];
         assert_eq!(batch, published.batch_sequences, "{file}: global batch and micro-batch");
         assert_eq!(config.tokens_per_step(), published.batch_tokens, "{file}");
-        let trained = config.tokens_per_step() * config.run.steps;
+        let ramp = b.ramp.map(|ramp| {
+            [
+                u64::from(ramp.start_sequences),
+                u64::from(ramp.step_sequences),
+                ramp.samples,
+            ]
+        });
+        assert_eq!(ramp, published.ramp, "{file}: start, step, samples");
+        let samples = config.batch_schedule().samples(StepsCompleted(config.run.steps));
+        let trained = samples * config.model.context as u64;
         let difference = trained.abs_diff(published.trained_tokens_e9 * 1_000_000_000);
         assert!(difference <= config.tokens_per_step(), "{file}: {trained} tokens");
         assert_eq!(

@@ -139,11 +139,7 @@ fn compute_lanes<D: HostVisible>(
         weights: &state.weights,
         batch,
         loss_scale: 1.0 / (u64::from(batch.sequences) * batch.context as u64) as f32,
-        squares_of: state
-            .config
-            .policy
-            .gradient_noise
-            .then(|| state.layout.block_elements()),
+        squares_of: squares_of(state, batch),
         abort: &state.abort,
         progress: &state.progress,
         digest: gradient_digest::<D>,
@@ -161,6 +157,12 @@ fn compute_lanes<D: HostVisible>(
         again: again.map(|samples| state.engine.audit(inputs, samples)).transpose()?,
     };
     Ok((results, audit))
+}
+
+/// Where lanes are not alike, their squares say nothing of the noise.
+fn squares_of<D: Device>(state: &RankState<D>, batch: &StepBatch) -> Option<usize> {
+    let alike = batch.sequences.is_multiple_of(state.config.batch.lanes);
+    (alike && state.config.policy.gradient_noise).then(|| state.layout.block_elements())
 }
 
 fn gradient_digest<D: HostVisible>(

@@ -134,7 +134,8 @@ fn a_stop_ends_the_run_with_a_checkpoint() {
 /// The batch grows on the same lanes: means are over the tokens of each step, and no world shows.
 #[test]
 fn a_ramp_grows_the_batch_on_the_same_lanes() {
-    let ramp = "batch.ramp={start_sequences = 4, step_sequences = 8, samples = 12}";
+    // At first one lane of four has nothing to do.
+    let ramp = "batch.ramp={start_sequences = 3, step_sequences = 9, samples = 9}";
     let config = config_with(&["batch.sequences_per_lane=3", "batch.micro_batch_sequences=1", ramp]);
     let lines = everywhere(&config, 6, &[]);
     let batch = config.batch_schedule();
@@ -145,8 +146,8 @@ fn a_ramp_grows_the_batch_on_the_same_lanes() {
         assert_eq!(sequences[index as usize], u64::from(batch.sequences(StepIndex(index))));
         assert_eq!(stats.train_total().mean(), Some(line.loss));
     }
-    assert_eq!(sequences, [4, 4, 4, 12, 12, 12]);
-    // A gradient is a mean: three times the sequences are not three times the norm.
+    assert_eq!(sequences, [3, 3, 3, 12, 12, 12]);
+    // A gradient is a mean: four times the sequences are not four times the norm.
     assert!(
         lines[3].grad_norm < 2.0 * lines[2].grad_norm,
         "{} {}",

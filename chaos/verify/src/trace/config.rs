@@ -112,7 +112,8 @@ fn decides(table: &Table) -> Result<bool, String> {
             ));
         }
     };
-    let advised = value(table, "mixture.shadow").is_ok_and(|shadow| shadow.as_array().is_some_and(|all| !all.is_empty()));
+    let advised =
+        value(table, "mixture.shadow").is_ok_and(|shadow| shadow.as_array().is_some_and(|all| !all.is_empty()));
     let is_true = |path: &str| value(table, path).is_ok_and(|value| value.as_bool() == Some(true));
     let acts_on_spikes = value(table, "policy.spikes").is_ok_and(|spikes| spikes.as_str() != Some("clip"));
     let stops = value(table, "policy.stop").is_ok_and(|stop| stop.as_table().is_some_and(|rules| !rules.is_empty()));
@@ -125,7 +126,10 @@ fn ramp(table: &Table) -> Result<Option<Ramp>, String> {
         return Ok(None);
     }
     let full = whole(table, "batch.lanes")?.saturating_mul(whole(table, "batch.sequences_per_lane")?);
-    let (start, step) = (whole(table, "batch.ramp.start_sequences")?, whole(table, "batch.ramp.step_sequences")?);
+    let (start, step) = (
+        whole(table, "batch.ramp.start_sequences")?,
+        whole(table, "batch.ramp.step_sequences")?,
+    );
     let samples = whole(table, "batch.ramp.samples")?;
     let leads = start > 0 && step > 0 && start < full && (full - start).is_multiple_of(step) && samples > 0;
     if !leads || full > SEQUENCES_MAX {

@@ -206,7 +206,12 @@ fn decision(json: &Json) -> Result<Decision, String> {
 
 /// What a kind of decision does to mixtures: weights that it sets, and the decision that it takes back.
 fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
-    let floats = |json: &Json| json.list()?.iter().map(Json::float).collect::<Result<Vec<f64>, String>>();
+    let floats = |json: &Json| {
+        json.list()?
+            .iter()
+            .map(Json::float)
+            .collect::<Result<Vec<f64>, String>>()
+    };
     if let Json::Text(name) = kind {
         return match name.as_str() {
             "pin" | "release" | "decay" | "stop" => Ok((None, None)),
@@ -224,7 +229,9 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
         "spike_bounds" => {
             let [expected, residual, norm] = body.exactly(["expected", "residual_loss", "grad_norm"])?;
             let known = expected.list()?.iter().filter(|loss| **loss != Json::Null);
-            known.chain([residual, norm]).try_for_each(|bound| bound.float().map(|_| ()))?;
+            known
+                .chain([residual, norm])
+                .try_for_each(|bound| bound.float().map(|_| ()))?;
             Ok((None, None))
         }
         "rollback" => {

@@ -113,7 +113,13 @@ impl Walk {
             data_version,
             streams: domains.iter().map(stream).collect(),
             accounts: Accounts::new(domains.len()),
-            mixtures: BTreeMap::from([(0, Setting { by: None, mixture: first })]),
+            mixtures: BTreeMap::from([(
+                0,
+                Setting {
+                    by: None,
+                    mixture: first,
+                },
+            )]),
             vetoed: BTreeSet::new(),
             next_step: 0,
             last_decision: 0,

@@ -1,7 +1,7 @@
 //! The global batch by step: fixed, or growing along a ramp.
 //!
-//! Lanes never change: they decide the order of every sum (DET-2). A ramp changes how many sequences each lane holds, so
-//! any world size computes the same numbers on it as without one.
+//! Lanes never change: they decide the order of every sum (DET-2). A ramp changes how many sequences each lane holds, in its
+//! beginning none for some, so any world size computes the same numbers on it as without one.
 //!
 //! With start `s`, step `d` and full batch `G` the ramp has `k = (G - s) / d` rises; a step before which `c` samples
 //! (sequences) were consumed has `min(G, s + d ⌊c k / samples⌋)` sequences. That is the `--rampup-batch-size s d samples`
@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchRamp {
-    /// Sequences of the first global batches; a multiple of the lanes.
+    /// Sequences of the first global batches; they may be fewer than lanes.
     pub start_sequences: u32,
-    /// Sequences more at each rise; a multiple of the lanes that divides the way to the full batch.
+    /// Sequences more at each rise; it divides the way to the full batch.
     pub step_sequences: u32,
     /// Samples (sequences) after which the batch is full.
     pub samples: u64,

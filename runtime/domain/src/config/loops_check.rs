@@ -236,23 +236,16 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Every batch of a ramp is cut into the same lanes, and each lane into whole micro-batches.
+/// A ramp leads to the full batch. Its batches need not fill all lanes: they are dealt as evenly as can be.
 pub(super) fn ramp(config: &Config) -> Result<(), ConfigError> {
     let batch = &config.batch;
     let Some(ramp) = batch.ramp else { return Ok(()) };
-    let unit = u64::from(batch.lanes) * u64::from(batch.micro_batch_sequences);
     let full = u64::from(batch.lanes) * u64::from(batch.sequences_per_lane);
     for (key, sequences) in [
         ("batch.ramp.start_sequences", ramp.start_sequences),
         ("batch.ramp.step_sequences", ramp.step_sequences),
     ] {
-        let sequences = u64::from(sequences);
-        require!(
-            sequences > 0 && sequences.is_multiple_of(unit),
-            key,
-            format!("{sequences} sequences are not whole micro-batches of every lane, {unit} at a time"),
-            "choose a multiple, or fewer lanes or smaller micro-batches (a new run: lanes decide numbers)"
-        );
+        within(key, u64::from(sequences), 1..=full, "choose a part of the full batch")?;
     }
     let (start, step) = (u64::from(ramp.start_sequences), u64::from(ramp.step_sequences));
     require!(

@@ -266,6 +266,15 @@ impl LearningRateSchedule {
         matches!(self, Self::Wsd { decay_from: None, .. })
     }
 
+    /// The first step of the decay of a `wsd` schedule, by the config or else as decided.
+    #[must_use]
+    pub fn decays_from(&self, decided: Option<u64>) -> Option<u64> {
+        match *self {
+            Self::Wsd { decay_from, .. } => decay_from.or(decided),
+            Self::Cosine { .. } | Self::Constant { .. } => None,
+        }
+    }
+
     /// Learning rate over its peak for the step with index `step` (from 0), where no decision changes it.
     #[must_use]
     pub fn fraction(&self, step: u64) -> f64 {
@@ -294,13 +303,13 @@ impl LearningRateSchedule {
                 final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * done))
             }
             Self::Wsd {
-                decay_from,
                 decay_steps,
                 final_fraction,
                 shape,
                 ..
             } => {
-                let Some(into) = decay_from.or(decided).and_then(|from| step.checked_sub(from)) else {
+                let from = self.decays_from(decided);
+                let Some(into) = from.and_then(|from| step.checked_sub(from)) else {
                     return 1.0;
                 };
                 // The first step of the decay is lower already, and the last one of it the lowest.

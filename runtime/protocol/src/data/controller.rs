@@ -15,7 +15,8 @@
 //! - no `ln p` changes by more than 0.2;
 //! - no domain is promised more than four epochs (arXiv 2305.16264 finds further repeats nearly worthless) when the
 //!   run doubles its tokens; a domain near that falls below the floor, down to 0.001;
-//! - nothing is decided within 64 lines of a spike, and by held-out losses nothing before a new evaluation;
+//! - nothing is decided within 64 lines of a spike, nor once the decay of a `wsd` schedule has begun, for then losses fall
+//!   by the rate and not by the data; and by held-out losses nothing before a new evaluation;
 //! - a domain that claims nothing keeps its weight; with fewer than two claims nothing is decided.
 //!
 //! A stage of the config is a person's choice, and keeps none of them.
@@ -42,7 +43,7 @@ use guards::Guards;
 use policy::Policy;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
-use tarazed_domain::config::{ControllerKind, StageStart};
+use tarazed_domain::config::{ControllerKind, LearningRateSchedule, StageStart};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Domains named one by one in a reason.
@@ -167,7 +168,7 @@ pub struct Ate {
     controller: Option<Box<dyn MixtureController>>,
     shadows: Vec<Box<dyn MixtureController>>,
     policy: Policy,
-    decays_on_demand: bool,
+    rate: LearningRateSchedule,
     next_id: u64,
     course: Course,
     last_line: StepsCompleted,
@@ -192,7 +193,7 @@ impl Ate {
             controller: make(config.mixture.controller),
             shadows: config.mixture.shadow.iter().copied().filter_map(make).collect(),
             policy: Policy::new(config),
-            decays_on_demand: config.rate.decays_on_demand(),
+            rate: config.rate.clone(),
             next_id: 1,
             course: Course::new(weights),
             last_line: StepsCompleted(0),
@@ -259,7 +260,7 @@ impl Ate {
         ) {
             return Err(RequestError("only the run itself can decide that".into()));
         }
-        if request.kind == DecisionKind::Decay && !self.decays_on_demand {
+        if request.kind == DecisionKind::Decay && !self.rate.decays_on_demand() {
             return Err(RequestError(
                 "optimizer.schedule has no decay that waits for a decision (kind = \"wsd\" without decay_from has)"
                     .into(),
@@ -392,7 +393,9 @@ impl Ate {
             current: &current,
         };
         let adapts = controller.kind() != ControllerKind::Schedule;
-        if adapts && Guards::is_frozen(line, signals) {
+        let decays = self.rate.decays_from(self.course.decay().map(|from| from.0));
+        let is_frozen = Guards::is_frozen(line, signals) || decays.is_some_and(|from| from <= effective.0);
+        if adapts && is_frozen {
             return None;
         }
         match controller.advise(&sight)? {

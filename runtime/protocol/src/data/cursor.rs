@@ -67,7 +67,8 @@ pub struct SampleRef {
 pub struct StepPlan {
     /// The step.
     pub step: StepIndex,
-    /// The global batch, in order; lane `l` of `n` owns the `l`-th of `n` equal slices.
+    /// The global batch, in order; lane `l` of `L` owns the places `⌊l n / L⌋` up to `⌊(l + 1) n / L⌋` of `n`: as even as can
+    /// be, and none where a ramp begins with fewer sequences than lanes.
     pub samples: Vec<SampleRef>,
     /// Hash over the data version and the samples: the `data` of the trace line.
     pub digest: [u8; 32],
@@ -83,17 +84,13 @@ impl StepPlan {
     /// The samples of one of `lane_count` lanes.
     ///
     /// # Panics
-    /// If the lanes do not divide the batch or there is no such lane.
+    /// If there is no such lane.
     #[must_use]
     pub fn lane(&self, lane: LaneIndex, lane_count: u32) -> &[SampleRef] {
-        let lanes = lane_count as usize;
-        assert!(
-            lanes > 0 && self.samples.len().is_multiple_of(lanes),
-            "lanes divide the batch"
-        );
-        assert!(lane.index() < lanes, "lane {lane} of {lanes}");
-        let sequences = self.samples.len() / lanes;
-        &self.samples[lane.index() * sequences..(lane.index() + 1) * sequences]
+        assert!(lane.0 < lane_count, "lane {lane} of {lane_count}");
+        // In 64 bits: both factors are of 32.
+        let before = |lanes: u64| (lanes * self.samples.len() as u64 / u64::from(lane_count)) as usize;
+        &self.samples[before(u64::from(lane.0))..before(u64::from(lane.0) + 1)]
     }
 }
 

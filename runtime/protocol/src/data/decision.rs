@@ -255,12 +255,6 @@ impl DecisionSchedule {
         Self::new(&config.mixture, &config.policy)
     }
 
-    /// Whether there are decision points at all.
-    #[must_use]
-    pub const fn decides(&self) -> bool {
-        self.first_point.is_some()
-    }
-
     /// Whether decisions may be written in this line.
     #[must_use]
     pub fn is_point(&self, line: StepsCompleted) -> bool {

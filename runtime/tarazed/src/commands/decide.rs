@@ -33,6 +33,7 @@ pub enum What {
     Veto {
         /// Its `id` in the trace.
         id: u64,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
@@ -49,6 +50,7 @@ pub enum Force {
         /// Weight by domain; only their ratios count.
         #[arg(required = true, value_name = "DOMAIN=WEIGHT")]
         weights: Vec<String>,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
@@ -56,6 +58,7 @@ pub enum Force {
     Rate {
         /// Positive, e.g. 0.5.
         factor: f64,
+        /// Who decides, and why.
         #[command(flatten)]
         signature: Signature,
     },
@@ -83,7 +86,11 @@ impl Signature {
     fn person(&self) -> Result<String, Failure> {
         let name = self.by.clone().or_else(|| std::env::var("USER").ok());
         name.filter(|name| !name.is_empty()).ok_or_else(|| {
-            Failure::refused("--by", "says nothing, and neither does USER", "give your name: it stands in the trace")
+            Failure::refused(
+                "--by",
+                "says nothing, and neither does USER",
+                "give your name: it stands in the trace",
+            )
         })
     }
 }
@@ -155,7 +162,9 @@ fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
         let Some(index) = domains.iter().position(|domain| domain == name) else {
             return Err(refused(item, "names no domain of this run"));
         };
-        let weight: f64 = weight.parse().map_err(|_| refused(item, "has no number behind the '='"))?;
+        let weight: f64 = weight
+            .parse()
+            .map_err(|_| refused(item, "has no number behind the '='"))?;
         if !(weight.is_finite() && weight >= 0.0) {
             return Err(refused(item, "is no weight"));
         }
@@ -187,7 +196,10 @@ mod tests {
             (&["web=1", "web=2"], "again"),
         ] {
             let refused = of(items).expect_err("refused");
-            assert!(refused.contains(problem) && refused.contains("web, wiki, code"), "{refused}");
+            assert!(
+                refused.contains(problem) && refused.contains("web, wiki, code"),
+                "{refused}"
+            );
         }
     }
 }

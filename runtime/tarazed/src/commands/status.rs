@@ -105,11 +105,11 @@ pub fn ask_for(folder: &RunFolder, mut request: Value) -> Result<Option<Value>, 
         )
     })?;
     match answer.get("error").and_then(Value::as_str) {
-        Some(error) => Err(Failure::refused(
-            socket.display(),
-            error,
-            "use the same version of tarazed as the run, as the same user",
-        )),
+        Some(error) => {
+            let remedy = answer.get("remedy").and_then(Value::as_str);
+            let remedy = remedy.unwrap_or("use the same version of tarazed as the run, as the same user");
+            Err(Failure::refused(socket.display(), error, remedy))
+        }
         None => Ok(Some(answer)),
     }
 }

@@ -76,6 +76,26 @@ fn a_world_shrinks_and_grows_at_step_boundaries() {
     }
 }
 
+/// A decision ends the run before its configured end: all pause there, and a checkpoint is the last thing; a veto takes the
+/// end back.
+#[test]
+fn a_decision_ends_the_run() {
+    for vetoed in [false, true] {
+        let mut cluster = Cluster::new();
+        cluster.coordinator.options.last_step = StepsCompleted(10_000);
+        cluster.event(Event::EndsAt {
+            step: Some(StepsCompleted(LAST)),
+        });
+        if vetoed {
+            cluster.event(Event::EndsAt { step: None });
+        }
+        cluster.settle(200);
+        let ended = Some(Effect::Done { code: 0 });
+        assert_eq!(cluster.end == ended, !vetoed, "{:?}", cluster.end);
+        assert_eq!(cluster.saved, Some(LAST));
+    }
+}
+
 /// A spare takes a dead rank's place in the very next generation; the dead one comes back as the spare.
 #[test]
 fn a_spare_takes_the_place_of_a_dead_rank() {

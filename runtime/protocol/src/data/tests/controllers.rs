@@ -428,6 +428,24 @@ fn decay_begins_on_demand() {
     assert!(refused.contains("wsd"), "{refused}");
 }
 
+/// Once the rate decays, the mixture stands.
+#[test]
+fn mixtures_are_frozen_in_the_decay() {
+    let mut config = mixture_loop(&ado());
+    config.rate = LearningRateSchedule::Wsd {
+        warmup_steps: 10,
+        decay_from: Some(700),
+        decay_steps: 300,
+        final_fraction: 0.1,
+        shape: tarazed_domain::config::DecayShape::Sqrt,
+    };
+    let mut world = World::of(laws(), &config);
+    world.run(1000);
+    let last = world.mixtures().last().map(|decision| decision.effective.0);
+    assert!(last.is_some_and(|last| (600..700).contains(&last)), "{last:?}");
+    check_replay(&world, &config);
+}
+
 /// LOOP-2: with `policy.persons` a static run has decision points, and what contradicts is refused when it is asked.
 #[test]
 fn persons_decide_in_a_static_run() {

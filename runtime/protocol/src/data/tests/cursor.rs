@@ -80,7 +80,7 @@ proptest! {
     #[test]
     fn every_sample_of_an_epoch_once_at_any_split(
         (recipe, script) in setting(),
-        lanes in prop::sample::select(vec![1_u32, 2, 3, 4, 6, 8, 12, 24]),
+        lanes in prop::sample::select(vec![1_u32, 2, 3, 5, 7, 8, 12, 24, 40]),
         ranks in 1_u32..5,
         dies in prop::collection::vec(any::<bool>(), STEPS as usize),
     ) {
