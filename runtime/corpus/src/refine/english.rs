@@ -243,7 +243,7 @@ mod tests {
             (Dropped::FinewebLinePunctuation, prose().iter().map(|line| format!("{line} so;\n")).collect()),
             (
                 Dropped::FinewebShortLines,
-                prose().join(" ").split_whitespace().collect::<Vec<_>>().chunks(3).map(|words| words.join(" ") + "\n").collect(),
+                prose().join(" ").split_whitespace().collect::<Vec<_>>().chunks(3).map(|words| words.join(" ") + ".\n").collect(),
             ),
             (Dropped::C4CurlyBracket, format!("{good} Then int main() {{ return 0; }} follows.")),
             (Dropped::C4LoremIpsum, format!("{good} Lorem Ipsum dolor.")),
