@@ -238,6 +238,31 @@ fn a_finished_data_set_is_reused_and_a_changed_source_makes_another() {
     assert_eq!(fixture.prepare().unwrap().0, first);
 }
 
+/// Runs that began before text could be refined find their data under the same name and version: made by an earlier program from
+/// the same texts.
+#[test]
+fn data_sets_that_are_not_refined_are_those_of_earlier_programs() {
+    let folder = tempfile::tempdir().unwrap();
+    let word = |i: usize| ["lane", "step", "rank", "trace", "shard"][i % 5];
+    let lines: String = (0..400)
+        .map(|i| format!("{{\"text\":\"The {} of {} {i} and {}.\"}}\n", word(i), word(i / 5), word(i / 25)))
+        .collect();
+    let path = folder.path().join("web.jsonl");
+    std::fs::write(&path, lines).unwrap();
+    let domains = [domain("web", &path, Language::En)];
+    let tokenizer = TokenizerConfig::default();
+    let request = PrepareRequest {
+        domains: &domains,
+        tokenizer: &tokenizer,
+        model_vocabulary: 300,
+        held_out_fraction: 0.1,
+        context: 16,
+    };
+    let prepared = prepare(&request, &folder.path().join("data"), &mut |_| {}).unwrap();
+    assert!(prepared.manifest.recipe.starts_with("c7e4b0285b4f828dcbc6fee2f8c839cb"));
+    assert!(prepared.manifest.version.starts_with("c621f2b2b43bb293ffec156d68f4b684"));
+}
+
 /// A run does not go on with other data than it began with; what was deleted is made anew.
 #[test]
 fn a_run_that_goes_on_gets_its_own_data_set_or_none() {

@@ -99,7 +99,7 @@ impl Fixture {
             format!("Some talk before it, as there is. {}", QUESTION.to_uppercase().replace(['.', ','], " ;")) + " " + &english(200),
             "Too short.".to_owned(),
             "这个网页的内容全部是中文,不应该出现在英文领域里面,所以会被语言识别阶段去掉。".to_owned(),
-            format!("{} itâ€™s caf\u{e9}\u{a0}time \u{feff}now", english(61)),
+            format!("{} itâ€™s caf\u{e9}\u{a0}time \u{feff}now.", english(61)),
             " ".to_owned(),
         ] {
             web.extend(line(&text).into_bytes());

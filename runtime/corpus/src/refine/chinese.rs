@@ -142,7 +142,7 @@ mod tests {
             (Dropped::ZhCharacters, "太短了。".to_owned()),
             (Dropped::ZhHan, format!("{good}{}", "abcdefgh12".repeat(100))),
             (Dropped::ZhLineLength, good.chars().collect::<Vec<_>>().chunks(6).map(|c| c.iter().collect::<String>() + "\n").collect()),
-            (Dropped::ZhSymbols, format!("{good}{}", "标签#".repeat(12))),
+            (Dropped::ZhSymbols, format!("{}{good}", "标签#".repeat(24))),
             (Dropped::ZhBullets, lines.iter().map(|line| format!("• {line}\n")).collect()),
             (Dropped::ZhEllipses, lines.iter().enumerate().map(|(i, line)| if i % 2 == 0 { format!("{line}……\n") } else { format!("{line}\n") }).collect()),
             (Dropped::ZhLinePunctuation, lines.iter().map(|line| format!("{line}如此\n")).collect()),

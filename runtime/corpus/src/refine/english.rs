@@ -200,15 +200,22 @@ mod tests {
         judge(text, &rules, &mut Scratch::default()).err().map(|broken| broken.rule)
     }
 
-    /// Ten different sentences, 80 words.
-    pub(crate) fn prose() -> Vec<String> {
-        let (who, what) = (
-            ["The controller", "A rank", "The store", "Every lane", "One shard"],
-            ["waits for the barrier", "keeps its gradients", "is replaced with a spare", "writes a record", "agrees"],
-        );
-        (0..10)
-            .map(|i| format!("{} {} and that is step {i} of the run.", who[i % 5], what[(i * 3 + i / 5) % 5]))
-            .collect()
+    /// Ten different sentences, some 110 words.
+    fn prose() -> Vec<String> {
+        [
+            "The controller waits for the barrier, and nobody else has to know about it.",
+            "A rank that was lost is replaced with a spare before anyone notices its absence.",
+            "Gradients are kept by two workers, so that one failure loses nothing of value.",
+            "Every record names its predecessor, which makes a chain that cannot be rewritten.",
+            "Most of the time goes into matrix products; the rest is bookkeeping with hashes.",
+            "If a disk is full, the run halts and tells a person what to remove from it.",
+            "Old checkpoints are collected when newer ones have been verified in the store.",
+            "Mixtures change slowly, because sudden changes have hurt models in the past.",
+            "Held-out text is measured by domain, never by an average over everything.",
+            "Finally, the trace is compared to that of a quiet run, line after line.",
+        ]
+        .map(str::to_owned)
+        .to_vec()
     }
 
     #[test]
@@ -224,7 +231,7 @@ mod tests {
         let many = |piece: &str, count: usize| vec![piece; count].join(" ");
         let cases = [
             (Dropped::GopherWords, "The end of it. And that is all. To be or not.".to_owned()),
-            (Dropped::GopherWordLength, format!("{good} {}", (0..120).map(|i| format!("{}. ", i % 10)).collect::<String>())),
+            (Dropped::GopherWordLength, format!("{good} {}", (0..300).map(|i| format!("{}. ", i % 10)).collect::<String>())),
             (Dropped::GopherSymbols, format!("{good} {}", (0..20).map(|i| format!("tag{i} # ")).collect::<String>())),
             (Dropped::GopherLetters, format!("{good} {}", (0..40).map(|i| format!("{} ", 1000 + i * 7)).collect::<String>())),
             (
@@ -236,12 +243,12 @@ mod tests {
             (Dropped::FinewebLinePunctuation, prose().iter().map(|line| format!("{line} so;\n")).collect()),
             (
                 Dropped::FinewebShortLines,
-                prose().join(" ").split_whitespace().collect::<Vec<_>>().chunks(3).map(|words| words.join(" ") + "\n").collect(),
+                prose().join(" ").split_whitespace().collect::<Vec<_>>().chunks(3).map(|words| words.join(" ") + ".\n").collect(),
             ),
-            (Dropped::C4CurlyBracket, format!("{good} int main() {{ return 0; }}")),
+            (Dropped::C4CurlyBracket, format!("{good} Then int main() {{ return 0; }} follows.")),
             (Dropped::C4LoremIpsum, format!("{good} Lorem Ipsum dolor.")),
             (Dropped::C4Sentences, good.replace('.', ",") + "."),
-            (Dropped::GopherTopGroup, format!("{good} {}", many("over again", 20))),
+            (Dropped::GopherTopGroup, format!("{good} {}.", many("over again", 30))),
         ];
         for (rule, text) in cases {
             assert_eq!(broken(&text), Some(rule), "{text}");
