@@ -526,6 +526,8 @@ pub(crate) mod tests {
         [seeds]
         tuning = [101, 102]
         judging = [1, 2]
+        [statistics]
+        resamples = 2000
         [static]
         powers = [0.25]
         points = 2
@@ -576,11 +578,7 @@ pub(crate) mod tests {
             ("reason = \"data cannot change during a run yet\"", "", "say why"),
             ("enabled = false", "enabled = true", "live data changes"),
             ("points = 2", "points = 2\nunimax_epochs_max = 0.0", "unimax_epochs_max"),
-            (
-                "[static]",
-                "[statistics]\nconfidence = 95.0\n[static]",
-                "statistics.confidence",
-            ),
+            ("resamples = 2000", "confidence = 95.0", "statistics.confidence"),
         ] {
             let text = TEXT.replacen(from, to, 1);
             assert_ne!(text, TEXT, "{from}");

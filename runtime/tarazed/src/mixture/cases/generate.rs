@@ -245,14 +245,14 @@ mod tests {
 
     #[test]
     fn noise_has_the_frequencies_of_the_corpus_and_its_share_of_bytes() {
-        let change = Change::Noise { share: 0.5, seed: 3 };
+        let change = Change::Noise { share: 3.0, seed: 3 };
         let domains = made(&change);
         assert_eq!(domains[..2], corpus()[..]);
         let noise = &domains[2];
         assert!(!noise.judged && noise.name == "noise");
         let bytes = |domains: &[Domain]| domains.iter().flat_map(Domain::texts).map(str::len).sum::<usize>() as f64;
         let share = bytes(&domains[2..]) / bytes(&domains[..2]);
-        assert!((0.5..0.52).contains(&share), "{share}");
+        assert!((3.0..3.02).contains(&share), "{share}");
         let frequency = |domains: &[Domain], wanted: char| {
             let (mut found, mut all) = (0.0, 0.0);
             for c in domains.iter().flat_map(Domain::texts).flat_map(str::chars) {
@@ -263,10 +263,11 @@ mod tests {
         };
         for c in ['e', '天', '7'] {
             let (is, was) = (frequency(&domains[2..], c), frequency(&domains[..2], c));
-            assert!((is / was - 1.0).abs() < 0.25, "{c}: {is} of {was}");
+            // Some 300 of the rarest are drawn: five standard deviations.
+            assert!((is / was - 1.0).abs() < 0.3, "{c}: {is} of {was}");
         }
         assert_eq!(domains, made(&change), "a function of corpus and seed");
-        assert_ne!(domains[2], made(&Change::Noise { share: 0.5, seed: 4 })[2]);
+        assert_ne!(domains[2], made(&Change::Noise { share: 3.0, seed: 4 })[2]);
     }
 
     #[test]
