@@ -254,6 +254,11 @@ fn bad_input_is_refused_with_code_2_and_nothing_is_written() {
     assert_refused(&["status"], "runs: holds no run folder");
     assert_refused(&["status", "--run-dir", "nowhere"], "--run-dir nowhere: holds no run");
     assert_refused(&["trace", "show", "nowhere"], "nowhere: cannot be read");
+    assert_refused(
+        &["bench", "mixture", "no.toml", "--work", "w"],
+        "no.toml: cannot be read",
+    );
+    assert_refused(&["bench", "mixture", &config, "--work", "w"], "unknown field `run`");
 }
 
 #[test]

@@ -58,6 +58,7 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
         )
     })?;
     let _lock = lock(&work)?;
+    print(&whole_plan(&plan))?;
     let ready = data(&plan, &base, &work)?;
     let runs: Vec<CaseRuns<'_>> = plan
         .cases()
@@ -77,10 +78,10 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
     }
     let write = |finished: &Finished, processes: &Processes<'_>| {
         let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
-        let results = Results::of(&runs, &in_order, finished, &processes.programs);
+        let results = Results::of(&plan, &runs, &in_order, finished, &processes.programs);
         write_report(&work, &runs, &results, finished)
     };
-    let ended = go(&plan, &runs, &mut processes, &mut finished);
+    let ended = go(&runs, &mut processes, &mut finished);
     // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
     let written = write(&finished, &processes);
     ended.and(written)?;
@@ -188,6 +189,17 @@ fn duration(seconds: f64) -> String {
     }
 }
 
+/// Said before anything is made: data take a while, too.
+fn whole_plan(plan: &Plan) -> String {
+    let runs = plan.cases().count() * plan.runs_per_case(false);
+    let each = plan.expected_seconds_per_run;
+    format!(
+        "plan {}: {runs} runs at most, about {} at the plan's {each:.0} s a run; the data first\n",
+        plan.name,
+        duration(runs as f64 * each)
+    )
+}
+
 fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], finished: &Finished, seconds: &[f64]) -> String {
     let total: usize = runs.iter().map(|case| case.total(finished)).sum();
     let left = total.saturating_sub(finished.len());
@@ -204,12 +216,7 @@ fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], finished: &Finished, seconds: &[
     )
 }
 
-fn go(
-    plan: &Plan,
-    runs: &[CaseRuns<'_>],
-    processes: &mut Processes<'_>,
-    finished: &mut Finished,
-) -> Result<(), Failure> {
+fn go(runs: &[CaseRuns<'_>], processes: &mut Processes<'_>, finished: &mut Finished) -> Result<(), Failure> {
     let began = std::time::Instant::now();
     let before = finished.len();
     let mut told = |run: &RunId, finished: &Finished| {
@@ -222,7 +229,6 @@ fn go(
             "[{done}/{total}] {run}: {end:.4} bits per byte; {left} left\n"
         ))
     };
-    debug_assert!(plan.cases().count() == runs.len(), "every case has its runs");
     carry_out(runs, processes, finished, &mut told)
 }
 

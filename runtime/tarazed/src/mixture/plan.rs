@@ -305,6 +305,14 @@ pub enum Change {
         /// Of the choice.
         seed: u64,
     },
+    /// Domains of very different size: from the first to the last, each keeps a smaller share of its training documents, in
+    /// equal ratios; all keep their held-out ones.
+    Skew {
+        /// Share of the first over share of the last.
+        ratio: f64,
+        /// Of the choice.
+        seed: u64,
+    },
     /// Domains are cut in two by difficulty, easy and hard documents: who learns easy ones first can say so with these.
     Difficulty {
         /// The domains.
@@ -360,6 +368,20 @@ impl Plan {
     /// The controllers that take part, in order.
     pub fn controllers(&self) -> impl Iterator<Item = &Controller> {
         self.controllers.iter().filter(|controller| controller.enabled)
+    }
+
+    /// Static candidates of each case.
+    #[must_use]
+    pub const fn candidates(&self) -> usize {
+        NamedStatic::ALL.len() + self.statics.powers.len() + self.statics.points
+    }
+
+    /// Runs of one case: every candidate on every tuning seed; on every judging seed the named static mixtures, the best one
+    /// where it has no name, and each controller with the two mixtures frozen after it.
+    #[must_use]
+    pub fn runs_per_case(&self, best_is_named: bool) -> usize {
+        let judged = NamedStatic::ALL.len() + usize::from(!best_is_named) + 3 * self.controllers().count();
+        self.candidates() * self.seeds.tuning.len() + judged * self.seeds.judging.len()
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -462,6 +484,9 @@ impl Plan {
                 Change::Noise { share, .. } if !(share.is_finite() && *share > 0.0 && *share <= 10.0) => {
                     return Err(Failure::refused(key, "share is not in 0..=10", "set e.g. 0.15"));
                 }
+                Change::Skew { ratio, .. } if !(ratio.is_finite() && *ratio >= 1.0) => {
+                    return Err(Failure::refused(key, "ratio is less than 1", "set e.g. 20"));
+                }
                 Change::Tiny { documents: 0, .. } => {
                     return Err(Failure::refused(key, "documents is 0", "keep a few dozen"));
                 }
@@ -526,6 +551,8 @@ pub(crate) mod tests {
         [seeds]
         tuning = [101, 102]
         judging = [1, 2]
+        [statistics]
+        resamples = 2000
         [static]
         powers = [0.25]
         points = 2
@@ -576,11 +603,7 @@ pub(crate) mod tests {
             ("reason = \"data cannot change during a run yet\"", "", "say why"),
             ("enabled = false", "enabled = true", "live data changes"),
             ("points = 2", "points = 2\nunimax_epochs_max = 0.0", "unimax_epochs_max"),
-            (
-                "[static]",
-                "[statistics]\nconfidence = 95.0\n[static]",
-                "statistics.confidence",
-            ),
+            ("resamples = 2000", "confidence = 95.0", "statistics.confidence"),
         ] {
             let text = TEXT.replacen(from, to, 1);
             assert_ne!(text, TEXT, "{from}");

@@ -6,9 +6,17 @@ use std::ops::Range;
 
 const CONTEXT: &str = "tarazed bench mixture v1";
 
+/// Bytes of the stream that are made at a time.
+const CHUNK_BYTES: usize = 1024;
+
 /// A stream of random numbers.
 #[derive(Clone, Debug)]
-pub struct Random(blake3::OutputReader);
+pub struct Random {
+    stream: blake3::OutputReader,
+    chunk: [u8; CHUNK_BYTES],
+    /// Bytes of the chunk that are used up.
+    used: usize,
+}
 
 impl Random {
     /// The stream of a seed and a label.
@@ -17,13 +25,22 @@ impl Random {
         let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
         hasher.update(&seed.to_le_bytes());
         hasher.update(label.as_bytes());
-        Self(hasher.finalize_xof())
+        Self {
+            stream: hasher.finalize_xof(),
+            chunk: [0; CHUNK_BYTES],
+            used: CHUNK_BYTES,
+        }
     }
 
     /// Sixty-four random bits.
     pub fn bits(&mut self) -> u64 {
+        if self.used == CHUNK_BYTES {
+            self.stream.fill(&mut self.chunk);
+            self.used = 0;
+        }
         let mut word = [0; 8];
-        self.0.fill(&mut word);
+        word.copy_from_slice(&self.chunk[self.used..self.used + 8]);
+        self.used += 8;
         u64::from_le_bytes(word)
     }
 
@@ -57,6 +74,18 @@ mod tests {
         assert_ne!(draws(1, "noise"), draws(2, "noise"));
         assert_ne!(draws(1, "noise"), draws(1, "sweep"));
         assert_ne!(draws(1, "noise")[0], draws(1, "noise")[1]);
+    }
+
+    /// Read in chunks, it is the stream as BLAKE3 gives it.
+    #[test]
+    fn no_part_of_the_stream_is_lost_between_chunks() {
+        let mut random = Random::of(5, "test");
+        let drawn: Vec<u8> = (0..300).flat_map(|_| random.bits().to_le_bytes()).collect();
+        let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
+        hasher.update(&5_u64.to_le_bytes()).update(b"test");
+        let mut expected = vec![0; drawn.len()];
+        hasher.finalize_xof().fill(&mut expected);
+        assert_eq!(drawn, expected);
     }
 
     #[test]

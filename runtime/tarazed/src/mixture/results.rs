@@ -136,19 +136,23 @@ fn opponents(controller: &str) -> [String; 3] {
 impl Results {
     /// Judges what is finished. `cases` and `ready` are in the plan's order.
     #[must_use]
-    pub fn of(cases: &[CaseRuns<'_>], ready: &[&Ready], finished: &Finished, programs: &BTreeSet<String>) -> Self {
-        let plan = cases.first().map(|case| case.plan.clone());
-        let total = cases.iter().map(|case| case.total(finished)).sum();
+    pub fn of(
+        plan: &Plan,
+        cases: &[CaseRuns<'_>],
+        ready: &[&Ready],
+        finished: &Finished,
+        programs: &BTreeSet<String>,
+    ) -> Self {
+        let judged = cases
+            .iter()
+            .zip(ready)
+            .map(|(case, ready)| judge(case, ready, finished));
         Self {
-            plan: plan.unwrap_or_else(|| unreachable!("a plan has a case")),
+            plan: plan.clone(),
             programs: programs.clone(),
             finished: finished.len(),
-            total,
-            cases: cases
-                .iter()
-                .zip(ready)
-                .map(|(case, ready)| judge(case, ready, finished))
-                .collect(),
+            total: cases.iter().map(|case| case.total(finished)).sum(),
+            cases: judged.collect(),
         }
     }
 }
@@ -345,7 +349,7 @@ pub(crate) mod tests {
         carry_out(&cases, &mut Fake::default(), &mut finished, &mut |_, _| Ok(())).expect("done");
         let ready = ready(&facts);
         (
-            Results::of(&cases, &[&ready, &ready], &finished, &BTreeSet::new()),
+            Results::of(plan, &cases, &[&ready, &ready], &finished, &BTreeSet::new()),
             finished,
         )
     }
@@ -425,7 +429,7 @@ pub(crate) mod tests {
         let mut finished = Finished::new();
         assert!(carry_out(&cases, &mut fake, &mut finished, &mut |_, _| Ok(())).is_err());
         let ready = ready(&facts);
-        let results = Results::of(&cases, &[&ready], &finished, &BTreeSet::new());
+        let results = Results::of(&plan, &cases, &[&ready], &finished, &BTreeSet::new());
         assert_eq!(results.finished, 30);
         assert!(results.total > 30);
         assert!(

@@ -220,9 +220,7 @@ impl CaseRuns<'_> {
     pub fn total(&self, finished: &Finished) -> usize {
         let best = self.best_static(finished).unwrap_or_default();
         let is_named = NamedStatic::ALL.iter().any(|named| named.name() == best);
-        let judged = NamedStatic::ALL.len() + usize::from(!is_named) + 3 * self.plan.controllers().count();
-        let Plan { seeds, .. } = self.plan;
-        self.candidates().len() * seeds.tuning.len() + judged * seeds.judging.len()
+        self.plan.runs_per_case(is_named)
     }
 }
 
@@ -433,6 +431,7 @@ pub(crate) mod tests {
         let names: BTreeSet<&String> = candidates.iter().map(|(name, _)| name).collect();
         assert_eq!(names.len(), candidates.len());
         assert_eq!(candidates.len(), 4 + 1 + 2);
+        assert_eq!(candidates.len(), plan.candidates());
         for (name, mixture) in &candidates {
             assert!((mixture.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{name}");
         }

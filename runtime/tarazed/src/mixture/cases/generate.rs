@@ -28,7 +28,14 @@ pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key:
         Change::Duplicate { of } => domains.push(copy(&corpus[position(of)?])),
         Change::Tiny { of, documents, seed } => {
             let domain = &mut domains[position(of)?];
-            *domain = tiny(domain, *documents, *seed, held_out_fraction);
+            *domain = fewer(domain, Keep::Documents(*documents), *seed, held_out_fraction);
+        }
+        Change::Skew { ratio, seed } => {
+            let last = corpus.len().saturating_sub(1).max(1) as f64;
+            for (at, domain) in domains.iter_mut().enumerate() {
+                let share = libm::pow(*ratio, -(at as f64) / last);
+                *domain = fewer(domain, Keep::Share(share), *seed, held_out_fraction);
+            }
         }
         Change::Difficulty { of } => {
             let cut: BTreeSet<usize> = of.iter().map(|name| position(name)).collect::<Result<_, _>>()?;
@@ -114,10 +121,17 @@ fn copy(domain: &Domain) -> Domain {
     }
 }
 
-/// `documents` training documents chosen by a hash of their text, and all held-out ones, so that it is measured as before.
-fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) -> Domain {
+/// How many training documents stay.
+#[derive(Clone, Copy)]
+enum Keep {
+    Documents(usize),
+    Share(f64),
+}
+
+/// Some training documents chosen by a hash of their text, and all held-out ones, so that it is measured as before.
+fn fewer(domain: &Domain, keep: Keep, seed: u64, held_out_fraction: f64) -> Domain {
     let mut training: Vec<([u8; 32], usize)> = Vec::new();
-    let mut keep = BTreeSet::new();
+    let mut kept = BTreeSet::new();
     let mut seen = BTreeSet::new();
     for (at, document) in domain.documents.iter().enumerate() {
         let hash = blake3::hash(document.text.as_bytes());
@@ -125,7 +139,7 @@ fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) ->
             continue;
         }
         if Split::of(&hash, held_out_fraction) == Split::HeldOut {
-            keep.insert(at);
+            kept.insert(at);
             continue;
         }
         let mut hasher = blake3::Hasher::new_derive_key("tarazed bench mixture v1 tiny domain");
@@ -134,13 +148,18 @@ fn tiny(domain: &Domain, documents: usize, seed: u64, held_out_fraction: f64) ->
         training.push((*hasher.finalize().as_bytes(), at));
     }
     training.sort_unstable();
-    keep.extend(training.iter().take(documents).map(|(_, at)| *at));
+    let documents = match keep {
+        Keep::Documents(documents) => documents.min(training.len()),
+        Keep::Share(share) => (share * training.len() as f64).ceil() as usize,
+    };
+    kept.extend(training.iter().take(documents).map(|(_, at)| *at));
     Domain {
         made: format!(
-            "{documents} training documents of {}, seed {seed}, and all held-out ones",
+            "{documents} of {} training documents of {}, seed {seed}, and all held-out ones",
+            training.len(),
             domain.name
         ),
-        documents: keep.iter().map(|at| domain.documents[*at].clone()).collect(),
+        documents: kept.iter().map(|at| domain.documents[*at].clone()).collect(),
         ..domain.clone()
     }
 }
@@ -245,14 +264,14 @@ mod tests {
 
     #[test]
     fn noise_has_the_frequencies_of_the_corpus_and_its_share_of_bytes() {
-        let change = Change::Noise { share: 0.5, seed: 3 };
+        let change = Change::Noise { share: 3.0, seed: 3 };
         let domains = made(&change);
         assert_eq!(domains[..2], corpus()[..]);
         let noise = &domains[2];
         assert!(!noise.judged && noise.name == "noise");
         let bytes = |domains: &[Domain]| domains.iter().flat_map(Domain::texts).map(str::len).sum::<usize>() as f64;
         let share = bytes(&domains[2..]) / bytes(&domains[..2]);
-        assert!((0.5..0.52).contains(&share), "{share}");
+        assert!((3.0..3.02).contains(&share), "{share}");
         let frequency = |domains: &[Domain], wanted: char| {
             let (mut found, mut all) = (0.0, 0.0);
             for c in domains.iter().flat_map(Domain::texts).flat_map(str::chars) {
@@ -263,10 +282,11 @@ mod tests {
         };
         for c in ['e', '天', '7'] {
             let (is, was) = (frequency(&domains[2..], c), frequency(&domains[..2], c));
-            assert!((is / was - 1.0).abs() < 0.25, "{c}: {is} of {was}");
+            // Some 300 of the rarest are drawn: five standard deviations.
+            assert!((is / was - 1.0).abs() < 0.3, "{c}: {is} of {was}");
         }
         assert_eq!(domains, made(&change), "a function of corpus and seed");
-        assert_ne!(domains[2], made(&Change::Noise { share: 0.5, seed: 4 })[2]);
+        assert_ne!(domains[2], made(&Change::Noise { share: 3.0, seed: 4 })[2]);
     }
 
     #[test]
@@ -297,6 +317,26 @@ mod tests {
                 .all(|document| all[0].documents.contains(document))
         );
         assert_ne!(domains[0].documents, made(&change(2))[0].documents);
+    }
+
+    #[test]
+    fn skewed_domains_keep_shares_in_equal_ratios_and_their_held_out_text() {
+        let mut corpus = corpus();
+        corpus.insert(
+            1,
+            domain("book", (0..300).map(|i| format!("the book {i} has a chapter {i}"))),
+        );
+        let change = Change::Skew { ratio: 16.0, seed: 2 };
+        let domains = generate(&change, &corpus, FRACTION, "cases.test").expect("a case");
+        for ((whole, part), share) in corpus.iter().zip(&domains).zip([1.0, 0.25, 0.0625]) {
+            let counts = |domain: &Domain| {
+                let held_out = domain.documents.iter().filter(|document| is_held_out(document)).count();
+                (domain.documents.len() - held_out, held_out)
+            };
+            let ((all, held_out), (kept, held_out_kept)) = (counts(whole), counts(part));
+            assert_eq!(held_out, held_out_kept);
+            assert_eq!(kept, (share * all as f64).ceil() as usize, "{}", part.name);
+        }
     }
 
     #[test]

@@ -1,0 +1,136 @@
+//! `tarazed bench mixture` as a person meets it, on runs of a second: stopped, gone on with, whole.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const RUNS: usize = 4 + 2 * (4 + 3);
+
+/// A plan of four static candidates, one controller, two judging seeds and one case, on two small domains.
+fn project(folder: &Path) {
+    let write = |name: &str, text: String| std::fs::write(folder.join(name), text).expect("written");
+    let word = |i: usize| ["lane", "step", "rank", "trace", "shard"][i % 5];
+    let line = |text: String| serde_json::json!({ "text": text }).to_string() + "\n";
+    let web = |i: usize| {
+        (0..14)
+            .map(|at| format!("{} {} ", word(i + at * at), (i * 31 + at * 17) % 97))
+            .collect()
+    };
+    let book = |i: usize| {
+        format!(
+            "chapter {i} of the {} says that {} is {}",
+            word(i),
+            word(i / 5),
+            word(i / 25)
+        )
+    };
+    write("web.jsonl", (0..400).map(|i| line(web(i))).collect());
+    write("book.jsonl", (0..120).map(|i| line(book(i))).collect());
+    write(
+        "model.toml",
+        "[run]\nname = \"tiny\"\nseed = 7\nsteps = 3\n\
+        [model]\nlayers = 1\nhidden = 16\nffn = 16\nheads = 2\nkv_heads = 1\ncontext = 16\nvocabulary = 300\ninit_std = 0.02\n\
+        [batch]\nlanes = 2\nsequences_per_lane = 1\nmicro_batch_sequences = 1\n\
+        [optimizer]\nlearning_rate = 1e-2\nschedule = { kind = \"constant\", warmup_steps = 2 }\nblock_elements = 1024\n\
+        [data]\nheld_out_fraction = 0.2\n\
+        [[data.domains]]\nname = \"web\"\npath = \"web.jsonl\"\nlanguage = \"en\"\nweight = 1\n\
+        [[data.domains]]\nname = \"book\"\npath = \"book.jsonl\"\nlanguage = \"en\"\nweight = 1\n\
+        [evaluation]\ninterval_steps = 2\nsequences_per_domain_max = 8\n"
+            .to_owned(),
+    );
+    write(
+        "plan.toml",
+        "name = \"tiny\"\nbase = \"model.toml\"\nsteps = 24\nranks = 1\nexpected_seconds_per_run = 1.0\n\
+        [seeds]\ntuning = [9]\njudging = [1, 2]\n[statistics]\nresamples = 1000\n[static]\npoints = 0\n\
+        [[controllers]]\nname = \"ado\"\nset = [\"mixture.controller=ado\", \"mixture.start_steps=10\", \
+        \"mixture.interval_steps=2\", \"mixture.lag_steps=1\"]\n\
+        [[cases]]\nname = \"plain\"\nchange = { kind = \"none\" }\n"
+            .to_owned(),
+    );
+}
+
+fn command(folder: &Path, work: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tarazed"));
+    command
+        .args(["bench", "mixture", "plan.toml", "--work", work])
+        .current_dir(folder);
+    command
+}
+
+fn whole(folder: &Path, work: &str) -> (Output, String) {
+    let output = command(folder, work).output().expect("the program runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    (output, said)
+}
+
+fn read(folder: &Path, file: &str) -> String {
+    std::fs::read_to_string(folder.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
+}
+
+/// Stopped after its third run and gone on with, a bench finds what one finds that nothing happened to (DET-1), and does
+/// nothing twice.
+#[test]
+fn a_stopped_bench_goes_on_and_finds_the_same() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    project(folder);
+    let mut child = command(folder, "stopped")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let mut lines = BufReader::new(child.stdout.take().expect("its output")).lines();
+    // Whether the best static mixture has a name, and so the number of runs, is not known yet.
+    let third = "[3/";
+    assert!(lines.any(|line| line.expect("text").starts_with(third)));
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("sent");
+    lines.for_each(|line| drop(line.expect("text")));
+    assert_eq!(child.wait().expect("its end").code(), Some(34));
+    assert!(read(folder, "stopped/report.md").contains("**Unfinished: "));
+
+    let (_, said) = whole(folder, "stopped");
+    assert!(
+        said.contains("done before") && !said.contains(" 0 done before"),
+        "{said}"
+    );
+    let (_, undisturbed) = whole(folder, "undisturbed");
+    assert_eq!(
+        undisturbed.lines().filter(|line| line.starts_with('[')).count(),
+        RUNS,
+        "{undisturbed}"
+    );
+    let report = read(folder, "undisturbed/report.json");
+    assert_eq!(read(folder, "stopped/report.json"), report);
+    assert!(read(folder, "stopped/report.md").contains(&format!("All {RUNS} runs are finished.")));
+    let decided = read(folder, "undisturbed/runs/plain/ado/seed-1/trace.jsonl");
+    assert!(
+        decided.contains("\"controller\":\"ado\""),
+        "the adaptive arm decides something"
+    );
+
+    // Nothing is left to do, and nothing changes.
+    let (_, said) = whole(folder, "undisturbed");
+    assert!(said.contains(&format!("{RUNS} done before, 0 to do")), "{said}");
+    assert!(!said.lines().any(|line| line.starts_with('[')), "{said}");
+    assert_eq!(read(folder, "undisturbed/report.json"), report);
+
+    // A work folder belongs to its plan and its corpus.
+    for (file, from, to, part) in [
+        ("plan.toml", "steps = 24", "steps = 22", "remove the run's folder"),
+        ("web.jsonl", "lane", "lanes", "one of them has changed since"),
+    ] {
+        let text = read(folder, file);
+        std::fs::write(folder.join(file), text.replacen(from, to, 1)).expect("written");
+        let output = command(folder, "undisturbed").output().expect("the program runs");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(part), "{message}");
+        std::fs::write(folder.join(file), text).expect("written");
+    }
+}
