@@ -285,7 +285,9 @@ impl CheckpointerState {
         // Lines behind the checkpoint may have another writer, which the first of them names.
         let writer = declared_after(&lines, base).cloned().or(writer);
         let own = self.arguments.facts.program();
-        let lineage = writer.filter(|writer| *writer != own).map(|from| NewLineage { from, to: own });
+        let lineage = writer
+            .filter(|writer| *writer != own)
+            .map(|from| NewLineage { from, to: own });
         Ok(Located {
             from,
             lines,

@@ -374,7 +374,10 @@ pub fn diff(a: &[TraceLine], b: &[TraceLine]) -> Comparison {
 #[must_use]
 pub fn declared_after(lines: &[TraceLine], after: StepsCompleted) -> Option<&Program> {
     let declared = lines.iter().rev().filter(|line| line.step > after);
-    declared.filter_map(|line| line.lineage.as_ref()).map(|lineage| &lineage.to).next()
+    declared
+        .filter_map(|line| line.lineage.as_ref())
+        .map(|lineage| &lineage.to)
+        .next()
 }
 
 /// Reads a whole trace. Steps must follow each other without a gap.

@@ -295,7 +295,7 @@ impl<D: Device> Shared<'_, D> {
             let all = View::from(&*gradient);
             inputs
                 .device
-                .square_sums(&mut worker.stream, all, block_elements, &mut sums)?;
+                .square_sums(worker.workspace.stream(), all, block_elements, &mut sums)?;
             stats.set_squares(sum_over_blocks(sums));
         }
         for chunk in samples

@@ -240,19 +240,36 @@ fn another_program_is_a_declared_lineage() {
         undeclared.push_str(declared.as_ref().map_or(line, |(_, rest)| rest));
         undeclared.push('\n');
         if let Some((lineage, _)) = declared {
-            let builds: Vec<&str> = lineage.split(r#""binary":""#).skip(1).filter_map(|rest| rest.split('"').next()).collect();
+            let builds: Vec<&str> = lineage
+                .split(r#""binary":""#)
+                .skip(1)
+                .filter_map(|rest| rest.split('"').next())
+                .collect();
             assert!(builds.len() == 2 && builds[0] != builds[1], "{lineage}");
         }
     }
     assert_same_trace(undeclared.as_bytes(), undisturbed(40), "another program");
-    project.tarazed(&["trace".as_ref(), "diff".as_ref(), resumed.dir().as_os_str(), resumed.dir().as_os_str()]).assert_code(0);
+    project
+        .tarazed(&[
+            "trace".as_ref(),
+            "diff".as_ref(),
+            resumed.dir().as_os_str(),
+            resumed.dir().as_os_str(),
+        ])
+        .assert_code(0);
     // The first program again: the trace says whose lines it goes on from.
     let mut back = Run::start(&project.train("lineage").ranks(2).steps(60));
     back.finish().assert_code(0);
     let trace = String::from_utf8(back.trace()).expect("text");
-    let declares: Vec<usize> = (1..).zip(trace.lines()).filter(|(_, line)| line.contains("lineage")).map(|(step, _)| step).collect();
+    let declares: Vec<usize> = (1..)
+        .zip(trace.lines())
+        .filter(|(_, line)| line.contains("lineage"))
+        .map(|(step, _)| step)
+        .collect();
     assert_eq!(declares, [21, 41]);
-    project.verify(&["trace".as_ref(), back.dir().as_os_str()]).assert_code(0);
+    project
+        .verify(&["trace".as_ref(), back.dir().as_os_str()])
+        .assert_code(0);
 }
 
 /// DET-4: the program's file is replaced while the run goes on. A rank that is replaced then is the program that began it.

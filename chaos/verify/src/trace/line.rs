@@ -136,7 +136,10 @@ fn lineage(declared: &Json) -> Result<(), String> {
         program.get("binary")?.text()?;
         program.get("device")?.text()?;
         if let Ok(libraries) = program.get("libraries") {
-            libraries.list()?.iter().try_for_each(|library| library.text().map(drop))?;
+            libraries
+                .list()?
+                .iter()
+                .try_for_each(|library| library.text().map(drop))?;
         }
     }
     Ok(())
@@ -265,7 +268,12 @@ pub mod tests {
         let good = r#"{"from":{"binary":"0.1.0 aa","device":"cpu"},"to":{"binary":"0.1.0 bb","device":"cpu","libraries":["x 1"]}}"#;
         let read = |text: &str| lineage(&Json::parse(text.as_bytes()).unwrap());
         assert_eq!(read(good), Ok(()));
-        for (old, new) in [("\"to\"", "\"on\""), ("\"binary\"", "\"program\""), ("[\"x 1\"]", "[1]"), ("\"cpu\"", "1")] {
+        for (old, new) in [
+            ("\"to\"", "\"on\""),
+            ("\"binary\"", "\"program\""),
+            ("[\"x 1\"]", "[1]"),
+            ("\"cpu\"", "1"),
+        ] {
             assert!(read(&good.replacen(old, new, 1)).is_err(), "{old}");
         }
     }

@@ -390,6 +390,7 @@ pub mod tests {
             line,
             effective,
             weights: Some(weights.to_vec()),
+            veto: None,
         };
         let (mut walk, mut findings) = (walk(), Findings::default());
         let config = config();

@@ -16,12 +16,13 @@ pub use data_file::DataFile;
 pub use interval::CheckpointInterval;
 pub use loops::{ControllerKind, MixtureConfig, MixtureStage, PolicyConfig, SpikePolicy, StageStart, StopRules};
 pub use refine::{
-    BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig, RefineConfig,
+    BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig,
+    RefineConfig,
 };
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape, DomainConfig,
-    EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig, RunConfig,
-    SourceFormat, TelemetryConfig, TokenizerConfig,
+    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
+    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig,
+    RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;

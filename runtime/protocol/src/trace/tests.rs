@@ -299,12 +299,20 @@ fn a_new_lineage_is_declared_and_not_compared() {
     assert_eq!(line.first_difference(&sample(3)), None);
     let text = line.print();
     assert!(
-        text.contains(r#""lineage":{"from":{"binary":"a","device":"cpu"},"to":{"binary":"b","device":"cpu"}},"decisions""#),
+        text.contains(
+            r#""lineage":{"from":{"binary":"a","device":"cpu"},"to":{"binary":"b","device":"cpu"}},"decisions""#
+        ),
         "{text}"
     );
     assert_eq!(TraceLine::parse(&text, 1).unwrap().lineage, line.lineage);
     let lines = [sample(2), line, sample(4), declares(5, "b", "c"), sample(6)];
     let after = |step: u64| declared_after(&lines, StepsCompleted(step)).map(|program| program.binary.as_str());
-    assert_eq!([after(2), after(4), after(5), after(6)], [Some("c"), Some("c"), None, None]);
-    assert_eq!(declared_after(&lines[..3], StepsCompleted(2)).map(|program| program.binary.as_str()), Some("b"));
+    assert_eq!(
+        [after(2), after(4), after(5), after(6)],
+        [Some("c"), Some("c"), None, None]
+    );
+    assert_eq!(
+        declared_after(&lines[..3], StepsCompleted(2)).map(|program| program.binary.as_str()),
+        Some("b")
+    );
 }

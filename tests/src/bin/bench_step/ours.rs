@@ -80,7 +80,9 @@ impl Ours {
         );
         let batches = (0..count).map(|step| feeder.next(StepIndex(step), &AtomicBool::new(false)));
         Ok(Self {
-            batches: batches.map(|batch| batch?.context("the run ends early")).collect::<Result<_>>()?,
+            batches: batches
+                .map(|batch| batch?.context("the run ends early"))
+                .collect::<Result<_>>()?,
             initial: state.weights.to_vec(),
             steps_completed: StepsCompleted(0),
             state,
