@@ -7,10 +7,10 @@ mod cuda_rig;
 use Precision::{Full, Working};
 use cuda_rig::{Rig, everything};
 use tarazed_domain::BlockIndex;
-use tarazed_kernels::cuda::driver::{GEMM_ALIGNMENT_BYTES, Severity};
+use tarazed_kernels::cuda::driver::{GEMM_ALIGNMENT_BYTES, GEMM_WORKSPACE_BYTES, Severity};
 use tarazed_kernels::cuda::recording::{Call, RecordingDriver};
 use tarazed_kernels::cuda::table::{self, Launch, Value};
-use tarazed_kernels::cuda::{CudaBuffer, CudaDevice};
+use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, STAGING_BYTES};
 use tarazed_kernels::{
     AdamwStep, Attention, BlockHash, Blocks, CrossEntropy, Device, DeviceError, Embedding, Gemm, Norm, OptimizerState,
     Precision, Rope, View, ViewMut,
@@ -580,34 +580,32 @@ fn views_beyond_their_buffers_panic() {
 
 #[test]
 fn memory_that_is_not_there_is_named_with_its_size() {
-    for (name, needed) in [("alloc", None), ("alloc_pinned", None), ("alloc", Some(4000))] {
-        let (mut rig, asked) = (Rig::new(), Rig::new().recorder.asked());
-        let found = match needed {
-            None => {
-                let rig = RecordingDriver::new();
-                let at = asked.iter().position(|&call| call == name).unwrap();
-                rig.fail(at, Severity::OutOfMemory);
-                let device = CudaDevice::new(rig.clone()).unwrap();
-                let refused = device.stream().err().unwrap();
-                drop(device);
-                assert_eq!(rig.left(), Vec::<String>::new());
-                refused
-            }
-            Some(bytes) => {
-                rig.recorder.fail(asked.len(), Severity::OutOfMemory);
-                let refused = rig.device.alloc(bytes / 4, Full).err().unwrap();
-                // The device goes on.
-                rig.recorder.fail(usize::MAX, Severity::Refused);
-                let buffer = rig.buffer(1, Full);
-                assert_eq!(rig.values(&buffer, 1), [0.0]);
-                refused
-            }
-        };
-        let DeviceError::OutOfMemory { needed_bytes } = found else {
-            panic!("{found}")
-        };
-        assert!(needed_bytes > 0 && needed.is_none_or(|needed| needed == needed_bytes));
-    }
+    let mut rig = Rig::new();
+    let (a, mut c) = (rig.buffer(64, Working), rig.buffer(64, Full));
+    let fail = |rig: &Rig, calls_from_now| {
+        let now = rig.recorder.asked().len();
+        rig.recorder.fail(now + calls_from_now, Severity::OutOfMemory);
+    };
+    let needed = |refused: Option<DeviceError>| match refused {
+        Some(DeviceError::OutOfMemory { needed_bytes }) => needed_bytes,
+        other => panic!("{other:?}"),
+    };
+    fail(&rig, 0);
+    assert_eq!(needed(rig.device.alloc(1000, Full).err()), 4000);
+    // A stream and its event come before the memory that is copied through.
+    fail(&rig, 2);
+    assert_eq!(needed(rig.device.stream().err()), STAGING_BYTES);
+    // The first product is planned before its workspace is made.
+    fail(&rig, 1);
+    let call = Gemm::forward(8, 8, 8);
+    let (device, stream) = (&rig.device, &mut rig.stream);
+    let refused = device.gemm(stream, &call, (&a).into(), (&a).into(), (&mut c).into());
+    assert_eq!(needed(refused.err()), GEMM_WORKSPACE_BYTES);
+    // The device goes on.
+    device
+        .gemm(stream, &call, (&a).into(), (&a).into(), (&mut c).into())
+        .unwrap();
+    assert_eq!(rig.values(&c, 64), [0.0; 64]);
 }
 
 /// Each call of a run of everything fails once, in each way: the error says so, a lost device does no more work, and all

@@ -1,15 +1,16 @@
 //! Which device a rank computes on: what `cluster.device` says, and what this machine has.
 
-use super::RankError;
 use tarazed_domain::config::{ClusterDevice, Config};
 use tarazed_kernels::{CpuDevice, Device};
 
 #[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::CudaDevice;
-#[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::cubin::CubinCache;
-#[cfg(feature = "cuda")]
-use tarazed_kernels::cuda::real::{self, RealDriver};
+use {
+    super::RankError,
+    tarazed_kernels::cuda::CudaDevice,
+    tarazed_kernels::cuda::cubin::CubinCache,
+    tarazed_kernels::cuda::driver::Absence,
+    tarazed_kernels::cuda::real::{self, RealDriver},
+};
 
 /// A device that was asked for and is not to be had: reconfigure.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -50,10 +51,7 @@ impl DeviceChoice {
     #[cfg(feature = "cuda")]
     fn cuda() -> Result<Self, DeviceRefused> {
         let found = real::device_count().and_then(|count| real::probe(0).map(|_| Self::Cuda { count }));
-        found.map_err(|absence| DeviceRefused {
-            cause: absence.to_string(),
-            remedy: "make the device and CUDA's libraries visible to this process",
-        })
+        found.map_err(refused)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -62,6 +60,29 @@ impl DeviceChoice {
             cause: "no CUDA device: this program was built without the feature `cuda`".to_owned(),
             remedy: "build it with that feature",
         })
+    }
+
+    /// Why a device that is there is not used, where `auto` took the processors: a missing library is easily put right. None
+    /// where there is no device.
+    #[must_use]
+    pub fn unused_device() -> Option<String> {
+        #[cfg(feature = "cuda")]
+        if real::device_count().is_ok() {
+            return real::probe(0).err().map(|absence| absence.to_string());
+        }
+        None
+    }
+
+    /// Does once what each rank would do at its start, and wait for: compiles the kernels.
+    ///
+    /// # Errors
+    /// [`DeviceRefused`] where they do not compile.
+    pub fn prepare(self) -> Result<(), DeviceRefused> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { .. } => real::prepare(0, &cubins()).map_err(refused),
+        }
     }
 
     /// As a run's resolved config says it: a restart computes on the same kind of device or is refused.
@@ -90,11 +111,25 @@ pub fn device_type(config: &Config) -> String {
     }
 }
 
+#[cfg(feature = "cuda")]
+fn refused(absence: Absence) -> DeviceRefused {
+    DeviceRefused {
+        cause: absence.to_string(),
+        remedy: "make the device and CUDA's libraries visible to this process",
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cubins() -> CubinCache {
+    CubinCache::new(CubinCache::default_folder(|name| {
+        std::env::var_os(name).map(Into::into)
+    }))
+}
+
 /// Opens the CUDA device of this number.
 #[cfg(feature = "cuda")]
 pub(super) fn open(ordinal: u32) -> Result<CudaDevice<RealDriver>, RankError> {
-    let folder = CubinCache::default_folder(|name| std::env::var_os(name).map(Into::into));
-    let driver = RealDriver::open(ordinal, CubinCache::new(folder)).map_err(|e| RankError::because("device")(&e))?;
+    let driver = RealDriver::open(ordinal, cubins()).map_err(|e| RankError::because("device")(&e))?;
     CudaDevice::new(driver).map_err(|e| RankError::because("device")(&e))
 }
 
@@ -105,7 +140,8 @@ mod tests {
     use super::*;
 
     fn config(device: ClusterDevice) -> Config {
-        let mut config = Config::default();
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
+        let mut config = Config::load(path.as_ref(), &[]).unwrap();
         config.cluster.device = device;
         config
     }

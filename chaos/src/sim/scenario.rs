@@ -246,6 +246,7 @@ interval = "{checkpoint_interval}"
 keep_every_steps = {keep_every_steps}
 keep_last = {keep_last}
 [cluster]
+device = "cpu"
 ranks = {ranks}
 spares = {spares}
 [fault]

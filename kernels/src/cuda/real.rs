@@ -218,6 +218,19 @@ pub fn probe(ordinal: u32) -> Result<DeviceFacts, Absence> {
     find(ordinal).map(|found| found.facts)
 }
 
+/// Compiles every kernel for the device of this number into `cubins`, so that processes that open it next find them.
+/// Takes nothing of the device.
+///
+/// # Errors
+/// [`Absence`]; where a source does not compile, with the compiler's log.
+pub fn prepare(ordinal: u32, cubins: &CubinCache) -> Result<(), Absence> {
+    let found = find(ordinal)?;
+    for source in table::SOURCES {
+        cubins.get(&found.compiler, source, &table::HEADERS, &found.architecture)?;
+    }
+    Ok(())
+}
+
 /// A device's context, given back when dropped before a driver takes it over.
 struct Retained(sys::CUdevice);
 

@@ -157,7 +157,7 @@ mod tests {
             },
             Target {
                 buffer: &mut full,
-                ranges: vec![0..2],
+                ranges: std::iter::once(0..2).collect(),
             },
         ];
         let arrived = device.receive(&mut stream, targets, |slices| -> Result<(), DeviceError> {
@@ -193,7 +193,7 @@ mod tests {
 
         let target = Target {
             buffer: &mut full,
-            ranges: vec![0..1],
+            ranges: std::iter::once(0..1).collect(),
         };
         let refused = device.receive(&mut stream, vec![target], |_| {
             Err(DeviceError::OutOfMemory { needed_bytes: 1 })

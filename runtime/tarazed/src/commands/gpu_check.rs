@@ -62,9 +62,8 @@ mod checks {
                 "run it where a CUDA device and its libraries are visible",
             )
         })?;
-        let device = CudaDevice::new(driver).map_err(|error| {
-            Failure::halted("gpu-check", error, "see the compiler's or the driver's message")
-        })?;
+        let device = CudaDevice::new(driver)
+            .map_err(|error| Failure::halted("gpu-check", error, "see the compiler's or the driver's message"))?;
         let extent = Extent {
             seeds: args.seeds.clone(),
             determinism: determinism::Sizes::standard(),
@@ -96,7 +95,14 @@ mod checks {
         let folder = path.parent().map_or_else(PathBuf::new, Path::to_path_buf);
         std::fs::create_dir_all(folder)
             .and_then(|()| std::fs::write(path, text))
-            .map_err(|e| Failure::io(path.display(), &e, "cannot be written", "name another folder with --out"))
+            .map_err(|e| {
+                Failure::io(
+                    path.display(),
+                    &e,
+                    "cannot be written",
+                    "name another folder with --out",
+                )
+            })
     }
 
     /// Letters, digits and dashes alone.
@@ -130,7 +136,10 @@ mod checks {
 
         #[test]
         fn a_report_is_named_after_device_and_commit() {
-            assert_eq!(file_name("NVIDIA H100 80GB HBM3", "1a2b3c-changed"), "nvidia-h100-80gb-hbm3-1a2b3c-changed.json");
+            assert_eq!(
+                file_name("NVIDIA H100 80GB HBM3", "1a2b3c-changed"),
+                "nvidia-h100-80gb-hbm3-1a2b3c-changed.json"
+            );
         }
     }
 }

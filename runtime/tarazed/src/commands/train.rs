@@ -14,7 +14,7 @@ use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
 use tarazed_actors::rank::DeviceChoice;
 use tarazed_actors::run_folder::{Existing, FolderError, Occupied, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterDevice, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -57,14 +57,7 @@ impl Args {
         if self.steps == Some(0) {
             return Err(Failure::refused("--steps", "is 0", "stop after at least 1 step"));
         }
-        let device = DeviceChoice::of(&config).map_err(|refused| {
-            Failure::refused(
-                "cluster.device",
-                refused.cause,
-                format!("set it to \"cpu\", or {}", refused.remedy),
-            )
-        })?;
-        config.cluster.device = device.resolved();
+        config.cluster.device = device(&config)?.resolved();
         Ok(config)
     }
 
@@ -160,6 +153,21 @@ fn train(
         ));
     }
     Ok(exit)
+}
+
+/// What ranks will compute on, ready for them.
+fn device(config: &Config) -> Result<DeviceChoice, Failure> {
+    let choice = DeviceChoice::of(config).and_then(|choice| choice.prepare().map(|()| choice));
+    if choice == Ok(DeviceChoice::Cpu)
+        && config.cluster.device == ClusterDevice::Auto
+        && let Some(cause) = DeviceChoice::unused_device()
+    {
+        last_words(&format!("tarazed: computing on processors: {cause}"));
+    }
+    choice.map_err(|refused| {
+        let remedy = format!("set it to \"cpu\", or {}", refused.remedy);
+        Failure::refused("cluster.device", refused.cause, remedy)
+    })
 }
 
 /// What the run has said so far, for a signal and for the last message.

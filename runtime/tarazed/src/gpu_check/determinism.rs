@@ -122,7 +122,9 @@ impl<D: Device + Clone> Bench<D> {
 fn same(what: &str, lane: usize, first: &Bits, second: &Bits) -> Result<(), CheckFailed> {
     let differs = CheckFailed::because(CHECK);
     if let Some(at) = first.0.iter().zip(&second.0).position(|(a, b)| a != b) {
-        return Err(differs(format!("{what}: lane {lane}, loss of sequence {at} has other bits")));
+        return Err(differs(format!(
+            "{what}: lane {lane}, loss of sequence {at} has other bits"
+        )));
     }
     if let Some(at) = first.1.iter().zip(&second.1).position(|(a, b)| a != b) {
         let (a, b) = (first.1[at], second.1[at]);
@@ -138,7 +140,12 @@ fn same(what: &str, lane: usize, first: &Bits, second: &Bits) -> Result<(), Chec
 /// The first lane that came out otherwise.
 pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, CheckFailed> {
     let bench = Bench::new(device, &sizes.model)?;
-    let workspace = || bench.model.workspace(sizes.sequences).map_err(CheckFailed::because(CHECK));
+    let workspace = || {
+        bench
+            .model
+            .workspace(sizes.sequences)
+            .map_err(CheckFailed::because(CHECK))
+    };
     let mut own = workspace()?;
     let mut lanes = |order: &mut dyn Iterator<Item = usize>| -> Result<Vec<(usize, Bits)>, CheckFailed> {
         order
@@ -164,7 +171,12 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
             .collect()
     });
     for (lane, bits) in together.into_iter().enumerate() {
-        same("all lanes at once, each on a stream of its own", lane, &first[lane].1, &bits?)?;
+        same(
+            "all lanes at once, each on a stream of its own",
+            lane,
+            &first[lane].1,
+            &bits?,
+        )?;
     }
     Ok(json!({
         "model": format!("{:?}", sizes.model), "lanes": sizes.lanes, "sequences": sizes.sequences,
@@ -192,7 +204,10 @@ mod tests {
         let (zero, one) = (lane(0), lane(1));
         assert!(same("x", 0, &zero, &zero).is_ok());
         let failed = same("x", 0, &zero, &one).expect_err("differs").to_string();
-        assert!(failed.starts_with("determinism: x: lane 0, loss of sequence 0"), "{failed}");
+        assert!(
+            failed.starts_with("determinism: x: lane 0, loss of sequence 0"),
+            "{failed}"
+        );
         let mut flipped = zero.clone();
         flipped.1[5] ^= 1;
         let failed = same("x", 2, &zero, &flipped).expect_err("differs").to_string();

@@ -67,8 +67,8 @@ pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Opti
 fn run<D: Driver>(device: &CudaDevice<D>, extent: &Extent, report: &mut Value) -> Result<(), CheckFailed> {
     let mut suites = Vec::new();
     for &seed in &extent.seeds {
-        let measured = conformance::run(device, BF16_UNIT_ROUNDOFF, seed)
-            .map_err(CheckFailed::because("conformance"))?;
+        let measured =
+            conformance::run(device, BF16_UNIT_ROUNDOFF, seed).map_err(CheckFailed::because("conformance"))?;
         let kernels: Vec<Value> = measured
             .iter()
             .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share}))
@@ -112,7 +112,11 @@ mod tests {
         let (report, failed) = check(&device, &extent());
         assert_eq!(failed.expect("fails").check, "conformance");
         assert_eq!(report["passed"], json!(false));
-        assert!(report["failure"].as_str().is_some_and(|text| text.starts_with("conformance: gemm")));
+        assert!(
+            report["failure"]
+                .as_str()
+                .is_some_and(|text| text.starts_with("conformance: gemm"))
+        );
         for absent in ["conformance", "determinism", "timings"] {
             assert!(report[absent].is_null(), "{report}");
         }
@@ -125,7 +129,16 @@ mod tests {
         let device = CudaDevice::new(recorder.clone()).expect("a device");
         recorder.fail(recorder.asked().len() + 40, Severity::Sticky);
         let (report, failed) = check(&device, &extent());
-        assert!(failed.expect("fails").to_string().contains("CUDA_ERROR_ILLEGAL_ADDRESS"));
-        assert!(report["failure"].as_str().is_some_and(|text| text.contains("CUDA_ERROR_ILLEGAL_ADDRESS")));
+        assert!(
+            failed
+                .expect("fails")
+                .to_string()
+                .contains("CUDA_ERROR_ILLEGAL_ADDRESS")
+        );
+        assert!(
+            report["failure"]
+                .as_str()
+                .is_some_and(|text| text.contains("CUDA_ERROR_ILLEGAL_ADDRESS"))
+        );
     }
 }

@@ -31,7 +31,12 @@ impl Sizes {
     #[must_use]
     pub fn standard() -> Self {
         Self {
-            products: vec![[8192, 12_288, 4096], [8192, 4096, 4096], [8192, 22_016, 4096], [8192, 4096, 11_008]],
+            products: vec![
+                [8192, 12_288, 4096],
+                [8192, 4096, 4096],
+                [8192, 22_016, 4096],
+                [8192, 4096, 11_008],
+            ],
             attention: Attention {
                 sequences: 4,
                 context: 2048,
@@ -226,7 +231,11 @@ mod tests {
         let timings = timings.as_array().expect("a list");
         assert_eq!(timings.len(), 3 + 2 + 1);
         // The recorder's clock stands still.
-        assert!(timings[..5].iter().all(|timing| timing["tflops_median"].is_null() && timing["ms_median"] == 0.0));
+        assert!(
+            timings[..5]
+                .iter()
+                .all(|timing| timing["tflops_median"].is_null() && timing["ms_median"] == 0.0)
+        );
         assert!(timings[5]["ms_median"].as_f64().is_some_and(|ms| ms > 0.0));
     }
 

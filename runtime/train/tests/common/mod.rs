@@ -23,6 +23,7 @@ use tarazed_protocol::sharder;
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
 use tarazed_train::generation::{self, Means, Paused, Reporter, ShardSource, ShardToSave, Switches};
+use tarazed_train::host::HostVisible;
 use tarazed_train::state::RankState;
 use tarazed_train::world::World;
 
@@ -129,9 +130,9 @@ pub fn feeder(config: &Config) -> Arc<Feeder> {
 }
 
 /// One rank's process, as far as this crate knows it.
-pub struct Node {
+pub struct Node<D: HostVisible + Clone = CpuDevice> {
     pub member: Member,
-    pub state: RankState<CpuDevice>,
+    pub state: RankState<D>,
     /// Of the generation to come.
     pub abort: Arc<AtomicBool>,
     feeder: Arc<Feeder>,
@@ -139,10 +140,16 @@ pub struct Node {
 
 impl Node {
     pub fn new(worker: u32) -> Self {
+        Self::on(worker, CpuDevice::new())
+    }
+}
+
+impl<D: HostVisible + Clone> Node<D> {
+    pub fn on(worker: u32, device: D) -> Self {
         let config = config();
         Self {
             member: member(worker),
-            state: RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).unwrap(),
+            state: RankState::new(Arc::clone(&config), device, Arc::default()).unwrap(),
             abort: Arc::default(),
             feeder: feeder(&config),
         }
@@ -159,7 +166,11 @@ impl Node {
         self.feeder
             .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);
         self.state.abort = Arc::clone(&self.abort);
-        let recorder = Recorder::default();
+        let recorder = Recorder {
+            device: self.state.device.clone(),
+            said: RefCell::default(),
+            saved: RefCell::default(),
+        };
         let mut means = Means {
             fabric,
             feeder: &self.feeder,
@@ -178,7 +189,7 @@ impl Node {
     }
 }
 
-impl Drop for Node {
+impl<D: HostVisible + Clone> Drop for Node<D> {
     fn drop(&mut self) {
         self.feeder.stop();
     }
@@ -214,13 +225,13 @@ impl Outcome {
     }
 }
 
-#[derive(Default)]
-struct Recorder {
+struct Recorder<D> {
+    device: D,
     said: RefCell<Vec<Said>>,
     saved: RefCell<BTreeMap<OptimizerShardIndex, Tensors>>,
 }
 
-impl Reporter<CpuDevice> for Recorder {
+impl<D: HostVisible> Reporter<D> for Recorder<D> {
     fn running(&self, base: StepsCompleted) {
         self.said.borrow_mut().push(Said::Running(base));
     }
@@ -231,11 +242,12 @@ impl Reporter<CpuDevice> for Recorder {
         self.said.borrow_mut().push(Said::Line(line));
     }
 
-    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<CpuDevice>>) {
+    fn save(&self, step: StepsCompleted, shards: Vec<ShardToSave<D>>) {
         self.said.borrow_mut().push(Said::Saved(step));
         for save in shards {
             let state = save.state.read().unwrap();
-            let tensors = [&state.master, &state.first_moment, &state.second_moment].map(|buffer| buffer.to_vec());
+            let buffers = [&state.master, &state.first_moment, &state.second_moment];
+            let tensors = self.device.copies(buffers).unwrap().map(|copy| copy.to_vec());
             self.saved.borrow_mut().insert(save.shard, tensors);
         }
     }
@@ -374,7 +386,12 @@ pub fn meshes(plan: &BeginPlan) -> Vec<Mortal> {
 
 /// Runs one generation with one thread for each node, in the order of the roster. All meshes stay open to its end, as
 /// those of living ranks do.
-pub fn run(nodes: &mut [Node], plan: &BeginPlan, meshes: &mut [Mortal], source: &dyn ShardSource) -> Vec<Outcome> {
+pub fn run<D: HostVisible + Clone>(
+    nodes: &mut [Node<D>],
+    plan: &BeginPlan,
+    meshes: &mut [Mortal],
+    source: &dyn ShardSource,
+) -> Vec<Outcome> {
     assert_eq!(nodes.len(), plan.roster.len(), "one node for each rank");
     std::thread::scope(|scope| {
         let threads: Vec<_> = nodes
