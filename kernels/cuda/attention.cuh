@@ -44,8 +44,8 @@ struct AttentionShape {
     float scale;
 
     DEVICE u32 group() const { return heads / kv_heads; }
-    DEVICE u64 qkv_stride() const { return static_cast<u64>(heads + 2 * kv_heads) * head_dim; }
-    DEVICE u64 out_stride() const { return static_cast<u64>(heads) * head_dim; }
+    DEVICE u32 qkv_stride() const { return (heads + 2 * kv_heads) * head_dim; }
+    DEVICE u32 out_stride() const { return heads * head_dim; }
 
     // Head `column` of a sequence's rows of queries, keys and values.
     template <typename T> DEVICE HeadRows<T> in_qkv(T* qkv, u32 sequence, u32 column) const {

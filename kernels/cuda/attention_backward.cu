@@ -20,8 +20,8 @@ KERNEL(attention_delta, 256, 1)(const bf16* out, const bf16* out_gradient, float
     for (u32 chunk = lane_of_warp(); chunk < chunks_of(head_dim); chunk += WARP) {
         const u32 length = chunk_length(head_dim, chunk);
         float value[CHUNK], slope[CHUNK];
-        load_chunk(rows.from + token * rows.stride + chunk * CHUNK, length, value);
-        load_chunk(slopes.from + token * slopes.stride + chunk * CHUNK, length, slope);
+        load_chunk(rows.row(token) + chunk * CHUNK, length, value);
+        load_chunk(slopes.row(token) + chunk * CHUNK, length, slope);
 #pragma unroll
         for (u32 i = 0; i < CHUNK; ++i) dot = fused(value[i], slope[i], dot);
     }
@@ -36,73 +36,65 @@ template <u32 D, u32 QUERIES> struct QueryTile {
     float* statistics;
 };
 
-// Starts to load query tile number `index` of a group: head `index / tiles`, tokens from `first + index % tiles · QUERIES` on.
-// A query that is not there has weight 2^(0 - inf) = 0 everywhere.
+// Starts to load a tile of queries of one head, from token `query` on. A query that is not there has weight 2^(0 - inf) = 0
+// everywhere.
 template <u32 D, u32 QUERIES, u32 THREADS>
 DEVICE void load_queries(QueryTile<D, QUERIES> to, const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
                          const float* delta, const AttentionShape& shape, u32 head, u32 query) {
     const u32 sequence = blockIdx.z;
     load_tile<D, QUERIES, THREADS>(to.queries, shape.queries(qkv, sequence, head), query, shape.context);
     load_tile<D, QUERIES, THREADS>(to.slopes, shape.outputs(out_gradient, sequence, head), query, shape.context);
-    const u64 statistics = shape.statistics(sequence, head);
-    for (u32 index = threadIdx.x; index < QUERIES; index += THREADS) {
-        const u32 token = query + index;
+    static_assert(QUERIES <= THREADS);
+    const u32 token = query + threadIdx.x;
+    if (threadIdx.x < QUERIES) {
+        const u64 at = shape.statistics(sequence, head) + token;
         const bool there = token < shape.context;
-        to.statistics[index] = there ? log_sum_exp[statistics + token] * LOG2_E : INFINITE;
-        to.statistics[QUERIES + index] = there ? delta[statistics + token] : 0.0f;
+        to.statistics[threadIdx.x] = there ? log_sum_exp[at] * LOG2_E : INFINITE;
+        to.statistics[QUERIES + threadIdx.x] = there ? delta[at] : 0.0f;
     }
 }
 
-// From scores [keys, queries] to weights, in place. `key` and `query` are the first of the fragment's and of the tile's.
+// From one fragment's scores and slopes, [keys, queries], to the weights P and their gradient dS, in place. `key` and `query` are
+// the first of the fragment's and of the tile's.
 template <u32 QUERIES>
-DEVICE void key_weights(Accumulators<QUERIES>& scores, const float* log_sum_exp, u32 key, u32 query, bool masked,
-                        float scale_log2) {
+DEVICE void weigh_keys(Accumulators<QUERIES>& scores, Accumulators<QUERIES>& slopes, const float* statistics, u32 key,
+                       u32 query, bool masked, float scale_log2) {
     const u32 lane = lane_of_warp();
 #pragma unroll
     for (u32 n = 0; n < QUERIES / FRAGMENT_COLUMNS; ++n) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 row = key + i / 2 * 8 + lane / 4, column = n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
-            const float weight = exp2_fast(fused(scores[n][i], scale_log2, -log_sum_exp[column]));
+            const float weight = exp2_fast(fused(scores[n][i], scale_log2, -statistics[column]));
             scores[n][i] = masked && row > query + column ? 0.0f : weight;
+            slopes[n][i] = scores[n][i] * (slopes[n][i] - statistics[QUERIES + column]);
         }
     }
 }
 
-// One warp's share of one tile of queries: `weights` [keys, queries] of the scores, and their gradient.
+// One warp's share of one tile of queries.
 template <u32 D>
 DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS],
                         Accumulators<D> (&value_sums)[Tilings<D>::Keys::FRAGMENTS], Tile<D> keys, Tile<D> values,
                         QueryTile<D, Tilings<D>::Keys::OTHERS> tile, u32 own, u32 key, u32 query, float scale_log2) {
     using T = typename Tilings<D>::Keys;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
-    const float* delta = tile.statistics + QUERIES;
     Accumulators<QUERIES> scores[M], slopes[M];
-    Weights<QUERIES> weights[M];
     clear<M, QUERIES>(scores);
     multiply_transposed<M, QUERIES, D>(scores, keys, own, tile.queries);
-    const bool masked = key + T::WARP_OWN > query + 1;
-#pragma unroll
-    for (u32 m = 0; m < M; ++m) {
-        key_weights<QUERIES>(scores[m], tile.statistics, key + m * FRAGMENT_ROWS, query, masked, scale_log2);
-        round_weights<QUERIES>(scores[m], weights[m]);
-    }
-    multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
     clear<M, QUERIES>(slopes);
     multiply_transposed<M, QUERIES, D>(slopes, values, own, tile.slopes);
+    const bool masked = key + T::WARP_OWN > query + 1;
+    Weights<QUERIES> weights[M], weight_slopes[M];
 #pragma unroll
     for (u32 m = 0; m < M; ++m) {
-#pragma unroll
-        for (u32 n = 0; n < QUERIES / FRAGMENT_COLUMNS; ++n) {
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const u32 column = n * FRAGMENT_COLUMNS + lane_of_warp() % 4 * 2 + i % 2;
-                slopes[m][n][i] = scores[m][n][i] * (slopes[m][n][i] - delta[column]);
-            }
-        }
-        round_weights<QUERIES>(slopes[m], weights[m]);
+        const u32 first = key + m * FRAGMENT_ROWS;
+        weigh_keys<QUERIES>(scores[m], slopes[m], tile.statistics, first, query, masked, scale_log2);
+        round_weights<QUERIES>(scores[m], weights[m]);
+        round_weights<QUERIES>(slopes[m], weight_slopes[m]);
     }
-    multiply_weights<M, QUERIES, D>(key_sums, weights, tile.queries);
+    multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
+    multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
 }
 
 // Gradients of a block of keys and values, over all queries of their group that see them.
@@ -125,29 +117,33 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
     // The first keys are seen by most queries: they begin first, as they come.
     const u32 first_key = blockIdx.x * T::OWN, kv_head = blockIdx.y, sequence = blockIdx.z;
     const u32 own = warp_of_block() * T::WARP_OWN, key = first_key + own;
-    const u32 tiles = (shape.context - first_key + QUERIES - 1) / QUERIES, all = tiles * shape.group();
-    const auto start = [&](u32 index) {
-        const u32 head = kv_head * shape.group() + index / tiles, query = first_key + index % tiles * QUERIES;
+    const u32 end = (kv_head + 1) * shape.group();
+    const auto start = [&](u32 index, u32 head, u32 query) {
         load_queries<D, QUERIES, T::THREADS>(tile(index), qkv, out_gradient, log_sum_exp, delta, shape, head, query);
     };
     load_tile<D, T::OWN, T::THREADS>(keys, shape.keys(qkv, sequence, kv_head), first_key, shape.context);
     load_tile<D, T::OWN, T::THREADS>(values, shape.values(qkv, sequence, kv_head), first_key, shape.context);
-    start(0);
+    start(0, kv_head * shape.group(), first_key);
     copy_async_commit();
 
     Accumulators<D> key_sums[M], value_sums[M];
     clear<M, D>(key_sums);
     clear<M, D>(value_sums);
-    for (u32 index = 0; index < all; ++index) {
+    // Head by head, and in each from the first query that sees one of these keys to the last.
+    u32 head = kv_head * shape.group(), query = first_key;
+    for (u32 index = 0; head < end; ++index) {
         copy_async_wait<0>();
         // Everybody's part of this tile is here, and everybody is done with the one before, whose place is taken now.
         sync_block();
-        if (index + 1 < all) start(index + 1);
+        const bool last = query + QUERIES >= shape.context;
+        const u32 next = last ? first_key : query + QUERIES;
+        head += last ? 1 : 0;
+        if (head < end) start(index + 1, head, next);
         copy_async_commit();
-        const u32 query = first_key + index % tiles * QUERIES;
         if (key < query + QUERIES) {
             add_queries<D>(key_sums, value_sums, keys, values, tile(index), own, key, query, shape.scale * LOG2_E);
         }
+        query = next;
     }
     float factors[M][2], ones[M][2];
 #pragma unroll

@@ -29,7 +29,8 @@ DEVICE void unpack(u32 pair, float& low, float& high) {
     high = bits_to_float(pair & 0xFFFF0000u);
 }
 
-// A chunk of `length` elements, at most N; those beyond are zero. The fast way and the slow one give the same values.
+// A chunk of `length` elements in global memory, at most N; those beyond are zero. The fast way and the slow one give the same
+// values.
 template <u32 N> DEVICE void load_chunk(const bf16* from, u32 length, float (&to)[N]) {
     static_assert(N == CHUNK || N == QUAD);
     if (length == N && is_aligned<2 * N>(from)) {
@@ -74,9 +75,9 @@ template <u32 N> DEVICE void store_chunk(bf16* to, u32 length, const float (&fro
         const u32 first = pack_bf16(from[0], from[1]), second = pack_bf16(from[2], from[3]);
         if constexpr (N == CHUNK) {
             const u32 third = pack_bf16(from[4], from[5]), fourth = pack_bf16(from[6], from[7]);
-            *reinterpret_cast<u32x4*>(to) = u32x4{first, second, third, fourth};
+            store_words(to, u32x4{first, second, third, fourth});
         } else {
-            *reinterpret_cast<u32x2*>(to) = u32x2{first, second};
+            store_words(to, u32x2{first, second});
         }
         return;
     }
@@ -86,14 +87,16 @@ template <u32 N> DEVICE void store_chunk(bf16* to, u32 length, const float (&fro
     }
 }
 
+DEVICE u32x4 quad_words(float a, float b, float c, float d) {
+    return {float_to_bits(a), float_to_bits(b), float_to_bits(c), float_to_bits(d)};
+}
+
 template <u32 N> DEVICE void store_chunk(float* to, u32 length, const float (&from)[N]) {
     static_assert(N % QUAD == 0);
     if (length == N && is_aligned(to)) {
-        u32x4* words = reinterpret_cast<u32x4*>(to);
 #pragma unroll
-        for (u32 i = 0; i < N / QUAD; ++i) {
-            words[i] = u32x4{float_to_bits(from[4 * i]), float_to_bits(from[4 * i + 1]), float_to_bits(from[4 * i + 2]),
-                             float_to_bits(from[4 * i + 3])};
+        for (u32 i = 0; i < N; i += QUAD) {
+            store_words(to + i, quad_words(from[i], from[i + 1], from[i + 2], from[i + 3]));
         }
         return;
     }

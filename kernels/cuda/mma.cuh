@@ -35,12 +35,25 @@ template <u32 D> struct Tile {
 // Rows of one head in global memory: row r begins at from + r · stride and has `head_dim` elements.
 template <typename T> struct HeadRows {
     T* from;
-    u64 stride;
+    u32 stride;
     u32 head_dim;
+
+    DEVICE T* row(u32 index) const { return from + static_cast<u64>(index) * stride; }
 
     // Whether every piece of every row may be moved as 16 bytes.
     DEVICE bool aligned() const { return is_aligned(from) && stride % CHUNK == 0 && head_dim % CHUNK == 0; }
 };
+
+// One piece of a row whose address allows no 16 bytes at once; elements beyond `length` are zeros.
+DEVICE void gather_piece(u8* to, const bf16* from, u32 length) {
+    u32 words[CHUNK / 2];
+#pragma unroll
+    for (u32 i = 0; i < CHUNK / 2; ++i) {
+        const u32 low = 2 * i < length ? from[2 * i].bits : 0, high = 2 * i + 1 < length ? from[2 * i + 1].bits : 0;
+        words[i] = low | high << 16;
+    }
+    *reinterpret_cast<u32x4*>(to) = u32x4{words[0], words[1], words[2], words[3]};
+}
 
 // Starts to load rows `first` to `first + ROWS` (of `limit` there are) into a tile; rows and columns that are not there become
 // zeros. All `THREADS` threads take part. The tile is whole for a thread once it waited for its copies, and for the others
@@ -48,23 +61,22 @@ template <typename T> struct HeadRows {
 template <u32 D, u32 ROWS, u32 THREADS>
 DEVICE void load_tile(Tile<D> tile, HeadRows<const bf16> rows, u32 first, u32 limit) {
     constexpr u32 PIECES = Tile<D>::PIECES;
-    static_assert(ROWS * PIECES % THREADS == 0, "every thread has as many pieces");
-    const bool aligned = rows.aligned();
+    static_assert(ROWS * PIECES % THREADS == 0 && THREADS % PIECES == 0, "a thread has one piece of every so many rows");
+    const u32 piece = threadIdx.x % PIECES, own = threadIdx.x / PIECES;
+    const bool in_head = piece * CHUNK < rows.head_dim;
+    if (rows.aligned()) {
 #pragma unroll 4
-    for (u32 index = threadIdx.x; index < ROWS * PIECES; index += THREADS) {
-        const u32 row = index / PIECES, piece = index % PIECES;
-        const bool present = first + row < limit && piece * CHUNK < rows.head_dim;
-        const bf16* from = rows.from + (first + row) * rows.stride + piece * CHUNK;
-        u8* to = tile.piece(row, piece);
-        if (aligned) {
-            copy_async_16(to, present ? from : rows.from, present);
-        } else {
-            // Addresses that allow no 16 bytes at once: the same values, one by one.
-            float values[CHUNK];
-            const u32 left = present ? rows.head_dim - piece * CHUNK : 0;
-            load_chunk(from, left < CHUNK ? left : CHUNK, values);
-            store_chunk(reinterpret_cast<bf16*>(to), CHUNK, values);
+        for (u32 row = own; row < ROWS; row += THREADS / PIECES) {
+            const bool present = in_head && first + row < limit;
+            const bf16* from = rows.row(present ? first + row : 0) + (present ? piece * CHUNK : 0);
+            copy_async_16(tile.piece(row, piece), from, present);
         }
+        return;
+    }
+    const u32 length = in_head ? chunk_length(rows.head_dim, piece) : 0;
+#pragma unroll 1
+    for (u32 row = own; row < ROWS; row += THREADS / PIECES) {
+        gather_piece(tile.piece(row, piece), rows.row(first + row) + piece * CHUNK, first + row < limit ? length : 0);
     }
 }
 
@@ -87,11 +99,11 @@ template <u32 D> DEVICE void load_right_transposed(u32 (&to)[4], Tile<D> tile, u
     load_matrices_transposed(to, tile.piece(term + lane % 16, column / CHUNK + lane / 16));
 }
 
-// c[m] += left · rightᵀ for `M` row fragments from row `row` on; right has `COLUMNS` rows, both are D wide. Terms are not unrolled
-// whole: the addresses of eight steps held at once do not fit beside the accumulators.
+// c[m] += left · rightᵀ for `M` row fragments from row `row` on; right has `COLUMNS` rows, both are D wide. Terms are unrolled
+// by two only: the addresses of all steps held at once do not fit beside the accumulators.
 template <u32 M, u32 COLUMNS, u32 D>
 DEVICE void multiply_transposed(Accumulators<COLUMNS> (&c)[M], Tile<D> left, u32 row, Tile<D> right) {
-#pragma unroll 4
+#pragma unroll 2
     for (u32 term = 0; term < D; term += FRAGMENT_TERMS) {
         u32 a[M][4];
 #pragma unroll
@@ -175,11 +187,12 @@ DEVICE void store_rows(const Accumulators<D> (&c)[M], const float (&factors)[M][
         const u32 line = row + index / PIECES, piece = index % PIECES;
         if (first + line >= limit || piece * CHUNK >= to.head_dim) continue;
         const u8* from = tile.piece(line, piece);
-        bf16* at = to.from + (first + line) * to.stride + piece * CHUNK;
+        bf16* at = to.row(first + line) + piece * CHUNK;
         if (aligned) {
-            *reinterpret_cast<u32x4*>(at) = *reinterpret_cast<const u32x4*>(from);
+            store_words(at, *reinterpret_cast<const u32x4*>(from));
         } else {
             const u32 length = chunk_length(to.head_dim, piece);
+#pragma unroll 1
             for (u32 i = 0; i < length; ++i) at[i] = reinterpret_cast<const bf16*>(from)[i];
         }
     }

@@ -51,20 +51,21 @@ KERNEL(rms_norm, 1024, 1)(const bf16* x, const bf16* branch, bf16* sum, const bf
 // The sums of a chunk's columns in shared memory: all first quads, then all second ones, so that a warp's accesses meet every bank
 // once.
 DEVICE void load_sums(const float* sums, u32 chunks, u32 chunk, float (&to)[CHUNK]) {
-    float low[QUAD], high[QUAD];
-    load_chunk(sums + chunk * QUAD, QUAD, low);
-    load_chunk(sums + (chunks + chunk) * QUAD, QUAD, high);
+    const u32x4* quads = reinterpret_cast<const u32x4*>(sums);
 #pragma unroll
-    for (u32 i = 0; i < QUAD; ++i) {
-        to[i] = low[i];
-        to[QUAD + i] = high[i];
+    for (u32 half = 0; half < 2; ++half) {
+        const u32x4 quad = quads[half * chunks + chunk];
+        to[QUAD * half] = bits_to_float(quad.x);
+        to[QUAD * half + 1] = bits_to_float(quad.y);
+        to[QUAD * half + 2] = bits_to_float(quad.z);
+        to[QUAD * half + 3] = bits_to_float(quad.w);
     }
 }
 
 DEVICE void store_sums(float* sums, u32 chunks, u32 chunk, const float (&from)[CHUNK]) {
-    const float low[QUAD] = {from[0], from[1], from[2], from[3]}, high[QUAD] = {from[4], from[5], from[6], from[7]};
-    store_chunk(sums + chunk * QUAD, QUAD, low);
-    store_chunk(sums + (chunks + chunk) * QUAD, QUAD, high);
+    u32x4* quads = reinterpret_cast<u32x4*>(sums);
+    quads[chunk] = quad_words(from[0], from[1], from[2], from[3]);
+    quads[chunks + chunk] = quad_words(from[4], from[5], from[6], from[7]);
 }
 
 // Adds one row's share to the sums of the weight's gradient, and returns this thread's part of the dot product that the input's
