@@ -2,7 +2,9 @@
 
 use crate::error::CorpusError;
 use crate::manifest::{DataManifest, MANIFEST_FILE};
-use crate::prepare::{PrepareEvent, PrepareRequest, Prepared, check_vocabulary, holds_any, is_recipe_name, recipe_folder};
+use crate::prepare::{
+    PrepareEvent, PrepareRequest, Prepared, check_vocabulary, holds_any, is_recipe_name, recipe_folder,
+};
 use crate::tokenizer::TOKENIZER_FILE;
 use std::path::{Path, PathBuf};
 
@@ -102,7 +104,10 @@ fn check_domains(request: &PrepareRequest<'_>, prepared: &Path, manifest: &DataM
         return Ok(());
     }
     let list = |domains: &[(&str, tarazed_domain::config::Language)]| {
-        let shown: Vec<_> = domains.iter().map(|(name, language)| format!("{name} ({})", language.name())).collect();
+        let shown: Vec<_> = domains
+            .iter()
+            .map(|(name, language)| format!("{name} ({})", language.name()))
+            .collect();
         shown.join(", ")
     };
     Err(CorpusError::OtherDomains {

@@ -96,7 +96,8 @@ impl DocumentWriter {
 pub(crate) fn find(path: &Path, split: Split, position: u64) -> Result<Option<DocumentRecord>, CorpusError> {
     let mut found = None;
     each(path, &mut |record| {
-        let holds = |kept: &KeptTokens| kept.split == split && (kept.start..kept.start + kept.tokens).contains(&position);
+        let holds =
+            |kept: &KeptTokens| kept.split == split && (kept.start..kept.start + kept.tokens).contains(&position);
         let is_it = record.kept.as_ref().is_some_and(holds);
         if is_it {
             found = Some(record);

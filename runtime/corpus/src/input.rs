@@ -62,7 +62,10 @@ pub(crate) fn open<'a>(path: &Path, read: Option<&'a AtomicU64>) -> Result<Box<d
         Packing::Plain => Box::new(BufReader::with_capacity(BUFFER_BYTES, counted)),
         Packing::Gzip => {
             let packed = BufReader::with_capacity(BUFFER_BYTES, counted);
-            Box::new(BufReader::with_capacity(BUFFER_BYTES, flate2::bufread::MultiGzDecoder::new(packed)))
+            Box::new(BufReader::with_capacity(
+                BUFFER_BYTES,
+                flate2::bufread::MultiGzDecoder::new(packed),
+            ))
         }
         Packing::Zstandard => {
             let unpacked = zstd::stream::read::Decoder::new(counted).map_err(CorpusError::unreadable(path))?;
@@ -106,7 +109,11 @@ mod tests {
         let zst = zstd::bulk::compress(text.as_bytes(), 1).unwrap();
         // Several members in one file are one text, as the tools have it.
         let two = [gzip(&text[..4]), gzip(&text[4..])].concat();
-        for (name, bytes) in [("a.txt", text.clone().into_bytes()), ("b.txt.gz", two), ("c.txt.zst", zst)] {
+        for (name, bytes) in [
+            ("a.txt", text.clone().into_bytes()),
+            ("b.txt.gz", two),
+            ("c.txt.zst", zst),
+        ] {
             let path = folder.path().join(name);
             std::fs::write(&path, &bytes).unwrap();
             let (mut found, read) = (String::new(), AtomicU64::new(0));

@@ -181,7 +181,10 @@ pub(crate) fn holds_any(out_dir: &Path) -> bool {
 
 /// The folder of a recipe's data set; none where the recipe is no hash.
 pub(crate) fn recipe_folder(out_dir: &Path, recipe: &str) -> Option<PathBuf> {
-    recipe.get(..16).filter(|name| is_recipe_name(name)).map(|name| out_dir.join(name))
+    recipe
+        .get(..16)
+        .filter(|name| is_recipe_name(name))
+        .map(|name| out_dir.join(name))
 }
 
 pub(crate) fn is_recipe_name(name: &str) -> bool {

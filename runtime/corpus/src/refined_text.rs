@@ -38,12 +38,18 @@ pub fn refine_text(
         name.push(ending);
         std::path::PathBuf::from(name)
     };
-    let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let parent = out
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or_else(|| Path::new("."));
     std::fs::create_dir_all(parent).map_err(CorpusError::write(parent))?;
     let _lock = lock(parent, progress)?;
     let inputs = read_inputs(domains, progress)?;
     // Work of other inputs or settings is not gone on with.
-    let sources: Vec<_> = inputs.iter().map(|input| (&input.config.name, input.config.language, &input.sources)).collect();
+    let sources: Vec<_> = inputs
+        .iter()
+        .map(|input| (&input.config.name, input.config.language, &input.sources))
+        .collect();
     let identity = serde_json::json!([program(), pipeline::settings_text(config)?, sources]).to_string();
     let work = beside(".work");
     let pipeline = Pipeline::run_for(&identity, config, &inputs, &work, progress)?;

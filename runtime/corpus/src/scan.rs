@@ -57,7 +57,10 @@ pub fn decontaminate(
     clean: &mut dyn FnMut(&str) -> Result<(), CorpusError>,
 ) -> Result<Contamination, CorpusError> {
     let benchmarks = Benchmarks::load(config)?;
-    let sets = benchmarks.sets().iter().map(|set| (set.name.clone(), set.items, set.too_short));
+    let sets = benchmarks
+        .sets()
+        .iter()
+        .map(|set| (set.name.clone(), set.items, set.too_short));
     let mut result = Contamination {
         documents: 0,
         unreadable: 0,
@@ -164,7 +167,10 @@ pub fn train_tokenizer(
             let text = document.text;
             let room = taken + text.len() as u64 <= train_bytes_max;
             let hash = blake3::hash(text.as_bytes());
-            if room && !text.is_empty() && (fraction >= 1.0 || unit(&hash, "tarazed corpus tokenizer sample v1") < fraction) {
+            if room
+                && !text.is_empty()
+                && (fraction >= 1.0 || unit(&hash, "tarazed corpus tokenizer sample v1") < fraction)
+            {
                 taken += text.len() as u64;
                 texts.push(text);
             }

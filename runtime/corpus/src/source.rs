@@ -71,8 +71,12 @@ impl RawContent {
     /// The text, or why there is none.
     pub(crate) fn text(self, field: &str, bytes_max: u64) -> Result<String, (Dropped, String)> {
         let utf8 = |bytes: Vec<u8>| {
-            String::from_utf8(bytes)
-                .map_err(|e| (Dropped::InvalidUtf8, format!("at byte {}", e.utf8_error().valid_up_to())))
+            String::from_utf8(bytes).map_err(|e| {
+                (
+                    Dropped::InvalidUtf8,
+                    format!("at byte {}", e.utf8_error().valid_up_to()),
+                )
+            })
         };
         let text = match self {
             Self::TooLarge => return Err((Dropped::TooLarge, format!("more than {bytes_max} bytes"))),

@@ -126,7 +126,10 @@ impl TokenStore {
     /// If the stream ends before.
     pub fn tokens(&self, domain: DomainIndex, split: Split, position: u64, out: &mut [u32]) -> Result<(), CorpusError> {
         let there = self.manifest.domain(domain).split(split).tokens;
-        assert!(position + out.len() as u64 <= there, "tokens past the end of the stream");
+        assert!(
+            position + out.len() as u64 <= there,
+            "tokens past the end of the stream"
+        );
         read_across(&self.streams[domain.index()][split.index()], position, out)
     }
 

@@ -245,7 +245,14 @@ fn data_sets_that_are_not_refined_are_those_of_earlier_programs() {
     let folder = tempfile::tempdir().unwrap();
     let word = |i: usize| ["lane", "step", "rank", "trace", "shard"][i % 5];
     let lines: String = (0..400)
-        .map(|i| format!("{{\"text\":\"The {} of {} {i} and {}.\"}}\n", word(i), word(i / 5), word(i / 25)))
+        .map(|i| {
+            format!(
+                "{{\"text\":\"The {} of {} {i} and {}.\"}}\n",
+                word(i),
+                word(i / 5),
+                word(i / 25)
+            )
+        })
         .collect();
     let path = folder.path().join("web.jsonl");
     std::fs::write(&path, lines).unwrap();
@@ -260,7 +267,12 @@ fn data_sets_that_are_not_refined_are_those_of_earlier_programs() {
     };
     let prepared = prepare(&request, &folder.path().join("data"), &mut |_| {}).unwrap();
     assert!(prepared.manifest.recipe.starts_with("c7e4b0285b4f828dcbc6fee2f8c839cb"));
-    assert!(prepared.manifest.version.starts_with("c621f2b2b43bb293ffec156d68f4b684"));
+    assert!(
+        prepared
+            .manifest
+            .version
+            .starts_with("c621f2b2b43bb293ffec156d68f4b684")
+    );
 }
 
 /// A run does not go on with other data than it began with; what was deleted is made anew.

@@ -40,16 +40,48 @@ fn draw(i: usize, salt: usize) -> usize {
 }
 
 const ADJECTIVES: [&str; 16] = [
-    "careful", "distant", "early", "faithful", "gentle", "heavy", "idle", "jealous", "kind", "late", "modest", "narrow", "open",
-    "patient", "quiet", "rapid",
+    "careful", "distant", "early", "faithful", "gentle", "heavy", "idle", "jealous", "kind", "late", "modest",
+    "narrow", "open", "patient", "quiet", "rapid",
 ];
 const NOUNS: [&str; 20] = [
-    "farmer", "garden", "harbour", "island", "journey", "kitchen", "letter", "mountain", "neighbour", "ocean", "painter",
-    "question", "river", "soldier", "teacher", "uncle", "village", "winter", "yard", "zoo",
+    "farmer",
+    "garden",
+    "harbour",
+    "island",
+    "journey",
+    "kitchen",
+    "letter",
+    "mountain",
+    "neighbour",
+    "ocean",
+    "painter",
+    "question",
+    "river",
+    "soldier",
+    "teacher",
+    "uncle",
+    "village",
+    "winter",
+    "yard",
+    "zoo",
 ];
 const VERBS: [&str; 16] = [
-    "admires", "builds", "carries", "describes", "enjoys", "follows", "gathers", "hears", "invites", "joins", "keeps", "leaves",
-    "measures", "notices", "offers", "paints",
+    "admires",
+    "builds",
+    "carries",
+    "describes",
+    "enjoys",
+    "follows",
+    "gathers",
+    "hears",
+    "invites",
+    "joins",
+    "keeps",
+    "leaves",
+    "measures",
+    "notices",
+    "offers",
+    "paints",
 ];
 
 /// Prose of some 110 words that breaks no rule; other words for each `i`.
@@ -93,10 +125,14 @@ impl Fixture {
         let line = |text: &str| serde_json::json!({ "text": text }).to_string() + "\n";
         let mut web: Vec<u8> = (0..60).flat_map(|i| line(&english(i)).into_bytes()).collect();
         for text in [
-            english(3),                                                     // an exact copy
+            english(3),                                                            // an exact copy
             english(4).replace(" of a ", " near some ").replace("and", "but not"), // changed too much to be a near copy
-            format!("{} One more word.", english(5)),                       // a near copy
-            format!("Some talk before it, as there is. {}", QUESTION.to_uppercase().replace(['.', ','], " ;")) + " " + &english(200),
+            format!("{} One more word.", english(5)),                              // a near copy
+            format!(
+                "Some talk before it, as there is. {}",
+                QUESTION.to_uppercase().replace(['.', ','], " ;")
+            ) + " "
+                + &english(200),
             "Too short.".to_owned(),
             "这个网页的内容全部是中文,不应该出现在英文领域里面,所以会被语言识别阶段去掉。".to_owned(),
             format!("{} itâ€™s caf\u{e9}\u{a0}time \u{feff}now.", english(61)),
@@ -116,10 +152,18 @@ impl Fixture {
         lines.push_str(&line(&format!("{joined}再加几个字。")));
         lines.push_str(&line(&english(9)));
         std::fs::write(book.join("a.jsonl"), lines).unwrap();
-        std::fs::write(book.join("b.txt.zst"), zstd::bulk::compress(chinese(70).as_bytes(), 1).unwrap()).unwrap();
+        std::fs::write(
+            book.join("b.txt.zst"),
+            zstd::bulk::compress(chinese(70).as_bytes(), 1).unwrap(),
+        )
+        .unwrap();
         std::fs::write(book.join("c.txt"), b"\xff\xfe").unwrap();
         let benchmark = folder.path().join("gsm8k.jsonl");
-        std::fs::write(&benchmark, serde_json::json!({"question": QUESTION, "answer": "72"}).to_string()).unwrap();
+        std::fs::write(
+            &benchmark,
+            serde_json::json!({"question": QUESTION, "answer": "72"}).to_string(),
+        )
+        .unwrap();
         let mut refine = RefineConfig {
             document_bytes_max: 200_000,
             ..RefineConfig::default()
@@ -159,13 +203,23 @@ impl Fixture {
     }
 
     fn prepare(&self) -> Prepared {
-        self.prepare_in(&self.folder.path().join("data"), &mut |event| assert!(!event.to_string().is_empty())).unwrap()
+        self.prepare_in(&self.folder.path().join("data"), &mut |event| {
+            assert!(!event.to_string().is_empty())
+        })
+        .unwrap()
     }
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
-    entries.map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())).collect()
+    entries
+        .map(|entry| {
+            (
+                entry.file_name().into_string().unwrap(),
+                std::fs::read(entry.path()).unwrap(),
+            )
+        })
+        .collect()
 }
 
 fn records(prepared: &Prepared, domain: usize) -> Vec<DocumentRecord> {
@@ -208,13 +262,22 @@ fn every_kind_of_bad_document_is_left_out_and_listed() {
     let refined = |at: usize| web[at].refined.clone().unwrap();
     assert_eq!(refined(60).copy_of.unwrap().record, 4, "the fourth line is english(3)");
     assert_eq!(refined(62).copy_of.unwrap().record, 6);
-    assert!(refined(63).detail.starts_with("gsm8k, line 1"), "{}", refined(63).detail);
+    assert!(
+        refined(63).detail.starts_with("gsm8k, line 1"),
+        "{}",
+        refined(63).detail
+    );
     assert!(refined(66).original_blake3.is_some() && refined(0).original_blake3.is_none());
     let book = records(&prepared, 1);
     let fates: Vec<_> = book[50..].iter().map(|record| record.dropped).collect();
     assert_eq!(
         fates,
-        [Some(Dropped::NearDuplicate), Some(Dropped::Language), None, Some(Dropped::InvalidUtf8)]
+        [
+            Some(Dropped::NearDuplicate),
+            Some(Dropped::Language),
+            None,
+            Some(Dropped::InvalidUtf8)
+        ]
     );
     // What the tokens say.
     let store = TokenStore::open(&prepared.folder, 1).unwrap();
@@ -238,11 +301,17 @@ fn the_report_says_what_the_index_says() {
     for (index, domain) in prepared.manifest.domains.iter().enumerate() {
         let mut counts: BTreeMap<Dropped, u64> = BTreeMap::new();
         let records = records(&prepared, index);
-        records.iter().filter_map(|record| record.dropped).for_each(|rule| *counts.entry(rule).or_default() += 1);
+        records
+            .iter()
+            .filter_map(|record| record.dropped)
+            .for_each(|rule| *counts.entry(rule).or_default() += 1);
         assert_eq!(domain.dropped, counts);
         let told = &report["domains"][index];
         assert_eq!(told["documents"].as_u64(), Some(records.len() as u64));
-        assert_eq!(told["kept"].as_u64(), Some(records.iter().filter(|record| record.kept.is_some()).count() as u64));
+        assert_eq!(
+            told["kept"].as_u64(),
+            Some(records.iter().filter(|record| record.kept.is_some()).count() as u64)
+        );
         for (rule, count) in counts {
             let reason = &told["left_out"][rule.name()];
             assert_eq!(reason["documents"].as_u64(), Some(count), "{rule:?}");
@@ -250,9 +319,21 @@ fn the_report_says_what_the_index_says() {
         }
     }
     let set = &report["benchmarks"][0];
-    assert_eq!((set["name"].as_str(), set["items_found"].as_u64(), set["documents_left_out"].as_u64()), (Some("gsm8k"), Some(1), Some(1)));
+    assert_eq!(
+        (
+            set["name"].as_str(),
+            set["items_found"].as_u64(),
+            set["documents_left_out"].as_u64()
+        ),
+        (Some("gsm8k"), Some(1), Some(1))
+    );
     let text = String::from_utf8(files["report.md"].clone()).unwrap();
-    for expected in ["| gsm8k | 1 | 0 | 1 | 1 |", "near_duplicate", "copy of web/web.jsonl.gz:6", "Rae et al. 2021"] {
+    for expected in [
+        "| gsm8k | 1 | 0 | 1 | 1 |",
+        "near_duplicate",
+        "copy of web/web.jsonl.gz:6",
+        "Rae et al. 2021",
+    ] {
         assert!(text.contains(expected), "{expected}: {text}");
     }
 }
@@ -269,7 +350,11 @@ fn memory_and_threads_change_nothing() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let mut pieces = 0;
         let prepared = pool
-            .install(|| fixture.prepare_in(out.path(), &mut |event| pieces += u32::from(matches!(event, PrepareEvent::Refining { .. }))))
+            .install(|| {
+                fixture.prepare_in(out.path(), &mut |event| {
+                    pieces += u32::from(matches!(event, PrepareEvent::Refining { .. }))
+                })
+            })
             .unwrap();
         assert!(pieces > 10, "{pieces}");
         assert!(files(&prepared.folder) == expected, "{threads} threads");
@@ -290,7 +375,12 @@ fn a_killed_process_is_gone_on_with() {
         (prepared, events)
     };
     let all = count(tempfile::tempdir().unwrap().path()).1.len();
-    let pieces = |events: &[PrepareEvent]| events.iter().filter(|event| matches!(event, PrepareEvent::Refining { .. })).count();
+    let pieces = |events: &[PrepareEvent]| {
+        events
+            .iter()
+            .filter(|event| matches!(event, PrepareEvent::Refining { .. }))
+            .count()
+    };
     for killed_at in 1..all {
         let out = tempfile::tempdir().unwrap();
         let mut told = 0;
@@ -310,7 +400,10 @@ fn a_killed_process_is_gone_on_with() {
                 PrepareEvent::Refining { documents, .. } => Some(*documents),
                 _ => None,
             });
-            assert!(first.is_none_or(|documents| documents > 10), "begun anew after {killed_at} of {all}: {events:?}");
+            assert!(
+                first.is_none_or(|documents| documents > 10),
+                "begun anew after {killed_at} of {all}: {events:?}"
+            );
         }
     }
 }
@@ -362,7 +455,9 @@ fn damaged_work_is_not_believed() {
     for ending in ["docs", "keys", "json", "table"] {
         let out = tempfile::tempdir().unwrap();
         let killed = catch_unwind(AssertUnwindSafe(|| {
-            let _ = fixture.prepare_in(out.path(), &mut |event| assert!(!matches!(event, PrepareEvent::TokenizerReady { .. })));
+            let _ = fixture.prepare_in(out.path(), &mut |event| {
+                assert!(!matches!(event, PrepareEvent::TokenizerReady { .. }))
+            });
         }));
         assert!(killed.is_err());
         let work = std::fs::read_dir(out.path())
@@ -391,8 +486,16 @@ fn damaged_work_is_not_believed() {
 #[test]
 fn copies_are_looked_for_across_domains_or_within() {
     let mut fixture = Fixture::new();
-    let lines = |texts: &[String]| texts.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n").collect::<String>();
-    let (a, b) = (fixture.folder.path().join("a.jsonl"), fixture.folder.path().join("b.jsonl"));
+    let lines = |texts: &[String]| {
+        texts
+            .iter()
+            .map(|text| serde_json::json!({ "text": text }).to_string() + "\n")
+            .collect::<String>()
+    };
+    let (a, b) = (
+        fixture.folder.path().join("a.jsonl"),
+        fixture.folder.path().join("b.jsonl"),
+    );
     let texts: Vec<String> = (0..40).map(english).collect();
     std::fs::write(&a, lines(&texts)).unwrap();
     let mut others: Vec<String> = (40..80).map(english).collect();
@@ -413,7 +516,10 @@ fn copies_are_looked_for_across_domains_or_within() {
         let dropped = &prepared.manifest.domains[1].dropped;
         let found = [Dropped::Duplicate, Dropped::NearDuplicate].map(|rule| dropped.get(&rule).copied().unwrap_or(0));
         assert_eq!(found, expected, "{exact:?} {near:?}");
-        assert!(prepared.manifest.domains[0].dropped.is_empty(), "the first domain keeps its own");
+        assert!(
+            prepared.manifest.domains[0].dropped.is_empty(),
+            "the first domain keeps its own"
+        );
     }
 }
 
@@ -428,7 +534,10 @@ fn wrong_input_is_an_error_with_its_place() {
     std::fs::write(&path, "{\"body\":\"a\"}\n{\"body\":\"b\"}\n").unwrap();
     fixture.domains[0] = domain("web", &path, Language::En);
     let error = refused(&fixture);
-    assert!(error.contains("x.jsonl:1: no line of the file has a string in the field 'text'"), "{error}");
+    assert!(
+        error.contains("x.jsonl:1: no line of the file has a string in the field 'text'"),
+        "{error}"
+    );
     std::fs::write(&path, "{\"text\":\"Too short.\"}\n").unwrap();
     let error = refused(&fixture);
     assert!(error.contains("all left out: 1 by gopher_words"), "{error}");
@@ -457,7 +566,15 @@ fn the_name_of_a_data_set_follows_what_decides_its_text() {
     assert_ne!(fixture.prepare().folder, first.folder);
     let set = fixture.refine.decontaminate.sets[0].path.clone();
     fixture.refine.duplicates.bands = 14;
-    std::fs::write(&set, format!("{}\n{}", std::fs::read_to_string(&set).unwrap(), "{\"question\":\"Yes?\"}")).unwrap();
+    std::fs::write(
+        &set,
+        format!(
+            "{}\n{}",
+            std::fs::read_to_string(&set).unwrap(),
+            "{\"question\":\"Yes?\"}"
+        ),
+    )
+    .unwrap();
     assert_ne!(fixture.prepare().folder, first.folder);
 }
 
@@ -477,7 +594,11 @@ fn a_prepared_folder_is_adopted() {
     assert_eq!(adopted.manifest, prepared.manifest);
     assert_eq!(adopted.folder.parent(), Some(data.as_path()));
     TokenStore::open(&adopted.folder, 16).unwrap();
-    assert_eq!(take(&request, &prepared.folder, true).unwrap(), adopted, "a second time, and a run that goes on");
+    assert_eq!(
+        take(&request, &prepared.folder, true).unwrap(),
+        adopted,
+        "a second time, and a run that goes on"
+    );
     // Others are refused.
     let swapped: Vec<DomainConfig> = fixture.domains.iter().rev().cloned().collect();
     request.domains = &swapped;
@@ -485,9 +606,20 @@ fn a_prepared_folder_is_adopted() {
     assert!(error.contains("holds the domains web (en), book (zh)"), "{error}");
     let mut request = fixture.request();
     request.model_vocabulary = 300;
-    assert!(matches!(take(&request, ready, false), Err(CorpusError::VocabularyTooLarge { .. })));
-    let raw = prepare(&fixture.request_without_bad_files(), &fixture.folder.path().join("raw"), &mut |_| {}).unwrap();
-    assert!(matches!(take(&fixture.request(), &raw.folder, true), Err(CorpusError::OtherData { .. } | CorpusError::OtherDomains { .. })));
+    assert!(matches!(
+        take(&request, ready, false),
+        Err(CorpusError::VocabularyTooLarge { .. })
+    ));
+    let raw = prepare(
+        &fixture.request_without_bad_files(),
+        &fixture.folder.path().join("raw"),
+        &mut |_| {},
+    )
+    .unwrap();
+    assert!(matches!(
+        take(&fixture.request(), &raw.folder, true),
+        Err(CorpusError::OtherData { .. } | CorpusError::OtherDomains { .. })
+    ));
     let none = tempfile::tempdir().unwrap();
     assert!(matches!(find_data_set(none.path()), Err(CorpusError::NoDataSet { .. })));
 }
@@ -496,7 +628,9 @@ impl Fixture {
     /// The same domains by name and language, over a source that needs no refining.
     fn request_without_bad_files(&self) -> PrepareRequest<'_> {
         let path: PathBuf = self.folder.path().join("plain.jsonl");
-        let lines: String = (0..80).map(|i| serde_json::json!({ "text": english(i) }).to_string() + "\n").collect();
+        let lines: String = (0..80)
+            .map(|i| serde_json::json!({ "text": english(i) }).to_string() + "\n")
+            .collect();
         std::fs::write(&path, lines).unwrap();
         let domains = vec![domain("web", &path, Language::En), domain("book", &path, Language::Zh)];
         PrepareRequest {

@@ -77,8 +77,12 @@ pub(super) fn find(
 }
 
 fn found(folder: &Path) -> Result<Option<Copies>, CorpusError> {
-    let Ok(bytes) = std::fs::read(folder.join(DONE_FILE)) else { return Ok(None) };
-    let Ok(copies) = serde_json::from_slice::<Copies>(&bytes) else { return Ok(None) };
+    let Ok(bytes) = std::fs::read(folder.join(DONE_FILE)) else {
+        return Ok(None);
+    };
+    let Ok(copies) = serde_json::from_slice::<Copies>(&bytes) else {
+        return Ok(None);
+    };
     Ok(is_whole(folder, &copies.table)?.then_some(copies))
 }
 

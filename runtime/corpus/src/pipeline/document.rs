@@ -76,8 +76,12 @@ impl Refined {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let reason = self.dropped.as_ref();
         // One more than the position of the rule: files in which they stand otherwise have another recipe.
-        let rule = reason.map_or(0, |reason| 1 + Dropped::ALL.iter().position(|&rule| rule == reason.rule).unwrap_or(0) as u8);
-        let item = reason.and_then(|reason| reason.item).map_or((0, 0), |item| (item.set, item.line));
+        let rule = reason.map_or(0, |reason| {
+            1 + Dropped::ALL.iter().position(|&rule| rule == reason.rule).unwrap_or(0) as u8
+        });
+        let item = reason
+            .and_then(|reason| reason.item)
+            .map_or((0, 0), |item| (item.set, item.line));
         let detail = reason.map_or("", |reason| reason.detail.as_str());
         let detail = &detail[..detail.floor_char_boundary(DETAIL_BYTES_MAX)];
         out.extend_from_slice(&self.id.0.to_le_bytes());

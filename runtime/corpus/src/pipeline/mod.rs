@@ -95,7 +95,11 @@ impl Pipeline {
             piece_documents: (config.memory_bytes_max / PIECE_SHARE / keys_bytes).max(16) as usize,
         };
         open_folder(identity, &settings)?;
-        let total_bytes = inputs.iter().flat_map(|input| &input.files).map(|file| file.bytes).sum();
+        let total_bytes = inputs
+            .iter()
+            .flat_map(|input| &input.files)
+            .map(|file| file.bytes)
+            .sum();
         let mut progress = Progress::new(progress, total_bytes);
         let domains = pieces::judge_all(&settings, inputs, &mut progress)?;
         let copies = copies::find(&settings, &domains, &mut progress)?;

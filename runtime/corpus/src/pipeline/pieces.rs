@@ -74,7 +74,9 @@ pub(super) fn judge_all(
     for (domain, input) in inputs.iter().enumerate() {
         check_counts(input)?;
         let found = find_pieces(settings.folder, domain)?;
-        found.iter().for_each(|piece| progress.found(piece.raw_bytes, piece.count, piece.kept));
+        found
+            .iter()
+            .for_each(|piece| progress.found(piece.raw_bytes, piece.count, piece.kept));
         domains.push(found);
     }
     let refiners = inputs
@@ -96,7 +98,12 @@ pub(super) fn judge_all(
         // A failure here drops the receiver, which ends the reader.
         let judged = receiver.into_iter().try_for_each(|batch: Batch| {
             let domain = batch.domain;
-            let piece = judge_piece(settings, &refiners[domain], inputs[domain].config.text_field.as_str(), batch)?;
+            let piece = judge_piece(
+                settings,
+                &refiners[domain],
+                inputs[domain].config.text_field.as_str(),
+                batch,
+            )?;
             progress.judged(piece.read_bytes, piece.raw_bytes, piece.count, piece.kept);
             domains[domain].push(piece);
             Ok(())
@@ -114,7 +121,10 @@ fn check_counts(input: &DomainInput<'_>) -> Result<(), CorpusError> {
     if input.files.len() as u64 >= SOURCES_MAX {
         return Err(CorpusError::TooMany {
             path: input.config.path.clone(),
-            reason: format!("holds {} files, and {SOURCES_MAX} are too many for one domain", input.files.len()),
+            reason: format!(
+                "holds {} files, and {SOURCES_MAX} are too many for one domain",
+                input.files.len()
+            ),
         });
     }
     Ok(())
@@ -135,7 +145,10 @@ fn refuse_missing_field(input: &DomainInput<'_>, pieces: &[Piece]) -> Result<(),
             return Err(CorpusError::MissingField {
                 path: file.path.clone(),
                 line: first,
-                reason: format!("no line of the file has a string in the field '{}'", input.config.text_field),
+                reason: format!(
+                    "no line of the file has a string in the field '{}'",
+                    input.config.text_field
+                ),
             });
         }
     }
@@ -232,7 +245,9 @@ impl Reader<'_> {
                     if begun && id <= start.after {
                         return Ok(true);
                     }
-                    if batch.bytes >= self.settings.piece_bytes || batch.documents.len() >= self.settings.piece_documents {
+                    if batch.bytes >= self.settings.piece_bytes
+                        || batch.documents.len() >= self.settings.piece_documents
+                    {
                         let next = self.batch(domain, batch.index + 1);
                         is_heard = self.send(std::mem::replace(&mut batch, next));
                     }
@@ -288,7 +303,9 @@ fn judge_piece(settings: &Settings<'_>, refiner: &Refiner, field: &str, batch: B
     let last = documents.last().map_or(DocumentId::new(domain, 0, 0), |(id, _)| *id);
     let judged: Vec<Judged> = documents
         .into_par_iter()
-        .map_init(Scratch::default, |scratch, (id, content)| judge(settings, refiner, field, id, content, scratch))
+        .map_init(Scratch::default, |scratch, (id, content)| {
+            judge(settings, refiner, field, id, content, scratch)
+        })
         .collect();
     let stem = stem(domain, index);
     let mut keys: Vec<Entry> = judged.iter().flat_map(|judged| judged.keys.iter().copied()).collect();
@@ -297,7 +314,11 @@ fn judge_piece(settings: &Settings<'_>, refiner: &Refiner, field: &str, batch: B
         documents: write_documents(&settings.folder.join(format!("{stem}.docs")), &judged)?,
         keys,
         count: judged.len() as u64,
-        kept_bytes: judged.iter().filter(|j| j.document.dropped.is_none()).map(|j| j.document.text.len() as u64).sum(),
+        kept_bytes: judged
+            .iter()
+            .filter(|j| j.document.dropped.is_none())
+            .map(|j| j.document.text.len() as u64)
+            .sum(),
         kept: judged.iter().filter(|judged| judged.document.dropped.is_none()).count() as u64,
         raw_bytes: bytes,
         read_bytes,
@@ -320,7 +341,10 @@ fn judge(
     scratch: &mut Scratch,
 ) -> Judged {
     let raw_hash = blake3::hash(content.bytes());
-    let (raw_bytes, raw_excerpt) = (content.bytes().len() as u64, String::from_utf8_lossy(excerpt_bytes(content.bytes())));
+    let (raw_bytes, raw_excerpt) = (
+        content.bytes().len() as u64,
+        String::from_utf8_lossy(excerpt_bytes(content.bytes())),
+    );
     let raw_excerpt = excerpt(&raw_excerpt);
     let text = match content.text(field, settings.config.document_bytes_max) {
         Ok(text) => text,
@@ -334,7 +358,10 @@ fn judge(
                 is_changed: false,
                 dropped: Some(reason),
             };
-            return Judged { document, keys: Vec::new() };
+            return Judged {
+                document,
+                keys: Vec::new(),
+            };
         }
     };
     let mut document = Refined {
@@ -381,7 +408,12 @@ fn keys_of(settings: &Settings<'_>, id: DocumentId, exact: u128, bands: &[u64]) 
         keys.push([(exact >> 64) as u64 | EXACT, exact as u64 ^ salt(copies.exact), id.0]);
     }
     let near = salt(copies.near);
-    keys.extend(bands.iter().enumerate().map(|(band, key)| [band as u64, key ^ near, id.0]));
+    keys.extend(
+        bands
+            .iter()
+            .enumerate()
+            .map(|(band, key)| [band as u64, key ^ near, id.0]),
+    );
     keys
 }
 
@@ -402,7 +434,11 @@ fn write_documents(path: &Path, judged: &[Judged]) -> Result<FileManifest, Corpu
         frame.iter().for_each(|judged| judged.document.encode(&mut bytes));
         zstd::bulk::compress(&bytes, PACKING_LEVEL)
     };
-    let packed = frames.par_iter().map(pack).collect::<Result<Vec<_>, _>>().map_err(CorpusError::write(path))?;
+    let packed = frames
+        .par_iter()
+        .map(pack)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(CorpusError::write(path))?;
     let mut file = sorted::create(path)?;
     for frame in packed {
         file.write(&frame)?;
@@ -465,8 +501,12 @@ fn find_pieces(folder: &Path, domain: usize) -> Result<Vec<Piece>, CorpusError> 
     let mut found = Vec::new();
     loop {
         let path = folder.join(format!("{}.json", stem(domain, found.len())));
-        let Ok(bytes) = std::fs::read(&path) else { return Ok(found) };
-        let Ok(piece) = serde_json::from_slice::<Piece>(&bytes) else { return Ok(found) };
+        let Ok(bytes) = std::fs::read(&path) else {
+            return Ok(found);
+        };
+        let Ok(piece) = serde_json::from_slice::<Piece>(&bytes) else {
+            return Ok(found);
+        };
         if !(is_whole(folder, &piece.documents)? && is_whole(folder, &piece.keys)?) {
             return Ok(found);
         }

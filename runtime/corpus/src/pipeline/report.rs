@@ -129,9 +129,17 @@ impl DomainReport {
 
     /// The reasons that left most out, for a message.
     pub(crate) fn main_reasons(&self) -> String {
-        let mut reasons: Vec<_> = self.left_out.iter().map(|(rule, report)| (report.documents, rule.name())).collect();
+        let mut reasons: Vec<_> = self
+            .left_out
+            .iter()
+            .map(|(rule, report)| (report.documents, rule.name()))
+            .collect();
         reasons.sort_by(|a, b| b.cmp(a));
-        let shown: Vec<_> = reasons.iter().take(4).map(|(count, name)| format!("{count} by {name}")).collect();
+        let shown: Vec<_> = reasons
+            .iter()
+            .take(4)
+            .map(|(count, name)| format!("{count} by {name}"))
+            .collect();
         format!("{} documents, all left out: {}", self.documents, shown.join(", "))
     }
 }
@@ -145,7 +153,9 @@ impl ReasonReport {
         }
         let whole = place(document.id);
         let sample = Sample {
-            source: whole.rsplit_once(':').map_or(whole.clone(), |(source, _)| source.to_owned()),
+            source: whole
+                .rsplit_once(':')
+                .map_or(whole.clone(), |(source, _)| source.to_owned()),
             record: document.id.record(),
             bytes: document.original_bytes,
             detail: reason.detail.clone(),
@@ -251,7 +261,11 @@ impl DomainReport {
         if self.left_out.is_empty() {
             return;
         }
-        let _ = write!(out, "\n## {}\n\n| reason | documents | MB | rule from |\n|---|---|---|---|\n", cell(&self.name));
+        let _ = write!(
+            out,
+            "\n## {}\n\n| reason | documents | MB | rule from |\n|---|---|---|---|\n",
+            cell(&self.name)
+        );
         for (rule, report) in &self.left_out {
             let _ = writeln!(
                 out,
@@ -265,8 +279,15 @@ impl DomainReport {
         out.push('\n');
         for (rule, report) in &self.left_out {
             for sample in &report.samples {
-                let copy = sample.copy_of.as_ref().map_or(String::new(), |place| format!(" copy of {place};"));
-                let detail = if sample.detail.is_empty() { String::new() } else { format!(" {};", sample.detail) };
+                let copy = sample
+                    .copy_of
+                    .as_ref()
+                    .map_or(String::new(), |place| format!(" copy of {place};"));
+                let detail = if sample.detail.is_empty() {
+                    String::new()
+                } else {
+                    format!(" {};", sample.detail)
+                };
                 let shown: String = sample.text.chars().take(SHOWN_CHARACTERS).collect();
                 let _ = writeln!(
                     out,

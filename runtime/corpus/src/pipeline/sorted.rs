@@ -99,7 +99,10 @@ pub(crate) struct Merge {
 
 impl Merge {
     fn open(paths: &[PathBuf]) -> Result<Self, CorpusError> {
-        let mut files = paths.iter().map(|path| EntryReader::open(path)).collect::<Result<Vec<_>, _>>()?;
+        let mut files = paths
+            .iter()
+            .map(|path| EntryReader::open(path))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut heap = BinaryHeap::with_capacity(files.len());
         for (index, file) in files.iter_mut().enumerate() {
             heap.extend(file.next()?.map(|entry| Reverse((entry, index))));
@@ -109,7 +112,9 @@ impl Merge {
 
     /// The smallest entry that is left.
     pub(crate) fn next(&mut self) -> Result<Option<Entry>, CorpusError> {
-        let Some(mut top) = self.heap.peek_mut() else { return Ok(None) };
+        let Some(mut top) = self.heap.peek_mut() else {
+            return Ok(None);
+        };
         let Reverse((entry, index)) = *top;
         match self.files[index].next()? {
             Some(next) => *top = Reverse((next, index)),

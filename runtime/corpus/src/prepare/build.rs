@@ -52,7 +52,10 @@ pub(super) fn build(
         domains.push(built);
     }
     let languages = figures(&mut domains, tokenizer.vocabulary());
-    let (domains, reports) = domains.into_iter().map(|domain| (domain.manifest, domain.report)).unzip();
+    let (domains, reports) = domains
+        .into_iter()
+        .map(|domain| (domain.manifest, domain.report))
+        .unzip();
     let mut manifest = DataManifest {
         schema: SCHEMA,
         version: String::new(),
@@ -104,7 +107,9 @@ fn refinement(
     reports: Vec<DomainReport>,
     folder: &Path,
 ) -> Result<Option<RefinementManifest>, CorpusError> {
-    let Some((pipeline, settings)) = text.refined else { return Ok(None) };
+    let Some((pipeline, settings)) = text.refined else {
+        return Ok(None);
+    };
     resume::remove(folder, &["report.", MANIFEST_FILE])?;
     let (report, report_text) = Report::new(pipeline.shared(), reports).write(folder)?;
     Ok(Some(RefinementManifest {

@@ -38,7 +38,9 @@ fn set_marker(work: &Path, name: &str, value: &impl Serialize) -> Result<(), Cor
 
 /// The tokenizer in `folder`, if it is done.
 pub(super) fn tokenizer(work: &Path, folder: &Path) -> Result<Option<(Tokenizer, FileManifest)>, CorpusError> {
-    let Some(done) = marker::<TokenizerManifest>(work, TOKENIZER) else { return Ok(None) };
+    let Some(done) = marker::<TokenizerManifest>(work, TOKENIZER) else {
+        return Ok(None);
+    };
     if !is_whole(folder, &done.file)? {
         return Ok(None);
     }
@@ -66,7 +68,9 @@ pub(super) fn domain(
     index: usize,
     vocabulary: usize,
 ) -> Result<Option<DomainBuilt>, CorpusError> {
-    let Some(manifest) = marker::<DomainManifest>(work, &name_of(index)) else { return Ok(None) };
+    let Some(manifest) = marker::<DomainManifest>(work, &name_of(index)) else {
+        return Ok(None);
+    };
     if !is_whole(folder, &manifest.documents)? {
         return Ok(None);
     }
@@ -100,7 +104,10 @@ pub(super) fn domain_done(work: &Path, index: usize, manifest: &DomainManifest) 
 fn count(folder: &Path, file: &FileManifest, vocabulary: usize, counts: &mut Unigram) -> Result<(), CorpusError> {
     let shard = ShardReader::open(folder, file, &Arc::new(ChunkCache::new(1)))?;
     if shard.vocabulary() as usize != vocabulary {
-        return Err(CorpusError::corrupt(&folder.join(&file.name), "was made with another tokenizer"));
+        return Err(CorpusError::corrupt(
+            &folder.join(&file.name),
+            "was made with another tokenizer",
+        ));
     }
     let mut at = 0;
     while at < shard.tokens() {

@@ -261,7 +261,10 @@ impl GroupsBuilder {
             least: self.least,
             maybe,
             beginnings,
-            powers: lengths.into_iter().map(|length| (length, power(length as usize))).collect(),
+            powers: lengths
+                .into_iter()
+                .map(|length| (length, power(length as usize)))
+                .collect(),
             groups: self.found.into_iter().map(|(_, group)| group).collect(),
         }
     }
@@ -296,7 +299,9 @@ impl Groups {
             if self.maybe[bit / 64] >> (bit % 64) & 1 == 0 {
                 continue;
             }
-            let Some(&(first, count)) = self.beginnings.get(&beginning) else { continue };
+            let Some(&(first, count)) = self.beginnings.get(&beginning) else {
+                continue;
+            };
             for group in &self.groups[first as usize..(first + count) as usize] {
                 let length = group.length as usize;
                 if start + length <= runs.len() && runs.hash(start, length, self.powers[&group.length]) == group.hash {
@@ -346,7 +351,9 @@ mod tests {
     fn find(benchmarks: &Benchmarks, text: &str) -> Option<u32> {
         let mut folded = Folded::default();
         folded.set(text);
-        benchmarks.find(&folded, &mut Runs::default()).map(|(item, _)| item.line)
+        benchmarks
+            .find(&folded, &mut Runs::default())
+            .map(|(item, _)| item.line)
     }
 
     #[test]
@@ -359,13 +366,24 @@ mod tests {
             let shouted = question.to_uppercase().replace(['.', ',', '?'], " -- ");
             let joined: String = question.chars().filter(|c| !c.is_whitespace()).collect();
             let spaced: String = question.chars().flat_map(|c| [c, ' ']).collect();
-            let broken: String = question.chars().enumerate().flat_map(|(i, c)| [Some(c), (i % 9 == 8).then_some('\n')]).flatten().collect();
+            let broken: String = question
+                .chars()
+                .enumerate()
+                .flat_map(|(i, c)| [Some(c), (i % 9 == 8).then_some('\n')])
+                .flatten()
+                .collect();
             for text in [*question, &embedded, &shouted, &joined, &spaced, &broken] {
                 assert_eq!(find(&benchmarks, text), Some(line), "{text}");
             }
         }
         // A part is enough, and other texts of the same kind are not touched.
-        assert_eq!(find(&benchmarks, "and then she sold half as many clips in May. How many clips did Natalia"), Some(1));
+        assert_eq!(
+            find(
+                &benchmarks,
+                "and then she sold half as many clips in May. How many clips did Natalia"
+            ),
+            Some(1)
+        );
         for clean in [
             "Natalia sold clips to her friends. Weng earns money for babysitting. Yes or no?",
             "小明有三个梨,他把其中的一个分给了同学。",
@@ -387,16 +405,29 @@ mod tests {
             fields: fields.iter().map(|&f| f.to_owned()).collect(),
         };
         let load = |set| {
-            let config = DecontaminateConfig { sets: vec![set], ..DecontaminateConfig::default() };
+            let config = DecontaminateConfig {
+                sets: vec![set],
+                ..DecontaminateConfig::default()
+            };
             Benchmarks::load(&config)
         };
         let all = load(set(&[])).unwrap();
         assert_eq!([find(&all, QUESTIONS[0]), find(&all, QUESTIONS[1])], [Some(1), Some(1)]);
         let one = load(set(&["question"])).unwrap();
         assert_eq!([find(&one, QUESTIONS[0]), find(&one, QUESTIONS[1])], [Some(1), None]);
-        assert!(load(set(&["no"])).unwrap_err().to_string().contains("has no field 'no'"));
+        assert!(
+            load(set(&["no"]))
+                .unwrap_err()
+                .to_string()
+                .contains("has no field 'no'")
+        );
         std::fs::write(&path, "[1]\n").unwrap();
-        assert!(load(set(&[])).unwrap_err().to_string().contains("line 1: not a JSON object"));
+        assert!(
+            load(set(&[]))
+                .unwrap_err()
+                .to_string()
+                .contains("line 1: not a JSON object")
+        );
         std::fs::write(&path, "\n").unwrap();
         assert!(load(set(&[])).unwrap_err().to_string().contains("holds no item"));
     }

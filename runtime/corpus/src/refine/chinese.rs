@@ -25,7 +25,8 @@ const GROUP_CHARACTERS: usize = 13;
 const REPEATED_GROUPS_MAX: f64 = 0.5;
 /// Marks that end a line of prose.
 const PUNCTUATION: [char; 22] = [
-    '。', '！', '？', '；', '：', '…', '”', '’', '」', '』', '）', '》', '】', '、', '，', '.', '!', '?', '"', ';', ':', ')',
+    '。', '！', '？', '；', '：', '…', '”', '’', '」', '』', '）', '》', '】', '、', '，', '.', '!', '?', '"', ';',
+    ':', ')',
 ];
 
 /// The first rule that a text breaks.
@@ -40,11 +41,17 @@ pub(super) fn judge(text: &str, rules: &RuleSet, scratch: &mut Scratch) -> Resul
         || format!("lines {:.2}, characters {:.2}", repeated.pieces, repeated.characters),
     )?;
     if rules.is_on(Dropped::ZhRepeatedGroups) {
-        runs.set(text.chars().filter(|c| !c.is_whitespace()).map(|c| mix(u64::from(c as u32))));
+        runs.set(
+            text.chars()
+                .filter(|c| !c.is_whitespace())
+                .map(|c| mix(u64::from(c as u32))),
+        );
         let groups = (runs.len() + 1).saturating_sub(GROUP_CHARACTERS);
         counter.reset(groups);
         let power = power(GROUP_CHARACTERS);
-        let again = (0..groups).filter(|&start| counter.add(runs.hash(start, GROUP_CHARACTERS, power)) > 0).count();
+        let again = (0..groups)
+            .filter(|&start| counter.add(runs.hash(start, GROUP_CHARACTERS, power)) > 0)
+            .count();
         let share = again as f64 / groups.max(1) as f64;
         rules.check(Dropped::ZhRepeatedGroups, share > REPEATED_GROUPS_MAX, || {
             format!("{share:.2} of the groups of {GROUP_CHARACTERS} characters")
@@ -88,20 +95,30 @@ impl Figures {
     fn check(&self, rules: &RuleSet) -> Result<(), Broken> {
         let all = self.characters;
         let share = |count: usize, whole: usize| count as f64 / whole.max(1) as f64;
-        rules.check(Dropped::ZhCharacters, !CHARACTERS.contains(&all), || format!("{all} characters"))?;
+        rules.check(Dropped::ZhCharacters, !CHARACTERS.contains(&all), || {
+            format!("{all} characters")
+        })?;
         let han = share(self.han, all);
         rules.check(Dropped::ZhHan, han < HAN_MIN, || format!("{han:.2} of the characters"))?;
         let mean = share(all, self.lines);
-        rules.check(Dropped::ZhLineLength, mean < LINE_CHARACTERS_MIN, || format!("{mean:.1} characters a line"))?;
+        rules.check(Dropped::ZhLineLength, mean < LINE_CHARACTERS_MIN, || {
+            format!("{mean:.1} characters a line")
+        })?;
         let symbols = share(self.hashes.max(self.ellipses), all);
-        rules.check(Dropped::ZhSymbols, symbols > SYMBOLS_PER_CHARACTER_MAX, || format!("{symbols:.3} a character"))?;
+        rules.check(Dropped::ZhSymbols, symbols > SYMBOLS_PER_CHARACTER_MAX, || {
+            format!("{symbols:.3} a character")
+        })?;
         let lines = |rule, share: f64, is_broken| rules.check(rule, is_broken, || format!("{share:.2} of the lines"));
         let bullets = share(self.bullets, self.lines);
         lines(Dropped::ZhBullets, bullets, bullets > BULLET_LINES_MAX)?;
         let ellipses = share(self.ellipsis_lines, self.lines);
         lines(Dropped::ZhEllipses, ellipses, ellipses > ELLIPSIS_LINES_MAX)?;
         let punctuated = share(self.punctuated, self.lines);
-        lines(Dropped::ZhLinePunctuation, punctuated, punctuated <= PUNCTUATED_LINES_MIN)
+        lines(
+            Dropped::ZhLinePunctuation,
+            punctuated,
+            punctuated <= PUNCTUATED_LINES_MIN,
+        )
     }
 }
 
@@ -113,17 +130,34 @@ mod tests {
 
     fn broken(text: &str) -> Option<Dropped> {
         let rules = RuleSet::without(&[]).unwrap();
-        judge(text, &rules, &mut Scratch::default()).err().map(|broken| broken.rule)
+        judge(text, &rules, &mut Scratch::default())
+            .err()
+            .map(|broken| broken.rule)
     }
 
     /// Sixteen different sentences of some twenty characters.
     fn prose() -> Vec<String> {
         let (who, what) = (
             ["控制器", "某个进程", "对象存储", "每条通道", "优化器分片"],
-            ["正在等待屏障通过", "保存了自己的梯度", "被备用进程替换掉", "写下一条新的记录", "重新计算校验结果"],
+            [
+                "正在等待屏障通过",
+                "保存了自己的梯度",
+                "被备用进程替换掉",
+                "写下一条新的记录",
+                "重新计算校验结果",
+            ],
         );
         (0..16)
-            .map(|i| format!("{}{},这是训练运行的第{}步骤。", who[i % 5], what[(i * 3 + i / 5) % 5], ["一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "甲", "乙", "丙", "丁", "戊", "己"][i]))
+            .map(|i| {
+                format!(
+                    "{}{},这是训练运行的第{}步骤。",
+                    who[i % 5],
+                    what[(i * 3 + i / 5) % 5],
+                    [
+                        "一", "二", "三", "四", "五", "六", "七", "八", "九", "十", "甲", "乙", "丙", "丁", "戊", "己"
+                    ][i]
+                )
+            })
             .collect()
     }
 
@@ -141,12 +175,41 @@ mod tests {
         let cases: [(Dropped, String); 9] = [
             (Dropped::ZhCharacters, "太短了。".to_owned()),
             (Dropped::ZhHan, format!("{good}{}", "abcdefgh12".repeat(100))),
-            (Dropped::ZhLineLength, good.chars().collect::<Vec<_>>().chunks(6).map(|c| c.iter().collect::<String>() + "\n").collect()),
+            (
+                Dropped::ZhLineLength,
+                good.chars()
+                    .collect::<Vec<_>>()
+                    .chunks(6)
+                    .map(|c| c.iter().collect::<String>() + "\n")
+                    .collect(),
+            ),
             (Dropped::ZhSymbols, format!("{}{good}", "标签#".repeat(24))),
-            (Dropped::ZhBullets, lines.iter().map(|line| format!("• {line}\n")).collect()),
-            (Dropped::ZhEllipses, lines.iter().enumerate().map(|(i, line)| if i % 2 == 0 { format!("{line}……\n") } else { format!("{line}\n") }).collect()),
-            (Dropped::ZhLinePunctuation, lines.iter().map(|line| format!("{line}如此\n")).collect()),
-            (Dropped::ZhRepeatedLines, format!("{}\n{}", lines.join("\n"), lines[..9].join("\n"))),
+            (
+                Dropped::ZhBullets,
+                lines.iter().map(|line| format!("• {line}\n")).collect(),
+            ),
+            (
+                Dropped::ZhEllipses,
+                lines
+                    .iter()
+                    .enumerate()
+                    .map(|(i, line)| {
+                        if i % 2 == 0 {
+                            format!("{line}……\n")
+                        } else {
+                            format!("{line}\n")
+                        }
+                    })
+                    .collect(),
+            ),
+            (
+                Dropped::ZhLinePunctuation,
+                lines.iter().map(|line| format!("{line}如此\n")).collect(),
+            ),
+            (
+                Dropped::ZhRepeatedLines,
+                format!("{}\n{}", lines.join("\n"), lines[..9].join("\n")),
+            ),
             (Dropped::ZhRepeatedGroups, format!("{good}{}", lines[0].repeat(24))),
         ];
         for (rule, text) in cases {

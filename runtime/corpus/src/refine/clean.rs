@@ -134,7 +134,10 @@ mod tests {
             ("a\u{0}b\u{7}c\u{200b}d\u{ad}e\u{202e}f\u{9f}g", "abcdefg"),
             ("wide\u{a0}and\u{2003}narrow\u{202f}spaces", "wide and narrow spaces"),
             ("\n\n  indented\n\n\n\nlast \t\n\n", "  indented\n\nlast"),
-            ("\u{3000}\u{3000}段落。\u{3000}\n第二段。", "\u{3000}\u{3000}段落。\n第二段。"),
+            (
+                "\u{3000}\u{3000}段落。\u{3000}\n第二段。",
+                "\u{3000}\u{3000}段落。\n第二段。",
+            ),
             ("cafe\u{301} \u{212b} \u{1100}\u{1161}", "café Å 가"),
             ("itâ€™s cafÃ©", "it’s café"),
             ("\u{fdd0}\u{ffff}x", "x"),

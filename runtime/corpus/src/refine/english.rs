@@ -56,19 +56,28 @@ pub(super) fn judge(text: &str, rules: &RuleSet, scratch: &mut Scratch) -> Resul
     rules.check(
         Dropped::GopherRepeatedParagraphs,
         repeated.pieces > REPEATED_PIECES_MAX || repeated.characters > REPEATED_CHARACTERS_MAX,
-        || format!("paragraphs {:.2}, characters {:.2}", repeated.pieces, repeated.characters),
+        || {
+            format!(
+                "paragraphs {:.2}, characters {:.2}",
+                repeated.pieces, repeated.characters
+            )
+        },
     )?;
     words.set(text.split_whitespace().map(|word| (word, characters(word) as u32)));
     if rules.is_on(Dropped::GopherTopGroup) {
         for (length, limit) in TOP_GROUP_MAX {
             let share = words.top_group(counter, length);
-            rules.check(Dropped::GopherTopGroup, share > limit, || format!("{length} words: {share:.2}"))?;
+            rules.check(Dropped::GopherTopGroup, share > limit, || {
+                format!("{length} words: {share:.2}")
+            })?;
         }
     }
     if rules.is_on(Dropped::GopherRepeatedGroups) {
         for (length, limit) in REPEATED_GROUPS_MAX {
             let share = words.repeated_groups(counter, length);
-            rules.check(Dropped::GopherRepeatedGroups, share > limit, || format!("{length} words: {share:.2}"))?;
+            rules.check(Dropped::GopherRepeatedGroups, share > limit, || {
+                format!("{length} words: {share:.2}")
+            })?;
         }
     }
     Ok(())
@@ -113,19 +122,25 @@ impl WordFigures {
 
     fn check(&self, rules: &RuleSet) -> Result<(), Broken> {
         let words = self.words.max(1) as f64;
-        rules.check(Dropped::GopherWords, !WORDS.contains(&self.words), || format!("{} words", self.words))?;
+        rules.check(Dropped::GopherWords, !WORDS.contains(&self.words), || {
+            format!("{} words", self.words)
+        })?;
         let mean = self.characters as f64 / words;
         rules.check(Dropped::GopherWordLength, !WORD_CHARACTERS.contains(&mean), || {
             format!("{mean:.1} characters a word")
         })?;
         let symbols = self.hashes.max(self.ellipses) as f64 / words;
-        rules.check(Dropped::GopherSymbols, symbols > SYMBOLS_PER_WORD_MAX, || format!("{symbols:.2} a word"))?;
+        rules.check(Dropped::GopherSymbols, symbols > SYMBOLS_PER_WORD_MAX, || {
+            format!("{symbols:.2} a word")
+        })?;
         let letters = self.with_letter as f64 / words;
         rules.check(Dropped::GopherLetters, letters < LETTER_WORDS_MIN, || {
             format!("{letters:.2} of the words have a letter")
         })?;
         let stop_words = self.stop_words.count_ones();
-        rules.check(Dropped::GopherStopWords, stop_words < STOP_WORDS_MIN, || format!("{stop_words} stop words"))
+        rules.check(Dropped::GopherStopWords, stop_words < STOP_WORDS_MIN, || {
+            format!("{stop_words} stop words")
+        })
     }
 }
 
@@ -149,7 +164,8 @@ impl LineFigures {
             figures.bullets += usize::from(line.starts_with(BULLETS));
             figures.ellipses += usize::from(line.ends_with("...") || line.ends_with('…'));
             figures.punctuated += usize::from(line.ends_with(['.', '?', '!', '"', '”', '’', '\'']));
-            figures.short += usize::from(line.len() < 4 * SHORT_LINE_CHARACTERS && characters(line) < SHORT_LINE_CHARACTERS);
+            figures.short +=
+                usize::from(line.len() < 4 * SHORT_LINE_CHARACTERS && characters(line) < SHORT_LINE_CHARACTERS);
         }
         figures
     }
@@ -162,14 +178,20 @@ impl LineFigures {
         let ellipses = share(self.ellipses);
         of(Dropped::GopherEllipses, ellipses, ellipses > ELLIPSIS_LINES_MAX)?;
         let punctuated = share(self.punctuated);
-        of(Dropped::FinewebLinePunctuation, punctuated, punctuated <= PUNCTUATED_LINES_MIN)?;
+        of(
+            Dropped::FinewebLinePunctuation,
+            punctuated,
+            punctuated <= PUNCTUATED_LINES_MIN,
+        )?;
         let short = share(self.short);
         of(Dropped::FinewebShortLines, short, short >= SHORT_LINES_MAX)
     }
 }
 
 fn sentences(text: &str, rules: &RuleSet) -> Result<(), Broken> {
-    rules.check(Dropped::C4CurlyBracket, text.contains('{'), || "a curly bracket".to_owned())?;
+    rules.check(Dropped::C4CurlyBracket, text.contains('{'), || {
+        "a curly bracket".to_owned()
+    })?;
     if rules.is_on(Dropped::C4LoremIpsum) {
         let lorem = contains_ignoring_case(text.as_bytes(), b"lorem ipsum");
         rules.check(Dropped::C4LoremIpsum, lorem, || "lorem ipsum".to_owned())?;
@@ -181,7 +203,9 @@ fn sentences(text: &str, rules: &RuleSet) -> Result<(), Broken> {
             && (closes(at + 1) || (matches!(bytes[at + 1], b'"' | b')' | b'\'') && closes(at + 2)))
     };
     let count = (0..bytes.len()).filter(ends).take(SENTENCES_MIN).count();
-    rules.check(Dropped::C4Sentences, count < SENTENCES_MIN, || format!("{count} sentences"))
+    rules.check(Dropped::C4Sentences, count < SENTENCES_MIN, || {
+        format!("{count} sentences")
+    })
 }
 
 fn contains_ignoring_case(text: &[u8], lower: &[u8]) -> bool {
@@ -197,7 +221,9 @@ mod tests {
 
     fn broken(text: &str) -> Option<Dropped> {
         let rules = RuleSet::without(&[]).unwrap();
-        judge(text, &rules, &mut Scratch::default()).err().map(|broken| broken.rule)
+        judge(text, &rules, &mut Scratch::default())
+            .err()
+            .map(|broken| broken.rule)
     }
 
     /// Ten different sentences, some 110 words.
@@ -230,22 +256,70 @@ mod tests {
         let good = prose().join(" ");
         let many = |piece: &str, count: usize| vec![piece; count].join(" ");
         let cases = [
-            (Dropped::GopherWords, "The end of it. And that is all. To be or not.".to_owned()),
-            (Dropped::GopherWordLength, format!("{good} {}", (0..300).map(|i| format!("{}. ", i % 10)).collect::<String>())),
-            (Dropped::GopherSymbols, format!("{good} {}", (0..20).map(|i| format!("tag{i} # ")).collect::<String>())),
-            (Dropped::GopherLetters, format!("{good} {}", (0..40).map(|i| format!("{} ", 1000 + i * 7)).collect::<String>())),
+            (
+                Dropped::GopherWords,
+                "The end of it. And that is all. To be or not.".to_owned(),
+            ),
+            (
+                Dropped::GopherWordLength,
+                format!(
+                    "{good} {}",
+                    (0..300).map(|i| format!("{}. ", i % 10)).collect::<String>()
+                ),
+            ),
+            (
+                Dropped::GopherSymbols,
+                format!("{good} {}", (0..20).map(|i| format!("tag{i} # ")).collect::<String>()),
+            ),
+            (
+                Dropped::GopherLetters,
+                format!(
+                    "{good} {}",
+                    (0..40).map(|i| format!("{} ", 1000 + i * 7)).collect::<String>()
+                ),
+            ),
             (
                 Dropped::GopherStopWords,
-                (0..12).map(|i| format!("Words number{i} stand{i} alone{i} without{i} little{i} helpers{i}. ")).collect(),
+                (0..12)
+                    .map(|i| format!("Words number{i} stand{i} alone{i} without{i} little{i} helpers{i}. "))
+                    .collect(),
             ),
-            (Dropped::GopherBullets, prose().iter().map(|line| format!("- {line}\n")).collect()),
-            (Dropped::GopherEllipses, prose().iter().enumerate().map(|(i, line)| if i % 2 == 0 { format!("{line}..\n") } else { format!("{line}\n") }).collect()),
-            (Dropped::FinewebLinePunctuation, prose().iter().map(|line| format!("{line} so;\n")).collect()),
+            (
+                Dropped::GopherBullets,
+                prose().iter().map(|line| format!("- {line}\n")).collect(),
+            ),
+            (
+                Dropped::GopherEllipses,
+                prose()
+                    .iter()
+                    .enumerate()
+                    .map(|(i, line)| {
+                        if i % 2 == 0 {
+                            format!("{line}..\n")
+                        } else {
+                            format!("{line}\n")
+                        }
+                    })
+                    .collect(),
+            ),
+            (
+                Dropped::FinewebLinePunctuation,
+                prose().iter().map(|line| format!("{line} so;\n")).collect(),
+            ),
             (
                 Dropped::FinewebShortLines,
-                prose().join(" ").split_whitespace().collect::<Vec<_>>().chunks(3).map(|words| words.join(" ") + ".\n").collect(),
+                prose()
+                    .join(" ")
+                    .split_whitespace()
+                    .collect::<Vec<_>>()
+                    .chunks(3)
+                    .map(|words| words.join(" ") + ".\n")
+                    .collect(),
             ),
-            (Dropped::C4CurlyBracket, format!("{good} Then int main() {{ return 0; }} follows.")),
+            (
+                Dropped::C4CurlyBracket,
+                format!("{good} Then int main() {{ return 0; }} follows."),
+            ),
             (Dropped::C4LoremIpsum, format!("{good} Lorem Ipsum dolor.")),
             (Dropped::C4Sentences, good.replace('.', ",") + "."),
             (Dropped::GopherTopGroup, format!("{good} {}.", many("over again", 30))),
@@ -266,8 +340,16 @@ mod tests {
     fn repeated_paragraphs_are_found_where_their_lines_are_not_trimmed_alike() {
         // A paragraph of two lines that comes three times: its lines are repeated as well, so that rule must be off.
         let lines = prose();
-        let text = format!("{}\n\n{}\n\n{}\n\n{}", lines.join("\n"), lines[..4].join("\n"), lines[..4].join("\n"), lines[..4].join("\n"));
-        let off: Vec<String> = ["gopher_repeated_lines", "fineweb_repeated_lines"].map(str::to_owned).to_vec();
+        let text = format!(
+            "{}\n\n{}\n\n{}\n\n{}",
+            lines.join("\n"),
+            lines[..4].join("\n"),
+            lines[..4].join("\n"),
+            lines[..4].join("\n")
+        );
+        let off: Vec<String> = ["gopher_repeated_lines", "fineweb_repeated_lines"]
+            .map(str::to_owned)
+            .to_vec();
         let rules = RuleSet::without(&off).unwrap();
         let broken = judge(&text, &rules, &mut Scratch::default()).unwrap_err();
         assert_eq!(broken.rule, Dropped::GopherRepeatedParagraphs);

@@ -19,8 +19,8 @@ const LATIN_PER_HAN: usize = 3;
 
 /// Function words of English that no other language in Latin letters writes alike.
 const ENGLISH_WORDS: [&str; 20] = [
-    "the", "and", "that", "with", "for", "this", "from", "which", "are", "not", "when", "you", "will", "been", "have", "should",
-    "would", "into", "these", "than",
+    "the", "and", "that", "with", "for", "this", "from", "which", "are", "not", "when", "you", "will", "been", "have",
+    "should", "would", "into", "these", "than",
 ];
 /// A window is English with so many different ones, and so many of a hundred words; running text has twenty.
 const ENGLISH_WORDS_MIN: u32 = 2;
@@ -61,7 +61,12 @@ pub(crate) fn identify(text: &str) -> Identified {
         }
     }
     let share = |count: usize| count as f64 / all.max(1) as f64;
-    let of = |code: &str| votes.iter().find(|(known, _)| *known == code).map_or(0.0, |(_, count)| share(*count));
+    let of = |code: &str| {
+        votes
+            .iter()
+            .find(|(known, _)| *known == code)
+            .map_or(0.0, |(_, count)| share(*count))
+    };
     // The first of equals, in the order in which they came.
     let winner = votes.iter().rev().max_by_key(|(_, count)| *count).copied();
     Identified {
@@ -119,7 +124,10 @@ fn vote(window: &str) -> Option<&'static str> {
 
 fn has_english_words(window: &str) -> bool {
     let (mut words, mut found, mut different) = (0, 0, 0_u32);
-    for word in window.split(|c: char| !c.is_alphabetic()).filter(|word| !word.is_empty()) {
+    for word in window
+        .split(|c: char| !c.is_alphabetic())
+        .filter(|word| !word.is_empty())
+    {
         words += 1;
         if let Some(at) = ENGLISH_WORDS.iter().position(|known| word.eq_ignore_ascii_case(known)) {
             found += 1;
@@ -137,13 +145,31 @@ mod tests {
     #[test]
     fn plain_texts_are_known() {
         for (text, code) in [
-            ("The controller supervises one rank process per slot, and a lost rank is replaced.", "eng"),
+            (
+                "The controller supervises one rank process per slot, and a lost rank is replaced.",
+                "eng",
+            ),
             ("控制器监督每个槽位上的一个进程,丢失的进程会被替换。", "zho"),
-            ("使用 ls -l 命令可以列出当前目录 (current directory) 下的所有文件和权限。", "zho"),
-            ("Der Kontrolleur überwacht einen Prozess je Platz, und ein verlorener wird ersetzt.", "deu"),
-            ("Le contrôleur surveille un processus par emplacement et remplace celui qui est perdu.", "fra"),
-            ("コントローラはスロットごとに一つのプロセスを監視し、失われたものを置き換えます。", "jpn"),
-            ("Контроллер следит за процессом в каждом слоте и заменяет потерянный процесс.", "rus"),
+            (
+                "使用 ls -l 命令可以列出当前目录 (current directory) 下的所有文件和权限。",
+                "zho",
+            ),
+            (
+                "Der Kontrolleur überwacht einen Prozess je Platz, und ein verlorener wird ersetzt.",
+                "deu",
+            ),
+            (
+                "Le contrôleur surveille un processus par emplacement et remplace celui qui est perdu.",
+                "fra",
+            ),
+            (
+                "コントローラはスロットごとに一つのプロセスを監視し、失われたものを置き換えます。",
+                "jpn",
+            ),
+            (
+                "Контроллер следит за процессом в каждом слоте и заменяет потерянный процесс.",
+                "rus",
+            ),
             ("12345 67890 --- ###", "und"),
             ("", "und"),
         ] {
@@ -169,7 +195,12 @@ mod tests {
     fn shipped(name: &str) -> Vec<String> {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/corpus");
         let lines = std::fs::read_to_string(folder.join(name)).unwrap();
-        let text = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["text"].as_str().unwrap().to_owned();
+        let text = |line: &str| {
+            serde_json::from_str::<serde_json::Value>(line).unwrap()["text"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        };
         lines.lines().map(text).collect()
     }
 
@@ -179,20 +210,41 @@ mod tests {
     fn the_shipped_corpus_is_identified() {
         let share = |right: usize, all: usize| right as f64 / all as f64;
         for (files, language) in [
-            (&["book-en.jsonl", "help-en.jsonl", "manual-en.jsonl", "knowledge-en.jsonl"][..], Language::En),
-            (&["book-zh.jsonl", "help-zh.jsonl", "manual-zh.jsonl", "classic-zh.jsonl"], Language::Zh),
+            (
+                &[
+                    "book-en.jsonl",
+                    "help-en.jsonl",
+                    "manual-en.jsonl",
+                    "knowledge-en.jsonl",
+                ][..],
+                Language::En,
+            ),
+            (
+                &["book-zh.jsonl", "help-zh.jsonl", "manual-zh.jsonl", "classic-zh.jsonl"],
+                Language::Zh,
+            ),
         ] {
             for file in files {
                 let texts = shipped(file);
-                let right = texts.iter().filter(|text| identify(text).share_of(language) >= 0.5).count();
+                let right = texts
+                    .iter()
+                    .filter(|text| identify(text).share_of(language) >= 0.5)
+                    .count();
                 let pieces: Vec<String> = texts
                     .iter()
                     .map(|text| text.chars().skip(100).take(200).collect::<String>())
                     .filter(|piece: &String| piece.chars().count() == 200)
                     .collect();
-                let right_pieces = pieces.iter().filter(|text| identify(text).share_of(language) >= 0.5).count();
+                let right_pieces = pieces
+                    .iter()
+                    .filter(|text| identify(text).share_of(language) >= 0.5)
+                    .count();
                 let (whole, short) = (share(right, texts.len()), share(right_pieces, pieces.len().max(1)));
-                println!("{file}: documents {whole:.4} of {}, pieces {short:.4} of {}", texts.len(), pieces.len());
+                println!(
+                    "{file}: documents {whole:.4} of {}, pieces {short:.4} of {}",
+                    texts.len(),
+                    pieces.len()
+                );
                 // Of the manuals some are tables of card names and lists of files, without a sentence in any language.
                 let least = if *file == "manual-en.jsonl" { 0.88 } else { 0.97 };
                 assert!(whole >= least, "{file}: {whole}");
@@ -205,11 +257,21 @@ mod tests {
             .iter()
             .zip(&chinese)
             .filter(|(a, b)| a.len() > 3000 && b.len() > 3000)
-            .map(|(a, b)| identify(&format!("{}\n{}", &a[..a.floor_char_boundary(3000)], &b[..b.floor_char_boundary(3000)])))
+            .map(|(a, b)| {
+                identify(&format!(
+                    "{}\n{}",
+                    &a[..a.floor_char_boundary(3000)],
+                    &b[..b.floor_char_boundary(3000)]
+                ))
+            })
             .collect();
         let fair = mixed
             .iter()
-            .filter(|found| [Language::En, Language::Zh].iter().all(|&l| (0.25..=0.75).contains(&found.share_of(l))))
+            .filter(|found| {
+                [Language::En, Language::Zh]
+                    .iter()
+                    .all(|&l| (0.25..=0.75).contains(&found.share_of(l)))
+            })
             .count();
         println!("mixed: {fair} of {} seen as both", mixed.len());
         assert!(mixed.len() > 20 && share(fair, mixed.len()) >= 0.95);

@@ -66,7 +66,10 @@ impl Sketcher {
         let kind = u64::from(by_characters);
         least
             .chunks_exact(self.rows)
-            .map(|rows| rows.iter().fold(kind, |key, &row| mix(key ^ u64::from(row)).wrapping_add(1)))
+            .map(|rows| {
+                rows.iter()
+                    .fold(kind, |key, &row| mix(key ^ u64::from(row)).wrapping_add(1))
+            })
             .collect()
     }
 
@@ -97,14 +100,19 @@ mod tests {
     }
 
     fn words(from: u64, count: u64) -> String {
-        (from..from + count).map(|i| format!("w{} ", mix(i) % 100_000)).collect()
+        (from..from + count)
+            .map(|i| format!("w{} ", mix(i) % 100_000))
+            .collect()
     }
 
     /// Two texts of `all` shingles of which `shared` are common: single words, so that the similarity is exact.
     fn pair(seed: u64, shared: u64, own: u64) -> (String, String) {
         let at = seed * 1_000_000;
         let common = words(at, shared);
-        (common.clone() + &words(at + 100_000, own), common + &words(at + 200_000, own))
+        (
+            common.clone() + &words(at + 100_000, own),
+            common + &words(at + 200_000, own),
+        )
     }
 
     /// How often pairs of a similarity meet is what the S-curve says, within four standard deviations.
@@ -136,17 +144,24 @@ mod tests {
     fn copies_that_differ_little_meet_in_both_languages() {
         let config = DuplicatesConfig::default();
         let english = words(1, 300);
-        assert_eq!(bands(&config, &english), bands(&config, &english.to_uppercase().replace(' ', ", ")));
+        assert_eq!(
+            bands(&config, &english),
+            bands(&config, &english.to_uppercase().replace(' ', ", "))
+        );
         assert!(meet(&config, &english, &english.replacen("w1", "v1", 3)));
         assert!(meet(&config, &english, &format!("{english} and one more sentence.")));
         assert!(!meet(&config, &english, &words(5000, 300)));
-        let chinese: String = (0..400_u32).filter_map(|i| char::from_u32(0x4e00 + (mix(u64::from(i)) % 3000) as u32)).collect();
+        let chinese: String = (0..400_u32)
+            .filter_map(|i| char::from_u32(0x4e00 + (mix(u64::from(i)) % 3000) as u32))
+            .collect();
         let changed = chinese.replacen(chinese.chars().nth(200).unwrap(), "改", 1) + "完。";
         assert!(meet(&config, &chinese, &changed));
         // Spacing and punctuation are no difference.
         let spaced: String = chinese.chars().flat_map(|c| [c, ' ']).collect();
         assert_eq!(bands(&config, &chinese), bands(&config, &spaced));
-        let other: String = (0..400_u32).filter_map(|i| char::from_u32(0x4e00 + (mix(u64::from(i) + 9999) % 3000) as u32)).collect();
+        let other: String = (0..400_u32)
+            .filter_map(|i| char::from_u32(0x4e00 + (mix(u64::from(i) + 9999) % 3000) as u32))
+            .collect();
         assert!(!meet(&config, &chinese, &other));
     }
 

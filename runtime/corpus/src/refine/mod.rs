@@ -174,12 +174,18 @@ impl Refiner {
         }
         let characters = repetition::characters(&cleaned.text) as u64;
         if cleaned.replaced * REPLACED_PER_CHARACTERS_MAX > characters {
-            return Err(out(Dropped::Undecoded, format!("{} of {characters} characters", cleaned.replaced)));
+            return Err(out(
+                Dropped::Undecoded,
+                format!("{} of {characters} characters", cleaned.replaced),
+            ));
         }
         if let Some(share_min) = self.share_min {
             let found = language::identify(&cleaned.text);
             if found.share_of(self.language) < share_min {
-                return Err(out(Dropped::Language, format!("{} in {:.2} of it", found.code, found.share)));
+                return Err(out(
+                    Dropped::Language,
+                    format!("{} in {:.2} of it", found.code, found.share),
+                ));
             }
         }
         if let Some(rules) = &self.rules {
@@ -213,7 +219,9 @@ impl Refiner {
             };
             return Err((broken, Some(item)));
         }
-        let bands = sketcher.as_ref().map_or_else(Vec::new, |sketcher| sketcher.bands(folded, runs));
+        let bands = sketcher
+            .as_ref()
+            .map_or_else(Vec::new, |sketcher| sketcher.bands(folded, runs));
         Ok(Kept {
             is_changed: text != original,
             exact: xxh3_128(text.as_bytes()),
@@ -255,15 +263,30 @@ mod tests {
         let english = refiner(&config, Language::En);
         assert_eq!(dropped(&english, " \u{feff}\n"), Some(Dropped::Empty));
         assert_eq!(dropped(&english, "caf\u{fffd} au lait"), Some(Dropped::Undecoded));
-        assert_eq!(dropped(&english, "这是一个中文句子,不是英文。"), Some(Dropped::Language));
-        assert_eq!(dropped(&english, "This is an English sentence, and a short one."), Some(Dropped::GopherWords));
+        assert_eq!(
+            dropped(&english, "这是一个中文句子,不是英文。"),
+            Some(Dropped::Language)
+        );
+        assert_eq!(
+            dropped(&english, "This is an English sentence, and a short one."),
+            Some(Dropped::GopherWords)
+        );
         let code = refiner(&config, Language::Code);
         assert_eq!(dropped(&code, "int main() { return 0; }"), None);
         let mut exempt = config.clone();
         exempt.quality.exempt.push("web".to_owned());
-        assert_eq!(dropped(&refiner(&exempt, Language::En), "This is an English sentence, and a short one."), None);
+        assert_eq!(
+            dropped(
+                &refiner(&exempt, Language::En),
+                "This is an English sentence, and a short one."
+            ),
+            None
+        );
         exempt.language.exempt.push("web".to_owned());
-        assert_eq!(dropped(&refiner(&exempt, Language::En), "这是一个中文句子,不是英文。"), None);
+        assert_eq!(
+            dropped(&refiner(&exempt, Language::En), "这是一个中文句子,不是英文。"),
+            None
+        );
     }
 
     #[test]

@@ -143,7 +143,10 @@ impl RuleSet {
     pub(crate) fn without(off: &[String]) -> Result<Self, String> {
         let known = |name: &String| {
             let quality = Dropped::ALL.iter().filter(|rule| rule.kind() == ReasonKind::Quality);
-            quality.copied().find(|rule| rule.name() == name).ok_or_else(|| name.clone())
+            quality
+                .copied()
+                .find(|rule| rule.name() == name)
+                .ok_or_else(|| name.clone())
         };
         let off = off.iter().map(known).collect::<Result<Vec<_>, _>>()?;
         Ok(Self { off })
@@ -175,9 +178,15 @@ mod tests {
             let json = serde_json::to_string(rule).unwrap();
             assert_eq!(json, format!("\"{}\"", rule.name()));
             assert_eq!(serde_json::from_str::<Dropped>(&json).unwrap(), *rule);
-            assert_eq!(rule.kind() == ReasonKind::Quality, !rule.source().is_empty() && *rule != Dropped::NearDuplicate);
+            assert_eq!(
+                rule.kind() == ReasonKind::Quality,
+                !rule.source().is_empty() && *rule != Dropped::NearDuplicate
+            );
         }
-        assert_eq!((Dropped::Empty.name(), Dropped::Duplicate.name()), ("empty", "duplicate"));
+        assert_eq!(
+            (Dropped::Empty.name(), Dropped::Duplicate.name()),
+            ("empty", "duplicate")
+        );
         // Indexes of older data sets are ordered by these two.
         assert_eq!(Dropped::ALL[..2], [Dropped::Empty, Dropped::Duplicate]);
     }
@@ -186,7 +195,11 @@ mod tests {
     fn every_reason_is_documented() {
         let page = include_str!("../../../../docs/DATA.md");
         for rule in Dropped::ALL {
-            assert!(page.contains(&format!("| `{}` |", rule.name())), "docs/DATA.md does not explain {}", rule.name());
+            assert!(
+                page.contains(&format!("| `{}` |", rule.name())),
+                "docs/DATA.md does not explain {}",
+                rule.name()
+            );
         }
     }
 

@@ -28,11 +28,17 @@ pub(super) fn documents(
     let (magic, version, count) = (number()?, number()?, number()?);
     let kind = KINDS.iter().find(|(m, v, _)| (*m, *v) == (magic, version));
     let Some(&(_, _, width)) = kind else {
-        return Err(bad(path, format!("magic {magic} with version {version} is not of llm.c's token files")));
+        return Err(bad(
+            path,
+            format!("magic {magic} with version {version} is not of llm.c's token files"),
+        ));
     };
     let count = u64::try_from(count).map_err(|_| bad(path, format!("{count} tokens")))?;
     if length != HEADER_BYTES + count * width {
-        return Err(bad(path, format!("{length} bytes do not hold {count} tokens of {width} bytes")));
+        return Err(bad(
+            path,
+            format!("{length} bytes do not hold {count} tokens of {width} bytes"),
+        ));
     }
     let mut tokens = Column::open(path, HEADER_BYTES)?;
     let (mut left, mut record, mut document) = (count, 0, Vec::new());

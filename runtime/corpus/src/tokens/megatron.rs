@@ -40,13 +40,21 @@ impl Index {
         }
         let version = u64::from_le_bytes(header.bytes(&path)?);
         if version != VERSION {
-            return Err(bad(&path, format!("version {version}, and this program reads {VERSION}")));
+            return Err(bad(
+                &path,
+                format!("version {version}, and this program reads {VERSION}"),
+            ));
         }
         let [kind] = header.bytes(&path)?;
         let width = match kind {
             U16 => 2,
             I32 => 4,
-            other => return Err(bad(&path, format!("numbers of type {other}; tokens are of 8 (u16) or 4 (i32)"))),
+            other => {
+                return Err(bad(
+                    &path,
+                    format!("numbers of type {other}; tokens are of 8 (u16) or 4 (i32)"),
+                ));
+            }
         };
         let index = Self {
             width,
@@ -92,7 +100,10 @@ impl Index {
                 return Err(bad(&self.path, format!("sequence {sequence} has {length} tokens")));
             };
             if u64::try_from(place) != Ok(end) {
-                return Err(bad(&self.path, format!("sequence {sequence} begins at byte {place} instead of {end}")));
+                return Err(bad(
+                    &self.path,
+                    format!("sequence {sequence} begins at byte {place} instead of {end}"),
+                ));
             }
             end += length * self.width as u64;
         }
@@ -106,11 +117,19 @@ impl Index {
             let is_first = document > 0 || first == 0;
             match u64::try_from(first) {
                 Ok(first) if is_first && (last..=self.sequences).contains(&first) => last = first,
-                _ => return Err(bad(&self.path, format!("document {document} begins at sequence {first}"))),
+                _ => {
+                    return Err(bad(
+                        &self.path,
+                        format!("document {document} begins at sequence {first}"),
+                    ));
+                }
             }
         }
         if last != self.sequences {
-            return Err(bad(&self.path, format!("{} sequences are in no document", self.sequences - last)));
+            return Err(bad(
+                &self.path,
+                format!("{} sequences are in no document", self.sequences - last),
+            ));
         }
         Ok(())
     }
@@ -184,7 +203,10 @@ impl MegatronWriter {
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), CorpusError> {
         let mut bytes = Vec::with_capacity(tokens.len() * self.width);
         for &token in tokens {
-            assert!(self.width == 4 || token <= u32::from(u16::MAX), "token {token} outside the vocabulary");
+            assert!(
+                self.width == 4 || token <= u32::from(u16::MAX),
+                "token {token} outside the vocabulary"
+            );
             bytes.extend_from_slice(&token.to_le_bytes()[..self.width]);
         }
         assert!(i32::try_from(tokens.len()).is_ok(), "a document of 2^31 tokens");
@@ -283,12 +305,19 @@ mod tests {
         index.push(8);
         index.extend(3_u64.to_le_bytes());
         index.extend(3_u64.to_le_bytes());
-        [1_i32, 2, 1].iter().for_each(|length| index.extend(length.to_le_bytes()));
+        [1_i32, 2, 1]
+            .iter()
+            .for_each(|length| index.extend(length.to_le_bytes()));
         [0_i64, 2, 6].iter().for_each(|place| index.extend(place.to_le_bytes()));
         [0_i64, 2, 3].iter().for_each(|first| index.extend(first.to_le_bytes()));
         std::fs::write(bin.with_extension("idx"), &index).unwrap();
         assert_eq!(read(&bin).unwrap(), [vec![1, 2, 3], vec![4]]);
         std::fs::write(&bin, [1_u8, 0, 2, 0]).unwrap();
-        assert!(read(&bin).unwrap_err().to_string().contains("4 bytes instead of the 8 of its index"));
+        assert!(
+            read(&bin)
+                .unwrap_err()
+                .to_string()
+                .contains("4 bytes instead of the 8 of its index")
+        );
     }
 }

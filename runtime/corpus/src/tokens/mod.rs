@@ -64,7 +64,8 @@ struct Column {
 impl Column {
     fn open(path: &Path, offset: u64) -> Result<Self, CorpusError> {
         let mut file = File::open(path).map_err(CorpusError::unreadable(path))?;
-        file.seek(SeekFrom::Start(offset)).map_err(CorpusError::unreadable(path))?;
+        file.seek(SeekFrom::Start(offset))
+            .map_err(CorpusError::unreadable(path))?;
         Ok(Self {
             file: BufReader::with_capacity(BUFFER_BYTES, file),
         })
@@ -72,14 +73,18 @@ impl Column {
 
     fn bytes<const N: usize>(&mut self, path: &Path) -> Result<[u8; N], CorpusError> {
         let mut bytes = [0; N];
-        self.file.read_exact(&mut bytes).map_err(CorpusError::unreadable(path))?;
+        self.file
+            .read_exact(&mut bytes)
+            .map_err(CorpusError::unreadable(path))?;
         Ok(bytes)
     }
 
     /// `count` tokens of `width` bytes each.
     fn tokens(&mut self, path: &Path, count: u64, width: usize) -> Result<Vec<u32>, CorpusError> {
         let mut bytes = vec![0; count as usize * width];
-        self.file.read_exact(&mut bytes).map_err(CorpusError::unreadable(path))?;
+        self.file
+            .read_exact(&mut bytes)
+            .map_err(CorpusError::unreadable(path))?;
         let token = |raw: &[u8]| match *raw {
             [a, b] => u32::from(u16::from_le_bytes([a, b])),
             [a, b, c, d] => u32::from_le_bytes([a, b, c, d]),

@@ -30,7 +30,17 @@ struct Model {
 
 /// Top-level sections that a run's config has.
 const SECTIONS: [&str; 11] = [
-    "run", "model", "batch", "optimizer", "data", "mixture", "evaluation", "checkpoint", "cluster", "fault", "telemetry",
+    "run",
+    "model",
+    "batch",
+    "optimizer",
+    "data",
+    "mixture",
+    "evaluation",
+    "checkpoint",
+    "cluster",
+    "fault",
+    "telemetry",
 ];
 
 impl DataFile {
@@ -61,9 +71,17 @@ impl DataFile {
             apply_override(&mut table, item)?;
         }
         if let Some(unknown) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
-            return Err(ConfigError::new(name, format!("has an unknown section '{unknown}'"), remedy));
+            return Err(ConfigError::new(
+                name,
+                format!("has an unknown section '{unknown}'"),
+                remedy,
+            ));
         }
-        let source = if overrides.is_empty() { text.to_owned() } else { table.to_string() };
+        let source = if overrides.is_empty() {
+            text.to_owned()
+        } else {
+            table.to_string()
+        };
         let Parts { mut data, model } = toml::from_str(&source).map_err(wrong)?;
         data.resolve(folder)?;
         let model_vocabulary = match (&model, &data.tokenizer.path) {
@@ -73,7 +91,11 @@ impl DataFile {
         };
         if model_vocabulary == 0 {
             let remedy = "set it, e.g. to 32000, or name a ready tokenizer by data.tokenizer.path";
-            return Err(ConfigError::new("data.tokenizer.vocabulary", "is 0, and the file has no model", remedy));
+            return Err(ConfigError::new(
+                "data.tokenizer.vocabulary",
+                "is 0, and the file has no model",
+                remedy,
+            ));
         }
         validate::data(&data, model_vocabulary)?;
         Ok(Self {
@@ -140,9 +162,18 @@ mod tests {
             (&["data.refine.duplicates.bands=0"], "data.refine.duplicates.bands"),
             (&["data.refine.duplicates.rows=1000"], "data.refine.duplicates"),
             (&["data.refine.memory_bytes_max=1000"], "data.refine.memory_bytes_max"),
-            (&["data.refine.quality.exempt=[\"no\"]"], "data.refine.quality.exempt: 'no' is no domain"),
-            (&["data.refine.language.share_min=1.5"], "data.refine.language.share_min"),
-            (&["data.refine.decontaminate.words=2"], "data.refine.decontaminate.words"),
+            (
+                &["data.refine.quality.exempt=[\"no\"]"],
+                "data.refine.quality.exempt: 'no' is no domain",
+            ),
+            (
+                &["data.refine.language.share_min=1.5"],
+                "data.refine.language.share_min",
+            ),
+            (
+                &["data.refine.decontaminate.words=2"],
+                "data.refine.decontaminate.words",
+            ),
         ] {
             let error = parse(DATA, overrides).expect_err("refused").to_string();
             assert!(error.contains(message), "{error}");

@@ -11,7 +11,8 @@ mod validate;
 pub use data_file::DataFile;
 pub use interval::CheckpointInterval;
 pub use refine::{
-    BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig, RefineConfig,
+    BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig,
+    RefineConfig,
 };
 pub use sections::{
     BatchConfig, CheckpointConfig, ClusterConfig, ClusterTransport, ControllerKind, DataConfig, DomainConfig,

@@ -183,7 +183,12 @@ impl RefineConfig {
             let reason = format!("{value} is not in {}..={}", range.start(), range.end());
             Err(ConfigError::new(key(name), reason, remedy))
         };
-        within("document_bytes_max", self.document_bytes_max, 1..=256 << 20, "choose e.g. 16777216")?;
+        within(
+            "document_bytes_max",
+            self.document_bytes_max,
+            1..=256 << 20,
+            "choose e.g. 16777216",
+        )?;
         let memory_min = MEMORY_BYTES_MIN.max(DOCUMENTS_IN_MEMORY * self.document_bytes_max);
         within(
             "memory_bytes_max",
@@ -209,13 +214,33 @@ impl RefineConfig {
         let remedy = "choose e.g. 14 bands of 8 rows: half of the pairs of similarity 0.68 meet";
         within("duplicates.bands", copies.bands.into(), 1..=HASHES_MAX, remedy)?;
         within("duplicates.rows", copies.rows.into(), 1..=HASHES_MAX, remedy)?;
-        within("duplicates.bands * data.refine.duplicates.rows", hashes, 1..=HASHES_MAX, remedy)?;
+        within(
+            "duplicates.bands * data.refine.duplicates.rows",
+            hashes,
+            1..=HASHES_MAX,
+            remedy,
+        )?;
         within("duplicates.words", copies.words.into(), 1..=64, "choose e.g. 5")?;
-        within("duplicates.characters", copies.characters.into(), 1..=64, "choose e.g. 8")?;
+        within(
+            "duplicates.characters",
+            copies.characters.into(),
+            1..=64,
+            "choose e.g. 8",
+        )?;
         let clean = &self.decontaminate;
         within("decontaminate.words", clean.words.into(), 8..=64, "choose e.g. 13")?;
-        within("decontaminate.han_characters", clean.han_characters.into(), 12..=256, "choose e.g. 20")?;
-        within("decontaminate.letters", clean.letters.into(), 30..=256, "choose e.g. 50")?;
+        within(
+            "decontaminate.han_characters",
+            clean.han_characters.into(),
+            12..=256,
+            "choose e.g. 20",
+        )?;
+        within(
+            "decontaminate.letters",
+            clean.letters.into(),
+            30..=256,
+            "choose e.g. 50",
+        )?;
         let mut seen = BTreeSet::new();
         for set in &clean.sets {
             if set.name.is_empty() || !seen.insert(&set.name) {

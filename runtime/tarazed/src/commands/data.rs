@@ -158,7 +158,9 @@ fn prepare(args: &Prepare) -> Result<(), Failure> {
     let refine = refine_of(&request, &refine);
     let prepared = prepare_refined(&request, refine, false, &args.out, &mut |event| args.tell(&event))?;
     if args.json {
-        return print_json_line(&serde_json::json!({ "folder": prepared.folder, "version": prepared.manifest.version }));
+        return print_json_line(
+            &serde_json::json!({ "folder": prepared.folder, "version": prepared.manifest.version }),
+        );
     }
     let mut text = overview(&prepared.manifest, None);
     let _ = writeln!(text, "{}", short(&prepared.folder).display());
@@ -204,7 +206,11 @@ fn inspect(args: &Inspect) -> Result<(), Failure> {
     if let (Some(domain), Some(token)) = (domain, args.token) {
         let split = split_of(args.held_out);
         let origin = origin(&folder, domain, split, token)?;
-        return if args.json { print_json(&origin) } else { print(&origin.to_text()) };
+        return if args.json {
+            print_json(&origin)
+        } else {
+            print(&origin.to_text())
+        };
     }
     match (args.json, domain) {
         (true, Some(domain)) => print_json(manifest.domain(domain)),
@@ -220,8 +226,13 @@ const fn split_of(is_held_out: bool) -> Split {
 fn index_of(manifest: &DataManifest, name: &str) -> Result<DomainIndex, Failure> {
     let at = manifest.domains.iter().position(|domain| domain.name == name);
     let names: Vec<_> = manifest.domains.iter().map(|domain| domain.name.as_str()).collect();
-    at.map(|at| DomainIndex(at as u16))
-        .ok_or_else(|| Failure::refused("--domain", format!("'{name}' is not in the data set"), format!("name one of: {}", names.join(", "))))
+    at.map(|at| DomainIndex(at as u16)).ok_or_else(|| {
+        Failure::refused(
+            "--domain",
+            format!("'{name}' is not in the data set"),
+            format!("name one of: {}", names.join(", ")),
+        )
+    })
 }
 
 /// A data set, or one domain of it, for people.
@@ -230,11 +241,30 @@ fn overview(manifest: &DataManifest, only: Option<DomainIndex>) -> String {
         "version {}\ntokenizer {} entries; {}\n",
         manifest.version,
         manifest.tokenizer.vocabulary,
-        manifest.refinement.as_ref().map_or("text as it came", |r| r.program.as_str()),
+        manifest
+            .refinement
+            .as_ref()
+            .map_or("text as it came", |r| r.program.as_str()),
     );
-    let mut rows = vec![["domain", "language", "documents", "left out", "training tokens", "held-out tokens"].map(str::to_owned)];
+    let mut rows = vec![
+        [
+            "domain",
+            "language",
+            "documents",
+            "left out",
+            "training tokens",
+            "held-out tokens",
+        ]
+        .map(str::to_owned),
+    ];
     let shown = |index: usize| only.is_none_or(|only| only.index() == index);
-    let domains: Vec<&DomainManifest> = manifest.domains.iter().enumerate().filter(|(i, _)| shown(*i)).map(|(_, d)| d).collect();
+    let domains: Vec<&DomainManifest> = manifest
+        .domains
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| shown(*i))
+        .map(|(_, d)| d)
+        .collect();
     for domain in &domains {
         rows.push([
             domain.name.clone(),
@@ -249,12 +279,20 @@ fn overview(manifest: &DataManifest, only: Option<DomainIndex>) -> String {
         for (column, cell) in row.iter().enumerate() {
             let width = rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
             // Writing to a string does not fail.
-            let _ = if column == 0 { write!(text, "{cell:width$}") } else { write!(text, "  {cell:>width$}") };
+            let _ = if column == 0 {
+                write!(text, "{cell:width$}")
+            } else {
+                write!(text, "  {cell:>width$}")
+            };
         }
         text.push('\n');
     }
     for domain in domains.iter().filter(|domain| !domain.dropped.is_empty()) {
-        let reasons: Vec<_> = domain.dropped.iter().map(|(rule, count)| format!("{} {count}", rule.name())).collect();
+        let reasons: Vec<_> = domain
+            .dropped
+            .iter()
+            .map(|(rule, count)| format!("{} {count}", rule.name()))
+            .collect();
         let _ = writeln!(text, "{} left out: {}", domain.name, reasons.join(", "));
     }
     text
@@ -287,7 +325,11 @@ fn origin(folder: &Path, domain: DomainIndex, split: Split, token: u64) -> Resul
     if token >= count {
         return Err(Failure::refused(
             "--token",
-            format!("is {token}, and the {} split of '{}' has {count} tokens", split.name(), described.name),
+            format!(
+                "is {token}, and the {} split of '{}' has {count} tokens",
+                split.name(),
+                described.name
+            ),
             "give a smaller one",
         ));
     }
@@ -308,7 +350,10 @@ fn origin(folder: &Path, domain: DomainIndex, split: Split, token: u64) -> Resul
         token,
         id: around[(token - from) as usize],
         data_version: manifest.version.clone(),
-        refinement: manifest.refinement.as_ref().map(|refinement| refinement.program.clone()),
+        refinement: manifest
+            .refinement
+            .as_ref()
+            .map(|refinement| refinement.program.clone()),
         source: source.name.clone(),
         source_blake3: source.blake3.clone(),
         text: store.tokenizer()?.decode(&around)?,
@@ -351,7 +396,13 @@ fn look(args: &Decontaminate) -> Result<(), Failure> {
         let (name, path) = item
             .split_once('=')
             .filter(|(name, path)| !name.is_empty() && !path.is_empty())
-            .ok_or_else(|| Failure::refused("--against", format!("'{item}' is no NAME=FILE"), "write e.g. gsm8k=test.jsonl"))?;
+            .ok_or_else(|| {
+                Failure::refused(
+                    "--against",
+                    format!("'{item}' is no NAME=FILE"),
+                    "write e.g. gsm8k=test.jsonl",
+                )
+            })?;
         Ok(BenchmarkConfig {
             name: name.to_owned(),
             path: path.into(),
@@ -362,7 +413,11 @@ fn look(args: &Decontaminate) -> Result<(), Failure> {
         sets: sets.collect::<Result<_, Failure>>()?,
         ..DecontaminateConfig::default()
     };
-    let domains: Vec<DomainConfig> = args.inputs.iter().map(|path| domain_of(path, &args.text_field)).collect();
+    let domains: Vec<DomainConfig> = args
+        .inputs
+        .iter()
+        .map(|path| domain_of(path, &args.text_field))
+        .collect();
     let document_bytes_max = RefineConfig::default().document_bytes_max;
     let mut out = args.out.as_ref().map(|path| Lines::create(path)).transpose()?;
     let found = decontaminate(&domains, &config, document_bytes_max, &mut |text| match &mut out {
@@ -377,7 +432,11 @@ fn look(args: &Decontaminate) -> Result<(), Failure> {
     }
     let mut text = String::new();
     for one in &found.found {
-        let _ = writeln!(text, "{}:{}: {} line {}, {} groups", one.source, one.record, one.set, one.item, one.groups);
+        let _ = writeln!(
+            text,
+            "{}:{}: {} line {}, {} groups",
+            one.source, one.record, one.set, one.item, one.groups
+        );
     }
     for (name, items, too_short) in &found.sets {
         let _ = writeln!(text, "{name}: {items} items, {too_short} too short to look for");
@@ -413,7 +472,10 @@ struct Lines {
 
 impl Lines {
     fn create(path: &Path) -> Result<Self, CorpusError> {
-        let failed = |source| CorpusError::Write { path: path.to_owned(), source };
+        let failed = |source| CorpusError::Write {
+            path: path.to_owned(),
+            source,
+        };
         if path.exists() {
             return Err(failed(std::io::ErrorKind::AlreadyExists.into()));
         }
@@ -438,7 +500,10 @@ impl Lines {
     fn finish(mut self) -> Result<(), CorpusError> {
         let done = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
         done.and_then(|()| std::fs::rename(&self.partial, &self.path))
-            .map_err(|source| CorpusError::Write { path: self.path, source })
+            .map_err(|source| CorpusError::Write {
+                path: self.path,
+                source,
+            })
     }
 }
 

@@ -46,10 +46,19 @@ pub fn run(command: &Command) -> Result<Exit, Failure> {
             "move it away, or name another file by --out",
         ));
     }
-    let domains: Vec<_> = args.inputs.iter().map(|path| domain_of(path, &args.text_field)).collect();
+    let domains: Vec<_> = args
+        .inputs
+        .iter()
+        .map(|path| domain_of(path, &args.text_field))
+        .collect();
     let (tokenizer, json, bytes) = train_tokenizer(&domains, args.vocabulary, args.train_bytes_max)?;
     std::fs::write(&args.out, json).map_err(|e| {
-        Failure::io(args.out.display(), &e, "cannot be written", "free space, or name another file by --out")
+        Failure::io(
+            args.out.display(),
+            &e,
+            "cannot be written",
+            "free space, or name another file by --out",
+        )
     })?;
     print(&format!(
         "{}: {} entries, trained on {:.1} MB\n",

@@ -53,13 +53,23 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     println!("{}", figures::machine());
     println!("commit {}, load average {}", figures::commit(), figures::load_average());
-    rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global()?;
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(arguments.threads)
+        .build_global()?;
     let place = tempfile::tempdir().context("no folder for the inputs")?;
     let inputs = place.path().join("inputs");
     std::fs::create_dir(&inputs)?;
     let (documents, bytes) = make_inputs(&arguments, &inputs)?;
-    println!("{documents} documents, {:.1} MB of text in {} files", bytes as f64 / 1e6, arguments.threads);
-    let mut peer = arguments.python.as_ref().map(|python| start(python, &inputs, place.path(), arguments.threads)).transpose()?;
+    println!(
+        "{documents} documents, {:.1} MB of text in {} files",
+        bytes as f64 / 1e6,
+        arguments.threads
+    );
+    let mut peer = arguments
+        .python
+        .as_ref()
+        .map(|python| start(python, &inputs, place.path(), arguments.threads))
+        .transpose()?;
     let (mut ours, mut theirs, mut kept) = (Vec::new(), Vec::new(), (0, 0));
     let mut peak_kib = 0;
     for round in 0..=arguments.rounds {
@@ -75,8 +85,18 @@ fn main() -> Result<()> {
             theirs.push(answer.seconds);
         }
     }
-    let figures = report(bytes, &ours, &theirs, kept, peer.as_ref().map_or("nobody", |(_, version)| version));
-    println!("peak memory: ours {} MiB in all, theirs {} MiB in the largest process", own_peak_mib(), peak_kib / 1024);
+    let figures = report(
+        bytes,
+        &ours,
+        &theirs,
+        kept,
+        peer.as_ref().map_or("nobody", |(_, version)| version),
+    );
+    println!(
+        "peak memory: ours {} MiB in all, theirs {} MiB in the largest process",
+        own_peak_mib(),
+        peak_kib / 1024
+    );
     println!("load average at the end {}", figures::load_average());
     if let Some(path) = arguments.json {
         std::fs::write(path, serde_json::to_string_pretty(&figures.with_context())?)?;
@@ -87,7 +107,11 @@ fn main() -> Result<()> {
 fn start(python: &Path, inputs: &Path, work: &Path, processes: usize) -> Result<(Peer, String)> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/datatrove_peer.py");
     let mut command = Command::new(python);
-    command.arg(script).arg(inputs).arg(work.join("theirs")).arg(processes.to_string());
+    command
+        .arg(script)
+        .arg(inputs)
+        .arg(work.join("theirs"))
+        .arg(processes.to_string());
     let mut peer = Peer::start("datatrove", &mut command)?;
     let Ready { version } = peer.answer()?;
     Ok((peer, version))
@@ -104,18 +128,37 @@ fn run_ours(inputs: &Path, out: &Path) -> Result<(f64, u64)> {
     }];
     let started = Instant::now();
     let counts = refine_text(&domains, &RefineConfig::default(), out, &mut |_| {})?;
-    Ok((started.elapsed().as_secs_f64(), counts.iter().map(|(_, kept)| kept).sum()))
+    Ok((
+        started.elapsed().as_secs_f64(),
+        counts.iter().map(|(_, kept)| kept).sum(),
+    ))
 }
 
 fn report(bytes: u64, ours: &[f64], theirs: &[f64], kept: (u64, u64), peer: &str) -> Figures {
     let mine = Summary::of(ours);
     let rate = |seconds: f64| bytes as f64 / seconds / 1e6;
-    println!("ours    {:>7.2} MB/s, {} kept  (seconds {mine})", rate(mine.median), kept.0);
-    let mut figures = Figures::new("data").number("megabytes", bytes as f64 / 1e6).summary("ours_s", mine);
+    println!(
+        "ours    {:>7.2} MB/s, {} kept  (seconds {mine})",
+        rate(mine.median),
+        kept.0
+    );
+    let mut figures = Figures::new("data")
+        .number("megabytes", bytes as f64 / 1e6)
+        .summary("ours_s", mine);
     if !theirs.is_empty() {
         let peers = Summary::of(theirs);
-        let ratio = Summary::of(&theirs.iter().zip(ours).map(|(theirs, ours)| theirs / ours).collect::<Vec<_>>());
-        println!("{peer}  {:>7.2} MB/s, {} kept  (seconds {peers})", rate(peers.median), kept.1);
+        let ratio = Summary::of(
+            &theirs
+                .iter()
+                .zip(ours)
+                .map(|(theirs, ours)| theirs / ours)
+                .collect::<Vec<_>>(),
+        );
+        println!(
+            "{peer}  {:>7.2} MB/s, {} kept  (seconds {peers})",
+            rate(peers.median),
+            kept.1
+        );
         println!("throughput of ours over theirs, by round: {ratio}");
         figures = figures.summary("theirs_s", peers).summary("ratio", ratio);
     }
@@ -134,7 +177,11 @@ fn make_inputs(arguments: &Arguments, folder: &Path) -> Result<(u64, u64)> {
     for (index, part) in texts.chunks(share).enumerate() {
         let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join(format!("{index:03}.jsonl")))?);
         for (id, text) in part.iter().enumerate() {
-            writeln!(file, "{}", serde_json::json!({ "id": format!("{index}-{id}"), "text": text }))?;
+            writeln!(
+                file,
+                "{}",
+                serde_json::json!({ "id": format!("{index}-{id}"), "text": text })
+            )?;
         }
         file.flush()?;
     }
@@ -153,7 +200,12 @@ fn read_texts(path: &Path) -> Result<Vec<String>> {
 fn mixed_texts(bytes: u64) -> Result<Vec<String>> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/corpus");
     let mut sentences = Vec::new();
-    for name in ["book-en.jsonl", "help-en.jsonl", "knowledge-en.jsonl", "manual-en.jsonl"] {
+    for name in [
+        "book-en.jsonl",
+        "help-en.jsonl",
+        "knowledge-en.jsonl",
+        "manual-en.jsonl",
+    ] {
         for text in read_texts(&corpus.join(name))? {
             sentences.extend(text.split_inclusive(". ").map(str::to_owned));
         }
@@ -172,7 +224,10 @@ fn mixed_texts(bytes: u64) -> Result<Vec<String>> {
             _ => {
                 let (count, paragraph) = (20 + draw(40), 3 + draw(4));
                 (0..count)
-                    .map(|i| sentences[draw(sentences.len())].clone() + if i % paragraph == paragraph - 1 { "\n" } else { "" })
+                    .map(|i| {
+                        sentences[draw(sentences.len())].clone()
+                            + if i % paragraph == paragraph - 1 { "\n" } else { "" }
+                    })
                     .collect()
             }
         };
@@ -186,5 +241,6 @@ fn mixed_texts(bytes: u64) -> Result<Vec<String>> {
 fn own_peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()).map_or(0, |kib| kib / 1024)
+    line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib / 1024)
 }
