@@ -156,8 +156,14 @@ fn raw_text_becomes_a_run() {
         "{text}"
     );
     // A run on it, and one that goes on.
-    done(here, &["train", "run.toml", "--run-dir", "out", "--steps", "2"]);
-    done(here, &["train", "run.toml", "--run-dir", "out", "--resume"]);
+    done(
+        here,
+        &["train", "run.toml", "--ranks", "1", "--run-dir", "out", "--steps", "2"],
+    );
+    done(
+        here,
+        &["train", "run.toml", "--ranks", "1", "--run-dir", "out", "--resume"],
+    );
     let trace = std::fs::read_to_string(here.join("out/trace.jsonl")).expect("a trace");
     assert_eq!(trace.lines().count(), 3);
     // Megatron's files hold as many tokens as the split.
@@ -344,7 +350,7 @@ fn what_is_wrong_is_said_once_and_nothing_is_left() {
     refused(here, &["data", "inspect", "."], "holds no data.json");
     refused(
         here,
-        &["train", "run.toml", "--run-dir", "out"],
+        &["train", "run.toml", "--ranks", "1", "--run-dir", "out"],
         "ready: cannot be read",
     );
     assert!(!here.join("out").exists() && !here.join("d/data.json").exists());
@@ -365,7 +371,7 @@ fn what_is_wrong_is_said_once_and_nothing_is_left() {
     std::fs::write(here.join("other.toml"), other).expect("written");
     refused(
         here,
-        &["train", "other.toml", "--run-dir", "out"],
+        &["train", "other.toml", "--ranks", "1", "--run-dir", "out"],
         "holds the domains web (en)",
     );
     assert!(!here.join("out").exists());
