@@ -34,6 +34,17 @@ pub struct ShardState<D: Device> {
     pub hashes: Vec<BlockHash>,
 }
 
+/// What every shard is updated by.
+#[derive(Clone, Copy, Debug)]
+pub struct Update<'a> {
+    /// AdamW as configured.
+    pub optimizer: &'a OptimizerConfig,
+    /// What was decided for the step.
+    pub directives: &'a Directives,
+    /// What its barrier said.
+    pub outcome: &'a BarrierOutcome,
+}
+
 /// One shard on one rank.
 #[derive(Debug)]
 pub struct Shard<D: Device> {
@@ -135,7 +146,7 @@ impl<D: Device> Shard<D> {
     /// weights into `weights` (the flat working weights). Where the step is to be skipped, only its count is taken.
     ///
     /// # Panics
-    /// If the reduced gradient does not lead to `outcome.step`: the commit rule excludes it.
+    /// If the reduced gradient does not lead to the outcome's step: the commit rule excludes it.
     ///
     /// # Errors
     /// [`StepError::Rotten`] if the state is not as its hashes say: it is spoilt now, and must not be used. Or if the device
@@ -145,11 +156,14 @@ impl<D: Device> Shard<D> {
         device: &D,
         stream: &mut D::Stream,
         layout: &ParameterLayout,
-        optimizer: &OptimizerConfig,
-        directives: &Directives,
-        outcome: &BarrierOutcome,
+        update: Update<'_>,
         weights: &mut D::Buffer,
     ) -> Result<(), StepError> {
+        let Update {
+            optimizer,
+            directives,
+            outcome,
+        } = update;
         assert_eq!(
             self.reduced_to,
             Some(outcome.step),

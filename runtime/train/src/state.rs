@@ -3,7 +3,7 @@
 use crate::StepError;
 use crate::compute::LaneEngine;
 use crate::harm::Harm;
-use crate::optimizer::Shard;
+use crate::optimizer::{Shard, Update};
 use crate::progress::Progress;
 use crate::snapshot::{SnapshotGate, Uploads};
 use crate::waiting::Waiting;
@@ -182,15 +182,12 @@ impl<D: Device> RankState<D> {
             .values_mut()
             .filter(|shard| shard.read_steps() < outcome.step)
         {
-            shard.apply(
-                &self.device,
-                &mut self.stream,
-                &self.layout,
-                &self.config.optimizer,
+            let update = Update {
+                optimizer: &self.config.optimizer,
                 directives,
                 outcome,
-                &mut self.weights,
-            )?;
+            };
+            shard.apply(&self.device, &mut self.stream, &self.layout, update, &mut self.weights)?;
         }
         Ok(())
     }

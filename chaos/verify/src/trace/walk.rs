@@ -418,6 +418,58 @@ pub mod tests {
     }
 
     #[test]
+    fn a_veto_brings_back_what_was_before() {
+        let sets = |id, line, weights: &[f64]| Decision {
+            id,
+            line,
+            effective: line + 2,
+            weights: Some(weights.to_vec()),
+            veto: None,
+        };
+        let vetoes = |id, line, which| Decision {
+            id,
+            line,
+            effective: line + 2,
+            weights: None,
+            veto: Some(which),
+        };
+        let (mut walk, mut findings) = (walk(), Findings::default());
+        let config = config();
+        walk.decide(&config, 4, &[sets(1, 4, &[0.0, 1.0])]).unwrap();
+        walk.decide(&config, 8, &[vetoes(2, 8, 1)]).unwrap();
+        let b_alone: Vec<bool> = (0..12).map(|_| walk.plan(&mut findings).counts == [0, 4]).collect();
+        let expected: Vec<bool> = (0..12).map(|step| (6..10).contains(&step)).collect();
+        assert_eq!(b_alone, expected);
+        walk.decide(&config, 12, &[sets(3, 12, &[0.0, 1.0])]).unwrap();
+        walk.decide(&config, 16, &[sets(4, 16, &[1.0, 1.0])]).unwrap();
+        let late = walk.decide(&config, 20, &[vetoes(5, 20, 3)]).unwrap_err();
+        assert!(late.contains("not in force any more"), "{late}");
+        let twice = walk.decide(&config, 20, &[vetoes(6, 20, 1)]).unwrap_err();
+        assert!(twice.contains("vetoed already"), "{twice}");
+    }
+
+    #[test]
+    fn batches_grow_along_a_ramp() {
+        let mut config = config();
+        config.ramp = Some(super::super::config::Ramp {
+            start: 1,
+            step: 3,
+            samples: 5,
+        });
+        let mut walk = Walk::new(&config, &domains(), [1; 32]).unwrap();
+        let mut findings = Findings::default();
+        let mut tokens = Vec::new();
+        let sizes: Vec<usize> = (0..7)
+            .map(|_| {
+                tokens.push(walk.tokens_with_next(&config));
+                walk.plan(&mut findings).samples.len()
+            })
+            .collect();
+        assert_eq!(sizes, [1, 1, 1, 1, 1, 4, 4]);
+        assert_eq!(tokens, [16, 32, 48, 64, 80, 144, 208]);
+    }
+
+    #[test]
     fn the_data_hash_depends_on_the_version_and_the_samples() {
         let mut findings = Findings::default();
         let mut other = Walk::new(&config(), &domains(), [2; 32]).unwrap();

@@ -88,7 +88,7 @@ fn stages(config: &Config) -> Result<(), ConfigError> {
     let mixture = &config.mixture;
     let scheduled = mixture.controller == ControllerKind::Schedule;
     require!(
-        scheduled == !mixture.stages.is_empty(),
+        scheduled != mixture.stages.is_empty(),
         "mixture.stages",
         format!(
             "{} stages, and mixture.controller is \"{}\"",

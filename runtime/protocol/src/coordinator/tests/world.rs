@@ -92,7 +92,8 @@ fn a_decision_ends_the_run() {
         cluster.settle(200);
         let ended = Some(Effect::Done { code: 0 });
         assert_eq!(cluster.end == ended, !vetoed, "{:?}", cluster.end);
-        assert_eq!(cluster.saved, Some(LAST));
+        // Those that end do so by the checkpoint of that boundary; with the end taken back they go on beyond it.
+        assert_eq!(cluster.saved == Some(LAST), !vetoed, "{:?}", cluster.saved);
     }
 }
 
