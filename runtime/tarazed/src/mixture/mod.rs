@@ -29,6 +29,7 @@ pub mod statistics;
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use super::random::Random;
     use std::path::Path;
     use tarazed_domain::config::Config;
 
@@ -38,21 +39,14 @@ pub(crate) mod tests {
             let lines = (0..300).map(|i| serde_json::json!({ "text": text(i) }).to_string() + "\n");
             std::fs::write(folder.join(name), lines.collect::<String>()).expect("written");
         };
-        let word = |i: usize| ["lane", "step", "rank", "trace", "shard", "block", "batch"][i % 7];
-        write("web.jsonl", &|i| {
-            (0..12)
-                .map(|at| format!("{} {} ", word(i * 5 + at * at), (i * 31 + at * 17) % 97))
-                .collect()
-        });
-        write("zh.jsonl", &|i| {
-            let letter = |at: usize| {
-                "天地玄黄宇宙洪荒日月盈昃辰宿列张"
-                    .chars()
-                    .nth((i * 7 + at * at * 3) % 16)
-                    .unwrap_or('天')
-            };
-            (0..20).map(letter).collect::<String>() + &i.to_string()
-        });
+        // Drawn, so that no held-out text overlaps with training text by chance.
+        let drawn = |i: usize, from: &str, count: usize| -> String {
+            let mut random = Random::of(i as u64, from);
+            let letters: Vec<char> = from.chars().collect();
+            (0..count).map(|_| letters[random.index(0..letters.len())]).collect()
+        };
+        write("web.jsonl", &|i| drawn(i, "abcdefgh ij klm nop ", 120));
+        write("zh.jsonl", &|i| drawn(i, "天地玄黄宇宙洪荒日月盈昃辰宿列张", 24));
         let text = "[run]\nname = \"tiny\"\nseed = 7\nsteps = 3\n\
             [model]\nlayers = 1\nhidden = 16\nffn = 16\nheads = 2\nkv_heads = 1\ncontext = 16\nvocabulary = 300\ninit_std = 0.02\n\
             [batch]\nlanes = 2\nsequences_per_lane = 1\nmicro_batch_sequences = 1\n\

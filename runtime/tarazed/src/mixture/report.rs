@@ -130,7 +130,7 @@ fn reading(text: &mut String, results: &Results) {
          expanded percentile bootstrap intervals of the mean at {:.0}% ({} resamples, seed {}). The test flips the signs of \
          the differences, all of them exactly; with {} judging seeds no p-value is below {:.4}. It is corrected (Holm) for the \
          three comparisons of its controller and case, so in each such family a difference that is none is called one with a \
-         chance of at most {:.0}%. There are {families} families: if no controller differed anywhere, about {:.1} of them would \
+         chance of at most {:.0}%. Families: {families}; if no controller differed anywhere, about {:.1} of them would \
          show something. The {shown} comparisons of all pairs and metrics below carry no correction and no verdict: one in \
          {:.0} of such intervals misses by chance. `no difference shown` does not say that there is none.\n",
         plan.statistics.confidence * 100.0,
@@ -380,7 +380,7 @@ mod tests {
             "All ",
             "| plain | ado | natural | -",
             "| **better** |",
-            "There are 2 families",
+            "Families: 2;",
             "no p-value is below 0.0078",
             "Of 9 held-out documents 1 were left out",
             "figures/noise-curves.svg",

@@ -134,6 +134,20 @@ pub fn make(
     let is_held_out = |text: &&str| Split::of(&blake3::hash(text.as_bytes()), fraction) == Split::HeldOut;
     let held_out_documents = domains.iter().flat_map(Domain::texts).filter(is_held_out).count();
     let dropped = overlap::remove(&mut domains, fraction, &plan.overlap);
+    if let Some(bare) = domains
+        .iter()
+        .find(|domain| !domain.texts().any(|text| is_held_out(&text)))
+    {
+        let lost = dropped.iter().filter(|lost| lost.domain == bare.name).count();
+        return Err(Failure::refused(
+            format!("cases.{}", case.name),
+            format!(
+                "domain '{}' has no held-out document left; {lost} overlap with training text",
+                bare.name
+            ),
+            "choose another domain, raise data.held_out_fraction, or raise overlap.share_max",
+        ));
+    }
     let folder = work.join("cases").join(&case.name);
     let domain_configs = write(case, &domains, &dropped, plan, &folder.join("text"))?;
     let data = folder.join("data");
@@ -268,6 +282,26 @@ fn put(folder: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure> {
 mod tests {
     use super::*;
     use crate::mixture::plan::tests::plan;
+
+    /// Text that repeats itself everywhere leaves nothing to judge by, and that is said.
+    #[test]
+    fn a_domain_without_held_out_text_of_its_own_is_refused() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let base = super::super::tests::base(folder.path());
+        let mut corpus = read_corpus(&base).expect("a corpus");
+        for (i, document) in corpus[1].documents.iter_mut().enumerate() {
+            document.text = "天地玄黄".repeat(20 + i);
+        }
+        let plan = plan();
+        let refused =
+            make(&plan, &plan.cases[0], &corpus, &base, Path::new("none"), folder.path()).expect_err("refused");
+        assert!(
+            refused.message.contains("domain 'zh' has no held-out document left"),
+            "{}",
+            refused.message
+        );
+        assert!(!folder.path().join("cases").exists());
+    }
 
     /// Two domains, two cases: files, data sets and yardsticks are there, and a second making finds the same.
     #[test]
