@@ -514,9 +514,9 @@ pub enum ClusterTransport {
 #[serde(rename_all = "snake_case")]
 pub enum ClusterDevice {
     /// A CUDA device where this machine has one that can be used, else the processors. Resolved when a run starts.
-    #[default]
     Auto,
-    /// The processors, in f32.
+    /// The processors, in f32. The default as long as no run on a GPU has been seen.
+    #[default]
     Cpu,
     /// CUDA devices, in bf16; refused where there is none.
     Cuda,
@@ -553,7 +553,7 @@ impl Default for ClusterConfig {
             ranks: 1,
             spares: 0,
             threads_per_rank: 1,
-            device: ClusterDevice::Auto,
+            device: ClusterDevice::Cpu,
             transport: ClusterTransport::Unix,
             mesh_port: 0,
             mesh_advertise_port: 0,
