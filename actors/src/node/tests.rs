@@ -202,6 +202,7 @@ async fn a_missing_program_is_named_with_its_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let mut spec = shell("", folder.path());
     spec.program = "/nonexistent/tarazed".into();
+    spec.shown_as.clone_from(&spec.program);
     let mut bench = Bench::with(spec, folder).await;
     bench.start(W0, I0);
     let error = bench.start_failed().await;

@@ -226,6 +226,9 @@ fn diff(left: &Trace, right: &Trace) -> Result<String, Failure> {
 
 /// Who computed a line is no part of what it holds (DET-4).
 fn differ_in_lineage_alone(left: &Value, right: &Value) -> bool {
+    if left.get("lineage") == right.get("lineage") {
+        return false;
+    }
     let without = |value: &Value| {
         let mut value = value.clone();
         value.as_object_mut().map(|fields| fields.remove("lineage"));
