@@ -1,7 +1,7 @@
 //! What the CUDA driver, NVRTC and cuBLASLt do for the device, and nothing more.
 //!
 //! [`Driver`] is the seam of the CUDA device: above it stands all that can be tested without a GPU (bounds, launch shapes,
-//! scratch memory, plan cache, errors), below it foreign calls. It has three implementations: [`super::real`] over the
+//! scratch memory, plan cache, errors), below it foreign calls. It has three implementations: `real` over the
 //! libraries of the machine, [`super::recording`] for tests, and an emulator of the kernels.
 //!
 //! Every call may fail, and says how in a [`DriverError`]. Calls that hand the device an address are `unsafe`: the device

@@ -29,15 +29,14 @@ pub(crate) fn documents(
     })
 }
 
+/// Takes a row's number and bytes; false for no more.
+type Sink<'a> = dyn FnMut(u64, &[u8]) -> Result<bool, CorpusError> + 'a;
+
 /// Hands the bytes of every row to `sink`, with the row's number from 1, until that says false; a null gives none.
 ///
 /// # Errors
 /// [`CorpusError::BadParquet`], [`CorpusError::MissingColumn`], or the sink's own.
-pub(crate) fn values(
-    path: &Path,
-    column: &str,
-    sink: &mut dyn FnMut(u64, &[u8]) -> Result<bool, CorpusError>,
-) -> Result<(), CorpusError> {
+pub(crate) fn values(path: &Path, column: &str, sink: &mut Sink<'_>) -> Result<(), CorpusError> {
     let bad = |e: parquet::errors::ParquetError| CorpusError::BadParquet {
         path: path.to_owned(),
         reason: e.to_string(),

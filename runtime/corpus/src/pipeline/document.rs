@@ -1,7 +1,7 @@
 //! Documents on their way through the pipeline: where they come from, what came of them, and how they lie in a piece.
 
 use crate::error::CorpusError;
-use crate::refine::{BenchmarkItem, Dropped};
+use crate::refine::{BenchmarkItem, Dropped, boundary_below};
 use std::io::Read;
 use std::path::Path;
 
@@ -83,7 +83,7 @@ impl Refined {
             .and_then(|reason| reason.item)
             .map_or((0, 0), |item| (item.set, item.line));
         let detail = reason.map_or("", |reason| reason.detail.as_str());
-        let detail = &detail[..detail.floor_char_boundary(DETAIL_BYTES_MAX)];
+        let detail = &detail[..boundary_below(detail, DETAIL_BYTES_MAX)];
         out.extend_from_slice(&self.id.0.to_le_bytes());
         out.extend_from_slice(&self.original_bytes.to_le_bytes());
         out.extend_from_slice(&self.original);

@@ -24,7 +24,7 @@ const BUFFER_BYTES: usize = 128 * 1024;
 /// Creates a file of the pipeline, in place of one that a killed process left half written.
 pub(crate) fn create(path: &Path) -> Result<HashingFile, CorpusError> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(CorpusError::write(path)(e)),
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(CorpusError::write(path)(e)),
         _ => HashingFile::create(path),
     }
 }

@@ -7,6 +7,7 @@
 //! frequent, which the model does not see in manuals full of names and options; else `whichlang` decides. Chinese is not asked of
 //! the model: in technical text most *letters* of a Chinese page are Latin.
 
+use super::boundary_below;
 use super::fold::{is_han, is_kana};
 use tarazed_domain::config::Language;
 
@@ -83,8 +84,8 @@ fn windows(text: &str) -> impl Iterator<Item = &str> {
     let room = text.len().saturating_sub(WINDOW_BYTES);
     (0..count).map(move |index| {
         let start = if count == 1 { 0 } else { room * index / (count - 1) };
-        let start = text.floor_char_boundary(start);
-        &text[start..text.floor_char_boundary((start + WINDOW_BYTES).min(text.len()))]
+        let start = boundary_below(text, start);
+        &text[start..boundary_below(text, start + WINDOW_BYTES)]
     })
 }
 

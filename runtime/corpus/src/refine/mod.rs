@@ -231,6 +231,14 @@ impl Refiner {
     }
 }
 
+/// The last place between characters at or before a byte of the text.
+pub(crate) fn boundary_below(text: &str, byte: usize) -> usize {
+    (0..=byte.min(text.len()))
+        .rev()
+        .find(|&at| text.is_char_boundary(at))
+        .unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

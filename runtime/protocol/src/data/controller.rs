@@ -7,7 +7,7 @@
 //! Mixtures come from a [`MixtureController`], chosen by `mixture.controller`: `ado`, `odm`, `excess`, `schedule`; each
 //! module states its formula, source and known faults. Controllers of `mixture.shadow` are asked as well; what they say is
 //! written as advice that nobody follows, so that a run shows what another controller would have done from where it stood.
-//! Everything else is decided by [`policy`].
+//! Everything else is decided by `policy`.
 //!
 //! Guards, each in force at every update of a controller that adapts:
 //! - the target is drawn to the configured mixture: `¾ ρ + ¼ w`;

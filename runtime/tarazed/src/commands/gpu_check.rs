@@ -12,7 +12,7 @@ pub struct Args {
     /// Seeds of the conformance suite's inputs.
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 2, 3])]
     seeds: Vec<u64>,
-    /// Folder of the report, <device>-<commit>.json.
+    /// Folder of the report, `DEVICE-COMMIT.json`.
     #[arg(long, value_name = "DIR", default_value = "docs/gpu")]
     out: PathBuf,
 }
