@@ -12,6 +12,7 @@
 
 use super::course::Course;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use tarazed_domain::config::{Config, ControllerKind, MixtureConfig, PolicyConfig};
 use tarazed_domain::{StepIndex, StepsCompleted};
@@ -157,25 +158,35 @@ pub struct Decision {
     pub reason: String,
 }
 
+/// Past spike bounds without a veto that ranks are told: those in force, and those that a veto to come brings back.
+const BOUNDS_TOLD: usize = 2;
+
 /// Decisions as ranks need them that begin at `base`: what they do, not why, and without those that act on no step any
-/// more, since plans hold all decisions of a run and messages are bounded. Advice acts on none; of spike bounds the newest
-/// at the base and later ones do, unless a veto may bring older ones back.
+/// more, since plans hold all decisions of a run and messages are bounded. Advice acts on none. A veto takes back only what
+/// is in force, so of spike bounds no more can act than the newest two past ones that no veto names, what came between and
+/// after them, and the vetoes of these.
 #[must_use]
 pub fn for_ranks(decisions: &[Decision], base: StepsCompleted) -> Vec<Decision> {
-    let is_bounds = |decision: &&Decision| matches!(decision.kind, DecisionKind::SpikeBounds(_));
-    let is_past = |decision: &&Decision| decision.effective.0 <= base.0;
-    let bounds = || decisions.iter().filter(is_bounds);
-    let newest = bounds().filter(is_past).max_by_key(|decision| decision.effective);
-    let newest = newest.map(|decision| decision.id);
-    let names_bounds = |which: DecisionId| bounds().any(|decision| decision.id == which);
-    let any_vetoed = decisions.iter().any(|decision| match decision.kind {
-        DecisionKind::Veto { decision: which } => names_bounds(which),
-        _ => false,
-    });
+    let vetoed: BTreeSet<DecisionId> = decisions.iter().filter_map(Decision::vetoes).collect();
+    let mut past: Vec<&Decision> = decisions
+        .iter()
+        .filter(|decision| matches!(decision.kind, DecisionKind::SpikeBounds(_)) && decision.effective.0 <= base.0)
+        .collect();
+    past.sort_by_key(|decision| std::cmp::Reverse((decision.effective, decision.id)));
+    let mut standing = 0;
+    let spent: BTreeSet<DecisionId> = past
+        .into_iter()
+        .skip_while(|decision| {
+            let acts = standing < BOUNDS_TOLD;
+            standing += usize::from(!vetoed.contains(&decision.id));
+            acts
+        })
+        .map(|decision| decision.id)
+        .collect();
     let acts = |decision: &&Decision| match decision.kind {
         DecisionKind::Advice { .. } => false,
-        DecisionKind::SpikeBounds(_) => any_vetoed || !is_past(decision) || Some(decision.id) == newest,
-        _ => true,
+        DecisionKind::Veto { decision: which } => !spent.contains(&which),
+        _ => !spent.contains(&decision.id),
     };
     let bare = |decision: &Decision| Decision {
         reason: String::new(),
@@ -195,6 +206,14 @@ pub fn stop_of(decisions: &[Decision]) -> Option<StepIndex> {
 }
 
 impl Decision {
+    /// What it takes back.
+    const fn vetoes(&self) -> Option<DecisionId> {
+        match self.kind {
+            DecisionKind::Veto { decision } => Some(decision),
+            _ => None,
+        }
+    }
+
     /// Whether the other is the same decision, up to what its author does not know: the samples that a rollback discards,
     /// which the data cursor fills in and checks.
     #[must_use]

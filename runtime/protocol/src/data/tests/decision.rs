@@ -161,9 +161,9 @@ fn ranks_are_told_what_acts() {
         told.iter().map(|decision| decision.id.0).collect()
     };
     assert_eq!(told(0), [1, 3, 4, 5, 6, 7]);
-    assert_eq!(told(158), [3, 4, 5, 6, 7]);
-    assert_eq!(told(207), [3, 4, 5, 6, 7], "in force until step 208");
-    assert_eq!(told(1000), [4, 6, 7]);
+    assert_eq!(told(158), [1, 3, 4, 5, 6, 7], "a veto of 3 would bring back 1");
+    assert_eq!(told(207), [1, 3, 4, 5, 6, 7], "in force until step 208");
+    assert_eq!(told(1000), [4, 5, 6, 7]);
     let full = DecisionLedger::rebuild(points(&ado()), vec![0.5, 0.5], StepsCompleted(300), &all).unwrap();
     for base in [0, 158, 207, 208, 260, 1000] {
         let told = for_ranks(&all, StepsCompleted(base));
@@ -175,11 +175,70 @@ fn ranks_are_told_what_acts() {
     }
     assert_eq!(stop_of(&all), Some(StepIndex(158)));
     let back: Vec<Decision> = all.iter().cloned().chain([of(8, 300, veto(7))]).collect();
+    let told: Vec<u64> = for_ranks(&back, StepsCompleted(1000))
+        .iter()
+        .map(|decision| decision.id.0)
+        .collect();
     assert_eq!(
-        for_ranks(&back, StepsCompleted(1000)).len(),
-        back.len() - 1,
-        "older bounds are in force again"
+        told,
+        [3, 4, 5, 6, 7, 8],
+        "5 is in force again, and 3 would be after a veto of it"
     );
     let vetoed: Vec<Decision> = all[..4].iter().cloned().chain([of(5, 150, veto(4))]).collect();
     assert_eq!(stop_of(&vetoed), None);
+}
+
+proptest! {
+    /// DET-1, LOOP-1: a rank that begins anywhere, from what it is told there, and hears what is decided later as all others
+    /// do, knows of every step of its own what they know.
+    #[test]
+    fn whoever_begins_later_knows_the_same(
+        acts in prop::collection::vec((any::<bool>(), prop::option::of(0_usize..6)), 1..14),
+        known in any::<prop::sample::Index>(),
+        begins in any::<prop::sample::Index>(),
+    ) {
+        use crate::data::decision::{SpikeBounds, for_ranks};
+        let mut full = ledger();
+        let mut lines: Vec<(StepsCompleted, Vec<Decision>)> = Vec::new();
+        let mut id = 0;
+        for (line, (sets, vetoes)) in (2..).map(|point| point * 50).zip(acts) {
+            let mut made = Vec::new();
+            let mut kinds = Vec::new();
+            if let Some(back) = vetoes {
+                let bounds = full.decisions().iter().rev().filter(|d| matches!(d.kind, DecisionKind::SpikeBounds(_)));
+                kinds.extend(bounds.map(|d| DecisionKind::Veto { decision: d.id }).nth(back));
+            }
+            if sets {
+                kinds.push(DecisionKind::SpikeBounds(SpikeBounds {
+                    expected: vec![None, None],
+                    residual_loss: 1.0,
+                    grad_norm: line as f64,
+                }));
+            }
+            for kind in kinds {
+                id += 1;
+                let decision = Decision { kind, ..mixture_decision(id, line, line + 8, &[]) };
+                let mut with: Vec<Decision> = made.clone();
+                with.push(decision);
+                // What the engine would not decide, because it contradicts, is left out.
+                if full.clone().record(StepsCompleted(line), &with).is_ok() {
+                    made = with;
+                }
+            }
+            full.record(StepsCompleted(line), &made).unwrap();
+            lines.push((StepsCompleted(line), made));
+        }
+        let (first, later) = lines.split_at(known.index(lines.len() + 1));
+        let decided = first.last().map_or(StepsCompleted(0), |(line, _)| *line);
+        let base = StepsCompleted(begins.index(decided.0 as usize + 1) as u64);
+        let so_far: Vec<Decision> = first.iter().flat_map(|(_, made)| made.clone()).collect();
+        let told = for_ranks(&so_far, base);
+        let mut rank = DecisionLedger::rebuild(points(&ado()), vec![0.5, 0.5], decided, &told).unwrap();
+        for (line, made) in later {
+            rank.record(*line, made).unwrap();
+        }
+        for step in (base.0..1000).map(StepIndex) {
+            prop_assert_eq!(rank.course().directives(step), full.course().directives(step), "step {}", step);
+        }
+    }
 }
