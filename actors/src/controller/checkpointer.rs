@@ -6,6 +6,7 @@ use super::root::OWN_PROGRAM;
 use super::{RunError, TraceHeads, unix_ms};
 use crate::run_folder;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tarazed_domain::config::Config;
@@ -13,7 +14,7 @@ use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsComplete
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
-use tarazed_protocol::trace::{NewLineage, Program, TraceLine, declared_after};
+use tarazed_protocol::trace::{NewLineage, Program, TraceLine, writer_of};
 use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
     ShardGeometry, ShardRecord, StoreError, TraceHead, WriterId,
@@ -137,20 +138,16 @@ impl ManifestFacts {
         program_of(&self.binary, &self.device_type)
     }
 
-    /// What is declared where binary or device type changed (DET-4); empty otherwise.
-    fn lineage_change(&self, manifest: &Manifest) -> String {
-        let mut changes = Vec::new();
-        if manifest.binary != self.binary {
-            changes.push(format!("binary {} became {}", manifest.binary.build, self.binary.build));
-        }
-        if manifest.device_type != self.device_type {
-            changes.push(format!(
-                "device type {} became {}",
-                manifest.device_type, self.device_type
-            ));
-        }
-        changes.join("; ")
+    /// What is declared where binary or device type changed (DET-4).
+    fn lineage_change(&self, manifest: &Manifest) -> Option<NewLineage> {
+        let (from, to) = (maker_of(manifest), self.program());
+        (from != to).then_some(NewLineage { from, to })
     }
+}
+
+/// The program that made a checkpoint.
+fn maker_of(manifest: &Manifest) -> Program {
+    program_of(&manifest.binary, &manifest.device_type)
 }
 
 fn program_of(binary: &BinaryId, device_type: &str) -> Program {
@@ -251,7 +248,7 @@ impl CheckpointerState {
     async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
         let found = newest(store, below).await.map_err(judge)?;
-        let (mut from, mut head, mut writer) = (None, None, None);
+        let (mut from, mut head, mut checkpoint) = (None, None, None);
         if let Some(found) = found {
             for warning in found.warnings {
                 self.warn(warning);
@@ -259,9 +256,9 @@ impl CheckpointerState {
             if let Some(reason) = self.arguments.facts.refuses(&found.manifest) {
                 return Err((2, reason));
             }
-            let declared = self.arguments.facts.lineage_change(&found.manifest);
-            if !declared.is_empty() {
-                self.warn(format!("new lineage from step {}: {declared}", found.manifest.step));
+            let change = self.arguments.facts.lineage_change(&found.manifest);
+            if let Some(change) = &change {
+                self.warn(format!("new lineage from step {}: {change}", found.manifest.step));
             }
             from = Some(RestoreFrom {
                 step: found.manifest.step,
@@ -269,21 +266,20 @@ impl CheckpointerState {
                 length: found.object.length,
                 blake3: found.object.blake3.0,
             });
-            self.restored_from(&found.reference, declared);
-            writer = Some(program_of(&found.manifest.binary, &found.manifest.device_type));
+            let before = serde_json::from_str(&found.manifest.lineage.declared).ok();
+            checkpoint = Some((maker_of(&found.manifest), before));
+            self.restored_from(&found.reference, change);
             head = Some(found.manifest.trace_head);
         }
         let base = from.as_ref().map_or(StepsCompleted(0), |from| from.step);
         let trace = self.arguments.trace.clone();
-        let (lines, heads) = crate::blocking::run(move || trace_from(&trace, base))
+        let (lines, heads, writer) = crate::blocking::run(move || trace_from(&trace, base, checkpoint))
             .await
             .and_then(|read| read)
             .map_err(|e| (3, e))?;
         if let Some(head) = head {
             Self::compare_trace(&head, &heads)?;
         }
-        // Lines behind the checkpoint may have another writer, which the first of them names.
-        let writer = declared_after(&lines, base).cloned().or(writer);
         let own = self.arguments.facts.program();
         let lineage = writer
             .filter(|writer| *writer != own)
@@ -317,11 +313,11 @@ impl CheckpointerState {
         let _ = self.arguments.coordinator.cast(CoordinatorMessage::Warn(text));
     }
 
-    fn restored_from(&mut self, reference: &CommitRef, declared: String) {
+    fn restored_from(&mut self, reference: &CommitRef, change: Option<NewLineage>) {
         self.lineage.parent = Some(*reference);
         self.lineage.restored_from = Some(*reference);
-        if !declared.is_empty() {
-            self.lineage.declared = declared;
+        if let Some(change) = change {
+            self.lineage.declared = json!(change).to_string();
         }
     }
 
@@ -431,10 +427,15 @@ fn judge(error: StoreError) -> (u8, String) {
     (code, error.to_string())
 }
 
-/// Lines of the trace from `base` on, its own included, and their heads.
-fn trace_from(trace: &Path, base: StepsCompleted) -> Result<(Vec<TraceLine>, TraceHeads), String> {
+/// Lines of the trace from `base` on, its own included, their heads, and who wrote the last.
+fn trace_from(
+    trace: &Path,
+    base: StepsCompleted,
+    checkpoint: Option<(Program, Option<NewLineage>)>,
+) -> Result<(Vec<TraceLine>, TraceHeads, Option<Program>), String> {
     let mut lines = run_folder::lines_after(trace, StepsCompleted(0)).map_err(|e| e.to_string())?;
     let heads = heads_from(trace, base, &lines).map_err(|e| format!("{}: {e}", trace.display()))?;
+    let writer = writer_of(&lines, base, checkpoint);
     lines.retain(|line| line.step >= base);
-    Ok((lines, heads))
+    Ok((lines, heads, writer))
 }

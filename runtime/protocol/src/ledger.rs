@@ -214,6 +214,14 @@ impl Ledger {
                 names.len()
             ));
         }
+        let squares = stats.lane_squares();
+        let mut numbers = line.mixture.iter().copied().chain([line.learning_rate]).chain(squares);
+        if let Some(wrong) = numbers.find(|number| !number.is_finite()) {
+            return Err(format!(
+                "step {}: {wrong} among its rate, mixture and lanes' squares",
+                line.step
+            ));
+        }
         Ok(TraceLine {
             step: line.step,
             tokens: self.batch.samples(line.step) * self.context_tokens,
@@ -225,7 +233,7 @@ impl Ledger {
             mixture: DomainMap(names.iter().cloned().zip(line.mixture.iter().copied()).collect()),
             domains: stats.train_map(names),
             heldout: stats.heldout_map(names),
-            lane_squares: stats.lane_squares(),
+            lane_squares: squares,
             skipped: line.skipped,
             lineage: None,
             decisions: Vec::new(),
@@ -373,6 +381,18 @@ mod tests {
         ledger.forget(StepsCompleted(2));
         assert_eq!(ledger.state_at(StepsCompleted(2)), Some([2; 32]));
         assert_eq!(ledger.state_at(StepsCompleted(1)), None, "no line to compare with");
+    }
+
+    /// A line that could not be printed is a rank's mistake, and no panic.
+    #[test]
+    fn numbers_that_are_none_are_refused() {
+        let mut ledger = ledger();
+        let mut wrong = line(1, 1.0);
+        wrong.learning_rate = f64::NAN;
+        assert!(matches!(ledger.on_line(&wrong)[..], [LedgerEffect::Mismatch(_)]));
+        let mut wrong = line(1, 1.0);
+        wrong.mixture = vec![f64::INFINITY];
+        assert!(matches!(ledger.on_line(&wrong)[..], [LedgerEffect::Mismatch(_)]));
     }
 
     #[test]

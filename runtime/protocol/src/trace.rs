@@ -113,6 +113,18 @@ pub struct NewLineage {
     pub to: Program,
 }
 
+/// For people.
+impl fmt::Display for NewLineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { from, to } = self;
+        write!(
+            f,
+            "binary {} on {} became {} on {}",
+            from.binary, from.device, to.binary, to.device
+        )
+    }
+}
+
 /// One line of the committed trace.
 #[derive(Clone, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 #[serde(into = "LineText", try_from = "LineText")]
@@ -370,14 +382,27 @@ pub fn diff(a: &[TraceLine], b: &[TraceLine]) -> Comparison {
     }
 }
 
-/// Who computed the newest of these lines, where one behind `after` says so.
+/// Who computed the end of a trace, as far as it can be known: what a new program compares itself with. `checkpoint` is that
+/// of step `base`, by whom it was made, and what that program has found to be declared.
+///
+/// A program may make checkpoints while it still replays another's lines, before there is a new line to declare itself in:
+/// what its checkpoint says is then not true of the trace.
 #[must_use]
-pub fn declared_after(lines: &[TraceLine], after: StepsCompleted) -> Option<&Program> {
-    let declared = lines.iter().rev().filter(|line| line.step > after);
-    declared
-        .filter_map(|line| line.lineage.as_ref())
-        .map(|lineage| &lineage.to)
-        .next()
+pub fn writer_of(
+    lines: &[TraceLine],
+    base: StepsCompleted,
+    checkpoint: Option<(Program, Option<NewLineage>)>,
+) -> Option<Program> {
+    let declares = |line: &TraceLine| line.lineage.as_ref().map(|lineage| (line.step, lineage.to.clone()));
+    let newest = lines.iter().rev().find_map(declares);
+    match (newest, checkpoint) {
+        (Some((step, to)), _) if step > base => Some(to),
+        (newest, None) => newest.map(|(_, to)| to),
+        (newest, Some((maker, found))) => match found {
+            Some(found) if found.to == maker && newest.is_none_or(|(_, to)| to != maker) => Some(found.from),
+            _ => Some(maker),
+        },
+    }
 }
 
 /// Reads a whole trace. Steps must follow each other without a gap.

@@ -115,7 +115,7 @@ pub struct Lineage {
     pub parent: Option<CommitRef>,
     /// The checkpoint that the present processes were restored from.
     pub restored_from: Option<CommitRef>,
-    /// Why a new lineage was declared (other binary or device type); empty in the run's first one.
+    /// The new lineage that was declared (other binary or device type), as JSON, as in trace lines; empty in the run's first one.
     pub declared: String,
 }
 

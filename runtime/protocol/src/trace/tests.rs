@@ -306,13 +306,27 @@ fn a_new_lineage_is_declared_and_not_compared() {
     );
     assert_eq!(TraceLine::parse(&text, 1).unwrap().lineage, line.lineage);
     let lines = [sample(2), line, sample(4), declares(5, "b", "c"), sample(6)];
-    let after = |step: u64| declared_after(&lines, StepsCompleted(step)).map(|program| program.binary.as_str());
+    let writer = |count: usize, base: u64, checkpoint: Option<(&str, Option<(&str, &str)>)>| {
+        let found = |(from, to)| NewLineage {
+            from: program(from),
+            to: program(to),
+        };
+        let checkpoint = checkpoint.map(|(maker, change)| (program(maker), change.map(found)));
+        writer_of(&lines[..count], StepsCompleted(base), checkpoint).map(|program| program.binary)
+    };
+    // Behind the checkpoint the trace says it; else its maker wrote the end, too.
+    assert_eq!(writer(5, 2, Some(("a", None))).as_deref(), Some("c"));
+    assert_eq!(writer(3, 2, Some(("a", None))).as_deref(), Some("b"));
+    assert_eq!(writer(1, 2, Some(("a", None))).as_deref(), Some("a"));
     assert_eq!(
-        [after(2), after(4), after(5), after(6)],
-        [Some("c"), Some("c"), None, None]
+        writer(3, 4, Some(("b", Some(("a", "b"))))).as_deref(),
+        Some("b"),
+        "it stands in line 3"
     );
-    assert_eq!(
-        declared_after(&lines[..3], StepsCompleted(2)).map(|program| program.binary.as_str()),
-        Some("b")
-    );
+    // A checkpoint that was made while the lines of another were replayed.
+    assert_eq!(writer(1, 1, Some(("b", Some(("a", "b"))))).as_deref(), Some("a"));
+    assert_eq!(writer(3, 4, Some(("c", Some(("b", "c"))))).as_deref(), Some("b"));
+    // Without a checkpoint the trace alone is asked.
+    assert_eq!(writer(4, 0, None).as_deref(), Some("c"));
+    assert_eq!(writer(1, 0, None), None);
 }

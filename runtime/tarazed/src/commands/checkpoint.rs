@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
     CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Retention, Select, StoreError, VerifyReport,
     WriterId,
@@ -328,7 +329,10 @@ fn details(manifest: &Manifest) -> String {
         let _ = writeln!(text, "restored from step {} (record {})", from.step, from.sequence);
     }
     if !manifest.lineage.declared.is_empty() {
-        let _ = writeln!(text, "new lineage: {}", manifest.lineage.declared);
+        let declared = &manifest.lineage.declared;
+        let shown =
+            serde_json::from_str::<NewLineage>(declared).map_or_else(|_| declared.clone(), |known| known.to_string());
+        let _ = writeln!(text, "new lineage: {shown}");
     }
     for shard in &manifest.shards {
         let _ = writeln!(
