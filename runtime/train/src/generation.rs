@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_domain::limits::{CHECKPOINTS_IN_FLIGHT_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_domain::{BlockIndex, Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
-use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
+use tarazed_fabric::{Collective, Send, Tag, TagKind};
 use tarazed_kernels::{Blocks, Device, ViewMut};
 use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, StepLine};
 use tarazed_protocol::placement::ShardOrigin;
@@ -425,18 +425,7 @@ fn copy_shards<D: HostVisible>(
                 });
             }
         }
-        state.device.receive(&mut state.stream, targets, |slices| {
-            let mut receives: Vec<Receive<'_>> = arriving
-                .iter()
-                .zip(slices)
-                .map(|(&(from, tag), elements)| Receive {
-                    from,
-                    tag,
-                    bytes: bytemuck::cast_slice_mut(elements),
-                })
-                .collect();
-            fabric.exchange(&sends, &mut receives).map_err(StepError::from)
-        })?;
+        step::exchange((&state.device, &mut state.stream), fabric, &sends, &arriving, targets)?;
     }
     settle(state, plan.base, arrived)
 }

@@ -89,7 +89,13 @@ pub fn run_step<D: HostVisible>(
     }
     update(state, &outcome, &batch.directives)?;
     harm::strike(state, world, batch.step, Moment::Updated)?;
-    let hash = gather_weights(state, world, fabric, step, None)?;
+    let hash = if outcome.skipped {
+        // Working weights stand as they are. No update has looked at the masters, so they are not sent again: a bit that
+        // flipped since would be everywhere before anybody saw it (DET-3).
+        state_hash(step, &gather_hashes(state, world, fabric, step, None)?)
+    } else {
+        gather_weights(state, world, fabric, step, None)?
+    };
 
     Ok(complete_line(state, &outcome, hash))
 }
@@ -334,6 +340,28 @@ pub(crate) fn send<'a>((to, tag, elements): &'a Leaving<'_>) -> Send<'a> {
     }
 }
 
+/// Sends all of `sends` while what is `arriving` goes into the targets' ranges, in the order of both.
+pub(crate) fn exchange<D: HostVisible>(
+    (device, stream): (&D, &mut D::Stream),
+    fabric: &mut dyn Collective,
+    sends: &[Send<'_>],
+    arriving: &[(Rank, Tag)],
+    targets: Vec<Target<'_, D>>,
+) -> Result<(), StepError> {
+    device.receive(stream, targets, |slices| {
+        let mut receives: Vec<Receive<'_>> = arriving
+            .iter()
+            .zip(slices)
+            .map(|(&(from, tag), elements)| Receive {
+                from,
+                tag,
+                bytes: bytemuck::cast_slice_mut(elements),
+            })
+            .collect();
+        Ok(fabric.exchange(sends, &mut receives)?)
+    })
+}
+
 /// Ranges of these lengths, one behind the other.
 fn consecutive(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
     let mut end = 0;
@@ -416,18 +444,7 @@ fn forward_to_replicas<D: HostVisible>(
             replicas.iter().map(move |&to| Send { to, tag, bytes })
         })
         .collect();
-    state.device.receive(&mut state.stream, targets, |slices| {
-        let mut receives: Vec<Receive<'_>> = arriving
-            .iter()
-            .zip(slices)
-            .map(|(&(from, tag), elements)| Receive {
-                from,
-                tag,
-                bytes: bytemuck::cast_slice_mut(elements),
-            })
-            .collect();
-        fabric.exchange(&sends, &mut receives).map_err(StepError::from)
-    })?;
+    exchange((&state.device, &mut state.stream), fabric, &sends, &arriving, targets)?;
     for (_, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         held.mark_reduced(step);
     }
@@ -606,7 +623,6 @@ pub(crate) fn gather_weights<D: HostVisible>(
     start: Option<&BeginPlan>,
 ) -> Result<[u8; 32], StepError> {
     let _span = tracing::info_span!("gather").entered();
-    state.progress.enter(Phase::Gathering);
     let hashes = gather_hashes(state, world, fabric, step, start)?;
     exchange_weights(state, world, fabric, step)?;
     Ok(state_hash(step, &hashes))
@@ -620,6 +636,7 @@ fn gather_hashes<D: Device>(
     step: StepsCompleted,
     start: Option<&BeginPlan>,
 ) -> Result<Vec<BlockHash>, StepError> {
+    state.progress.enter(Phase::Gathering);
     let mut mine = Vec::new();
     for shard in world.primaries_of(world.rank) {
         mine.extend(state.shards[&shard].read().hashes.iter().flat_map(|hash| hash.0));
@@ -733,18 +750,20 @@ fn exchange_weights<D: HostVisible>(
         buffer: &mut state.weights,
         ranges: missing.iter().map(|&shard| world.elements(shard)).collect(),
     };
-    state.device.receive(&mut state.stream, vec![target], |slices| {
-        let mut receives: Vec<Receive<'_>> = missing
-            .iter()
-            .zip(slices)
-            .map(|(&shard, elements)| Receive {
-                from: world.primary(shard),
-                tag: Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0)),
-                bytes: bytemuck::cast_slice_mut(elements),
-            })
-            .collect();
-        fabric.exchange(&sends, &mut receives).map_err(StepError::from)
-    })
+    let arriving: Vec<(Rank, Tag)> = missing
+        .iter()
+        .map(|&shard| {
+            let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
+            (world.primary(shard), tag)
+        })
+        .collect();
+    exchange(
+        (&state.device, &mut state.stream),
+        fabric,
+        &sends,
+        &arriving,
+        vec![target],
+    )
 }
 
 /// BLAKE3 over the step and all block hashes in block order (STEP-4).

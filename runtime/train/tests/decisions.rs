@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{NoStore, Node, Outcome, Said, Wanted, config_with, member, meshes, plan, run};
+use common::{NoStore, Node, Outcome, Said, Wanted, agreed, config_with, member, meshes, plan, reports, run};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tarazed_domain::config::Config;
@@ -110,6 +110,96 @@ fn a_spike_is_skipped_by_everybody() {
     assert_eq!(saved(2), saved(4), "two steps that change nothing");
     assert_ne!(saved(4), saved(5));
     assert_ne!(skipping[1].state, skipping[2].state, "the count is part of the state");
+}
+
+/// Lines of a run in which one rank dies at this exchange of a generation that a newcomer has joined, and whether it came to
+/// that.
+fn with_death(config: &Arc<Config>, decisions: &[Decision], dies: usize, dies_at: usize) -> (bool, Vec<StepLine>) {
+    let mut trace: BTreeMap<StepsCompleted, StepLine> = BTreeMap::new();
+    let mut take = |outcomes: &[Outcome]| {
+        for line in outcomes.iter().flat_map(Outcome::lines) {
+            let known = trace.entry(line.step).or_insert_with(|| line.clone());
+            assert_eq!(known, line, "step {} has one result", line.step);
+        }
+        trace.keys().next_back().map_or(0, |step| step.0)
+    };
+    let mut wanted = Wanted {
+        generation: 1,
+        members: vec![member(0), member(1)],
+        replicas: 2,
+        last_step: 2,
+        ..Wanted::default()
+    };
+    let decided = |wanted: &Wanted, outcomes: &[Outcome]| {
+        let mut plan = plan(wanted, &reports(outcomes));
+        plan.decisions = decisions.to_vec();
+        plan.decided = StepsCompleted(100);
+        plan
+    };
+    let mut nodes: Vec<Node> = (0..2).map(|worker| Node::of(worker, config)).collect();
+    let first = decided(&wanted, &[]);
+    let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    wanted.acknowledged = take(&outcomes);
+
+    (wanted.generation, wanted.last_step) = (2, 6);
+    wanted.members.push(member(2));
+    nodes.push(Node::of(2, config));
+    let second = decided(&wanted, &outcomes);
+    let mut ends = meshes(&second);
+    ends[dies].die_at(dies_at);
+    let mut outcomes = run(&mut nodes, &second, &mut ends, &NoStore);
+    let died = ends[dies].is_dead();
+    wanted.acknowledged = take(&outcomes);
+    if died {
+        nodes.remove(dies);
+        outcomes.remove(dies);
+        wanted.members.remove(dies);
+    }
+
+    (wanted.generation, wanted.last_step) = (3, 8);
+    assert!(
+        agreed(&reports(&outcomes), second.shards.shard_count()).is_some(),
+        "two copies cover one death"
+    );
+    let third = decided(&wanted, &outcomes);
+    let outcomes = run(&mut nodes, &third, &mut meshes(&third), &NoStore);
+    for outcome in &outcomes {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+    }
+    take(&outcomes);
+    (died, trace.into_values().collect())
+}
+
+/// STEP-2, LOOP-1: whoever dies whenever, steps that were cut short are finished as decided: skipped, or with the decided
+/// rate, also by those who were not there when they were begun.
+#[test]
+fn whoever_dies_decisions_hold() {
+    let config = config_with(&OPEN);
+    let bounds = |grad_norm: f64| {
+        DecisionKind::SpikeBounds(SpikeBounds {
+            expected: vec![None, None],
+            residual_loss: 100.0,
+            grad_norm,
+        })
+    };
+    let decisions = [
+        decision(1, 3, bounds(0.0)),
+        decision(2, 4, DecisionKind::LearningRate { factor: 0.5 }),
+        decision(3, 5, bounds(1e9)),
+    ];
+    let undisturbed = lines(&train(&config, 1, 8, &decisions));
+    let skipped: Vec<bool> = undisturbed.iter().map(|line| line.skipped).collect();
+    assert_eq!(skipped, [false, false, false, true, true, false, false, false]);
+    for dies in 0..3 {
+        for dies_at in 0.. {
+            let (died, lines) = with_death(&config, &decisions, dies, dies_at);
+            assert_eq!(lines, undisturbed, "rank {dies} dies at exchange {dies_at}");
+            if !died {
+                assert!(dies_at > 20, "every exchange was tried");
+                break;
+            }
+        }
+    }
 }
 
 /// The run ends before the step that a decision names, and saves what it has.
