@@ -7,13 +7,15 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 const ACCESS_KEY: &str = "AWS_ACCESS_KEY_ID";
+const SECRET_KEY: &str = "AWS_SECRET_ACCESS_KEY";
+const PROFILE: &str = "AWS_PROFILE";
 const SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
 const PREFIX: &[u8] = b"TARAZED_RANK_";
 
 /// Changes to an inherited environment; no value removes a variable.
 pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> Vec<(OsString, Option<OsString>)> {
     let mut changes = Vec::new();
-    let (mut has_key, mut has_token) = (false, false);
+    let (mut has_key, mut has_token, mut has_profile) = (false, false, false);
     for (name, value) in inherited {
         let Some(theirs) = name.as_bytes().strip_prefix(PREFIX).filter(|theirs| !theirs.is_empty()) else {
             continue;
@@ -21,10 +23,15 @@ pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> 
         let theirs = OsString::from_vec(theirs.to_vec());
         has_key |= theirs == ACCESS_KEY;
         has_token |= theirs == SESSION_TOKEN;
+        has_profile |= theirs == PROFILE && value.is_some();
         let value = Some(value).filter(|value| value != OsStr::new(""));
         changes.extend([(theirs, value), (name, None)]);
     }
-    if has_key && !has_token {
+    if has_profile && !has_key {
+        // Keys of the environment come before a profile's.
+        changes.extend([ACCESS_KEY, SECRET_KEY].map(|name| (name.into(), None)));
+    }
+    if (has_key || has_profile) && !has_token {
         // The controller's belongs to its own key.
         changes.push((SESSION_TOKEN.into(), None));
     }
@@ -66,5 +73,20 @@ mod tests {
         ];
         let expected = expected.iter().map(|(name, value)| (name.into(), value.into()));
         assert_eq!(theirs, expected.collect());
+    }
+
+    #[test]
+    fn a_profile_for_ranks_is_not_overruled_by_the_controllers_keys() {
+        let inherited = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"].map(|name| (name, "all"));
+        let inherited = inherited.into_iter().chain([("TARAZED_RANK_AWS_PROFILE", "ranks")]);
+        let mut theirs: BTreeMap<OsString, OsString> =
+            inherited.map(|(name, value)| (name.into(), value.into())).collect();
+        for (name, value) in changes(theirs.clone().into_iter()) {
+            match value {
+                Some(value) => theirs.insert(name, value),
+                None => theirs.remove(&name),
+            };
+        }
+        assert_eq!(theirs, BTreeMap::from([("AWS_PROFILE".into(), "ranks".into())]));
     }
 }

@@ -68,6 +68,12 @@ impl Profile {
             ));
         }
         let has_keys = OWN_KEYS.iter().any(|name| variable(name).is_some());
+        if !has_keys && found.contains_key("aws_access_key_id") && variable("AWS_SESSION_TOKEN").is_some() {
+            return Err(format!(
+                "AWS_SESSION_TOKEN is set without AWS_ACCESS_KEY_ID, and would be sent with the keys of the profile {name}; \
+                 unset it, or set the keys that it belongs to"
+            ));
+        }
         match UNKNOWN_WAYS.iter().find(|way| found.contains_key(**way)) {
             Some(way) if wanted.is_some() && !has_keys && !found.contains_key("aws_access_key_id") => Err(format!(
                 "the AWS profile {name} gets its keys by {way}, which is not known here; set AWS_ACCESS_KEY_ID, \
@@ -259,6 +265,11 @@ region = nowhere
                 .contains("AWS_PROFILE names typo")
         );
         assert!(of(&[("AWS_PROFILE", "sso")]).unwrap_err().contains("sso_session"));
+        assert!(
+            of(&[("AWS_SESSION_TOKEN", "alone")])
+                .unwrap_err()
+                .contains("without AWS_ACCESS_KEY_ID")
+        );
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("x");
         std::fs::write(&file, b"[default]\naws_secret_access_key = hush\xff").unwrap();
