@@ -124,6 +124,9 @@ fn a_stopped_bench_goes_on_and_finds_the_same() {
     for (file, from, to, part) in [
         ("plan.toml", "steps = 24", "steps = 22", "remove the run's folder"),
         ("web.jsonl", "lane", "lanes", "one of them has changed since"),
+        ("plan.toml", "judging = [1, 2]", "judging = [1, 3]", "is another plan"),
+        ("plan.toml", "resamples = 1000", "resamples = 1001", "is another plan"),
+        ("model.toml", "[data]", "[data]\nrefine = {}", "data.refine"),
     ] {
         let text = read(folder, file);
         std::fs::write(folder.join(file), text.replacen(from, to, 1)).expect("written");

@@ -72,6 +72,7 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
     let mut processes = Processes::new(&plan, &base, &ready, &work)?;
     check_configs(&runs, &processes)?;
     let mut finished = recall(&runs, &mut processes)?;
+    hold_to(&plan, &work)?;
     print(&estimate(&plan, &runs, &finished, &processes.seconds))?;
     if args.dry_run {
         return Ok(Exit::Done);
@@ -121,7 +122,41 @@ fn base(plan: &Plan) -> Result<Config, Failure> {
             "set both",
         );
     }
+    if base.data.refine.is_some() || base.data.prepared.is_some() {
+        let reason = "cases are made of text as it is, and runs would train on other data".to_owned();
+        return refuse("data.refine, data.prepared", reason, "leave both out of the base");
+    }
     Ok(base)
+}
+
+/// What is judged, and how, is fixed before the first run: a work folder keeps its first plan. Keys that decide no finding, and
+/// the base, whose config every run is compared with, may change.
+fn hold_to(plan: &Plan, work: &Path) -> Result<(), Failure> {
+    let path = work.join("plan.json");
+    let damaged = |e: serde_json::Error| {
+        let cause = format!("cannot be read or written as JSON ({e})");
+        Failure::refused(path.display(), cause, "restore the file, or name another --work")
+    };
+    let mut fixed = serde_json::to_value(plan).map_err(damaged)?;
+    if let Some(keys) = fixed.as_object_mut() {
+        for free in ["base", "ranks", "expected_seconds_per_run"] {
+            keys.remove(free);
+        }
+    }
+    let failed =
+        |e: std::io::Error| Failure::io(path.display(), &e, "cannot be read or written", "check its permissions");
+    match std::fs::read(&path) {
+        Ok(kept) if serde_json::from_slice::<serde_json::Value>(&kept).map_err(damaged)? == fixed => Ok(()),
+        Ok(_) => Err(Failure::refused(
+            path.display(),
+            "is another plan: what is judged here was fixed before the first run",
+            "put the plan back, or name another --work for the new one",
+        )),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::write(&path, serde_json::to_vec_pretty(&fixed).map_err(damaged)?).map_err(failed)
+        }
+        Err(e) => Err(failed(e)),
+    }
 }
 
 /// Holds the work folder: two benches would do each other's runs.

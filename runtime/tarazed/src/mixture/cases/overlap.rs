@@ -9,7 +9,7 @@ use super::Domain;
 use crate::mixture::plan::Overlap;
 use serde::Serialize;
 use std::collections::HashMap;
-use tarazed_corpus::Split;
+use tarazed_corpus::{Split, is_han};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// A held-out document that is left out of its case.
@@ -131,11 +131,6 @@ fn unit_hashes(text: &str) -> Vec<u64> {
     }
     end(&mut word);
     hashes
-}
-
-/// The ideographs of everyday Chinese: the unified block, its first extension, the compatibility block.
-const fn is_han(c: char) -> bool {
-    matches!(c, '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{f900}'..='\u{faff}')
 }
 
 #[cfg(test)]
