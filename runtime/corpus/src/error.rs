@@ -74,7 +74,10 @@ pub enum CorpusError {
         reason: String,
     },
     /// Reconfigure: a JSON object without the text.
-    #[error("{}:{line}: {reason}; set data.domains.text_field to the field that holds the text", path.display())]
+    #[error(
+        "{}:{line}: {reason}; set data.domains.text_field (or --text-field) to the field that holds the text",
+        path.display()
+    )]
     MissingField {
         /// The file.
         path: PathBuf,
@@ -85,7 +88,7 @@ pub enum CorpusError {
     },
     /// Reconfigure: a parquet file without the column.
     #[error(
-        "{}: no string column '{column}' (its columns: {columns}); set data.domains.text_field to one of them",
+        "{}: no string column '{column}' (its columns: {columns}); set data.domains.text_field (or --text-field) to one of them",
         path.display()
     )]
     MissingColumn {
@@ -115,14 +118,14 @@ pub enum CorpusError {
         limit_bytes: u64,
     },
     /// Reconfigure: a file of tokens where text is needed.
-    #[error(
-        "{}: holds tokens, and no text to refine, to train a tokenizer on or to search; give its domain a ready \
-         data.tokenizer.path, and leave data.refine out",
-        path.display()
-    )]
+    #[error("{}: holds tokens, and no text {purpose}; {remedy}", path.display())]
     TokensWithoutText {
         /// The file.
         path: PathBuf,
+        /// What text was asked for.
+        purpose: &'static str,
+        /// What to do.
+        remedy: &'static str,
     },
     /// Reconfigure: a file of tokens that is not what its header says.
     #[error("{}: not a readable token file ({reason}); write it again, or leave it out", path.display())]
@@ -226,7 +229,7 @@ pub enum CorpusError {
         /// The data set's folder.
         folder: PathBuf,
     },
-    /// Retry: the data set cannot be written. What was written so far has been removed.
+    /// Retry: the data set cannot be written. Nothing half written is taken for one.
     #[error(
         "{}: cannot be written ({source}); free space or choose another folder, then run again (nothing half written is used)",
         path.display()
@@ -244,6 +247,22 @@ impl CorpusError {
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Write { .. } | Self::SourceChanged { .. })
+    }
+
+    /// Whether what is finished is kept for the next call. A read that fails may be the disk's or the network's failing, which
+    /// passes, or a permission, which is given: neither changes the inputs' names, so the hours of work are gone on with.
+    pub(crate) const fn keeps_work(&self) -> bool {
+        self.is_transient() || matches!(self, Self::Unreadable { .. })
+    }
+
+    /// Tokens where text is to be refined or searched.
+    pub(crate) fn tokens_to_refine(path: &Path) -> Self {
+        Self::TokensWithoutText {
+            path: path.to_owned(),
+            purpose: "to refine or to search",
+            remedy: "give its domain text, or prepare the domains of tokens by a config of their own, without data.refine and \
+                     with data.tokenizer.path",
+        }
     }
 
     pub(crate) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Self {

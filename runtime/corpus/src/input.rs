@@ -1,6 +1,7 @@
 //! Opening source files: plain, gzip (`.gz`) or Zstandard (`.zst`), by file ending.
 
 use crate::error::CorpusError;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -19,18 +20,20 @@ pub(crate) enum Packing {
 impl Packing {
     /// By file ending, and the ending of what is inside.
     pub(crate) fn of(path: &Path) -> (Self, Option<&str>) {
-        let ending = |path: &'_ Path| path.extension().and_then(|e| e.to_str()).map(str::len);
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let packing = match path.extension().and_then(|e| e.to_str()) {
+        // By the system's own strings: a name need not be UTF-8, and its ending may be all the same.
+        fn ending(name: &OsStr) -> Option<&str> {
+            Path::new(name).extension().and_then(OsStr::to_str)
+        }
+        let packing = match ending(path.as_os_str()) {
             Some("gz") => Self::Gzip,
             Some("zst") => Self::Zstandard,
             _ => Self::Plain,
         };
         let inside = match packing {
-            Self::Plain => name,
-            Self::Gzip | Self::Zstandard => &name[..name.len() - 1 - ending(path).unwrap_or(0)],
+            Self::Plain => path.file_name(),
+            Self::Gzip | Self::Zstandard => path.file_stem(),
         };
-        (packing, inside.rsplit_once('.').map(|(_, ending)| ending))
+        (packing, inside.and_then(ending))
     }
 }
 
@@ -82,6 +85,7 @@ pub(crate) fn is_json_lines(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn endings_say_what_is_inside() {
@@ -93,6 +97,17 @@ mod tests {
             ("README", Packing::Plain, None),
         ] {
             assert_eq!(Packing::of(Path::new(name)), (packing, inside), "{name}");
+        }
+        // Names that are not UTF-8, as Linux allows them.
+        for (name, packing, inside) in [
+            (&b"caf\xe9.gz"[..], Packing::Gzip, None),
+            (b"\xff.zst", Packing::Zstandard, None),
+            (b"dir/caf\xe9.jsonl.gz", Packing::Gzip, Some("jsonl")),
+            (b"caf\xe9.parquet", Packing::Plain, Some("parquet")),
+            (b"a.\xff.gz", Packing::Gzip, None),
+        ] {
+            let path = Path::new(OsStr::from_bytes(name));
+            assert_eq!(Packing::of(path), (packing, inside), "{}", path.display());
         }
         assert!(is_json_lines(Path::new("x/a.ndjson.zst")) && !is_json_lines(Path::new("a.json.gz")));
     }

@@ -53,7 +53,7 @@ pub use manifest::{
     SplitManifest, TokenizerManifest,
 };
 pub use prepare::{PrepareEvent, PrepareRequest, Prepared, Stage, prepare, prepare_again, prepare_refined};
-pub use refine::{Dropped, ReasonKind};
+pub use refine::{Dropped, ReasonKind, is_han};
 pub use refined_text::refine_text;
 pub use scan::{Contamination, Found, decontaminate, train_tokenizer};
 #[doc(hidden)]

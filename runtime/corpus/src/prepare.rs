@@ -16,7 +16,7 @@ pub use events::{PrepareEvent, Stage};
 use crate::error::CorpusError;
 use crate::files::{hash_file, sync_folder};
 use crate::manifest::{DataManifest, MANIFEST_FILE, SourceManifest};
-use crate::pipeline::{self, Pipeline};
+use crate::pipeline::{Checked, Pipeline};
 use crate::refine;
 use crate::source::{self, SourceFile};
 use crate::tokenizer::TOKENIZER_FILE;
@@ -94,7 +94,8 @@ pub fn prepare_again(
 /// there to the same bytes.
 ///
 /// # Errors
-/// As theirs; and [`CorpusError::Benchmark`], [`CorpusError::UnknownRule`].
+/// As theirs; and [`CorpusError::Benchmark`], [`CorpusError::UnknownRule`], [`CorpusError::TokensWithoutText`]. Where the same
+/// call may do better later, what is finished stays for it.
 pub fn prepare_refined(
     request: &PrepareRequest<'_>,
     refine: Option<&RefineConfig>,
@@ -103,13 +104,21 @@ pub fn prepare_refined(
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Prepared, CorpusError> {
     assert!(!request.domains.is_empty() && request.context > 0, "a validated config");
+    let checked = refine.map(|config| Checked::new(config, request.domains)).transpose()?;
     let inputs = read_inputs(request.domains, progress)?;
-    let settings = refine.map(pipeline::settings_text).transpose()?;
-    let recipe = recipe(request, &inputs, settings.as_deref())?;
+    let recipe = recipe(request, &inputs, checked.as_ref().map(Checked::text))?;
     let folder = out_dir.join(&recipe[..16]);
+    let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
     // Without the lock: a data set that is there is whole, and ranks that start together need not queue for it.
     if folder.join(MANIFEST_FILE).exists() {
-        return reuse(request, &folder, &recipe, progress);
+        let prepared = reuse(request, &folder, &recipe, progress)?;
+        // Where the lock is taken, somebody may be at it, who removes it, or the next one does.
+        if let Some(held) = work.exists().then(|| File::open(out_dir).ok()).flatten()
+            && held.try_lock().is_ok()
+        {
+            remove_left(&work);
+        }
+        return Ok(prepared);
     }
     if is_again && holds_any(out_dir) {
         return Err(CorpusError::OtherData {
@@ -120,6 +129,7 @@ pub fn prepare_refined(
     std::fs::create_dir_all(out_dir).map_err(CorpusError::write(out_dir))?;
     let lock = lock(out_dir, progress)?;
     if folder.join(MANIFEST_FILE).exists() {
+        remove_left(&work);
         return reuse(request, &folder, &recipe, progress);
     }
     let partial = out_dir.join(format!("{}{PARTIAL}", &recipe[..16]));
@@ -128,14 +138,14 @@ pub fn prepare_refined(
     if !partial.exists() {
         std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
     }
-    let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
-    let built = refine
-        .map(|config| Pipeline::run_for(&recipe, config, &inputs, &work, progress))
+    let built = checked
+        .as_ref()
+        .map(|checked| Pipeline::run_for(&recipe, checked, &inputs, &work, progress))
         .transpose()
         .and_then(|pipeline| {
             let text = build::Text {
                 inputs: &inputs,
-                refined: pipeline.as_ref().zip(settings.as_deref()),
+                refined: pipeline.as_ref().zip(checked.as_ref().map(Checked::text)),
             };
             let manifest = build::build(request, &text, &recipe, &partial, progress)?;
             manifest.check_context(request.context)?;
@@ -144,12 +154,13 @@ pub fn prepare_refined(
             sync_folder(out_dir)
         });
     if let Err(error) = built {
-        if refine.is_some() && !error.is_transient() {
+        let keeps_work = refine.is_some() && error.keeps_work();
+        if refine.is_some() && !keeps_work {
             // The same inputs do no better, and others have another name.
             let _ = std::fs::remove_dir_all(&work);
         }
         // Best effort: what stays is never taken for a data set, and the next run removes it.
-        if refine.is_none() || !error.is_transient() {
+        if !keeps_work {
             let _ = std::fs::remove_dir_all(&partial);
         }
         if !was_there {
@@ -303,6 +314,12 @@ fn remove_stale(out_dir: &Path, kept: Option<&Path>) -> Result<(), CorpusError> 
         }
     }
     Ok(())
+}
+
+/// Removes the work of a data set that is whole: a process was killed between its last two steps. Called with the lock held. Best
+/// effort: it only takes room, and the data set may lie where nobody may write any more.
+fn remove_left(work: &Path) {
+    let _ = std::fs::remove_dir_all(work);
 }
 
 fn reuse(

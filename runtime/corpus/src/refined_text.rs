@@ -2,11 +2,11 @@
 
 use crate::error::CorpusError;
 use crate::files::{HashingFile, sync_folder};
-use crate::pipeline::{self, Pipeline, Report};
-use crate::prepare::{PrepareEvent, domain_stem, lock, read_inputs};
+use crate::pipeline::{Checked, DomainReport, Pipeline, Report};
+use crate::prepare::{DomainInput, PrepareEvent, domain_stem, lock, read_inputs};
 use crate::refine::program;
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tarazed_domain::config::{DomainConfig, RefineConfig};
 
 /// One line of the text.
@@ -30,41 +30,82 @@ pub fn refine_text(
     out: &Path,
     progress: &mut dyn FnMut(PrepareEvent),
 ) -> Result<Vec<(u64, u64)>, CorpusError> {
-    if out.exists() {
-        return Err(CorpusError::write(out)(std::io::ErrorKind::AlreadyExists.into()));
-    }
-    let beside = |ending: &str| {
-        let mut name = out.as_os_str().to_owned();
-        name.push(ending);
-        std::path::PathBuf::from(name)
-    };
+    refuse_existing(out)?;
+    let checked = Checked::new(config, domains)?;
     let parent = out
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or_else(|| Path::new("."));
     std::fs::create_dir_all(parent).map_err(CorpusError::write(parent))?;
     let _lock = lock(parent, progress)?;
+    // Whoever held the lock may have made it.
+    refuse_existing(out)?;
     let inputs = read_inputs(domains, progress)?;
-    // Work of other inputs or settings is not gone on with.
-    let sources: Vec<_> = inputs
-        .iter()
-        .map(|input| (&input.config.name, input.config.language, &input.sources))
-        .collect();
-    let identity = serde_json::json!([program(), pipeline::settings_text(config)?, sources]).to_string();
-    let work = beside(".work");
-    let pipeline = Pipeline::run_for(&identity, config, &inputs, &work, progress)?;
-    let partial = beside(".partial");
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).map_err(CorpusError::write(&partial))?;
+    let (work, partial) = (beside(out, ".work"), beside(out, ".partial"));
+    let written = Pipeline::run_for(&identity(&checked, &inputs), &checked, &inputs, &work, progress)
+        .and_then(|pipeline| write(&pipeline, &inputs, &partial));
+    let counts = match written {
+        Ok(counts) => counts,
+        Err(error) => {
+            // Best effort: neither is ever taken for the text.
+            if !error.keeps_work() {
+                let _ = std::fs::remove_dir_all(&work);
+            }
+            let _ = std::fs::remove_dir_all(&partial);
+            return Err(error);
+        }
+    };
+    std::fs::rename(&partial, out).map_err(CorpusError::write(out))?;
+    sync_folder(parent)?;
+    std::fs::remove_dir_all(&work).map_err(CorpusError::write(&work))?;
+    Ok(counts)
+}
+
+fn refuse_existing(out: &Path) -> Result<(), CorpusError> {
+    if out.exists() {
+        return Err(CorpusError::write(out)(std::io::ErrorKind::AlreadyExists.into()));
     }
-    std::fs::create_dir(&partial).map_err(CorpusError::write(&partial))?;
+    Ok(())
+}
+
+fn beside(out: &Path, ending: &str) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+/// Work of other inputs or settings is not gone on with. The folder has no name of its own, so this names all that decides what
+/// becomes of a document.
+fn identity(checked: &Checked<'_>, inputs: &[DomainInput<'_>]) -> String {
+    let domains: Vec<_> = inputs
+        .iter()
+        .map(|input| {
+            let DomainConfig {
+                name,
+                language,
+                text_field,
+                ..
+            } = input.config;
+            (name, language, text_field, &input.sources)
+        })
+        .collect();
+    serde_json::json!([program(), checked.text(), domains]).to_string()
+}
+
+/// Writes the text that is kept, and the reports, to a new folder. Returns how many documents each domain had, and how many are
+/// kept.
+fn write(pipeline: &Pipeline, inputs: &[DomainInput<'_>], folder: &Path) -> Result<Vec<(u64, u64)>, CorpusError> {
+    if folder.exists() {
+        std::fs::remove_dir_all(folder).map_err(CorpusError::write(folder))?;
+    }
+    std::fs::create_dir(folder).map_err(CorpusError::write(folder))?;
     let (mut reports, mut counts) = (Vec::new(), Vec::new());
     for (index, input) in inputs.iter().enumerate() {
-        let mut report = pipeline::DomainReport::new(&input.config.name);
-        let path = partial.join(format!("{}.jsonl", domain_stem(index, &input.config.name)));
+        let mut report = DomainReport::new(&input.config.name);
+        let path = folder.join(format!("{}.jsonl", domain_stem(index, &input.config.name)));
         let mut file = HashingFile::create(&path)?;
         pipeline.documents(index, &mut |document| {
-            report.add(&document, &|id| crate::prepare::place_text(&inputs, id));
+            report.add(&document, &|id| crate::prepare::place_text(inputs, id));
             if document.dropped.is_some() {
                 return Ok(());
             }
@@ -82,10 +123,7 @@ pub fn refine_text(
         counts.push(report.counts());
         reports.push(report);
     }
-    Report::new(pipeline.shared(), reports).write(&partial)?;
-    sync_folder(&partial)?;
-    std::fs::rename(&partial, out).map_err(CorpusError::write(out))?;
-    sync_folder(parent)?;
-    std::fs::remove_dir_all(&work).map_err(CorpusError::write(&work))?;
+    Report::new(pipeline.shared(), reports).write(folder)?;
+    sync_folder(folder)?;
     Ok(counts)
 }

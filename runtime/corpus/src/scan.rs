@@ -1,7 +1,7 @@
 //! Single tools over source files: looking for benchmark items, and training a tokenizer.
 
 use crate::error::CorpusError;
-use crate::refine::{Benchmarks, Scratch, find_item};
+use crate::refine::{Benchmarks, Dropped, Scratch, find_item};
 use crate::source::{self, RawDocument, SourceFile};
 use crate::split::unit;
 use crate::tokenizer::Tokenizer;
@@ -12,6 +12,8 @@ use tarazed_domain::config::{DecontaminateConfig, DomainConfig};
 
 /// Text looked through at once, in parallel.
 const BATCH_BYTES: usize = 16 << 20;
+/// What a record counts for beside its text, about its size in memory: a batch of empty ones ends, too.
+const RECORD_BYTES: usize = 64;
 
 /// A document that holds text of a benchmark.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -49,7 +51,8 @@ pub struct Contamination {
 /// in order.
 ///
 /// # Errors
-/// A set or a source that cannot be read, or the sink's own.
+/// A set or a source that cannot be read, [`CorpusError::MissingField`] for a file in which no record has the text field,
+/// [`CorpusError::SourceChanged`], or the sink's own.
 pub fn decontaminate(
     domains: &[DomainConfig],
     config: &DecontaminateConfig,
@@ -76,6 +79,8 @@ pub fn decontaminate(
                 document_bytes_max,
                 batch: Vec::new(),
                 batch_bytes: 0,
+                texts: 0,
+                first_without: None,
                 result: &mut result,
                 clean: &mut *clean,
             };
@@ -85,6 +90,10 @@ pub fn decontaminate(
     Ok(result)
 }
 
+const fn batch_bytes(raw: &RawDocument) -> usize {
+    raw.content.bytes().len() + RECORD_BYTES
+}
+
 struct Search<'a> {
     benchmarks: &'a Benchmarks,
     domain: &'a DomainConfig,
@@ -92,6 +101,9 @@ struct Search<'a> {
     document_bytes_max: u64,
     batch: Vec<RawDocument>,
     batch_bytes: usize,
+    /// Records of the file with text, and the first that lacks the field.
+    texts: u64,
+    first_without: Option<u64>,
     result: &'a mut Contamination,
     clean: &'a mut dyn FnMut(&str) -> Result<(), CorpusError>,
 }
@@ -100,15 +112,26 @@ impl Search<'_> {
     fn run(&mut self) -> Result<(), CorpusError> {
         let read = AtomicU64::new(0);
         let (file, field, bytes_max) = (self.file, self.domain.text_field.as_str(), self.document_bytes_max);
+        file.check_unchanged()?;
         file.raw_documents(field, bytes_max, &read, &mut |raw| {
-            self.batch_bytes += raw.content.bytes().len();
+            self.batch_bytes += batch_bytes(&raw);
             self.batch.push(raw);
             if self.batch_bytes >= BATCH_BYTES {
                 self.flush()?;
             }
             Ok(true)
         })?;
-        self.flush()
+        self.flush()?;
+        file.check_unchanged()?;
+        match self.first_without {
+            // The file was named with the wrong field: that nothing was found in it says nothing.
+            Some(line) if self.texts == 0 => Err(CorpusError::MissingField {
+                path: file.path.clone(),
+                line,
+                reason: format!("no line of the file has a string in the field '{field}'"),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn flush(&mut self) -> Result<(), CorpusError> {
@@ -117,16 +140,26 @@ impl Search<'_> {
         let searched: Vec<_> = std::mem::take(&mut self.batch)
             .into_par_iter()
             .map_init(Scratch::default, |scratch, raw| {
-                let text = raw.content.text(field, bytes_max).ok()?;
-                let found = find_item(self.benchmarks, &text, scratch);
-                Some((raw.record, text, found))
+                let text = raw.content.text(field, bytes_max).map_err(|(rule, _)| rule);
+                let found = text
+                    .as_ref()
+                    .ok()
+                    .and_then(|text| find_item(self.benchmarks, text, scratch));
+                (raw.record, text, found)
             })
             .collect();
-        for one in searched {
-            let Some((record, text, found)) = one else {
-                self.result.unreadable += 1;
-                continue;
+        for (record, text, found) in searched {
+            let text = match text {
+                Ok(text) => text,
+                Err(rule) => {
+                    self.result.unreadable += 1;
+                    if rule == Dropped::NoText {
+                        self.first_without.get_or_insert(record);
+                    }
+                    continue;
+                }
             };
+            self.texts += 1;
             self.result.documents += 1;
             match found {
                 None => (self.clean)(&text)?,
@@ -179,4 +212,84 @@ pub fn train_tokenizer(
     }
     let (tokenizer, json) = Tokenizer::train_bpe(&texts, vocabulary)?;
     Ok((tokenizer, json, taken))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::RawContent;
+    use std::path::Path;
+    use tarazed_domain::config::{BenchmarkConfig, Language, SourceFormat};
+
+    const ITEM: &str = "A merchant buys thirty apples for sixty pence and sells each of them for three pence.";
+
+    fn search(
+        folder: &Path,
+        field: &str,
+        clean: &mut dyn FnMut(&str) -> Result<(), CorpusError>,
+    ) -> Result<Contamination, CorpusError> {
+        let set = folder.join("set.txt");
+        std::fs::write(&set, ITEM).unwrap();
+        let config = DecontaminateConfig {
+            sets: vec![BenchmarkConfig {
+                name: "test".to_owned(),
+                path: set,
+                fields: Vec::new(),
+            }],
+            ..DecontaminateConfig::default()
+        };
+        let domain = DomainConfig {
+            name: "web".to_owned(),
+            path: folder.join("in"),
+            format: SourceFormat::Auto,
+            language: Language::En,
+            weight: 1.0,
+            text_field: field.to_owned(),
+        };
+        decontaminate(&[domain], &config, 1 << 20, clean)
+    }
+
+    /// One file of two has another field: that is no clean file.
+    #[test]
+    fn a_file_without_the_field_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("in")).unwrap();
+        std::fs::write(folder.path().join("in/a.jsonl"), "{\"text\":\"clean\"}\n{\"no\":1}\n").unwrap();
+        let found = search(folder.path(), "text", &mut |_| Ok(())).unwrap();
+        assert_eq!((found.documents, found.unreadable), (1, 1));
+        let line = serde_json::json!({ "content": ITEM });
+        std::fs::write(folder.path().join("in/b.jsonl"), format!("not JSON\n{line}\n")).unwrap();
+        let error = search(folder.path(), "text", &mut |_| Ok(())).unwrap_err();
+        assert!(matches!(error, CorpusError::MissingField { line: 2, .. }), "{error}");
+        assert!(
+            error.to_string().contains("b.jsonl:2") && error.to_string().contains("--text-field"),
+            "{error}"
+        );
+        std::fs::remove_file(folder.path().join("in/a.jsonl")).unwrap();
+        let found = search(folder.path(), "content", &mut |_| Ok(())).unwrap();
+        assert_eq!((found.documents, found.found.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_file_that_changes_meanwhile_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("in");
+        std::fs::write(&path, "one").unwrap();
+        let error = search(folder.path(), "text", &mut |_| {
+            std::fs::write(&path, "another").unwrap();
+            Ok(())
+        });
+        assert!(matches!(error, Err(CorpusError::SourceChanged { .. })), "{error:?}");
+    }
+
+    /// Nulls of a parquet file have no bytes; a batch of them ends all the same.
+    #[test]
+    fn a_batch_of_nothing_ends() {
+        let null = RawDocument {
+            content: RawContent::Text(Vec::new()),
+            record: 1,
+        };
+        assert!(batch_bytes(&null) >= size_of::<RawDocument>());
+        assert!(BATCH_BYTES / batch_bytes(&null) < 1 << 20);
+    }
 }

@@ -226,6 +226,8 @@ impl SourceFile {
             SourceFormat::Text | SourceFormat::Auto => self.text(sink),
             SourceFormat::Megatron | SourceFormat::Llmc => Err(CorpusError::TokensWithoutText {
                 path: self.path.clone(),
+                purpose: "to train a tokenizer on",
+                remedy: "set data.tokenizer.path to the tokenizer.json that the tokens were made with",
             }),
         }
     }
@@ -269,9 +271,7 @@ impl SourceFile {
                 };
                 sink(RawDocument { content, record: 1 }).map(drop)
             }
-            SourceFormat::Megatron | SourceFormat::Llmc => Err(CorpusError::TokensWithoutText {
-                path: self.path.clone(),
-            }),
+            SourceFormat::Megatron | SourceFormat::Llmc => Err(CorpusError::tokens_to_refine(&self.path)),
         }
     }
 

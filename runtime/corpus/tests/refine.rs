@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
     CorpusError, DocumentRecord, Dropped, PrepareEvent, PrepareRequest, Prepared, Split, TokenStore, adopt,
-    find_data_set, prepare, prepare_refined,
+    find_data_set, prepare, prepare_refined, refine_text,
 };
 use tarazed_domain::DomainIndex;
 use tarazed_domain::config::{
@@ -20,6 +20,8 @@ use tarazed_domain::config::{
 
 const QUESTION: &str = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many \
                         clips did Natalia sell altogether in April and May?";
+
+const CHINESE_QUESTION: &str = "小明有四十八个苹果,他把其中的一半分给了同学,又买了十二个,请问他现在一共有多少个苹果?";
 
 fn domain(name: &str, path: &Path, language: Language) -> DomainConfig {
     DomainConfig {
@@ -142,6 +144,8 @@ impl Fixture {
         }
         web.extend(b"{\"text\":\"caf\xe9\"}\nnot JSON\n{\"body\":\"x\"}\n");
         web.extend(line(&"long ".repeat(60_000)).into_bytes());
+        // Alone it is too short a text for the rules of quality, and is reported as what it is all the same.
+        web.extend(line(QUESTION).into_bytes());
         let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         packed.write_all(&web).unwrap();
         std::fs::write(folder.path().join("web.jsonl.gz"), packed.finish().unwrap()).unwrap();
@@ -151,6 +155,9 @@ impl Fixture {
         let joined: String = chinese(7).chars().flat_map(|c| [c, ' ']).collect();
         lines.push_str(&line(&format!("{joined}再加几个字。")));
         lines.push_str(&line(&english(9)));
+        lines.push_str(&line(CHINESE_QUESTION));
+        // In the wrong language.
+        lines.push_str(&line(QUESTION));
         std::fs::write(book.join("a.jsonl"), lines).unwrap();
         std::fs::write(
             book.join("b.txt.zst"),
@@ -170,6 +177,17 @@ impl Fixture {
         };
         refine.decontaminate.sets.push(BenchmarkConfig {
             name: "gsm8k".to_owned(),
+            path: benchmark,
+            fields: Vec::new(),
+        });
+        let benchmark = folder.path().join("cmath.txt");
+        std::fs::write(
+            &benchmark,
+            format!("{CHINESE_QUESTION}\n这是没有的题目,谁也不会在任何地方看到它。\n"),
+        )
+        .unwrap();
+        refine.decontaminate.sets.push(BenchmarkConfig {
+            name: "cmath".to_owned(),
             path: benchmark,
             fields: Vec::new(),
         });
@@ -256,6 +274,7 @@ fn every_kind_of_bad_document_is_left_out_and_listed() {
             Some(Dropped::BadRecord),
             Some(Dropped::NoText),
             Some(Dropped::TooLarge),
+            Some(Dropped::Contaminated),
         ]
     );
     assert!(web[..60].iter().all(|record| record.kept.is_some()), "{web:?}");
@@ -275,10 +294,20 @@ fn every_kind_of_bad_document_is_left_out_and_listed() {
         [
             Some(Dropped::NearDuplicate),
             Some(Dropped::Language),
+            Some(Dropped::Contaminated),
+            Some(Dropped::Contaminated),
             None,
             Some(Dropped::InvalidUtf8)
         ]
     );
+    for (record, item) in [
+        (&web[72], "gsm8k, line 1"),
+        (&book[52], "cmath, line 1"),
+        (&book[53], "gsm8k, line 1"),
+    ] {
+        let detail = record.refined.clone().unwrap().detail;
+        assert!(detail.starts_with(item), "{detail}");
+    }
     // What the tokens say.
     let store = TokenStore::open(&prepared.folder, 1).unwrap();
     let tokenizer = store.tokenizer().unwrap();
@@ -318,18 +347,19 @@ fn the_report_says_what_the_index_says() {
             assert_eq!(reason["samples"].as_array().unwrap().len() as u64, count.min(5));
         }
     }
-    let set = &report["benchmarks"][0];
-    assert_eq!(
-        (
-            set["name"].as_str(),
-            set["items_found"].as_u64(),
-            set["documents_left_out"].as_u64()
-        ),
-        (Some("gsm8k"), Some(1), Some(1))
-    );
+    for (index, expected) in [("gsm8k", 1, 3), ("cmath", 1, 1)].into_iter().enumerate() {
+        let set = &report["benchmarks"][index];
+        let told = (
+            set["name"].as_str().unwrap(),
+            set["items_found"].as_u64().unwrap(),
+            set["documents_left_out"].as_u64().unwrap(),
+        );
+        assert_eq!(told, expected);
+    }
     let text = String::from_utf8(files["report.md"].clone()).unwrap();
     for expected in [
-        "| gsm8k | 1 | 0 | 1 | 1 |",
+        "| gsm8k | 1 | 0 | 1 | 3 |",
+        "| cmath | 2 | 0 | 1 | 1 |",
         "near_duplicate",
         "copy of web/web.jsonl.gz:6",
         "Rae et al. 2021",
@@ -546,6 +576,14 @@ fn wrong_input_is_an_error_with_its_place() {
     fixture.refine.quality.off.clear();
     fixture.refine.decontaminate.sets[0].path = "/no/such/set.jsonl".into();
     assert!(refused(&fixture).contains("/no/such/set.jsonl"));
+    // Tokens among the text: said with a remedy that has an effect.
+    let mut fixture = Fixture::new();
+    fixture.domains[1].format = SourceFormat::Megatron;
+    let error = refused(&fixture);
+    assert!(
+        error.contains("book: holds tokens") && error.contains("a config of their own, without data.refine"),
+        "{error}"
+    );
     // A packed file that was cut is no shorter text.
     let mut fixture = Fixture::new();
     let packed = fixture.folder.path().join("web.jsonl.gz");
@@ -576,6 +614,204 @@ fn the_name_of_a_data_set_follows_what_decides_its_text() {
     )
     .unwrap();
     assert_ne!(fixture.prepare().folder, first.folder);
+    // The same bytes are other items under another ending.
+    let before = fixture.prepare();
+    let text = set.with_extension("txt");
+    std::fs::copy(&set, &text).unwrap();
+    fixture.refine.decontaminate.sets[0].path = text;
+    assert_ne!(fixture.prepare().folder, before.folder);
+}
+
+/// What is wrong with the settings is said before the sources are read, which may take hours.
+#[test]
+fn settings_are_checked_before_any_source_is_read() {
+    let harms: [fn(&mut Fixture); 3] = [
+        |fixture| fixture.refine.quality.off.push("gopher".to_owned()),
+        |fixture| std::fs::write(&fixture.refine.decontaminate.sets[0].path, "[1]\n").unwrap(),
+        |fixture| fixture.domains[0].format = SourceFormat::Llmc,
+    ];
+    for harm in harms {
+        let mut fixture = Fixture::new();
+        harm(&mut fixture);
+        let out = fixture.folder.path().join("out");
+        let mut told = Vec::new();
+        let error = fixture.prepare_in(&out, &mut |event| told.push(event)).unwrap_err();
+        assert!(told.is_empty() && !out.exists(), "{error}: {told:?}");
+        let error = refine_text(&fixture.domains, &fixture.refine, &out, &mut |event| told.push(event)).unwrap_err();
+        assert!(told.is_empty() && !out.exists(), "{error}: {told:?}");
+    }
+}
+
+/// Work that was done for another text field is not taken for this one's, whether its process failed or was killed.
+#[test]
+fn a_corrected_text_field_is_asked_anew() {
+    for is_killed in [false, true] {
+        let mut fixture = Fixture::new();
+        let out = fixture.folder.path().join("text");
+        let work = fixture.folder.path().join("text.work");
+        let path = fixture.folder.path().join("body.jsonl");
+        let lines: String = (0..40)
+            .map(|i| serde_json::json!({ "text": english(i), "body": english(100 + i) }).to_string() + "\n")
+            .collect();
+        std::fs::write(&path, lines).unwrap();
+        fixture.domains = vec![domain("web", &path, Language::En)];
+        fixture.domains[0].text_field = if is_killed { "text" } else { "bdoy" }.to_owned();
+        let first = catch_unwind(AssertUnwindSafe(|| {
+            refine_text(&fixture.domains, &fixture.refine, &out, &mut |event| {
+                assert!(
+                    !is_killed || !matches!(event, PrepareEvent::Refining { .. }),
+                    "killed on purpose"
+                );
+            })
+        }));
+        match first {
+            Ok(refused) => {
+                let error = refused.unwrap_err();
+                assert!(matches!(error, CorpusError::MissingField { .. }), "{error}");
+                assert!(!work.exists(), "the same inputs do no better");
+            }
+            Err(_) => assert!(is_killed && work.exists()),
+        }
+        assert!(!out.exists() && !fixture.folder.path().join("text.partial").exists());
+        fixture.domains[0].text_field = "body".to_owned();
+        let counts = refine_text(&fixture.domains, &fixture.refine, &out, &mut |_| {}).unwrap();
+        assert_eq!(counts, [(40, 40)]);
+        let text = std::fs::read_to_string(out.join("000-web.jsonl")).unwrap();
+        assert!(text.contains(&english(100)) && !text.contains(&english(0)));
+        assert!(!work.exists());
+    }
+}
+
+/// Two processes that write to the same place: the second waits, finds the first one's text, and leaves it alone.
+#[test]
+fn text_that_another_process_wrote_meanwhile_is_left_alone() {
+    let fixture = Fixture::new();
+    let out = fixture.folder.path().join("text");
+    let mut held = Some(std::fs::File::open(fixture.folder.path()).unwrap());
+    held.as_ref().unwrap().lock().unwrap();
+    let mut told = Vec::new();
+    let error = refine_text(&fixture.domains, &fixture.refine, &out, &mut |event| {
+        if matches!(event, PrepareEvent::Waiting { .. }) {
+            std::fs::create_dir(&out).unwrap();
+            std::fs::write(out.join("report.json"), "theirs").unwrap();
+            held.take();
+        }
+        told.push(event);
+    })
+    .unwrap_err();
+    assert!(
+        matches!(&error, CorpusError::Write { source, .. } if source.kind() == std::io::ErrorKind::AlreadyExists),
+        "{error}"
+    );
+    assert_eq!(told.len(), 1, "nothing was read for it: {told:?}");
+    assert_eq!(std::fs::read_to_string(out.join("report.json")).unwrap(), "theirs");
+    assert!(!fixture.folder.path().join("text.work").exists());
+}
+
+/// A source that cannot be read for a while (a network folder, a permission) costs no finished work.
+#[test]
+fn work_outlives_a_read_that_failed() {
+    let mut fixture = Fixture::new();
+    fixture.refine.memory_bytes_max = 16 * 8192;
+    let expected = files(&fixture.prepare().folder);
+    let (path, away) = (
+        fixture.folder.path().join("book/a.jsonl"),
+        fixture.folder.path().join("away"),
+    );
+    let out = fixture.folder.path().join("again");
+    let failed = fixture.prepare_in(&out, &mut |event| {
+        if matches!(event, PrepareEvent::Refining { .. }) && path.exists() {
+            std::fs::rename(&path, &away).unwrap();
+        }
+    });
+    assert!(matches!(failed, Err(CorpusError::Unreadable { .. })), "{failed:?}");
+    std::fs::rename(&away, &path).unwrap();
+    let mut first = None;
+    let prepared = fixture
+        .prepare_in(&out, &mut |event| {
+            if let PrepareEvent::Refining { documents, .. } = event {
+                first.get_or_insert(documents);
+            }
+        })
+        .unwrap();
+    assert!(first.is_some_and(|documents| documents > 10), "begun anew: {first:?}");
+    assert!(files(&prepared.folder) == expected);
+    let names: Vec<_> = std::fs::read_dir(&out)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(names, [prepared.folder]);
+}
+
+/// A process that is killed between the last two steps leaves a whole data set and its work: the next one removes that.
+#[test]
+fn work_of_a_whole_data_set_is_removed() {
+    let fixture = Fixture::new();
+    let prepared = fixture.prepare();
+    let name = prepared.folder.file_name().unwrap().to_str().unwrap();
+    let work = prepared.folder.with_file_name(format!("{name}.work"));
+    let leave = || {
+        std::fs::create_dir(&work).unwrap();
+        std::fs::write(work.join("copies.table"), "left").unwrap();
+    };
+    leave();
+    assert_eq!(fixture.prepare(), prepared);
+    assert!(!work.exists());
+    // Not under the hands of a process that is still at it, and nobody waits for that.
+    leave();
+    let held = std::fs::File::open(prepared.folder.parent().unwrap()).unwrap();
+    held.lock().unwrap();
+    assert_eq!(fixture.prepare(), prepared);
+    assert!(work.exists());
+}
+
+/// What docs/DATA.md says of near copies: the document that one names may be left out itself, so of a chain the first alone stays.
+#[test]
+fn of_a_chain_of_near_copies_the_first_stays() {
+    let mut fixture = Fixture::new();
+    let path = fixture.folder.path().join("chain.jsonl");
+    let sentences: Vec<String> = (0..10)
+        .flat_map(|i| {
+            english(300 + i)
+                .split_inclusive('.')
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let link = |at: usize| sentences[at..at + 50].concat().trim().to_owned();
+    let write = |texts: &[String]| {
+        let lines = texts
+            .iter()
+            .map(|text| serde_json::json!({ "text": text }).to_string() + "\n");
+        std::fs::write(&path, lines.collect::<String>()).unwrap();
+    };
+    fixture.domains = vec![domain("web", &path, Language::En)];
+    fixture.refine.quality.enabled = false;
+    let fates = |fixture: &Fixture, name: &str| {
+        let out = fixture.folder.path().join(name);
+        let prepared = fixture.prepare_in(&out, &mut |_| {}).unwrap();
+        let of = |record: DocumentRecord| record.refined.and_then(|r| r.copy_of).map_or(0, |place| place.record);
+        records(&prepared, 0).into_iter().map(of).collect::<Vec<u64>>()
+    };
+    // Enough that both splits have text.
+    let others: Vec<String> = (0..60).map(english).collect();
+    let mut chain: Vec<String> = (0..=25).map(link).collect();
+    chain.extend(others.iter().cloned());
+    write(&chain);
+    let found = fates(&fixture, "chain");
+    assert!(
+        found[0] == 0 && found[1..26].iter().all(|&witness| witness > 0),
+        "{found:?}"
+    );
+    assert!(
+        found[25] > 1,
+        "the last is like another copy, and not like the first: {found:?}"
+    );
+    // Without those between them, first and last both stay.
+    let mut ends = vec![link(0), link(25)];
+    ends.extend(others);
+    write(&ends);
+    assert_eq!(fates(&fixture, "ends")[..2], [0, 0]);
 }
 
 /// A run takes a prepared folder as it is, if it holds the domains that the run names.

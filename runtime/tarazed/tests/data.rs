@@ -194,6 +194,22 @@ fn exported_tokens_are_a_domain() {
         [[data.domains]]\nname = \"web\"\npath = \"web.bin\"\nformat = \"megatron\"\nlanguage = \"en\"\nweight = 1.0\n";
     std::fs::write(here.join("tokens.toml"), config).expect("written");
     done(here, &["data", "prepare", "tokens.toml", "--out", "again"]);
+    // Settings that would do nothing are refused: nobody takes these tokens for free of a benchmark's text.
+    let set = "[[data.refine.decontaminate.sets]]\nname = \"test\"\npath = \"test.jsonl\"\n";
+    std::fs::write(here.join("refined.toml"), config.to_owned() + set).expect("written");
+    refused(
+        here,
+        &["data", "prepare", "refined.toml", "--out", "refined"],
+        "data.refine: every domain holds tokens",
+    );
+    let text = "[[data.domains]]\nname = \"more\"\npath = \"web.jsonl\"\nlanguage = \"en\"\nweight = 1.0\n";
+    std::fs::write(here.join("mixed.toml"), config.to_owned() + text).expect("written");
+    refused(
+        here,
+        &["data", "prepare", "mixed.toml", "--out", "refined"],
+        "web.bin: holds tokens, and no text to refine or to search; give its domain text",
+    );
+    assert!(!here.join("refined").exists());
     let of = |folder: &str| -> Value {
         serde_json::from_str(&done(here, &["data", "inspect", folder, "--json"])).expect("JSON")
     };
@@ -256,6 +272,23 @@ fn benchmark_text_is_found_in_any_file() {
     );
     refused(
         here,
+        &[
+            "data",
+            "decontaminate",
+            "web.jsonl",
+            "--against",
+            "test=test.jsonl",
+            "--text-field",
+            "txt",
+            "--out",
+            "none.jsonl",
+        ],
+        "web.jsonl:1: no line of the file has a string in the field 'txt'",
+    );
+    let left = ["none.jsonl", "none.jsonl.partial"];
+    assert!(left.iter().all(|name| !here.join(name).exists()));
+    refused(
+        here,
         &["data", "decontaminate", "web.jsonl", "--against", "a=none.jsonl"],
         "none.jsonl: cannot be read",
     );
@@ -292,6 +325,7 @@ fn a_tokenizer_is_trained_from_files() {
         ],
     );
     assert!(told.starts_with("t.json: 400 entries"), "{told}");
+    assert!(here.join("t.json").is_file() && !here.join("t.json.partial").exists());
     refused(
         here,
         &[

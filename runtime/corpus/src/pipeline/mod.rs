@@ -1,5 +1,5 @@
-//! The pipeline: from the sources of all domains to the documents that become tokens, in bounded memory, on all threads, and
-//! so that a killed process goes on where it was.
+//! The pipeline: from the sources of all domains to the documents that become tokens, in memory that does not grow with
+//! their number, on all threads, and so that a killed process goes on where it was.
 //!
 //! 1. [`pieces`]: sources are cut into pieces; each document is judged by itself ([`crate::refine`]).
 //! 2. [`copies`]: keys of all pieces are merged, and copies marked.
@@ -26,7 +26,7 @@ use pieces::Piece;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use tarazed_domain::config::RefineConfig;
+use tarazed_domain::config::{DomainConfig, RefineConfig};
 
 /// Text of a piece at most; larger ones save nothing.
 const PIECE_BYTES_MAX: u64 = 64 << 20;
@@ -45,12 +45,38 @@ pub(crate) struct Settings<'a> {
     piece_documents: usize,
 }
 
-/// The settings without paths: what is decided by them, and nothing else, as JSON.
-///
-/// # Errors
-/// A benchmark set that cannot be read, or a rule that there is not: before anything is written.
-pub(crate) fn settings_text(config: &RefineConfig) -> Result<String, CorpusError> {
-    check_rules(config)?;
+/// Settings that are right, with what they name read.
+#[derive(Debug)]
+pub(crate) struct Checked<'a> {
+    config: &'a RefineConfig,
+    shared: Arc<Shared>,
+    text: String,
+}
+
+impl<'a> Checked<'a> {
+    /// Checks everything about the settings that can be known without the text of `domains`: before hours are spent on that.
+    ///
+    /// # Errors
+    /// A domain without text, a rule that there is not, or a benchmark set that cannot be read.
+    pub(crate) fn new(config: &'a RefineConfig, domains: &[DomainConfig]) -> Result<Self, CorpusError> {
+        check_rules(config)?;
+        if let Some(domain) = domains.iter().find(|domain| domain.format.is_tokens()) {
+            return Err(CorpusError::tokens_to_refine(&domain.path));
+        }
+        Ok(Self {
+            config,
+            text: settings_text(config)?,
+            shared: Shared::load(config)?,
+        })
+    }
+
+    /// The settings without paths: what is decided by them, and nothing else, as JSON.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+fn settings_text(config: &RefineConfig) -> Result<String, CorpusError> {
     let decontaminate = &config.decontaminate;
     let settings = serde_json::json!({
         "document_bytes_max": config.document_bytes_max,
@@ -77,20 +103,20 @@ impl Pipeline {
     /// for another one is not gone on with.
     ///
     /// # Errors
-    /// A source or a benchmark set that cannot be read, a disk that cannot be written; what is done stays for the next try.
+    /// A source that cannot be read, a disk that cannot be written; what is done stays for the next try.
     pub(crate) fn run_for(
         identity: &str,
-        config: &RefineConfig,
+        checked: &Checked<'_>,
         inputs: &[DomainInput<'_>],
         folder: &Path,
         progress: &mut dyn FnMut(PrepareEvent),
     ) -> Result<Self, CorpusError> {
-        let shared = Shared::load(config)?;
+        let Checked { config, shared, .. } = checked;
         let keys_bytes = 2 * sorted::ENTRY_BYTES * (1 + u64::from(config.duplicates.bands));
         let settings = Settings {
             config,
             folder,
-            shared: Arc::clone(&shared),
+            shared: Arc::clone(shared),
             piece_bytes: (config.memory_bytes_max / PIECE_SHARE).min(PIECE_BYTES_MAX),
             piece_documents: (config.memory_bytes_max / PIECE_SHARE / keys_bytes).max(16) as usize,
         };
@@ -105,7 +131,7 @@ impl Pipeline {
         let copies = copies::find(&settings, &domains, &mut progress)?;
         Ok(Self {
             folder: folder.to_owned(),
-            shared,
+            shared: Arc::clone(shared),
             domains,
             copies,
         })

@@ -17,7 +17,6 @@ use super::table::{Runs, mix, power};
 use crate::error::CorpusError;
 use crate::source;
 use std::collections::HashMap;
-use std::path::Path;
 use tarazed_domain::config::{BenchmarkConfig, DecontaminateConfig};
 
 const WORDS_MIN: usize = 8;
@@ -312,14 +311,24 @@ impl Groups {
     }
 }
 
-/// Reads the sets' files for the recipe: their hashes say which sets they are.
-pub(crate) fn hash_sets(config: &DecontaminateConfig) -> Result<Vec<(String, String, Vec<String>)>, CorpusError> {
-    let hash = |set: &BenchmarkConfig| {
-        let path: &Path = &set.path;
-        let (_, hash) = crate::files::hash_file(path)?;
-        Ok((set.name.clone(), hash.to_hex().to_string(), set.fields.clone()))
-    };
-    config.sets.iter().map(hash).collect()
+/// What the recipe says of a set: its name, its file's hash, whether that is read as JSON lines, and its fields.
+type SetIdentity<'a> = (&'a str, String, bool, &'a [String]);
+
+/// Reads the sets' files for the recipe: their hashes say which sets they are. The ending of a file's name is no part of its
+/// content, and decides what its items are.
+pub(crate) fn hash_sets(config: &DecontaminateConfig) -> Result<Vec<SetIdentity<'_>>, CorpusError> {
+    let mut found = Vec::with_capacity(config.sets.len());
+    for set in &config.sets {
+        let (_, hash) = crate::files::hash_file(&set.path)?;
+        let is_json = crate::input::is_json_lines(&set.path);
+        found.push((
+            set.name.as_str(),
+            hash.to_hex().to_string(),
+            is_json,
+            set.fields.as_slice(),
+        ));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
-//! Quality rules for English: those of Gopher, C4 and FineWeb. Each threshold is the paper's.
+//! Quality rules for English: those of Gopher, C4 and FineWeb. Each threshold is meant to be the paper's, and is not checked
+//! against the paper's own text yet.
 //!
 //! - Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality filtering, and repetition (table A1).
 //! - C4: Raffel et al. 2020, arXiv 1910.10683, section 2.2, the rules on whole pages. Its rules on lines are left out: they
-//!   change a text and do not judge it; that on terminal punctuation is FineWeb's too, in a milder form.
+//!   change a text and do not judge it; that on terminal punctuation is FineWeb's too, in a milder form. Left out, too, are its
+//!   list of bad words and its deduplication of spans of three sentences.
 //! - FineWeb: Penedo et al. 2024, arXiv 2406.17557, section 3.6.
 //!
 //! *Words* are what stands between white space. The first broken rule counts; cheap rules come first.
@@ -27,7 +29,7 @@ const TOP_GROUP_MAX: [(usize, f64); 3] = [(2, 0.20), (3, 0.18), (4, 0.16)];
 const REPEATED_GROUPS_MAX: [(usize, f64); 6] = [(5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)];
 /// C4.
 const SENTENCES_MIN: usize = 3;
-/// FineWeb. Its published program has 0.01 for the last one; this is the paper's.
+/// FineWeb. Its published program has 0.01 for the last one; this is meant to be the paper's.
 const PUNCTUATED_LINES_MIN: f64 = 0.12;
 const SHORT_LINES_MAX: f64 = 0.67;
 const SHORT_LINE_CHARACTERS: usize = 30;

@@ -73,7 +73,7 @@ fn fold(c: char) -> Option<char> {
 }
 
 /// Han characters: the unified ideographs with their extensions and compatibility forms.
-pub(super) const fn is_han(c: char) -> bool {
+pub const fn is_han(c: char) -> bool {
     matches!(c, '\u{4e00}'..='\u{9fff}' | '\u{3400}'..='\u{4dbf}' | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{323af}')
 }
 

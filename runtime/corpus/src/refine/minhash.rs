@@ -11,7 +11,9 @@
 //! The S-curve is steepest near `(1 / bands)^(1 / rows)`, 0.72 there. More rows make meeting rarer, more bands more common.
 //!
 //! A document is a near copy where it meets an **earlier** one. So a copy has a witness, and whether a document stays does not
-//! depend on what comes after it; unlike connected components, two documents that only share a common copy both stay.
+//! depend on what comes after it. The witness may itself be left out as a copy: of a chain in which each is like the one before,
+//! the first alone stays, as with connected components. Unlike with these, two documents that are only both like a third both
+//! stay where the third comes after them.
 
 use super::fold::Folded;
 use super::table::{Runs, mix, power};

@@ -1,8 +1,9 @@
 //! Refining: what happens to one document before its text becomes tokens, as pure functions of the text and the settings.
 //!
-//! [`Refiner::judge`] is the straight line: [clean](clean), [language](language), quality ([english], [chinese]),
-//! [benchmarks](benchmark); what is left gets the keys by which copies meet ([minhash]). Comparing documents with each other
-//! is the pipeline's.
+//! [`Refiner::judge`] is the straight line: [clean](clean), [benchmarks](benchmark), [language](language), quality ([english],
+//! [chinese]); what is left gets the keys by which copies meet ([minhash]). Comparing documents with each other is the
+//! pipeline's. Benchmarks come before what judges a text by its length or language, so that an item that stands alone is
+//! reported as what it is.
 //!
 //! Nothing here reads a file but the benchmark sets, knows a thread or a clock, or remembers a document.
 
@@ -19,6 +20,7 @@ mod rules;
 mod table;
 
 pub(crate) use benchmark::{BenchmarkItem, Benchmarks, hash_sets};
+pub use fold::is_han;
 pub(crate) use rules::Broken;
 pub use rules::{Dropped, ReasonKind};
 pub(crate) use table::mix;
@@ -35,7 +37,7 @@ use xxhash_rust::xxh3::xxh3_128;
 pub(crate) fn program() -> String {
     let (a, b, c) = unicode_normalization::UNICODE_VERSION;
     let (d, e, f) = char::UNICODE_VERSION;
-    format!("tarazed-refine 1, whichlang 0.1.1, Unicode {a}.{b}.{c} and {d}.{e}.{f}")
+    format!("tarazed-refine 2, whichlang 0.1.1, Unicode {a}.{b}.{c} and {d}.{e}.{f}")
 }
 
 /// One character lost in so many is too much.
@@ -179,6 +181,7 @@ impl Refiner {
                 format!("{} of {characters} characters", cleaned.replaced),
             ));
         }
+        self.refuse_benchmarks(&cleaned.text, scratch)?;
         if let Some(share_min) = self.share_min {
             let found = language::identify(&cleaned.text);
             if found.share_of(self.language) < share_min {
@@ -196,38 +199,43 @@ impl Refiner {
             };
             judged.map_err(|broken| (broken, None))?;
         }
-        self.compare(cleaned.text, text, scratch)
+        Ok(self.keep(cleaned.text, text, scratch))
     }
 
-    /// What needs the folded text: benchmarks, and the keys of copies.
-    fn compare(
-        &self,
-        text: String,
-        original: &str,
-        scratch: &mut Scratch,
-    ) -> Result<Kept, (Broken, Option<BenchmarkItem>)> {
+    /// A text that holds an item of a benchmark is left out, whatever else is wrong with it.
+    fn refuse_benchmarks(&self, text: &str, scratch: &mut Scratch) -> Result<(), (Broken, Option<BenchmarkItem>)> {
+        let benchmarks = &self.shared.benchmarks;
+        if benchmarks.is_empty() {
+            return Ok(());
+        }
+        scratch.folded.set(text);
+        let Some((item, groups)) = benchmarks.find(&scratch.folded, &mut scratch.runs) else {
+            return Ok(());
+        };
+        let set = &benchmarks.sets()[item.set as usize].name;
+        let broken = Broken {
+            rule: Dropped::Contaminated,
+            detail: format!("{set}, line {}: {groups} groups", item.line),
+        };
+        Err((broken, Some(item)))
+    }
+
+    /// A text that goes on, with the keys by which copies meet.
+    fn keep(&self, text: String, original: &str, scratch: &mut Scratch) -> Kept {
         let Scratch { folded, runs, .. } = scratch;
-        let Shared { benchmarks, sketcher } = &*self.shared;
-        if !benchmarks.is_empty() || sketcher.is_some() {
-            folded.set(&text);
-        }
-        if let Some((item, groups)) = benchmarks.find(folded, runs).filter(|_| !benchmarks.is_empty()) {
-            let set = &benchmarks.sets()[item.set as usize].name;
-            let broken = Broken {
-                rule: Dropped::Contaminated,
-                detail: format!("{set}, line {}: {groups} groups", item.line),
-            };
-            return Err((broken, Some(item)));
-        }
-        let bands = sketcher
-            .as_ref()
-            .map_or_else(Vec::new, |sketcher| sketcher.bands(folded, runs));
-        Ok(Kept {
+        let bands = self.shared.sketcher.as_ref().map_or_else(Vec::new, |sketcher| {
+            // Where there are benchmarks, it is folded already: no rule uses this part of the scratch memory.
+            if self.shared.benchmarks.is_empty() {
+                folded.set(&text);
+            }
+            sketcher.bands(folded, runs)
+        });
+        Kept {
             is_changed: text != original,
             exact: xxh3_128(text.as_bytes()),
             bands,
             text,
-        })
+        }
     }
 }
 

@@ -147,7 +147,6 @@ impl Prepare {
 
 fn prepare(args: &Prepare) -> Result<(), Failure> {
     let file = load(args)?;
-    let refine = file.data.refine.clone().unwrap_or_default();
     let request = PrepareRequest {
         domains: &file.data.domains,
         tokenizer: &file.data.tokenizer,
@@ -155,8 +154,10 @@ fn prepare(args: &Prepare) -> Result<(), Failure> {
         held_out_fraction: file.data.held_out_fraction,
         context: file.context,
     };
-    let refine = refine_of(&request, &refine);
-    let prepared = prepare_refined(&request, refine, false, &args.out, &mut |event| args.tell(&event))?;
+    let refine = refine_of(&request, file.data.refine.as_ref())?;
+    let prepared = prepare_refined(&request, refine.as_ref(), false, &args.out, &mut |event| {
+        args.tell(&event)
+    })?;
     if args.json {
         return print_json_line(
             &serde_json::json!({ "folder": prepared.folder, "version": prepared.manifest.version }),
@@ -183,10 +184,19 @@ fn refine(args: &Prepare) -> Result<(), Failure> {
     print(&text)
 }
 
-/// Domains of tokens hold no text to refine; a data set of these alone is taken as it is.
-fn refine_of<'a>(request: &PrepareRequest<'_>, refine: &'a RefineConfig) -> Option<&'a RefineConfig> {
+/// Domains of tokens hold no text to refine; a data set of these alone is taken as it is. Settings for it would do nothing, and
+/// whoever named benchmark sets would take the tokens for free of them: that is refused.
+fn refine_of(request: &PrepareRequest<'_>, refine: Option<&RefineConfig>) -> Result<Option<RefineConfig>, Failure> {
     let only_tokens = request.domains.iter().all(|domain| domain.format.is_tokens());
-    (!only_tokens).then_some(refine)
+    match refine {
+        Some(_) if only_tokens => Err(Failure::refused(
+            "data.refine",
+            "every domain holds tokens, and no text to refine or to search for benchmark sets",
+            "leave the section out to take the tokens as they are, or give the domains' text",
+        )),
+        None if only_tokens => Ok(None),
+        refine => Ok(Some(refine.cloned().unwrap_or_default())),
+    }
 }
 
 fn print_json_line(value: &impl Serialize) -> Result<(), Failure> {
@@ -466,44 +476,70 @@ pub(super) fn domain_of(path: &Path, text_field: &str) -> DomainConfig {
 /// JSON lines that appear under their name when all of them are there.
 struct Lines {
     path: PathBuf,
-    partial: PathBuf,
-    file: std::io::BufWriter<std::fs::File>,
+    file: NewFile,
 }
 
 impl Lines {
     fn create(path: &Path) -> Result<Self, CorpusError> {
-        let failed = |source| CorpusError::Write {
+        let file = NewFile::create(path).map_err(|source| CorpusError::Write {
             path: path.to_owned(),
             source,
-        };
-        if path.exists() {
-            return Err(failed(std::io::ErrorKind::AlreadyExists.into()));
-        }
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let file = std::fs::File::create(&partial).map_err(failed)?;
+        })?;
         Ok(Self {
             path: path.to_owned(),
-            partial,
-            file: std::io::BufWriter::new(file),
+            file,
         })
     }
 
     fn push(&mut self, text: &str) -> Result<(), CorpusError> {
-        writeln!(self.file, "{}", serde_json::json!({ "text": text })).map_err(|source| CorpusError::Write {
-            path: self.partial.clone(),
+        writeln!(self.file.writer, "{}", serde_json::json!({ "text": text })).map_err(|source| CorpusError::Write {
+            path: self.path.clone(),
             source,
         })
     }
 
-    fn finish(mut self) -> Result<(), CorpusError> {
-        let done = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        done.and_then(|()| std::fs::rename(&self.partial, &self.path))
-            .map_err(|source| CorpusError::Write {
-                path: self.path,
-                source,
-            })
+    fn finish(self) -> Result<(), CorpusError> {
+        let Self { path, file } = self;
+        file.finish().map_err(|source| CorpusError::Write { path, source })
+    }
+}
+
+/// A file that must not be there, and appears under its name whole and on disk, or not at all.
+pub(super) struct NewFile {
+    path: PathBuf,
+    partial: PathBuf,
+    pub(super) writer: std::io::BufWriter<std::fs::File>,
+}
+
+impl NewFile {
+    pub(super) fn create(path: &Path) -> std::io::Result<Self> {
+        if path.exists() {
+            return Err(std::io::ErrorKind::AlreadyExists.into());
+        }
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let writer = std::io::BufWriter::new(std::fs::File::create(&partial)?);
+        Ok(Self {
+            path: path.to_owned(),
+            partial,
+            writer,
+        })
+    }
+
+    pub(super) fn finish(mut self) -> std::io::Result<()> {
+        self.writer.flush()?;
+        self.writer.get_ref().sync_all()?;
+        std::fs::rename(&self.partial, &self.path)?;
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        std::fs::File::open(folder.unwrap_or_else(|| Path::new(".")))?.sync_all()
+    }
+}
+
+impl Drop for NewFile {
+    /// Best effort: after a failure what is half written goes; after [`NewFile::finish`] there is nothing under that name.
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.partial);
     }
 }
 

@@ -1,8 +1,9 @@
 //! `tarazed tokenizer train`: a tokenizer from text files alone.
 
-use super::data::domain_of;
+use super::data::{NewFile, domain_of};
 use crate::exit::{Exit, Failure};
 use crate::output::print;
+use std::io::Write as _;
 use std::path::PathBuf;
 use tarazed_corpus::train_tokenizer;
 
@@ -52,7 +53,12 @@ pub fn run(command: &Command) -> Result<Exit, Failure> {
         .map(|path| domain_of(path, &args.text_field))
         .collect();
     let (tokenizer, json, bytes) = train_tokenizer(&domains, args.vocabulary, args.train_bytes_max)?;
-    std::fs::write(&args.out, json).map_err(|e| {
+    // A tokenizer.json that was cut short would be taken for one.
+    let written = NewFile::create(&args.out).and_then(|mut file| {
+        file.writer.write_all(json.as_bytes())?;
+        file.finish()
+    });
+    written.map_err(|e| {
         Failure::io(
             args.out.display(),
             &e,

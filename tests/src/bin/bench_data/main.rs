@@ -1,6 +1,5 @@
 //! Refining text against datatrove: the same rules and the same near-copies on the same JSON lines, on as many cores,
-//! alternating in one run. Ours does more (cleaning, languages, exact copies, an index of every document); the peer has no such
-//! stage here. The clock runs from the files to the files.
+//! alternating in one run. Ours does more (cleaning, languages, exact copies); the peer has no such stage here. The clock runs from the files to the files.
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
