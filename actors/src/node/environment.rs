@@ -23,8 +23,8 @@ pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> 
         let theirs = OsString::from_vec(theirs.to_vec());
         has_key |= theirs == ACCESS_KEY;
         has_token |= theirs == SESSION_TOKEN;
-        has_profile |= theirs == PROFILE && value.is_some();
         let value = Some(value).filter(|value| value != OsStr::new(""));
+        has_profile |= theirs == PROFILE && value.is_some();
         changes.extend([(theirs, value), (name, None)]);
     }
     if has_profile && !has_key {
