@@ -12,7 +12,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterDevice, Config};
 use tarazed_domain::{Mutant, StepsCompleted};
 use tarazed_protocol::trace::{TraceLine, parse_whole_lines};
 
@@ -551,6 +551,15 @@ fn take_lock(paths: &RunPaths, occupied: Occupied) -> Result<File, FolderError> 
     }
 }
 
+/// As a config says it.
+const fn device_name(device: ClusterDevice) -> &'static str {
+    match device {
+        ClusterDevice::Auto => "auto",
+        ClusterDevice::Cpu => "cpu",
+        ClusterDevice::Cuda => "cuda",
+    }
+}
+
 fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> {
     let path = paths.config();
     let theirs = Config::load(&path, &[]).map_err(|e| {
@@ -561,6 +570,7 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
         )
     })?;
     let shards = (config.optimizer.shards, theirs.optimizer.shards);
+    let devices = (config.cluster.device, theirs.cluster.device);
     let (ours, theirs) = (config.identity(), theirs.identity());
     if ours == theirs && shards.0 != shards.1 {
         return Err(FolderError::new(
@@ -570,6 +580,17 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
                 shards.1, shards.0
             ),
             "put the number back, or name another --run-dir for a new run",
+        ));
+    }
+    if ours == theirs && devices.0 != devices.1 {
+        // Both are resolved: `auto` is what this machine had when the run began, and has now.
+        let (ours, theirs) = (device_name(devices.0), device_name(devices.1));
+        return Err(FolderError::new(
+            paths.dir(),
+            format!(
+                "holds a run with cluster.device = \"{theirs}\", not \"{ours}\": its numbers are those of such a device"
+            ),
+            format!("set it to \"{theirs}\" where such a device can be used, or name another --run-dir for a new run"),
         ));
     }
     if ours == theirs {
@@ -764,6 +785,27 @@ mod tests {
             "{refused}"
         );
         assert_eq!(std::fs::read(dir.join("config.toml")).expect("a config"), text);
+    }
+
+    /// Processors compute in f32 and CUDA devices in bf16: one run is not continued on the other, whatever `auto` finds now.
+    #[test]
+    fn a_run_does_not_go_on_with_another_kind_of_device() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        for (began, resumed) in [("cpu", "cuda"), ("cuda", "cpu")] {
+            let dir = base.path().join(began);
+            let on = |device: &str| config(&dir, &[&format!("cluster.device={device}")]);
+            let folder = RunFolder::open(&on(began), Existing::Fresh).expect("opened");
+            folder.write_config(&on(began)).expect("written");
+            drop(folder);
+            let refused = RunFolder::open(&on(resumed), Existing::Resume).expect_err("refused");
+            let expected = format!("cluster.device = \"{began}\", not \"{resumed}\"");
+            assert!(
+                refused.cause.contains(&expected) && refused.trouble == Trouble::Unfit,
+                "{refused}"
+            );
+            assert!(refused.remedy.contains(&format!("\"{began}\"")), "{refused}");
+            RunFolder::open(&on(began), Existing::Resume).expect("the same run");
+        }
     }
 
     #[test]

@@ -176,8 +176,10 @@ DEVICE u32 list_places(const u32* tokens, u32 token_count, u32 token, u32 first,
 }
 
 // Each id has a block of threads, but only that of its first place works: it adds all rows of that id in order of place, so
-// nobody else writes that row of the table, and the additions are those of the CPU kernel. Looking for the places costs
-// `token_count` ids from the cache for each block, which is little beside the rows themselves.
+// nobody else writes that row of the table, and the additions are those of the CPU kernel. Looking for the places reads
+// ids for each block, all `token_count` for one that works and those up to its id's nearest earlier place for one that does
+// not: at worst the square of their number in all, for each run of columns. They are expected to come from the cache and to
+// take little time beside the rows, which is not measured.
 KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, float* table_gradient, u32 token_count,
                                u32 vocabulary, u32 width) {
     SHARED u32 list[SEARCH];

@@ -21,6 +21,14 @@ pub enum DeviceError {
         /// Size of the allocation that failed.
         needed_bytes: usize,
     },
+    /// Reconfigure the host: memory that a device copies from and to is not there, or may not be pinned.
+    #[error(
+        "out of pinned host memory: {needed_bytes} bytes more were needed; raise the limits on this process's memory and on locked memory (`ulimit -l`), or run fewer ranks on this host"
+    )]
+    OutOfPinnedMemory {
+        /// Size of the allocation that failed.
+        needed_bytes: usize,
+    },
     /// Halt this rank: the device does not answer any more, or answered with an error that outlives the call.
     #[error("device failed in {operation}: {cause}; the rank must be replaced")]
     Failed {
@@ -367,7 +375,7 @@ pub trait Device: Send + Sync + 'static {
     /// A stream for one thread.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] if its scratch does not fit.
+    /// [`DeviceError::OutOfMemory`] or [`DeviceError::OutOfPinnedMemory`] if its scratch does not fit.
     fn stream(&self) -> Result<Self::Stream, DeviceError>;
 
     /// A zeroed buffer of `len` elements.

@@ -594,7 +594,11 @@ fn memory_that_is_not_there_is_named_with_its_size() {
     assert_eq!(needed(rig.device.alloc(1000, Full).err()), 4000);
     // A stream and its event come before the memory that is copied through.
     fail(&rig, 2);
-    assert_eq!(needed(rig.device.stream().err()), STAGING_BYTES);
+    let refused = rig.device.stream().err();
+    let Some(DeviceError::OutOfPinnedMemory { needed_bytes }) = refused else {
+        panic!("the host's memory, not the device's: {refused:?}")
+    };
+    assert_eq!(needed_bytes, STAGING_BYTES);
     // The first product is planned before its workspace is made.
     fail(&rig, 1);
     let call = Gemm::forward(8, 8, 8);
@@ -628,7 +632,13 @@ fn a_failure_at_any_call_is_told_and_leaves_nothing_behind() {
                 Ok(()) => assert!(gives_back, "{context}"),
                 Err(DeviceError::OutOfMemory { needed_bytes }) => {
                     assert!(
-                        severity == Severity::OutOfMemory && call.starts_with("alloc") && needed_bytes > 0,
+                        severity == Severity::OutOfMemory && call == "alloc" && needed_bytes > 0,
+                        "{context}"
+                    );
+                }
+                Err(DeviceError::OutOfPinnedMemory { needed_bytes }) => {
+                    assert!(
+                        severity == Severity::OutOfMemory && call == "alloc_pinned" && needed_bytes > 0,
                         "{context}"
                     );
                 }

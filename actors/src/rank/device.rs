@@ -113,6 +113,10 @@ pub fn device_type(config: &Config) -> String {
 
 #[cfg(feature = "cuda")]
 fn refused(absence: Absence) -> DeviceRefused {
+    // What a person reads is one line; a compiler's log has more.
+    if let Absence::Failed(error) = &absence {
+        tracing::warn!(%error, "the CUDA device cannot be used");
+    }
     DeviceRefused {
         cause: absence.to_string(),
         remedy: "make the device and CUDA's libraries visible to this process",

@@ -227,9 +227,40 @@ pub enum Absence {
         /// What it has.
         capability: (u32, u32),
     },
-    /// It is there, and does not answer.
-    #[error("no CUDA device that can be used: {0}")]
+    /// The driver cannot load what the compiler makes.
+    #[error(
+        "no CUDA device that can be used: the driver is too old: it is CUDA {}.{}, and libnvrtc is of CUDA {compiler_major}",
+        .driver.0,
+        .driver.1
+    )]
+    DriverTooOld {
+        /// The driver's version, major and minor.
+        driver: (u32, u32),
+        /// The compiler's.
+        compiler_major: u32,
+    },
+    /// It is there, and does not answer, or a source does not compile. The text is the first line; a compiler's log is in the
+    /// error's detail.
+    #[error("no CUDA device that can be used: {}", first_line(.0))]
     Failed(#[from] DriverError),
+}
+
+fn first_line(error: &DriverError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// Whether a driver loads machine code of a compiler: within one major version any does, and a newer driver does.
+///
+/// `driver_version` is the driver interface's number, e.g. 13000 for 13.0.
+///
+/// # Errors
+/// [`Absence::DriverTooOld`]. Without this, the first kernel would fail to load with an error that does not say why.
+pub const fn driver_loads(driver_version: u32, compiler_major: u32) -> Result<(), Absence> {
+    let driver = (driver_version / 1000, driver_version % 1000 / 10);
+    if driver.0 < compiler_major {
+        return Err(Absence::DriverTooOld { driver, compiler_major });
+    }
+    Ok(())
 }
 
 /// `C = alpha · op(A) · op(B)` or `C += …`, row-major; see [`crate::Gemm`]. All that an algorithm is chosen by: the
@@ -539,5 +570,35 @@ mod tests {
             capability: (7, 5),
         };
         assert!(absence.to_string().contains("7.5, and 8.0 is needed"), "{absence}");
+    }
+
+    /// A compiler's log has many lines; the first names the first mistake.
+    #[test]
+    fn absence_is_one_line_where_a_log_has_many() {
+        let error = DriverError {
+            call: "nvrtcCompileProgram",
+            severity: Severity::Refused,
+            name: "NVRTC_ERROR_COMPILATION".to_owned(),
+            detail: "rows.cu: rows.cu(2): error: x is undefined\n  x = 1;\n  ^\n".to_owned(),
+        };
+        let absence = Absence::from(error.clone());
+        let text = absence.to_string();
+        assert!(text.ends_with("rows.cu(2): error: x is undefined"), "{text}");
+        assert_eq!(absence, Absence::Failed(error), "the log is kept");
+    }
+
+    #[test]
+    fn a_driver_older_than_the_compiler_is_told_so() {
+        for (driver, compiler) in [(13_000, 13), (13_020, 13), (14_000, 13), (12_080, 12)] {
+            assert_eq!(driver_loads(driver, compiler), Ok(()), "{driver} {compiler}");
+        }
+        let absence = driver_loads(12_080, 13).unwrap_err();
+        let text = absence.to_string();
+        assert!(
+            text.contains("driver is too old: it is CUDA 12.8, and libnvrtc is of CUDA 13"),
+            "{text}"
+        );
+        assert!(!text.contains('\n'), "{text}");
+        assert!(driver_loads(0, 13).is_err(), "a driver that does not say its version");
     }
 }

@@ -123,14 +123,14 @@ impl<D: Driver> Pinned<D> {
     /// Zeroed host memory.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] with the size, [`DeviceError::Failed`].
+    /// [`DeviceError::OutOfPinnedMemory`] with the size, [`DeviceError::Failed`].
     pub(super) fn new(context: &Arc<Context<D>>, bytes: usize) -> Result<Self, DeviceError> {
         context.check("pinned memory")?;
         let pointer = context
             .driver()
             .alloc_pinned(bytes.max(1))
             .map_err(|error| match error.severity {
-                Severity::OutOfMemory => DeviceError::OutOfMemory { needed_bytes: bytes },
+                Severity::OutOfMemory => DeviceError::OutOfPinnedMemory { needed_bytes: bytes },
                 Severity::Refused | Severity::Sticky => context.judge("pinned memory", &error),
             })?;
         Ok(Self {

@@ -193,6 +193,7 @@ fn find(ordinal: u32) -> Result<Found, Absence> {
         return Err(Absence::TooOld { name, capability });
     }
     let compiler = Nvrtc::open()?;
+    driver_loads(facts.driver_version, compiler.major())?;
     let architecture = cubin::architecture(facts.capability, &compiler.architectures)
         .map_err(|cause| refused("nvrtcGetSupportedArchs", cause))?;
     facts.numeric_libraries = vec![

@@ -17,7 +17,8 @@ use std::sync::Arc;
 
 const OPERATION: &str = "snapshot";
 
-/// A copy stream, and pinned memory of snapshots that are over: pinning costs more than copying.
+/// A copy stream, and pinned memory of snapshots that are over: pinning anew is expected to cost more than copying (not
+/// measured).
 pub struct Snapshots<D: Driver> {
     queue: Queue<D>,
     context: Arc<Context<D>>,
@@ -65,7 +66,7 @@ impl<D: Driver> Snapshots<D> {
     /// If a view does not fit its buffer, or in a capture.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] of pinned memory, [`DeviceError::Failed`].
+    /// [`DeviceError::OutOfPinnedMemory`], [`DeviceError::Failed`].
     pub fn begin(
         &mut self,
         after: &mut CudaStream<D>,

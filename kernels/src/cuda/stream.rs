@@ -14,7 +14,7 @@ use super::table::{Launch, Value};
 use crate::device::DeviceError;
 use std::sync::Arc;
 
-/// Bytes of the staging buffer: long enough that a copy's fixed cost does not show.
+/// Bytes of the staging buffer: long enough that a copy's fixed cost should not show (expected, not measured).
 pub const STAGING_BYTES: usize = 4 << 20;
 
 /// What a run of scratch memory is for; one operation never needs two runs of one kind.
@@ -95,7 +95,7 @@ impl<D: Driver> CudaStream<D> {
     /// A queue with its staging buffer.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`], [`DeviceError::Failed`].
+    /// [`DeviceError::OutOfPinnedMemory`], [`DeviceError::Failed`].
     pub(super) fn new(context: &Arc<Context<D>>) -> Result<Self, DeviceError> {
         Ok(Self {
             queue: Queue::new(context)?,

@@ -234,6 +234,9 @@ impl<D: Device> Shared<'_, D> {
             let digest = (inputs.digest)(inputs.device, worker.workspace.stream(), &gradient)?;
             *lock(&self.audited) = Some(digest);
         }
+        // From here on other streams may add to the gradient or read it. A lane that trained was waited for with its losses;
+        // of one without sequences the zeroes may still stand in this stream alone.
+        inputs.device.synchronize(worker.workspace.stream())?;
         lock(&self.stats)[(lane.0 - self.range.start) as usize] = Some(stats);
         let (mut node, mut value) = (Node::leaf(lane), gradient);
         loop {
@@ -345,4 +348,79 @@ fn train_on<D: Device>(
         inputs.progress.worked();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use tarazed_domain::config::ModelConfig;
+    use tarazed_kernels::cuda::CudaDevice;
+    use tarazed_kernels::cuda::recording::{Call, RecordingDriver};
+    use tarazed_model::parameter_layout;
+
+    type Recorded = CudaDevice<RecordingDriver>;
+
+    fn model(recorder: &RecordingDriver) -> (Model<Recorded>, usize) {
+        let config = ModelConfig {
+            layers: 1,
+            hidden: 32,
+            ffn: 48,
+            heads: 2,
+            kv_heads: 1,
+            context: 8,
+            vocabulary: 50,
+            rope_theta: 10_000.0,
+            norm_eps: 1e-5,
+            init_std: 0.02,
+            norm_init: 1.0,
+        };
+        let layout = parameter_layout(&config, 1024);
+        let device = CudaDevice::new(recorder.clone()).unwrap();
+        (Model::new(&config, &layout, device).unwrap(), layout.flat_elements())
+    }
+
+    /// A lane without sequences asks its stream for nothing but zeroes, and whoever adds to them works on another stream: they
+    /// are there before the gradient is handed on.
+    #[test]
+    fn the_zeroes_of_an_empty_lane_are_waited_for() {
+        let recorder = RecordingDriver::new();
+        let (model, elements) = model(&recorder);
+        let device = model.device();
+        let mut engine = LaneEngine::new(&model, elements, 1, 1, 1).unwrap();
+        // Used once, so that it is zeroed on the lane's own stream.
+        engine.recycle([device.alloc(elements, Precision::Full).unwrap()]);
+        let weights = device.alloc(elements, Precision::Working).unwrap();
+        let range = LaneRange { start: 0, end: 1 };
+        let batch = StepBatch::without_sequences(8, range);
+        let inputs = LaneInputs {
+            device,
+            model: &model,
+            weights: &weights,
+            batch: &batch,
+            loss_scale: 1.0,
+            squares_of: None,
+            abort: &AtomicBool::new(false),
+            progress: &Progress::default(),
+            digest: |_, _, _| unreachable!("no lane is audited"),
+        };
+        drop(recorder.take());
+        let results = engine.run(inputs, LaneTree::new(1), range).unwrap();
+        assert_eq!(results.nodes.len(), 1);
+        let calls = recorder.take();
+        let stream = calls.iter().find_map(|call| match call {
+            Call::SetBytes(stream, _, 0, bytes) if *bytes == elements * 4 => Some(*stream),
+            _ => None,
+        });
+        let last = calls
+            .iter()
+            .rev()
+            .find(|call| call.is_work() || matches!(call, Call::Synchronize(_)));
+        assert_eq!(
+            last,
+            Some(&Call::Synchronize(stream.expect("zeroed on a stream"))),
+            "{calls:?}"
+        );
+    }
 }

@@ -113,6 +113,23 @@ impl StepBatch {
     pub const fn sequence_tokens(&self) -> usize {
         self.context + 1
     }
+
+    /// Lanes without a sequence, as a batch has them that is smaller than its lanes.
+    #[cfg(test)]
+    pub(crate) fn without_sequences(context: usize, range: LaneRange) -> Self {
+        Self {
+            step: StepIndex(0),
+            digest: [0; 32],
+            mixture: Vec::new(),
+            directives: Directives::default(),
+            sequences: 0,
+            context,
+            audited: None,
+            to_audit: None,
+            range,
+            lanes: vec![LaneSamples::default(); range.len()],
+        }
+    }
 }
 
 /// Fixed facts of feeding.

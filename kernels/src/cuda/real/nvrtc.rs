@@ -77,6 +77,11 @@ impl Nvrtc {
         })
     }
 
+    /// Of its version.
+    pub fn major(&self) -> u32 {
+        u32::try_from(self.version.0).unwrap_or(0)
+    }
+
     fn log(program: &Program) -> String {
         let mut size = 0;
         // SAFETY: the program is live, and `size` valid for the write.
@@ -150,11 +155,13 @@ mod tests {
     use crate::cuda::cubin::{architecture, options};
     use crate::cuda::table;
 
-    /// The compiler, where this machine has one; its absence is one line.
+    /// The compiler, where this machine has one; its absence is one line. Where the environment says that it is there
+    /// (`TARAZED_NVRTC_REQUIRED`), absence is a failure.
     fn compiler() -> Option<Nvrtc> {
         match Nvrtc::open() {
             Ok(compiler) => Some(compiler),
             Err(absence) => {
+                assert!(std::env::var_os("TARAZED_NVRTC_REQUIRED").is_none(), "{absence}");
                 assert_eq!(absence.to_string(), "no CUDA device: libnvrtc.so is not there");
                 None
             }

@@ -12,7 +12,7 @@ pub struct Args {
     /// Seeds of the conformance suite's inputs.
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 2, 3])]
     seeds: Vec<u64>,
-    /// Folder of the report, `DEVICE-COMMIT.json`.
+    /// Folder of the report, `DEVICE-build-ID.json`; the ID is the beginning of this program's BLAKE3 hash.
     #[arg(long, value_name = "DIR", default_value = "docs/gpu")]
     out: PathBuf,
 }
@@ -47,6 +47,7 @@ mod checks {
     use crate::gpu_check::{Extent, check, determinism, timing};
     use crate::output::print;
     use serde_json::json;
+    use std::fs::File;
     use std::path::{Path, PathBuf};
     use std::process::Command;
     use tarazed_kernels::cuda::CudaDevice;
@@ -69,14 +70,16 @@ mod checks {
             determinism: determinism::Sizes::standard(),
             timing: timing::Sizes::standard(),
         };
+        // Before anything that takes long: a report that cannot say what it is of is of no use.
+        let build = build(Path::new(THIS_PROGRAM))?;
         let (mut report, failed) = check(&device, &extent);
-        let commit = commit();
-        report["commit"] = json!(commit);
+        report["build_blake3"] = json!(build);
+        report["commit_of_the_working_directory"] = json!(commit());
         report["version"] = json!(env!("CARGO_PKG_VERSION"));
         let origins = device.driver().origins();
         let cubins = origins.iter().map(|(source, origin)| format!("{source}: {origin:?}"));
         report["cubins"] = json!(cubins.collect::<Vec<_>>());
-        let path = args.out.join(file_name(&device.facts().name, &commit));
+        let path = args.out.join(file_name(&device.facts().name, &build));
         write(&path, &format!("{report:#}\n"))?;
         match failed {
             None => {
@@ -105,16 +108,29 @@ mod checks {
             })
     }
 
-    /// Letters, digits and dashes alone.
-    fn file_name(device: &str, commit: &str) -> String {
-        let plain = |text: &str| -> String {
-            let dashed = text.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
-            dashed.trim_matches('-').to_lowercase()
-        };
-        format!("{}-{}.json", plain(device), plain(commit))
+    /// The program that runs, also where its file was replaced or removed since it started.
+    const THIS_PROGRAM: &str = "/proc/self/exe";
+    /// Hexadecimal digits of the build in a file's name: enough to tell builds apart; the report has all.
+    const BUILD_DIGITS: usize = 12;
+
+    /// The BLAKE3 hash of a program's file, in hexadecimal digits.
+    fn build(program: &Path) -> Result<String, Failure> {
+        let mut hasher = blake3::Hasher::new();
+        File::open(program)
+            .and_then(|file| hasher.update_reader(file).map(drop))
+            .map_err(|e| Failure::io(program.display(), &e, "cannot be read", "run it where /proc is mounted"))?;
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// The commit of the working directory, and whether it was changed since.
+    /// Letters, digits and dashes alone.
+    fn file_name(device: &str, build: &str) -> String {
+        let dashed = device.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+        let device = dashed.trim_matches('-').to_lowercase();
+        format!("{device}-build-{}.json", build.get(..BUILD_DIGITS).unwrap_or(build))
+    }
+
+    /// The commit of the working directory, and whether it was changed since. It need not be what this program was built
+    /// from: the build's hash says which program it is.
     fn commit() -> String {
         let git = |arguments: &[&str]| {
             let output = Command::new("git").args(arguments).output().ok()?;
@@ -135,11 +151,24 @@ mod checks {
         use super::*;
 
         #[test]
-        fn a_report_is_named_after_device_and_commit() {
+        fn a_report_is_named_after_device_and_build() {
+            let build = build(Path::new(THIS_PROGRAM)).expect("a program");
+            assert_eq!(build.len(), 64);
             assert_eq!(
-                file_name("NVIDIA H100 80GB HBM3", "1a2b3c-changed"),
-                "nvidia-h100-80gb-hbm3-1a2b3c-changed.json"
+                file_name("NVIDIA H100 80GB HBM3", &build),
+                format!("nvidia-h100-80gb-hbm3-build-{}.json", &build[..12])
             );
+        }
+
+        /// Whatever folder it is started in, another program has another build.
+        #[test]
+        fn a_build_is_the_hash_of_the_program() {
+            let folder = tempfile::tempdir().expect("a folder");
+            let program = folder.path().join("program");
+            std::fs::write(&program, "one").expect("written");
+            assert_eq!(build(&program).expect("read"), blake3::hash(b"one").to_hex().as_str());
+            std::fs::remove_file(&program).expect("removed");
+            assert!(build(&program).is_err());
         }
     }
 }

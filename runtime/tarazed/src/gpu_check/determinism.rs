@@ -3,28 +3,34 @@
 use super::CheckFailed;
 use serde_json::{Value, json};
 use std::sync::atomic::AtomicBool;
-use tarazed_domain::ParameterLayout;
 use tarazed_domain::config::ModelConfig;
-use tarazed_kernels::{Device, Precision, View, ViewMut};
+use tarazed_domain::{BlockIndex, ParameterLayout};
+use tarazed_kernels::hash::BlockHash;
+use tarazed_kernels::{AdamwStep, Blocks, Device, DeviceError, OptimizerState, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace, initialise, parameter_layout};
 
 /// What is compared.
 #[derive(Clone, Debug)]
 pub struct Sizes {
-    /// The model.
-    pub model: ModelConfig,
-    /// Lanes.
+    /// The models.
+    pub models: Vec<ModelConfig>,
+    /// Lanes, at least two.
     pub lanes: usize,
     /// Sequences of a micro-batch; a lane has one.
     pub sequences: usize,
 }
 
 impl Sizes {
-    /// A model that uses every kernel at sizes beyond one tile.
+    /// Models at sizes beyond one tile, with heads of 64, 128 and 32 elements: attention has kernels for each. With the
+    /// update that follows they launch every kernel.
     #[must_use]
     pub fn standard() -> Self {
         Self {
-            model: model(2, [256, 688, 4, 2, 256, 1000]),
+            models: vec![
+                model(2, [256, 688, 4, 2, 256, 1000]),
+                model(1, [256, 688, 2, 1, 256, 1000]),
+                model(1, [128, 344, 4, 2, 256, 1000]),
+            ],
             lanes: 4,
             sequences: 2,
         }
@@ -34,7 +40,7 @@ impl Sizes {
     #[must_use]
     pub fn small() -> Self {
         Self {
-            model: model(1, [32, 48, 2, 1, 8, 50]),
+            models: vec![model(1, [32, 48, 2, 1, 8, 50])],
             lanes: 3,
             sequences: 1,
         }
@@ -63,20 +69,45 @@ const SEED: u64 = 20_260_101;
 /// Elements of a parameter block; decides nothing here.
 const BLOCK_ELEMENTS: usize = 4096;
 const CHECK: &str = "determinism";
+/// Updates in a row: the second one finds moments that are not zero, and hashes that the first one left.
+const UPDATES: u64 = 2;
+/// Each of them; any numbers will do.
+const UPDATE: AdamwStep = AdamwStep {
+    learning_rate: 3e-3,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+    gradient_scale: 0.5,
+    step: 1,
+};
 
-/// Losses and gradient of one lane, as bits.
-type Bits = (Vec<u64>, Vec<u32>);
+/// Results by name, as bits.
+type Bits = Vec<(&'static str, Vec<u64>)>;
+
+fn bits_of(values: &[f32]) -> Vec<u64> {
+    values.iter().map(|value| u64::from(value.to_bits())).collect()
+}
 
 /// A model on a device, with its weights.
 pub(super) struct Bench<D: Device> {
     pub model: Model<D>,
     pub layout: ParameterLayout,
     pub weights: D::Buffer,
+    config: ModelConfig,
+    /// The weights in full precision.
+    initial: Vec<f32>,
+}
+
+/// What one lane gave.
+struct Lane {
+    bits: Bits,
+    gradient: Vec<f32>,
 }
 
 impl<D: Device + Clone> Bench<D> {
     pub fn new(device: &D, config: &ModelConfig) -> Result<Self, CheckFailed> {
-        let failed = CheckFailed::because::<tarazed_kernels::DeviceError>(CHECK);
+        let failed = CheckFailed::because::<DeviceError>(CHECK);
         let layout = parameter_layout(config, BLOCK_ELEMENTS);
         let model = Model::new(config, &layout, device.clone()).map_err(CheckFailed::because(CHECK))?;
         let mut initial = vec![0.0; layout.flat_elements()];
@@ -87,7 +118,13 @@ impl<D: Device + Clone> Bench<D> {
             .upload(&mut stream, &initial, ViewMut::from(&mut weights))
             .map_err(&failed)?;
         device.synchronize(&mut stream).map_err(&failed)?;
-        Ok(Self { model, layout, weights })
+        Ok(Self {
+            model,
+            layout,
+            weights,
+            config: config.clone(),
+            initial,
+        })
     }
 
     /// Token ids of a micro-batch; another one for each lane.
@@ -98,12 +135,12 @@ impl<D: Device + Clone> Bench<D> {
     }
 
     /// One lane's micro-batch into a fresh gradient.
-    fn lane(&self, workspace: &mut Workspace<D>, sizes: &Sizes, lane: usize) -> Result<Bits, CheckFailed> {
-        let failed = CheckFailed::because::<tarazed_kernels::DeviceError>(CHECK);
+    fn lane(&self, workspace: &mut Workspace<D>, sequences: usize, lane: usize) -> Result<Lane, CheckFailed> {
+        let failed = CheckFailed::because::<DeviceError>(CHECK);
         let device = self.model.device();
         let elements = self.layout.flat_elements();
         let mut gradient = device.alloc(elements, Precision::Full).map_err(&failed)?;
-        let tokens = self.tokens(&sizes.model, sizes.sequences, lane);
+        let tokens = self.tokens(&self.config, sequences, lane);
         let abort = AtomicBool::new(false);
         let losses = self
             .model
@@ -113,33 +150,143 @@ impl<D: Device + Clone> Bench<D> {
         device
             .download(workspace.stream(), View::from(&gradient), &mut values)
             .map_err(&failed)?;
-        let bits = |losses: Vec<f64>| losses.into_iter().map(f64::to_bits).collect();
-        Ok((bits(losses), values.into_iter().map(f32::to_bits).collect()))
+        let losses = losses.into_iter().map(f64::to_bits).collect();
+        let bits = vec![("loss of sequence", losses), ("gradient element", bits_of(&values))];
+        Ok(Lane { bits, gradient: values })
+    }
+
+    /// What becomes of two lanes' gradients: fold, norm, two updates with their hashes, and conversions.
+    fn update(&self, left: &[f32], right: &[f32]) -> Result<Bits, CheckFailed> {
+        let changed = |count: usize| {
+            let cause = format!("{count} blocks of optimizer state were not as the update before had left them");
+            (count > 0).then(|| CheckFailed::because(CHECK)(cause))
+        };
+        let (bits, counts) = self.updated(left, right).map_err(CheckFailed::because(CHECK))?;
+        counts.into_iter().find_map(changed).map_or(Ok(bits), Err)
+    }
+
+    /// The update's results, and how many blocks each update found changed.
+    fn updated(&self, left: &[f32], right: &[f32]) -> Result<(Bits, Vec<usize>), DeviceError> {
+        let (device, len) = (self.model.device(), self.layout.flat_elements());
+        let mut stream = device.stream()?;
+        let full = || device.alloc(len, Precision::Full);
+        let (mut gradient, mut other, mut master, mut first, mut second) =
+            (full()?, full()?, full()?, full()?, full()?);
+        let (mut working, mut converted) = (
+            device.alloc(len, Precision::Working)?,
+            device.alloc(len, Precision::Working)?,
+        );
+        device.upload(&mut stream, left, ViewMut::from(&mut gradient))?;
+        device.upload(&mut stream, right, ViewMut::from(&mut other))?;
+        device.upload(&mut stream, &self.initial, ViewMut::from(&mut master))?;
+        device.fold(&mut stream, ViewMut::from(&mut gradient), View::from(&other), len)?;
+        let mut sums = vec![0.0_f64; len / BLOCK_ELEMENTS];
+        device.square_sums(&mut stream, View::from(&gradient), BLOCK_ELEMENTS, &mut sums)?;
+
+        let blocks = Blocks {
+            first: BlockIndex(0),
+            block_elements: BLOCK_ELEMENTS,
+        };
+        let mut hashes = vec![BlockHash::default(); len / BLOCK_ELEMENTS];
+        let state = [&master, &first, &second].map(View::from);
+        device.block_hashes(&mut stream, blocks, state[0], state[1], state[2], &mut hashes)?;
+        let mut changed = Vec::new();
+        for number in 1..=UPDATES {
+            let step = AdamwStep { step: number, ..UPDATE };
+            let state = OptimizerState {
+                master: ViewMut::from(&mut master),
+                first_moment: ViewMut::from(&mut first),
+                second_moment: ViewMut::from(&mut second),
+            };
+            let copy = Some(ViewMut::from(&mut working));
+            changed.push(device.adamw(
+                &mut stream,
+                &step,
+                blocks,
+                View::from(&gradient),
+                state,
+                copy,
+                &mut hashes,
+            )?);
+        }
+
+        device.copy(&mut stream, View::from(&gradient), ViewMut::from(&mut converted), len)?;
+        device.add(&mut stream, ViewMut::from(&mut converted), View::from(&working), len)?;
+        device.copy(&mut stream, View::from(&converted), ViewMut::from(&mut other), len)?;
+        device.add(&mut stream, ViewMut::from(&mut other), View::from(&converted), len)?;
+        let mut bits: Bits = vec![
+            (
+                "sum of squares of block",
+                sums.iter().map(|sum| sum.to_bits()).collect(),
+            ),
+            ("half of a block's hash", halves(&hashes)),
+        ];
+        let parts = [
+            ("folded gradient element", &gradient),
+            ("master weight", &master),
+            ("first moment", &first),
+            ("second moment", &second),
+            ("working weight", &working),
+            ("converted element", &converted),
+            ("element added to", &other),
+        ];
+        let mut values = vec![0.0_f32; len];
+        for (name, buffer) in parts {
+            device.download(&mut stream, View::from(buffer), &mut values)?;
+            bits.push((name, bits_of(&values)));
+        }
+        Ok((bits, changed))
     }
 }
 
-/// Where two results differ first.
-fn same(what: &str, lane: usize, first: &Bits, second: &Bits) -> Result<(), CheckFailed> {
+/// Each hash as two numbers.
+fn halves(hashes: &[BlockHash]) -> Vec<u64> {
+    let numbers = |hash: &BlockHash| {
+        let whole = u128::from_le_bytes(hash.0);
+        [whole as u64, (whole >> 64) as u64]
+    };
+    hashes.iter().flat_map(numbers).collect()
+}
+
+/// Where two results differ first; `of` says of what they are.
+fn same(what: &str, of: &str, first: &Bits, second: &Bits) -> Result<(), CheckFailed> {
     let differs = CheckFailed::because(CHECK);
-    if let Some(at) = first.0.iter().zip(&second.0).position(|(a, b)| a != b) {
-        return Err(differs(format!(
-            "{what}: lane {lane}, loss of sequence {at} has other bits"
-        )));
-    }
-    if let Some(at) = first.1.iter().zip(&second.1).position(|(a, b)| a != b) {
-        let (a, b) = (first.1[at], second.1[at]);
-        let text = format!("{what}: lane {lane}, gradient element {at} is {a:#010x}, then {b:#010x}");
-        return Err(differs(text));
+    for ((name, first), (_, second)) in first.iter().zip(second) {
+        if let Some(at) = first.iter().zip(second).position(|(a, b)| a != b) {
+            let (a, b) = (first[at], second[at]);
+            let text = format!("{what}: {of}, {name} {at} is {a:#x}, then {b:#x}");
+            return Err(differs(text));
+        }
     }
     Ok(())
 }
 
-/// Runs each lane twice, the lanes in reverse, and all lanes at once on streams of their own.
+const COMPARISONS: [&str; 4] = [
+    "the same inputs twice",
+    "lanes in another order",
+    "all lanes at once, each on a stream of its own",
+    "the same update twice",
+];
+
+/// For each model: runs each lane twice, the lanes in reverse, and all lanes at once on streams of their own; then the
+/// update twice.
 ///
 /// # Errors
-/// The first lane that came out otherwise.
+/// The first result that came out otherwise.
 pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, CheckFailed> {
-    let bench = Bench::new(device, &sizes.model)?;
+    for config in &sizes.models {
+        check_model(&Bench::new(device, config)?, sizes)?;
+    }
+    let models: Vec<String> = sizes.models.iter().map(|model| format!("{model:?}")).collect();
+    Ok(json!({
+        "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES,
+        "same_bits": COMPARISONS,
+    }))
+}
+
+fn check_model<D: Device + Clone>(bench: &Bench<D>, sizes: &Sizes) -> Result<(), CheckFailed> {
+    let [twice, reversed, together, updates] = COMPARISONS;
+    let of = |lane: usize| format!("heads of {} elements, lane {lane}", bench.config.head_dim());
     let workspace = || {
         bench
             .model
@@ -147,22 +294,21 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
             .map_err(CheckFailed::because(CHECK))
     };
     let mut own = workspace()?;
-    let mut lanes = |order: &mut dyn Iterator<Item = usize>| -> Result<Vec<(usize, Bits)>, CheckFailed> {
+    let mut lanes = |order: &mut dyn Iterator<Item = usize>| -> Result<Vec<(usize, Lane)>, CheckFailed> {
         order
-            .map(|lane| Ok((lane, bench.lane(&mut own, sizes, lane)?)))
+            .map(|lane| Ok((lane, bench.lane(&mut own, sizes.sequences, lane)?)))
             .collect()
     };
     let first = lanes(&mut (0..sizes.lanes))?;
-    for (lane, bits) in lanes(&mut (0..sizes.lanes))? {
-        same("the same inputs twice", lane, &first[lane].1, &bits)?;
+    for (lane, again) in lanes(&mut (0..sizes.lanes))? {
+        same(twice, &of(lane), &first[lane].1.bits, &again.bits)?;
     }
-    for (lane, bits) in lanes(&mut (0..sizes.lanes).rev())? {
-        same("lanes in another order", lane, &first[lane].1, &bits)?;
+    for (lane, again) in lanes(&mut (0..sizes.lanes).rev())? {
+        same(reversed, &of(lane), &first[lane].1.bits, &again.bits)?;
     }
-    let together: Vec<Result<Bits, CheckFailed>> = std::thread::scope(|scope| {
-        let bench = &bench;
+    let at_once: Vec<Result<Lane, CheckFailed>> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..sizes.lanes)
-            .map(|lane| scope.spawn(move || bench.lane(&mut workspace()?, sizes, lane)))
+            .map(|lane| scope.spawn(move || bench.lane(&mut workspace()?, sizes.sequences, lane)))
             .collect();
         let panicked = || Err(CheckFailed::because(CHECK)("a lane's thread panicked"));
         workers
@@ -170,47 +316,94 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
             .map(|worker| worker.join().unwrap_or_else(|_| panicked()))
             .collect()
     });
-    for (lane, bits) in together.into_iter().enumerate() {
-        same(
-            "all lanes at once, each on a stream of its own",
-            lane,
-            &first[lane].1,
-            &bits?,
-        )?;
+    for (lane, again) in at_once.into_iter().enumerate() {
+        same(together, &of(lane), &first[lane].1.bits, &again?.bits)?;
     }
-    Ok(json!({
-        "model": format!("{:?}", sizes.model), "lanes": sizes.lanes, "sequences": sizes.sequences,
-        "same_bits": ["the same inputs twice", "lanes in another order", "all lanes at once, each on a stream of its own"],
-    }))
+    let (left, right) = (&first[0].1.gradient, &first[1].1.gradient);
+    let updated = bench.update(left, right)?;
+    same(updates, &of(0), &updated, &bench.update(left, right)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
     use tarazed_kernels::CpuDevice;
+    use tarazed_kernels::cuda::CudaDevice;
+    use tarazed_kernels::cuda::recording::{Call, RecordingDriver};
+    use tarazed_kernels::cuda::table::ENTRIES;
 
     #[test]
     fn the_processor_gives_the_same_bits() {
         let report = check(&CpuDevice::new(), &Sizes::small()).expect("deterministic");
-        assert_eq!(report["same_bits"].as_array().map(Vec::len), Some(3));
+        assert_eq!(report["same_bits"].as_array().map(Vec::len), Some(4));
     }
 
     #[test]
     fn other_lanes_have_other_bits_and_a_difference_is_named() {
         let sizes = Sizes::small();
-        let bench = Bench::new(&CpuDevice::new(), &sizes.model).expect("a model");
+        let bench = Bench::new(&CpuDevice::new(), &sizes.models[0]).expect("a model");
         let mut workspace = bench.model.workspace(sizes.sequences).expect("memory");
-        let mut lane = |lane| bench.lane(&mut workspace, &sizes, lane).expect("a lane");
+        let mut lane = |lane| bench.lane(&mut workspace, sizes.sequences, lane).expect("a lane");
         let (zero, one) = (lane(0), lane(1));
-        assert!(same("x", 0, &zero, &zero).is_ok());
-        let failed = same("x", 0, &zero, &one).expect_err("differs").to_string();
+        assert!(same("x", "lane 0", &zero.bits, &zero.bits).is_ok());
+        let failed = same("x", "lane 0", &zero.bits, &one.bits)
+            .expect_err("differs")
+            .to_string();
         assert!(
             failed.starts_with("determinism: x: lane 0, loss of sequence 0"),
             "{failed}"
         );
-        let mut flipped = zero.clone();
-        flipped.1[5] ^= 1;
-        let failed = same("x", 2, &zero, &flipped).expect_err("differs").to_string();
+        let mut flipped = zero.bits.clone();
+        flipped[1].1[5] ^= 1;
+        let failed = same("x", "lane 2", &zero.bits, &flipped)
+            .expect_err("differs")
+            .to_string();
         assert!(failed.contains("lane 2, gradient element 5 is"), "{failed}");
+    }
+
+    /// Every result of an update depends on what went in.
+    #[test]
+    fn other_gradients_make_other_updates() {
+        let bench = Bench::new(&CpuDevice::new(), &Sizes::small().models[0]).expect("a model");
+        let gradient: Vec<f32> = (0..bench.layout.flat_elements())
+            .map(|i| (i % 97) as f32 * 0.01 - 0.3)
+            .collect();
+        let more: Vec<f32> = gradient.iter().map(|x| x + 0.5).collect();
+        let update = |right: &[f32]| bench.update(&gradient, right).expect("updates");
+        let (one, other) = (update(&gradient), update(&more));
+        for ((name, one), (_, other)) in one.iter().zip(&other) {
+            assert_ne!(one, other, "{name}");
+        }
+    }
+
+    /// What [`Sizes::standard`] says of itself.
+    #[test]
+    fn the_standard_sizes_launch_every_kernel() {
+        let recorder = RecordingDriver::new();
+        let device = CudaDevice::new(recorder.clone()).expect("a device");
+        // One lane and one update of each model: the others launch the same.
+        let sizes = Sizes::standard();
+        for config in &sizes.models {
+            let bench = Bench::new(&device, config).expect("a model");
+            let mut workspace = bench.model.workspace(sizes.sequences).expect("memory");
+            let lane = bench.lane(&mut workspace, sizes.sequences, 0).expect("a lane");
+            // The recorder computes nothing: its blocks are as it likes.
+            bench.updated(&lane.gradient, &lane.gradient).expect("an update");
+        }
+        let calls = recorder.take();
+        let launched: BTreeSet<&str> = calls
+            .iter()
+            .filter_map(|call| match call {
+                Call::Launch(_, launch, _) => Some(launch.entry.name),
+                _ => None,
+            })
+            .collect();
+        let missing: Vec<&str> = ENTRIES
+            .iter()
+            .map(|entry| entry.name)
+            .filter(|name| !launched.contains(name))
+            .collect();
+        assert_eq!(missing, [""; 0]);
     }
 }

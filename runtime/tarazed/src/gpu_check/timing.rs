@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use tarazed_domain::config::ModelConfig;
 use tarazed_kernels::cuda::driver::Driver;
-use tarazed_kernels::cuda::{CudaDevice, CudaStream};
+use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
 use tarazed_kernels::{Attention, Device, DeviceError, Gemm, Precision, View, ViewMut};
 
 /// What is timed.
@@ -123,6 +123,29 @@ fn timed<D: Driver>(
     Ok(Spread::of(times))
 }
 
+/// A buffer of pseudo-random values from -1 to 1. Zeros switch few bits, and may let a GPU keep a higher clock than what a
+/// model holds does.
+fn random<D: Driver>(
+    device: &CudaDevice<D>,
+    stream: &mut CudaStream<D>,
+    len: usize,
+) -> Result<CudaBuffer<D>, DeviceError> {
+    let mut buffer = device.alloc(len, Precision::Working)?;
+    device.upload(stream, &pseudo_random(len), ViewMut::from(&mut buffer))?;
+    Ok(buffer)
+}
+
+/// The same for the same length: a linear congruential generator (Knuth, The Art of Computer Programming, volume 2, section
+/// 3.3.4, line 26), of whose state the upper bits count.
+fn pseudo_random(len: usize) -> Vec<f32> {
+    let mut state = len as u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 40) as f32 / (1_u32 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
 /// The three products of a linear layer of one shape.
 fn product<D: Driver>(
     device: &CudaDevice<D>,
@@ -131,7 +154,8 @@ fn product<D: Driver>(
     [m, n, k]: [usize; 3],
 ) -> Result<Vec<Value>, DeviceError> {
     let working = |len| device.alloc(len, Precision::Working);
-    let (input, weight, mut output) = (working(m * k)?, working(n * k)?, working(m * n)?);
+    let (input, weight) = (random(device, stream, m * k)?, random(device, stream, n * k)?);
+    let mut output = working(m * n)?;
     let (mut into_input, mut into_weight) = (working(m * k)?, device.alloc(n * k, Precision::Full)?);
     let flops = 2.0 * m as f64 * n as f64 * k as f64;
     let forward = timed(device, stream, repeats, |stream| {
@@ -163,7 +187,9 @@ fn attention<D: Driver>(
 ) -> Result<[Value; 2], DeviceError> {
     let call = sizes.attention;
     let working = |width: usize| device.alloc(call.rows() * width, Precision::Working);
-    let (qkv, mut out) = (working(call.qkv_width())?, working(call.out_width())?);
+    let qkv = random(device, stream, call.rows() * call.qkv_width())?;
+    let out_gradient = random(device, stream, call.rows() * call.out_width())?;
+    let mut out = working(call.out_width())?;
     let mut gradient = working(call.qkv_width())?;
     let mut log_sum_exp = device.alloc(call.rows() * call.heads, Precision::Full)?;
     // Two products over half of all pairs, each of two operations; backward there are five.
@@ -176,7 +202,15 @@ fn attention<D: Driver>(
     let backward = timed(device, stream, sizes.repeats, |stream| {
         let kept = (View::from(&out), View::from(&log_sum_exp));
         let to = ViewMut::from(&mut gradient);
-        device.attention_backward(stream, &call, View::from(&qkv), kept.0, kept.1, (&out).into(), to)
+        device.attention_backward(
+            stream,
+            &call,
+            View::from(&qkv),
+            kept.0,
+            kept.1,
+            (&out_gradient).into(),
+            to,
+        )
     })?;
     Ok([
         forward.report(&format!("attention forward, {call:?}"), 2.0 * product),
@@ -237,6 +271,20 @@ mod tests {
                 .all(|timing| timing["tflops_median"].is_null() && timing["ms_median"] == 0.0)
         );
         assert!(timings[5]["ms_median"].as_f64().is_some_and(|ms| ms > 0.0));
+    }
+
+    /// What is multiplied is not zeros: both signs, no two halves alike.
+    #[test]
+    fn operands_are_spread_over_their_range() {
+        let values = pseudo_random(10_000);
+        assert!(values.iter().all(|x| (-1.0..1.0).contains(x)));
+        let mean = values.iter().sum::<f32>() / 10_000.0;
+        let squares = values.iter().map(|x| x * x).sum::<f32>() / 10_000.0;
+        assert!(
+            mean.abs() < 0.02 && (squares - 1.0 / 3.0).abs() < 0.02,
+            "{mean} {squares}"
+        );
+        assert_eq!(values, pseudo_random(10_000));
     }
 
     #[test]
