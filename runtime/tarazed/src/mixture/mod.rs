@@ -17,6 +17,7 @@
 
 pub mod cases;
 pub mod figure;
+pub mod margin;
 pub mod measure;
 pub mod plan;
 pub mod random;

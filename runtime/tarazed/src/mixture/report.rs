@@ -1,5 +1,6 @@
 //! Results as text for people: `report.md`. Pure.
 
+use super::margin::{MARGIN_MAX, MarginVerdict};
 use super::plan::{Metric, Target};
 use super::results::{ArmResults, CaseResults, Comparison, Results, Verdict};
 use super::statistics;
@@ -66,6 +67,7 @@ pub fn markdown(results: &Results) -> String {
     }
     verdicts(&mut text, results);
     reading(&mut text, results);
+    margins(&mut text, results);
     for case in &results.cases {
         case_text(&mut text, case, results);
     }
@@ -142,6 +144,42 @@ fn reading(text: &mut String, results: &Results) {
         alpha * families as f64,
         1.0 / alpha,
     );
+}
+
+fn margins(text: &mut String, results: &Results) {
+    let _ = writeln!(
+        text,
+        "## Never much worse?\n\nThe best of the mixtures that need no run (natural, uniform, sqrt, unimax) is chosen on the judging \
+         seeds themselves, which favours it. Is a controller worse than it by more than {:.0}% of the primary metric? Relative \
+         differences, paired by seed, with the same intervals; uncorrected.\n",
+        MARGIN_MAX * 100.0
+    );
+    text.push_str("| case | controller | best prior | mean | interval | |\n|---|---|---|---|---|---|\n");
+    for case in &results.cases {
+        for margin in &case.margins {
+            let (mean, interval) = margin.paired.map_or_else(
+                || ("-".to_owned(), "-".to_owned()),
+                |paired| {
+                    let percent = |value: f64| format!("{:+.2}%", value * 100.0);
+                    let (low, high) = (percent(paired.interval.low), percent(paired.interval.high));
+                    (percent(paired.mean), format!("{low} to {high}"))
+                },
+            );
+            let said = match margin.verdict {
+                MarginVerdict::Within => "within the margin",
+                MarginVerdict::Beyond => "**worse by more**",
+                MarginVerdict::NotShown => "not shown",
+                MarginVerdict::Incomplete => "incomplete",
+            };
+            let prior = margin.prior.as_deref().unwrap_or("-");
+            let _ = writeln!(
+                text,
+                "| {} | {} | {prior} | {mean} | {interval} | {said} |",
+                case.name, margin.controller
+            );
+        }
+    }
+    text.push('\n');
 }
 
 fn case_text(text: &mut String, case: &CaseResults, results: &Results) {
@@ -380,6 +418,7 @@ mod tests {
             "All ",
             "| plain | ado | natural | -",
             "| **better** |",
+            "| within the margin |",
             "Families: 2;",
             "no p-value is below 0.0078",
             "Of 9 held-out documents 1 were left out",

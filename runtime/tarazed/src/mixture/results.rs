@@ -7,6 +7,7 @@
 //! `1 - confidence`; *worse* likewise. Everything else, and every other pair and metric, is shown without a verdict.
 
 use super::cases::{Overlapping, Ready};
+use super::margin::{self, Margin};
 use super::measure::{Facts, Outcome};
 use super::plan::{Metric, NamedStatic, Plan};
 use super::schedule::{Arm, BEST_STATIC, CaseRuns, Finished, RunId};
@@ -50,6 +51,8 @@ pub struct CaseResults {
     pub arms: Vec<ArmResults>,
     /// Controllers against other arms.
     pub comparisons: Vec<Comparison>,
+    /// Controllers against the best mixture that needs no run.
+    pub margins: Vec<Margin>,
 }
 
 /// A static candidate.
@@ -176,6 +179,7 @@ fn judge(case: &CaseRuns<'_>, ready: &Ready, finished: &Finished) -> CaseResults
             })
             .collect(),
         comparisons: compare(case, &arms, finished),
+        margins: margin::margins(case, &arms, finished),
         arms: arms.into_iter().map(|arm| judge_arm(case, arm, finished)).collect(),
         best_static,
     }
@@ -195,6 +199,11 @@ pub fn run<'a>(case: &CaseRuns<'_>, arm: &Arm, seed: u64, finished: &'a Finished
 fn value(case: &CaseRuns<'_>, outcome: &Outcome, metric: Metric, seed: u64, finished: &Finished) -> Option<f64> {
     let target = case.target(finished, seed).unwrap_or(f64::NAN);
     outcome.metric(metric, target)
+}
+
+/// The number of an arm's run; none where it is not finished, too.
+pub(super) fn value_of(case: &CaseRuns<'_>, arm: &Arm, metric: Metric, seed: u64, finished: &Finished) -> Option<f64> {
+    value(case, run(case, arm, seed, finished)?, metric, seed, finished)
 }
 
 fn judge_arm(case: &CaseRuns<'_>, arm: Arm, finished: &Finished) -> ArmResults {
