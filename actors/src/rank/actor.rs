@@ -67,6 +67,17 @@ pub struct DeviceReports<D> {
     pub rank: ActorRef<RankMessage>,
     /// Where the state lies that is to be saved.
     pub device: D,
+    /// What is said besides where the device's memory is too small.
+    pub memory_hint: String,
+}
+
+/// An error that ends the process, with what is known of the device's memory where that is why.
+pub fn explained(error: &StepError, memory_hint: &str) -> String {
+    if error.is_out_of_memory() && !memory_hint.is_empty() {
+        format!("{error}; {memory_hint}")
+    } else {
+        error.to_string()
+    }
 }
 
 impl<D> DeviceReports<D> {
@@ -138,7 +149,7 @@ impl<D: HostVisible + Clone> DeviceEvents<D> for DeviceReports<D> {
     }
 
     fn broken(&self, error: &StepError) {
-        self.cast(RankMessage::Broken(error.to_string()));
+        self.cast(RankMessage::Broken(explained(error, &self.memory_hint)));
     }
 }
 

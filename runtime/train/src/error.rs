@@ -123,6 +123,12 @@ impl StepError {
         matches!(self, Self::Malformed { .. })
     }
 
+    /// Whether the device's memory was too small: what a plan says of it helps whoever reads the error.
+    #[must_use]
+    pub const fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Device(DeviceError::OutOfMemory { .. }))
+    }
+
     /// Whether this process must end and be replaced.
     #[must_use]
     pub const fn is_own_fault(&self) -> bool {

@@ -1,9 +1,12 @@
 //! Whether a GPU computes what it must, the same each time, and how fast: what `tarazed gpu-check` finds out.
 //!
 //! Checks are generic over the device, so that they run, and fail where they must, without a GPU, too. Nothing is said of a
-//! check that did not run: the report holds what ran, and the first failure ends it.
+//! check that did not run: the report holds what ran, and the first failure ends it. What each of its keys means:
+//! docs/FORMATS.md.
 
+pub mod bench;
 pub mod determinism;
+pub mod processes;
 pub mod timing;
 
 use serde_json::{Value, json};

@@ -12,7 +12,10 @@ pub fn advise(config: &Config, plan: &Plan) -> Vec<String> {
     }
     advice.extend(waste(config, plan));
     if matches!(plan.hardware, Hardware::Gpu { .. }) {
-        advice.push("this version trains on processors: the plan is for the same step on GPUs".to_owned());
+        advice.push(
+            "times on GPUs are assumptions: this version's CUDA device has not been timed, and its exchanges go through host memory"
+                .to_owned(),
+        );
     }
     advice
 }
