@@ -14,6 +14,7 @@ fn several_processes_with_one_killed_leave_the_trace_of_one() {
         ranks: 2,
         steps: 3,
         patience: Duration::from_secs(300),
+        visible: None,
     };
     let program = Path::new(env!("CARGO_BIN_EXE_tarazed"));
     let report = check(program, folder.path(), &sizes).unwrap_or_else(|failure| panic!("{failure}"));

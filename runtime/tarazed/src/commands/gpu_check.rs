@@ -62,7 +62,9 @@ pub fn run(_: &Args) -> Result<Exit, Failure> {
 mod checks {
     use super::Args;
     use crate::exit::{Exit, Failure};
-    use crate::gpu_check::{CheckFailed, Extent, bench, check, determinism, processes, timing};
+    use crate::gpu_check::{
+        CheckFailed, Extent, VISIBLE_VARIABLE, bench, check, determinism, processes, timing, visible_alone,
+    };
     use crate::output::print;
     use serde_json::{Value, json};
     use std::fs::File;
@@ -139,7 +141,13 @@ mod checks {
             micro_batches: args.bench_micro_batches as usize,
             rounds: args.bench_rounds as usize,
             peer,
+            visible: Some(visible(args)),
         })
+    }
+
+    fn visible(args: &Args) -> String {
+        let seen = std::env::var(VISIBLE_VARIABLE).ok();
+        visible_alone(seen.as_deref(), args.device)
     }
 
     /// What follows the device's own checks, where they passed.
@@ -151,7 +159,11 @@ mod checks {
     ) -> Result<(), CheckFailed> {
         if !args.skip_processes {
             let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
-            report["processes"] = processes::check(Path::new(THIS_PROGRAM), &folder, &processes::Sizes::standard())?;
+            let sizes = processes::Sizes {
+                visible: Some(visible(args)),
+                ..processes::Sizes::standard()
+            };
+            report["processes"] = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes)?;
             // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
             let _ = std::fs::remove_dir_all(&folder);
         }

@@ -4,8 +4,8 @@
 //! block hashes; nothing of lanes and exchanges. The other side is a script (`tests/bench/pytorch_gpu_step.py`) that a Python
 //! with PyTorch runs; without one, ours alone is timed, and the report says so.
 
-use super::CheckFailed;
 use super::timing::Spread;
+use super::{CheckFailed, VISIBLE_VARIABLE};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -32,6 +32,8 @@ pub struct Sizes {
     pub rounds: usize,
     /// A Python with PyTorch, and the script.
     pub peer: Option<(PathBuf, PathBuf)>,
+    /// What [`super::VISIBLE_VARIABLE`] is to be for the peer, so that both sides have one device.
+    pub visible: Option<String>,
 }
 
 const CHECK: &str = "bench";
@@ -60,7 +62,7 @@ fn measure_one<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) ->
     let mut ours = Ours::new(device, &config, sizes.micro_batches)?;
     let mut peer = match &sizes.peer {
         None => None,
-        Some((python, script)) => Some(Peer::start(python, script, path, sizes.micro_batches)?),
+        Some((python, script)) => Some(Peer::start(python, script, path, sizes)?),
     };
     if let Some(peer) = &peer {
         let parameters = ours.layout.parameter_count() as u64;
@@ -291,12 +293,16 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(python: &Path, script: &Path, config: &Path, micro_batches: usize) -> Result<Self, CheckFailed> {
+    fn start(python: &Path, script: &Path, config: &Path, sizes: &Sizes) -> Result<Self, CheckFailed> {
         let cannot = |e: std::io::Error| failed(format!("{}: {e}", python.display()));
-        let mut child = Command::new(python)
+        let mut command = Command::new(python);
+        if let Some(visible) = &sizes.visible {
+            command.env(VISIBLE_VARIABLE, visible);
+        }
+        let mut child = command
             .arg(script)
             .arg(config)
-            .arg(micro_batches.to_string())
+            .arg(sizes.micro_batches.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -385,6 +391,7 @@ mod tests {
             micro_batches: 3,
             rounds: 2,
             peer,
+            visible: None,
         }
     }
 

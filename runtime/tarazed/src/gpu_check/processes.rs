@@ -8,7 +8,7 @@
 //! Times are wall-clock, from just before the signal to what the run's own files say, looked at every [`LOOK_EVERY`]. They are
 //! reported beside their bounds, and fail nothing: a shared machine may be slow.
 
-use super::CheckFailed;
+use super::{CheckFailed, VISIBLE_VARIABLE};
 use crate::commands::status;
 use crate::run_folder::RunFolder;
 use rustix::process::{Pid, Signal, kill_process};
@@ -30,6 +30,8 @@ pub struct Sizes {
     pub steps: u64,
     /// A run that does not get on within this time has failed.
     pub patience: Duration,
+    /// What [`super::VISIBLE_VARIABLE`] is to be for the runs, so that all ranks share the device that is checked.
+    pub visible: Option<String>,
 }
 
 impl Sizes {
@@ -41,6 +43,7 @@ impl Sizes {
             ranks: 3,
             steps: 20,
             patience: Duration::from_secs(60),
+            visible: None,
         }
     }
 }
@@ -66,7 +69,7 @@ pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Result<Value, Chec
             spares,
             steps,
         };
-        Run::start(program, folder, &config, plan, sizes.patience)
+        Run::start(program, folder, &config, &plan, sizes)
     };
     let mut killed = Vec::new();
     for (name, spares) in [("killed", 0), ("killed-with-a-spare", 1)] {
@@ -220,8 +223,8 @@ impl Run {
         program: &Path,
         folder: &Path,
         config: &Path,
-        plan: RunPlan<'_>,
-        patience: Duration,
+        plan: &RunPlan<'_>,
+        sizes: &Sizes,
     ) -> Result<Self, CheckFailed> {
         let (dir, log) = (folder.join(plan.name), folder.join(format!("{}.log", plan.name)));
         let cannot = |e: std::io::Error| failed(format!("run {}: {e}", plan.name));
@@ -236,6 +239,9 @@ impl Run {
             .arg("--fresh");
         command.args(["--ranks", &plan.ranks.to_string()]);
         command.args(["--set", &format!("cluster.spares={}", plan.spares)]);
+        if let Some(visible) = &sizes.visible {
+            command.env(VISIBLE_VARIABLE, visible);
+        }
         if let Some(steps) = plan.steps {
             command.args(["--steps", &steps.to_string()]);
         }
@@ -249,7 +255,7 @@ impl Run {
             child,
             folder: dir,
             log,
-            patience,
+            patience: sizes.patience,
             ranks: Vec::new(),
             ended: None,
         })

@@ -306,3 +306,24 @@ fn the_configs_for_one_gpu_have_the_shapes_that_they_name() {
     let layers = ParameterCount::of(&small).multiplied as usize - head;
     assert_eq!(layers, small.layers * 12 * small.hidden * small.hidden);
 }
+
+#[test]
+fn sizes_that_gpus_multiply_slowly_are_named() {
+    let mut config = shipped("gpu-124m.toml");
+    let advised = |config: &Config| {
+        let advice = plan(config, &gpus("1xH100-80GB")).expect("a plan").advice;
+        advice
+            .into_iter()
+            .filter(|line| line.contains("16 bytes"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(advised(&config), [""; 0]);
+    config.model.vocabulary = 50_257;
+    config.data.tokenizer.vocabulary = 50_257;
+    let advice = advised(&config);
+    assert_eq!(advice.len(), 1, "{advice:?}");
+    assert!(
+        advice[0].starts_with("model.vocabulary = 50257 ") && advice[0].ends_with("50264 is"),
+        "{advice:?}"
+    );
+}
