@@ -121,7 +121,7 @@ impl Times {
     }
 }
 
-/// Kills the last worker of a run that trains with all its ranks, and waits until all are back and train.
+/// Kills the last rank of a run that trains with all its ranks, and waits until all are back and train.
 fn kill_one(run: &mut Run, sizes: &Sizes, spares: u32) -> Result<Times, CheckFailed> {
     let (ranks, steps) = (u64::from(sizes.ranks), sizes.steps);
     let all_at_work = |event: &Value| event["kind"] == "generation" && event["ranks"] == ranks;
@@ -310,16 +310,16 @@ impl Run {
         Ok(self.ended)
     }
 
-    /// The process of a worker, as the controller says.
-    fn pid_of(&mut self, worker: u32) -> Result<Pid, CheckFailed> {
+    /// The process of a rank, as the controller says. Which worker it is follows from who was ready first.
+    fn pid_of(&mut self, rank: u32) -> Result<Pid, CheckFailed> {
         let answer = status::ask(&RunFolder::new(&self.folder), "status").map_err(|e| failed(e.message))?;
         let workers = answer
             .and_then(|answer| answer["workers"].as_array().cloned())
             .unwrap_or_default();
         let pid = |found: &Value| Pid::from_raw(i32::try_from(found["pid"].as_u64()?).ok()?);
         self.ranks = workers.iter().filter_map(pid).collect();
-        let found = workers.iter().find(|found| found["worker"] == worker).and_then(pid);
-        found.ok_or_else(|| self.told(&format!("worker {worker} has no process")))
+        let found = workers.iter().find(|found| found["rank"] == rank).and_then(pid);
+        found.ok_or_else(|| self.told(&format!("rank {rank} has no process")))
     }
 
     /// Waits for its own end, which must be a good one.
