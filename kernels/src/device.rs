@@ -15,8 +15,8 @@ use tarazed_domain::BlockIndex;
 pub enum DeviceError {
     /// Reconfigure: the memory is not there.
     #[error(
-        "out of device memory: {needed_bytes} bytes more were needed{}; lower batch.micro_batch_sequences, model.context or cluster.threads_per_rank, or use more ranks",
-        there_is(*.memory)
+        "{}; lower batch.micro_batch_sequences, model.context or cluster.threads_per_rank, or use more ranks",
+        shortage(*.needed_bytes, *.memory)
     )]
     OutOfMemory {
         /// Size of the allocation that failed.
@@ -59,14 +59,26 @@ pub struct MemoryState {
     pub total_bytes: usize,
 }
 
-fn there_is(memory: Option<MemoryState>) -> String {
-    memory.map_or_else(String::new, |memory| {
+fn shortage(needed_bytes: usize, memory: Option<MemoryState>) -> String {
+    let there_is = memory.map_or_else(String::new, |memory| {
         let MemoryState {
             free_bytes,
             total_bytes,
         } = memory;
         format!(", and {free_bytes} of the device's {total_bytes} were free")
-    })
+    });
+    format!("out of device memory: {needed_bytes} bytes more were needed{there_is}")
+}
+
+impl DeviceError {
+    /// What was wanted of the device's memory and what there was, without a remedy: for whoever knows a better one.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        match self {
+            Self::OutOfMemory { needed_bytes, memory } => Some(shortage(*needed_bytes, *memory)),
+            _ => None,
+        }
+    }
 }
 
 /// How a buffer's elements are stored.

@@ -73,10 +73,9 @@ pub struct DeviceReports<D> {
 
 /// An error that ends the process, with what is known of the device's memory where that is why.
 pub fn explained(error: &StepError, memory_hint: &str) -> String {
-    if error.is_out_of_memory() && !memory_hint.is_empty() {
-        format!("{error}; {memory_hint}")
-    } else {
-        error.to_string()
+    match error.shortage() {
+        Some(shortage) if !memory_hint.is_empty() => format!("{shortage}; {memory_hint}"),
+        _ => error.to_string(),
     }
 }
 
@@ -452,5 +451,27 @@ impl RankActorState {
         }
         self.arguments.root.cast(RootMessage::Exit(Ok(RankExit::Left)))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tarazed_kernels::DeviceError;
+
+    /// The hint takes the place of the general remedy; other errors are told as they are.
+    #[test]
+    fn a_shortage_of_memory_is_told_with_what_is_known_of_the_plan() {
+        let short = StepError::Device(DeviceError::OutOfMemory {
+            needed_bytes: 5,
+            memory: None,
+        });
+        assert_eq!(
+            explained(&short, "the largest is x"),
+            "out of device memory: 5 bytes more were needed; the largest is x"
+        );
+        assert_eq!(explained(&short, ""), short.to_string());
+        let other = StepError::Data("gone".to_owned());
+        assert_eq!(explained(&other, "the largest is x"), "data: gone");
     }
 }

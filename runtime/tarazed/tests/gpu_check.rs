@@ -18,6 +18,7 @@ fn several_processes_with_one_killed_leave_the_trace_of_one() {
     };
     let program = Path::new(env!("CARGO_BIN_EXE_tarazed"));
     let report = check(program, folder.path(), &sizes).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{report:#}"); // for --nocapture
     assert!(
         report["steps_compared"].as_u64().is_some_and(|steps| steps >= 6),
         "{report}"

@@ -123,10 +123,13 @@ impl StepError {
         matches!(self, Self::Malformed { .. })
     }
 
-    /// Whether the device's memory was too small: what a plan says of it helps whoever reads the error.
+    /// What the device's memory was too small for, without a remedy: a plan knows which helps most.
     #[must_use]
-    pub const fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::Device(DeviceError::OutOfMemory { .. }))
+    pub fn shortage(&self) -> Option<String> {
+        match self {
+            Self::Device(error) => error.shortage(),
+            _ => None,
+        }
     }
 
     /// Whether this process must end and be replaced.

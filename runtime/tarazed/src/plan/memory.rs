@@ -137,11 +137,12 @@ pub fn largest(terms: &[Term]) -> Option<&Term> {
 pub fn relief(term: &Term) -> &'static str {
     match term.name {
         "activations" | "workspace" => {
-            "lower batch.micro_batch_sequences or cluster.threads_per_rank; a shorter model.context is another model"
+            "lower cluster.threads_per_rank, or batch.micro_batch_sequences (a new run: it changes rounding)"
         }
         "products and partial sums" => "lower cluster.threads_per_rank",
         "lane gradients" => {
-            "use more ranks, so that each folds fewer lanes, or lower batch.lanes and cluster.threads_per_rank"
+            "use more ranks, so that each folds fewer lanes, or lower cluster.threads_per_rank or batch.lanes (a new run: lanes decide \
+             numbers)"
         }
         "master weights" | "moments" | "reduced gradients" | "checkpoint snapshot" => {
             "use more ranks, with as many optimizer.shards, so that each holds a smaller part of the state"

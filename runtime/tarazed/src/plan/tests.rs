@@ -232,7 +232,7 @@ fn a_rank_without_memory_says_what_needs_most() {
     config.batch.micro_batch_sequences = 18;
     let said = memory_hint(&config);
     assert!(
-        said.contains("are activations (") && said.contains("lower batch.micro_batch_sequences"),
+        said.contains("are activations (") && said.contains("or batch.micro_batch_sequences (a new run"),
         "{said}"
     );
 }
