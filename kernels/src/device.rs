@@ -15,11 +15,14 @@ use tarazed_domain::BlockIndex;
 pub enum DeviceError {
     /// Reconfigure: the memory is not there.
     #[error(
-        "out of device memory: {needed_bytes} bytes more were needed; lower batch.micro_batch_sequences, model.context or cluster.threads_per_rank, or use more ranks"
+        "{}; lower batch.micro_batch_sequences, model.context or cluster.threads_per_rank, or use more ranks",
+        shortage(*.needed_bytes, *.memory)
     )]
     OutOfMemory {
         /// Size of the allocation that failed.
         needed_bytes: usize,
+        /// The device's memory just then, where the device says.
+        memory: Option<MemoryState>,
     },
     /// Reconfigure the host: memory that a device copies from and to is not there, or may not be pinned.
     #[error(
@@ -45,6 +48,37 @@ pub enum DeviceError {
         /// The limit that it hits.
         cause: String,
     },
+}
+
+/// A device's memory at a moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemoryState {
+    /// Free, bytes.
+    pub free_bytes: usize,
+    /// In all, bytes.
+    pub total_bytes: usize,
+}
+
+fn shortage(needed_bytes: usize, memory: Option<MemoryState>) -> String {
+    let there_is = memory.map_or_else(String::new, |memory| {
+        let MemoryState {
+            free_bytes,
+            total_bytes,
+        } = memory;
+        format!(", and {free_bytes} of the device's {total_bytes} were free")
+    });
+    format!("out of device memory: {needed_bytes} bytes more were needed{there_is}")
+}
+
+impl DeviceError {
+    /// What was wanted of the device's memory and what there was, without a remedy: for whoever knows a better one.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        match self {
+            Self::OutOfMemory { needed_bytes, memory } => Some(shortage(*needed_bytes, *memory)),
+            _ => None,
+        }
+    }
 }
 
 /// How a buffer's elements are stored.
@@ -440,6 +474,16 @@ pub trait Device: Send + Sync + 'static {
         to: ViewMut<'_, Self::Buffer>,
         len: usize,
     ) -> Result<(), DeviceError>;
+
+    /// Makes a product of operands in working precision ready, so that a shape which the device does not take is refused before
+    /// a run's first step, and not in it. Nothing to do on a device that takes every shape.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`], [`DeviceError::Failed`].
+    fn prepare_gemm(&self, call: &Gemm, result: Precision) -> Result<(), DeviceError> {
+        let _ = (call, result);
+        Ok(())
+    }
 
     /// Matrix product; see [`Gemm`].
     ///

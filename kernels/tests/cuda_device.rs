@@ -587,11 +587,19 @@ fn memory_that_is_not_there_is_named_with_its_size() {
         rig.recorder.fail(now + calls_from_now, Severity::OutOfMemory);
     };
     let needed = |refused: Option<DeviceError>| match refused {
-        Some(DeviceError::OutOfMemory { needed_bytes }) => needed_bytes,
+        Some(DeviceError::OutOfMemory { needed_bytes, .. }) => needed_bytes,
         other => panic!("{other:?}"),
     };
     fail(&rig, 0);
     assert_eq!(needed(rig.device.alloc(1000, Full).err()), 4000);
+    // How much there is, is told beside it.
+    fail(&rig, 0);
+    let text = rig.device.alloc(1000, Full).err().unwrap().to_string();
+    let expected = format!(
+        "4000 bytes more were needed, and 0 of the device's {} were free;",
+        usize::MAX
+    );
+    assert!(text.contains(&expected), "{text}");
     // A stream and its event come before the memory that is copied through.
     fail(&rig, 2);
     let refused = rig.device.stream().err();
@@ -630,7 +638,7 @@ fn a_failure_at_any_call_is_told_and_leaves_nothing_behind() {
             let gives_back = call.starts_with("free") || call.starts_with("destroy");
             match outcome {
                 Ok(()) => assert!(gives_back, "{context}"),
-                Err(DeviceError::OutOfMemory { needed_bytes }) => {
+                Err(DeviceError::OutOfMemory { needed_bytes, .. }) => {
                     assert!(
                         severity == Severity::OutOfMemory && call == "alloc" && needed_bytes > 0,
                         "{context}"

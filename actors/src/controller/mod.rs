@@ -109,6 +109,8 @@ pub enum Notice {
         line: Box<TraceLine>,
         /// Over the last steps.
         tokens_per_s: Option<f64>,
+        /// Model FLOPs utilisation, 0 to 1, of the same steps; none where the devices' peak is not known.
+        mfu: Option<f64>,
         /// Since the line before.
         step_ms: f64,
         /// Ranks that train.

@@ -3,12 +3,14 @@
 
 use super::appender::JsonLines;
 use super::{Notice, Notify, unix_ms};
+use crate::rank::DevicePeak;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
-use tarazed_domain::config::BatchSchedule;
+use tarazed_domain::config::{BatchSchedule, ModelConfig};
 use tarazed_domain::{Generation, Rank, StepsCompleted};
+use tarazed_model::flops;
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
@@ -52,6 +54,9 @@ pub struct ObservatoryArguments {
     pub notify: Notify,
     pub batch: BatchSchedule,
     pub context_tokens: u64,
+    pub model: ModelConfig,
+    /// Of the devices that ranks compute on, where it is known.
+    pub peak: Option<DevicePeak>,
     pub last_step: StepsCompleted,
 }
 
@@ -326,6 +331,9 @@ impl ObservatoryState {
         let tokens_per_s = since
             .map(|(at, first)| per_s(samples(*first).saturating_mul(self.arguments.context_tokens), at))
             .filter(|rate| *rate > 0.0);
+        let mfu = self.arguments.peak.zip(tokens_per_s).map(|(peak, tokens_per_s)| {
+            flops::utilisation(&self.arguments.model, tokens_per_s, peak.of_ranks(ranks_alive))
+        });
         let left = self.arguments.last_step.0.saturating_sub(line.step.0) as f64;
         let eta_s = rate.filter(|rate| *rate > 0.0).map(|rate| left / rate);
         let wall_s = self.began.elapsed().as_secs_f64();
@@ -338,19 +346,25 @@ impl ObservatoryState {
                 )
             })
             .collect();
-        self.arguments.metrics.append(&json!({
+        let mut metrics = json!({
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
             "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
             "durability_lag_s": self.not_durable.front().map_or(0.0, |(_, since)| (now - *since).as_secs_f64()),
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
-        }));
+        });
+        // Where no peak is known there is nothing to be a share of, and no such key.
+        if let Some(mfu) = mfu {
+            metrics["mfu(%)"] = json!(mfu * 100.0);
+        }
+        self.arguments.metrics.append(&metrics);
         if !line.decisions.is_empty() {
             self.notify(Notice::Decided(line.decisions.clone()));
         }
         self.notify(Notice::Line {
             line,
             tokens_per_s,
+            mfu,
             step_ms,
             ranks_alive,
             eta_s,

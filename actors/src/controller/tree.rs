@@ -181,6 +181,8 @@ impl Tree {
             notify: Arc::clone(&parts.notify),
             batch: config.batch_schedule(),
             context_tokens: config.model.context as u64,
+            peak: crate::rank::peak(&config),
+            model: config.model.clone(),
             last_step: parts.last_step,
         };
         let (observatory, _) = Actor::spawn_linked(None, Observatory, observatory_arguments, parent.clone())

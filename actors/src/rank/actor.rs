@@ -67,6 +67,16 @@ pub struct DeviceReports<D> {
     pub rank: ActorRef<RankMessage>,
     /// Where the state lies that is to be saved.
     pub device: D,
+    /// What is said besides where the device's memory is too small.
+    pub memory_hint: String,
+}
+
+/// An error that ends the process, with what is known of the device's memory where that is why.
+pub fn explained(error: &StepError, memory_hint: &str) -> String {
+    match error.shortage() {
+        Some(shortage) if !memory_hint.is_empty() => format!("{shortage}; {memory_hint}"),
+        _ => error.to_string(),
+    }
 }
 
 impl<D> DeviceReports<D> {
@@ -138,7 +148,7 @@ impl<D: HostVisible + Clone> DeviceEvents<D> for DeviceReports<D> {
     }
 
     fn broken(&self, error: &StepError) {
-        self.cast(RankMessage::Broken(error.to_string()));
+        self.cast(RankMessage::Broken(explained(error, &self.memory_hint)));
     }
 }
 
@@ -441,5 +451,27 @@ impl RankActorState {
         }
         self.arguments.root.cast(RootMessage::Exit(Ok(RankExit::Left)))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tarazed_kernels::DeviceError;
+
+    /// The hint takes the place of the general remedy; other errors are told as they are.
+    #[test]
+    fn a_shortage_of_memory_is_told_with_what_is_known_of_the_plan() {
+        let short = StepError::Device(DeviceError::OutOfMemory {
+            needed_bytes: 5,
+            memory: None,
+        });
+        assert_eq!(
+            explained(&short, "the largest is x"),
+            "out of device memory: 5 bytes more were needed; the largest is x"
+        );
+        assert_eq!(explained(&short, ""), short.to_string());
+        let other = StepError::Data("gone".to_owned());
+        assert_eq!(explained(&other, "the largest is x"), "data: gone");
     }
 }

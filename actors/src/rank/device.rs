@@ -1,6 +1,6 @@
 //! Which device a rank computes on: what `cluster.device` says, and what this machine has.
 
-use tarazed_domain::config::{ClusterDevice, Config};
+use tarazed_domain::config::{ClusterDevice, Config, ConfigError};
 use tarazed_kernels::{CpuDevice, Device};
 
 #[cfg(feature = "cuda")]
@@ -9,7 +9,9 @@ use {
     tarazed_kernels::cuda::CudaDevice,
     tarazed_kernels::cuda::cubin::CubinCache,
     tarazed_kernels::cuda::driver::Absence,
+    tarazed_kernels::cuda::peak::dense_bf16_flops_per_s,
     tarazed_kernels::cuda::real::{self, RealDriver},
+    tarazed_kernels::cuda::shapes,
 };
 
 /// A device that was asked for and is not to be had: reconfigure.
@@ -73,6 +75,19 @@ impl DeviceChoice {
         None
     }
 
+    /// Whether it takes a config's shapes. Products are the matrix library's to refuse, which a rank asks when it opens its
+    /// device.
+    ///
+    /// # Errors
+    /// The key at fault, with what is possible.
+    pub fn takes(self, config: &Config) -> Result<(), ConfigError> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { .. } => shapes::check(config),
+        }
+    }
+
     /// Does once what each rank would do at its start, and wait for: compiles the kernels.
     ///
     /// # Errors
@@ -108,6 +123,37 @@ pub fn device_type(config: &Config) -> String {
         },
         // A run on it would not have started: whatever stands here is declared as a change.
         Err(refused) => refused.cause,
+    }
+}
+
+/// Peak rate of the devices that a run's ranks compute on.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct DevicePeak {
+    /// Of one device: dense products in the working precision, FLOP/s.
+    pub flops_per_s: f64,
+    /// How many there are: worker k takes that of number k modulo this count.
+    pub devices: u32,
+}
+
+impl DevicePeak {
+    /// Of all the devices that so many ranks compute on, FLOP/s.
+    #[must_use]
+    pub fn of_ranks(self, ranks: usize) -> f64 {
+        self.flops_per_s * ranks.min(self.devices as usize) as f64
+    }
+}
+
+/// The peak of the devices that ranks compute on, as the controller's machine has them; none for processors, and for a
+/// device that is not in the table ([`tarazed_kernels::cuda::peak`]).
+#[must_use]
+pub fn peak(config: &Config) -> Option<DevicePeak> {
+    match DeviceChoice::of(config) {
+        #[cfg(feature = "cuda")]
+        Ok(DeviceChoice::Cuda { count: devices }) => {
+            let name = real::probe(0).ok()?.name;
+            dense_bf16_flops_per_s(&name).map(|flops_per_s| DevicePeak { flops_per_s, devices })
+        }
+        _ => None,
     }
 }
 
@@ -148,6 +194,29 @@ mod tests {
         let mut config = Config::load(path.as_ref(), &[]).unwrap();
         config.cluster.device = device;
         config
+    }
+
+    #[test]
+    fn utilisation_is_a_share_of_the_devices_in_use() {
+        let peak = DevicePeak {
+            flops_per_s: 1e15,
+            devices: 4,
+        };
+        assert_eq!([1, 4, 8].map(|ranks| peak.of_ranks(ranks)), [1e15, 4e15, 4e15]);
+        assert_eq!(super::peak(&config(ClusterDevice::Cpu)), None);
+    }
+
+    /// Processors take any shape; a CUDA device says before a run begins what it does not take.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn shapes_are_refused_by_the_device_that_would_compute_them() {
+        let mut wide = config(ClusterDevice::Cuda);
+        wide.model.hidden = 256 * wide.model.heads;
+        DeviceChoice::Cpu.takes(&wide).unwrap();
+        let cuda = DeviceChoice::Cuda { count: 1 };
+        cuda.takes(&config(ClusterDevice::Cuda)).unwrap();
+        let refused = cuda.takes(&wide).unwrap_err();
+        assert_eq!(refused.key, "model.heads");
     }
 
     /// With a GPU or without, each answer fits the machine and the others.

@@ -16,7 +16,8 @@ mod writer;
 use crate::link::PeerId;
 use crate::run_folder::RunPaths;
 pub use actor::CommandSink;
-pub use device::{DeviceChoice, DeviceRefused, device_type};
+use actor::explained;
+pub use device::{DeviceChoice, DevicePeak, DeviceRefused, device_type, peak};
 use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
@@ -59,6 +60,8 @@ pub struct RankArgs {
     pub incarnation: u32,
     /// Harm to be done to it on purpose.
     pub harm: Option<Harm>,
+    /// What is said besides where the device's memory is too small, of the run's config; the caller's plan knows.
+    pub memory_hint: fn(&Config) -> String,
 }
 
 /// A rank that could not start or could not go on.
@@ -187,12 +190,14 @@ struct DeviceWork {
     data_plane: Sockets,
     feeder: Arc<Feeder>,
     source: StoreSource,
+    memory_hint: String,
 }
 
 impl DeviceWork {
     fn start<D: HostVisible + Clone>(self, tree: &RankTree, device: D) -> Result<(), RankError> {
-        let events = tree.device_events(&device);
-        let state = RankState::new(self.config, device, self.progress).map_err(|e| RankError::because("device")(&e))?;
+        let events = tree.device_events_with(&device, self.memory_hint.clone());
+        let state = RankState::new(self.config, device, self.progress)
+            .map_err(|e| RankError::because("device")(&explained(&e, &self.memory_hint)))?;
         tree.start_device(DeviceThread {
             state: state.harmed(self.harm),
             member: self.member,
@@ -255,6 +260,7 @@ async fn serve(
         },
         feeder,
         source: store,
+        memory_hint: (args.memory_hint)(&config),
     };
     match DeviceChoice::of(&config).map_err(|e| RankError::because("device")(&e))? {
         DeviceChoice::Cpu => work.start(&tree, CpuDevice::new())?,

@@ -127,8 +127,22 @@ impl RankTree {
     /// What the device thread of this device says goes here.
     #[must_use]
     pub fn device_events<D: HostVisible + Clone>(&self, device: &D) -> Arc<dyn DeviceEvents<D>> {
+        self.device_events_with(device, String::new())
+    }
+
+    /// The same, with what is said besides where the device's memory is too small.
+    #[must_use]
+    pub fn device_events_with<D: HostVisible + Clone>(
+        &self,
+        device: &D,
+        memory_hint: String,
+    ) -> Arc<dyn DeviceEvents<D>> {
         let (rank, device) = (self.rank.clone(), device.clone());
-        Arc::new(DeviceReports { rank, device })
+        Arc::new(DeviceReports {
+            rank,
+            device,
+            memory_hint,
+        })
     }
 
     /// Starts the device thread, whose end, if it was not told to end, ends the process.

@@ -23,6 +23,14 @@ unsafe impl Send for CpuBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for CpuBuffer {}
 
+/// The system does not say what it would have given.
+pub(super) const fn out_of_memory(needed_bytes: usize) -> DeviceError {
+    DeviceError::OutOfMemory {
+        needed_bytes,
+        memory: None,
+    }
+}
+
 impl CpuBuffer {
     /// A zeroed buffer.
     ///
@@ -37,7 +45,7 @@ impl CpuBuffer {
             });
         }
         let needed_bytes = len.saturating_mul(size_of::<f32>());
-        let out_of_memory = DeviceError::OutOfMemory { needed_bytes };
+        let out_of_memory = out_of_memory(needed_bytes);
         let Some((layout, alignment)) = layout(len) else {
             return Err(out_of_memory);
         };
@@ -139,7 +147,7 @@ mod tests {
     #[test]
     fn a_refusal_says_what_was_needed() {
         for len in [1 << 60, usize::MAX] {
-            let Err(DeviceError::OutOfMemory { needed_bytes }) = CpuBuffer::zeroed(len) else {
+            let Err(DeviceError::OutOfMemory { needed_bytes, .. }) = CpuBuffer::zeroed(len) else {
                 panic!("{len} elements were granted");
             };
             assert!(needed_bytes >= 1 << 60);

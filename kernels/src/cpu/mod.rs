@@ -121,7 +121,7 @@ impl Device for CpuDevice {
         let needed_bytes = len.saturating_mul(size_of::<u32>());
         tokens
             .try_reserve_exact(len)
-            .map_err(|_| DeviceError::OutOfMemory { needed_bytes })?;
+            .map_err(|_| memory::out_of_memory(needed_bytes))?;
         tokens.resize(len, 0);
         Ok(tokens)
     }

@@ -111,7 +111,9 @@ impl<D: Driver> Context<D> {
         let plan = self.driver.plan_gemm(key).map_err(|error| match error.severity {
             Severity::Refused => DeviceError::Unsupported {
                 operation: "gemm",
-                cause: format!("{error} for {key:?}"),
+                cause: format!(
+                    "{error} for {key:?}; change the model's shape or batch.micro_batch_sequences, or set cluster.device to \"cpu\""
+                ),
             },
             Severity::OutOfMemory | Severity::Sticky => self.judge("gemm", &error),
         })?;

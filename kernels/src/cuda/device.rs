@@ -249,13 +249,7 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn alloc(&self, len: usize, precision: Precision) -> Result<CudaBuffer<D>, DeviceError> {
-        self.buffer(
-            len,
-            match precision {
-                Precision::Working => Element::Bf16,
-                Precision::Full => Element::F32,
-            },
-        )
+        self.buffer(len, element(precision))
     }
 
     fn alloc_tokens(&self, len: usize) -> Result<CudaTokens<D>, DeviceError> {
@@ -343,6 +337,15 @@ impl<D: Driver> Device for CudaDevice<D> {
             .tensor(to, len)
             .long(len)
             .run()
+    }
+
+    fn prepare_gemm(&self, call: &Gemm, result: Precision) -> Done {
+        // A product without terms or results asks for no algorithm.
+        if call.m == 0 || call.n == 0 || call.k == 0 {
+            return self.context.check("gemm");
+        }
+        let key = gemm::key(call, element(Precision::Working), element(result));
+        self.context.plan(&key).map(drop)
     }
 
     fn gemm(&self, stream: &mut CudaStream<D>, call: &Gemm, a: In<'_, D>, b: In<'_, D>, c: Out<'_, D>) -> Done {
@@ -660,6 +663,14 @@ impl<D: Driver> Device for CudaDevice<D> {
             *hash = BlockHash::from_sums([sums[0], sums[1]]);
         }
         Ok(())
+    }
+}
+
+/// How a precision is stored.
+const fn element(precision: Precision) -> Element {
+    match precision {
+        Precision::Working => Element::Bf16,
+        Precision::Full => Element::F32,
     }
 }
 

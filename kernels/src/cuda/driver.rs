@@ -8,6 +8,7 @@
 //! reads and writes there later, when no borrow checker looks.
 
 use super::table::{Element, Entry, Launch, Value};
+pub use crate::device::MemoryState;
 use std::fmt;
 use std::ptr::NonNull;
 
@@ -85,15 +86,6 @@ impl DeviceFacts {
             self.name, self.multiprocessors
         )
     }
-}
-
-/// Memory at a moment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MemoryState {
-    /// Free, bytes.
-    pub free_bytes: usize,
-    /// In all, bytes.
-    pub total_bytes: usize,
 }
 
 /// What a failed call means for the next one.

@@ -91,6 +91,23 @@ pub fn column_major(key: &GemmKey) -> [ColumnMajor; 3] {
     ]
 }
 
+/// All that a product's algorithm is chosen by.
+pub(super) const fn key(call: &Gemm, input: Element, output: Element) -> GemmKey {
+    GemmKey {
+        m: call.m,
+        n: call.n,
+        k: call.k,
+        a_transposed: call.a_transposed,
+        b_transposed: call.b_transposed,
+        a_stride: call.a_stride,
+        b_stride: call.b_stride,
+        c_stride: call.c_stride,
+        accumulate: call.accumulate,
+        input,
+        output,
+    }
+}
+
 /// `C = alpha · op(A) · op(B)` or `C += …` on a stream.
 ///
 /// # Errors
@@ -122,19 +139,7 @@ pub(super) fn product<D: Driver>(
     if call.k == 0 {
         return no_terms(stream, call, addresses[2], c.buffer.element);
     }
-    let key = GemmKey {
-        m: call.m,
-        n: call.n,
-        k: call.k,
-        a_transposed: call.a_transposed,
-        b_transposed: call.b_transposed,
-        a_stride: call.a_stride,
-        b_stride: call.b_stride,
-        c_stride: call.c_stride,
-        accumulate: call.accumulate,
-        input: inputs[0],
-        output: c.buffer.element,
-    };
+    let key = key(call, inputs[0], c.buffer.element);
     let plan = stream.context().plan(&key)?;
     let bytes = [
         spans[0] * key.input.bytes(),

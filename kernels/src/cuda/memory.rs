@@ -27,7 +27,11 @@ impl<D: Driver> Allocation<D> {
             .driver()
             .alloc(bytes.max(1))
             .map_err(|error| match error.severity {
-                Severity::OutOfMemory => DeviceError::OutOfMemory { needed_bytes: bytes },
+                Severity::OutOfMemory => DeviceError::OutOfMemory {
+                    needed_bytes: bytes,
+                    // What there is helps whoever reads it; that it cannot be had is no error of its own.
+                    memory: context.driver().memory().ok(),
+                },
                 Severity::Refused | Severity::Sticky => context.judge("alloc", &error),
             })?;
         Ok(Self {

@@ -29,10 +29,12 @@ mod event;
 pub mod gemm;
 pub mod graph;
 mod memory;
+pub mod peak;
 #[cfg(feature = "cuda")]
 pub mod real;
 pub mod recording;
 pub mod resources;
+pub mod shapes;
 pub mod snapshot;
 mod stream;
 pub mod table;

@@ -455,6 +455,8 @@ const NORM_PARTIALS_MAX: usize = 256;
 const NORM_ROWS_MIN: usize = 4;
 /// Dynamic shared memory that every supported card (compute capability 8.0 on) gives a block.
 pub const SHARED_BYTES_MAX: u32 = 99 * 1024;
+/// Elements of a row whose norm has a gradient, at most: its weight gradient grows in shared memory, whole chunks of it.
+pub const NORM_ELEMENTS_MAX: usize = SHARED_BYTES_MAX as usize / size_of::<f32>() / CHUNK * CHUNK;
 /// Blocks of threads along the grid's second and third dimension.
 const GRID_YZ_MAX: usize = 65_535;
 
@@ -580,8 +582,17 @@ pub fn rms_norm_backward(call: &Norm) -> Result<Launch, DeviceError> {
     let entry = &RMS_NORM_BACKWARD;
     let (partials, _) = norm_partials(call.rows);
     let partials = along_x(entry.name, "runs of rows", partials)?;
-    let shared = call.width.next_multiple_of(CHUNK) * size_of::<f32>();
-    let shared_bytes = dimension(entry.name, "bytes of sums", shared, SHARED_BYTES_MAX as usize)?;
+    let elements = call.width.next_multiple_of(CHUNK);
+    if elements > NORM_ELEMENTS_MAX {
+        return Err(DeviceError::Unsupported {
+            operation: entry.name,
+            cause: format!(
+                "rows of {} elements, where {NORM_ELEMENTS_MAX} are possible",
+                call.width
+            ),
+        });
+    }
+    let shared_bytes = (elements * size_of::<f32>()) as u32;
     let threads = threads(call.width.div_ceil(CHUNK), THREADS_MAX);
     Ok(Launch {
         shared_bytes,
@@ -666,6 +677,9 @@ pub const ATTENTION_TILES: [AttentionTiles; 3] = [
     },
 ];
 
+/// Elements of a head, at most.
+pub const HEAD_ELEMENTS_MAX: usize = ATTENTION_TILES[ATTENTION_TILES.len() - 1].head_dim as usize;
+
 impl AttentionTiles {
     /// Bytes of so many rows of a tile.
     const fn rows(&self, rows: u32) -> u32 {
@@ -696,7 +710,10 @@ fn head_size(operation: &'static str, call: &Attention) -> Result<usize, DeviceE
         .position(|tiles| call.head_dim <= tiles.head_dim as usize)
         .ok_or_else(|| DeviceError::Unsupported {
             operation,
-            cause: format!("heads of {} elements, where 128 are possible", call.head_dim),
+            cause: format!(
+                "heads of {} elements, where {HEAD_ELEMENTS_MAX} are possible",
+                call.head_dim
+            ),
         })
 }
 

@@ -11,6 +11,7 @@
 //!
 //! This crate knows no rank, no lane and no data; it reads no file and starts no thread.
 
+pub mod flops;
 mod initial;
 mod layout;
 mod model;

@@ -122,6 +122,46 @@ impl<D: Device> Model<D> {
         Ok(Workspace::new(&self.device, &self.config, sequences, self.head_rows())?)
     }
 
+    /// Makes every matrix product of passes over `sequences` sequences ready. Shorter micro-batches, which evaluations and a
+    /// ramped batch have, make theirs ready when they come.
+    ///
+    /// # Errors
+    /// [`ModelError::Device`]: the device does not take one of them.
+    pub fn prepare(&self, sequences: usize) -> Result<(), ModelError> {
+        for (call, result) in self.products(sequences * self.config.context) {
+            self.device.prepare_gemm(&call, result)?;
+        }
+        Ok(())
+    }
+
+    /// The products of a pass over so many rows, forward and backward, each with its result's precision.
+    fn products(&self, rows: usize) -> Vec<(Gemm, Precision)> {
+        let (c, head_rows) = (&self.config, self.head_rows().min(rows));
+        let attention = self.attention(Shape {
+            sequences: 1,
+            length: c.context,
+        });
+        let mut layers = vec![
+            (rows, attention.qkv_width(), c.hidden),
+            (rows, c.hidden, attention.out_width()),
+            (rows, 2 * c.ffn, c.hidden),
+            (rows, c.hidden, c.ffn),
+            (head_rows, c.vocabulary, c.hidden),
+        ];
+        // The last rows of logits may be fewer.
+        if rows % head_rows > 0 {
+            layers.push((rows % head_rows, c.vocabulary, c.hidden));
+        }
+        let passes = |(rows, outputs, inputs)| {
+            [
+                (Gemm::forward(rows, outputs, inputs), Precision::Working),
+                (Gemm::input_gradient(rows, inputs, outputs), Precision::Working),
+                (Gemm::weight_gradient(outputs, inputs, rows), Precision::Full),
+            ]
+        };
+        layers.into_iter().flat_map(passes).collect()
+    }
+
     /// One micro-batch, forward and backward. `tokens` holds `sequences` runs of `context + 1` ids. **Adds** to
     /// `gradients` the gradient of `loss_scale` times the sum of all token losses, and returns each sequence's sum of
     /// token losses (nats), summed in token order.

@@ -72,6 +72,8 @@ pub struct Progress {
     pub lr: f64,
     /// Tokens per second of all ranks; `None` before it is known.
     pub tokens_per_s: Option<f64>,
+    /// Model FLOPs utilisation, 0 to 1; `None` where the devices' peak is not known.
+    pub mfu: Option<f64>,
     /// Domains, in the config's order.
     pub domains: Vec<DomainProgress>,
     /// Ranks that train.
@@ -116,21 +118,22 @@ impl Progress {
     }
 
     /// All but the domains, each with its colour.
-    fn head(&self) -> [(&'static str, String); 7] {
+    fn head(&self) -> Vec<(&'static str, String)> {
         let width = digits(self.steps);
         let ranks = format!("{}/{} ranks", self.ranks_alive, self.ranks);
         let rank_code = if self.ranks_alive < self.ranks { YELLOW } else { DIM };
         let speed = self.tokens_per_s.map_or_else(|| "-".to_owned(), short);
         let left = self.eta_s.map_or_else(|| "-".to_owned(), duration);
-        [
+        let mut head = vec![
             (BOLD, format!("step {:>width$}/{}", self.step, self.steps)),
             ("", format!("loss {:>7.4}", self.loss)),
             ("", format!("norm {:>6.2}", self.grad_norm)),
             (DIM, format!("lr {:>7.1e}", self.lr)),
             ("", format!("{speed:>6} tok/s")),
-            (rank_code, ranks),
-            (DIM, format!("{left:>6} left")),
-        ]
+        ];
+        head.extend(self.mfu.map(|mfu| ("", format!("mfu {:>4.1}%", mfu * 100.0))));
+        head.extend([(rank_code, ranks), (DIM, format!("{left:>6} left"))]);
+        head
     }
 }
 
@@ -367,6 +370,7 @@ mod tests {
             grad_norm: 1.234,
             lr: 1.93e-3,
             tokens_per_s: Some(9_120.0),
+            mfu: None,
             domains: vec![
                 domain("wiki-zh", 0.207, Some(5.614)),
                 domain("code", 0.4, None),
@@ -388,6 +392,21 @@ mod tests {
             colour: false,
             columns: Some(columns),
         }
+    }
+
+    /// Only where the devices' peak is known.
+    #[test]
+    fn utilisation_stands_behind_the_speed() {
+        let known = Progress {
+            mfu: Some(0.4126),
+            ..progress(3)
+        };
+        assert!(
+            one_line(&known).contains(" tok/s  mfu 41.3%  4/4 ranks"),
+            "{}",
+            one_line(&known)
+        );
+        assert!(!one_line(&progress(3)).contains("mfu"));
     }
 
     fn one_line(progress: &Progress) -> String {

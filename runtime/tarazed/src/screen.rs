@@ -148,12 +148,14 @@ impl Lines {
         if let Notice::Line {
             line,
             tokens_per_s,
+            mfu,
             ranks_alive,
             eta_s,
             ..
         } = notice
         {
-            return self.progress(now, line, *tokens_per_s, *ranks_alive as u32, *eta_s);
+            let speed = (*tokens_per_s, *mfu);
+            return self.progress(now, line, speed, *ranks_alive as u32, *eta_s);
         }
         let incidents = match notice {
             Notice::Decided(decisions) => decisions.iter().map(|decision| self.decision(decision)).collect(),
@@ -259,7 +261,7 @@ impl Lines {
         &mut self,
         now: Duration,
         line: &TraceLine,
-        tokens_per_s: Option<f64>,
+        (tokens_per_s, mfu): (Option<f64>, Option<f64>),
         ranks_alive: u32,
         eta_s: Option<f64>,
     ) -> Vec<String> {
@@ -284,6 +286,7 @@ impl Lines {
                 grad_norm: line.grad_norm,
                 lr: line.lr,
                 tokens_per_s,
+                mfu,
                 domains: line.mixture.iter().map(domain).collect(),
                 ranks_alive,
                 ranks: self.ranks,
@@ -367,6 +370,7 @@ mod tests {
         Notice::Line {
             line: Box::new(line),
             tokens_per_s: None,
+            mfu: None,
             step_ms: 1.0,
             ranks_alive: 4,
             eta_s: None,

@@ -76,10 +76,10 @@ impl<D: Device> Clone for LaneInputs<'_, D> {
 impl<D: Device> Copy for LaneInputs<'_, D> {}
 
 impl<D: Device> LaneEngine<D> {
-    /// Memory for `threads` compute threads.
+    /// Memory for `threads` compute threads, and every product of a micro-batch made ready.
     ///
     /// # Errors
-    /// If the device has no memory for it.
+    /// If the device has no memory for it, or does not take a shape.
     pub fn new(
         model: &Model<D>,
         flat_elements: usize,
@@ -87,6 +87,7 @@ impl<D: Device> LaneEngine<D> {
         micro_batch_sequences: usize,
         domain_count: usize,
     ) -> Result<Self, StepError> {
+        model.prepare(micro_batch_sequences)?;
         let workers = (0..threads.max(1))
             .map(|_| {
                 Ok(Worker {

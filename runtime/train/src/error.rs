@@ -123,6 +123,15 @@ impl StepError {
         matches!(self, Self::Malformed { .. })
     }
 
+    /// What the device's memory was too small for, without a remedy: a plan knows which helps most.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        match self {
+            Self::Device(error) => error.shortage(),
+            _ => None,
+        }
+    }
+
     /// Whether this process must end and be replaced.
     #[must_use]
     pub const fn is_own_fault(&self) -> bool {

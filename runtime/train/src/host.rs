@@ -196,7 +196,10 @@ mod tests {
             ranges: std::iter::once(0..1).collect(),
         };
         let refused = device.receive(&mut stream, vec![target], |_| {
-            Err(DeviceError::OutOfMemory { needed_bytes: 1 })
+            Err(DeviceError::OutOfMemory {
+                needed_bytes: 1,
+                memory: None,
+            })
         });
         assert!(refused.is_err());
     }

@@ -15,6 +15,24 @@ pub struct Args {
     /// Folder of the report, `DEVICE-build-ID.json`; the ID is the beginning of this program's BLAKE3 hash.
     #[arg(long, value_name = "DIR", default_value = "docs/gpu")]
     out: PathBuf,
+    /// Leave out the whole runs of several rank processes.
+    #[arg(long)]
+    skip_processes: bool,
+    /// Time training steps of these configs besides, e.g. configs/gpu-124m.toml.
+    #[arg(long, value_name = "CONFIG", value_delimiter = ',')]
+    bench: Vec<PathBuf>,
+    /// A Python with PyTorch, which times the same steps in turn with this program.
+    #[arg(long, value_name = "PROGRAM", requires = "bench")]
+    python: Option<PathBuf>,
+    /// What that Python runs.
+    #[arg(long, value_name = "FILE", default_value = "tests/bench/pytorch_gpu_step.py")]
+    bench_script: PathBuf,
+    /// Micro-batches of a timed step.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    bench_micro_batches: u32,
+    /// Timed steps of each side; as many before them do not count.
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    bench_rounds: u32,
 }
 
 /// Runs the command.
@@ -44,12 +62,15 @@ pub fn run(_: &Args) -> Result<Exit, Failure> {
 mod checks {
     use super::Args;
     use crate::exit::{Exit, Failure};
-    use crate::gpu_check::{Extent, check, determinism, timing};
+    use crate::gpu_check::{
+        CheckFailed, Extent, VISIBLE_VARIABLE, bench, check, determinism, processes, timing, visible_alone,
+    };
     use crate::output::print;
-    use serde_json::json;
+    use serde_json::{Value, json};
     use std::fs::File;
     use std::path::{Path, PathBuf};
     use std::process::Command;
+    use tarazed_domain::config::Config;
     use tarazed_kernels::cuda::CudaDevice;
     use tarazed_kernels::cuda::cubin::CubinCache;
     use tarazed_kernels::cuda::real::RealDriver;
@@ -72,7 +93,15 @@ mod checks {
         };
         // Before anything that takes long: a report that cannot say what it is of is of no use.
         let build = build(Path::new(THIS_PROGRAM))?;
-        let (mut report, failed) = check(&device, &extent);
+        let bench = bench_sizes(args)?;
+        let (mut report, mut failed) = check(&device, &extent);
+        if failed.is_none()
+            && let Err(failure) = more(args, &device, &bench, &mut report)
+        {
+            report["passed"] = json!(false);
+            report["failure"] = json!(failure.to_string());
+            failed = Some(failure);
+        }
         report["build_blake3"] = json!(build);
         report["commit_of_the_working_directory"] = json!(commit());
         report["version"] = json!(env!("CARGO_PKG_VERSION"));
@@ -92,6 +121,56 @@ mod checks {
                 format!("do not train on this device; the report is {}", path.display()),
             )),
         }
+    }
+
+    /// What to time; configs and script are looked at before anything that takes long.
+    fn bench_sizes(args: &Args) -> Result<bench::Sizes, Failure> {
+        for config in &args.bench {
+            Config::load(config, &[])?;
+        }
+        let peer = args.python.clone().map(|python| (python, args.bench_script.clone()));
+        if let Some((_, script)) = peer.as_ref().filter(|(_, script)| !script.is_file()) {
+            return Err(Failure::refused(
+                "--bench-script",
+                format!("{} is no file", script.display()),
+                "name the script",
+            ));
+        }
+        Ok(bench::Sizes {
+            configs: args.bench.clone(),
+            micro_batches: args.bench_micro_batches as usize,
+            rounds: args.bench_rounds as usize,
+            peer,
+            visible: Some(visible(args)),
+        })
+    }
+
+    fn visible(args: &Args) -> String {
+        let seen = std::env::var(VISIBLE_VARIABLE).ok();
+        visible_alone(seen.as_deref(), args.device)
+    }
+
+    /// What follows the device's own checks, where they passed.
+    fn more(
+        args: &Args,
+        device: &CudaDevice<RealDriver>,
+        bench: &bench::Sizes,
+        report: &mut Value,
+    ) -> Result<(), CheckFailed> {
+        if !args.skip_processes {
+            let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
+            let sizes = processes::Sizes {
+                visible: Some(visible(args)),
+                ..processes::Sizes::standard()
+            };
+            report["processes"] = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes)?;
+            // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
+            let _ = std::fs::remove_dir_all(&folder);
+        }
+        if !bench.configs.is_empty() {
+            report["bench"] = bench::measure(device, bench)?;
+        }
+        Ok(())
     }
 
     fn write(path: &Path, text: &str) -> Result<(), Failure> {

@@ -71,6 +71,7 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
         sockets: args.sockets,
         worker: args.worker,
         incarnation: args.incarnation,
+        memory_hint: crate::plan::memory_hint,
         harm: harm_for(args.worker, args.incarnation, std::env::var(HARM_VARIABLE).ok())?,
     });
     telemetry.shutdown();

@@ -39,10 +39,11 @@ pub struct Args {
 /// Refused where there is no run, transient where a live controller does not answer.
 pub fn run(args: &Args) -> Result<Exit, Failure> {
     let folder = RunFolder::find(args.run_dir.as_deref(), Path::new("runs"))?;
-    let answer = match ask(&folder, "status")? {
+    let mut answer = match ask(&folder, "status")? {
         Some(answer) => answer,
         None => from_files(&folder)?,
     };
+    add_utilisation(&folder, &mut answer)?;
     if args.json {
         print_json(&answer)?;
     } else {
@@ -153,6 +154,16 @@ fn from_files(folder: &RunFolder) -> Result<Value, Failure> {
     }))
 }
 
+/// Model FLOPs utilisation as last measured, in percent, where the run's devices have a known peak.
+fn add_utilisation(folder: &RunFolder, answer: &mut Value) -> Result<(), Failure> {
+    const KEY: &str = "mfu(%)";
+    let measured = last_line(&folder.metrics())?;
+    if let (Some(mfu), Some(answer)) = (measured.and_then(|line| line.get(KEY).cloned()), answer.as_object_mut()) {
+        answer.insert(KEY.to_owned(), mfu);
+    }
+    Ok(())
+}
+
 /// The last whole line of a JSON-lines file; `None` where there is none.
 fn last_line(path: &Path) -> Result<Option<Value>, Failure> {
     let unreadable = |e: std::io::Error| {
@@ -202,6 +213,9 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
         field(answer, "step"),
         field(answer, "generation")
     );
+    if let Some(mfu) = answer.get("mfu(%)").and_then(Value::as_f64) {
+        let _ = writeln!(text, "model FLOPs utilisation {mfu:.1}% over the last steps");
+    }
     let workers = answer.get("workers").and_then(Value::as_array);
     let columns = ["worker", "rank", "pid", "incarnation", "lanes", "step", "state"];
     if let Some(workers) = workers.filter(|list| !list.is_empty()) {
@@ -253,6 +267,27 @@ mod tests {
             (&stream).write_all(answer.as_bytes()).expect("an answer");
             serde_json::from_str(&line).expect("a JSON request")
         })
+    }
+
+    #[test]
+    fn utilisation_is_said_where_it_was_measured() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let folder = run_in(dir.path());
+        let shown = || {
+            let mut answer = from_files(&folder).expect("files");
+            add_utilisation(&folder, &mut answer).expect("files");
+            table(&folder, &answer)
+        };
+        assert!(!shown().contains("utilisation"), "no metrics yet");
+        let metrics = dir.path().join("metrics.jsonl");
+        std::fs::write(&metrics, "{\"step\":1,\"tokens_per_s\":5.0}\n").expect("a file");
+        assert!(!shown().contains("utilisation"), "no known peak");
+        std::fs::write(&metrics, "{\"step\":1}\n{\"step\":2,\"mfu(%)\":41.26}\n").expect("a file");
+        assert!(
+            shown().contains("model FLOPs utilisation 41.3% over the last steps"),
+            "{}",
+            shown()
+        );
     }
 
     #[test]

@@ -157,7 +157,11 @@ fn train(
 
 /// What ranks will compute on, ready for them.
 fn device(config: &Config) -> Result<DeviceChoice, Failure> {
-    let choice = DeviceChoice::of(config).and_then(|choice| choice.prepare().map(|()| choice));
+    let found = DeviceChoice::of(config);
+    if let Ok(found) = &found {
+        found.takes(config)?;
+    }
+    let choice = found.and_then(|choice| choice.prepare().map(|()| choice));
     if choice == Ok(DeviceChoice::Cpu)
         && config.cluster.device == ClusterDevice::Auto
         && let Some(cause) = DeviceChoice::unused_device()

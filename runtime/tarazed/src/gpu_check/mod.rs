@@ -1,9 +1,12 @@
 //! Whether a GPU computes what it must, the same each time, and how fast: what `tarazed gpu-check` finds out.
 //!
 //! Checks are generic over the device, so that they run, and fail where they must, without a GPU, too. Nothing is said of a
-//! check that did not run: the report holds what ran, and the first failure ends it.
+//! check that did not run: the report holds what ran, and the first failure ends it. What each of its keys means:
+//! docs/FORMATS.md.
 
+pub mod bench;
 pub mod determinism;
+pub mod processes;
 pub mod timing;
 
 use serde_json::{Value, json};
@@ -13,6 +16,17 @@ use tarazed_kernels::{Device, conformance};
 
 /// Unit roundoff of bf16, the working precision of CUDA devices.
 const BF16_UNIT_ROUNDOFF: f64 = 1.0 / (1_u64 << 8) as f64;
+
+/// Environment variable that says which devices a process sees, in order, as numbers or names.
+pub const VISIBLE_VARIABLE: &str = "CUDA_VISIBLE_DEVICES";
+
+/// What the variable must be for a process to see one device alone: the one of number `ordinal` among those that this process
+/// sees.
+#[must_use]
+pub fn visible_alone(seen: Option<&str>, ordinal: u32) -> String {
+    let named = seen.and_then(|seen| seen.split(',').nth(ordinal as usize));
+    named.map_or_else(|| ordinal.to_string(), |name| name.trim().to_owned())
+}
 
 /// A check that failed.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +117,13 @@ mod tests {
             determinism: determinism::Sizes::small(),
             timing: timing::Sizes::small(),
         }
+    }
+
+    #[test]
+    fn another_process_sees_the_device_that_is_checked() {
+        assert_eq!(visible_alone(None, 2), "2");
+        assert_eq!(visible_alone(Some("5, 3"), 1), "3");
+        assert_eq!(visible_alone(Some("GPU-0a1b"), 0), "GPU-0a1b");
     }
 
     /// A device that computes nothing fails the first check, and the report says nothing of the others.

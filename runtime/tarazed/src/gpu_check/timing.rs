@@ -7,8 +7,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use tarazed_domain::config::ModelConfig;
 use tarazed_kernels::cuda::driver::Driver;
+use tarazed_kernels::cuda::peak::dense_bf16_flops_per_s;
 use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
 use tarazed_kernels::{Attention, Device, DeviceError, Gemm, Precision, View, ViewMut};
+use tarazed_model::flops;
 
 /// What is timed.
 #[derive(Clone, Debug)]
@@ -72,10 +74,10 @@ impl Sizes {
 const CHECK: &str = "timing";
 
 /// Least, median and most of some times.
-struct Spread([f64; 3]);
+pub(super) struct Spread(pub [f64; 3]);
 
 impl Spread {
-    fn of(mut times: Vec<f64>) -> Self {
+    pub fn of(mut times: Vec<f64>) -> Self {
         times.sort_by(f64::total_cmp);
         let at = |index: usize| times.get(index).copied().unwrap_or(f64::NAN);
         Self([at(0), at(times.len() / 2), at(times.len().saturating_sub(1))])
@@ -244,12 +246,19 @@ fn step<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes) -> Result<Value, Check
     }
     let Spread([least, median, most]) = Spread::of(times);
     let trained = sizes.sequences * sizes.model.context;
+    let tokens_per_s = (median > 0.0).then_some(trained as f64 / (median / 1e3));
+    let peak = dense_bf16_flops_per_s(&device.facts().name);
+    let mfu = tokens_per_s
+        .zip(peak)
+        .map(|(rate, peak)| flops::utilisation(&sizes.model, rate, peak) * 100.0);
     Ok(json!({
         "what": format!("forward and backward of {} sequences, {} parameters, by the wall's clock",
             sizes.sequences, bench.layout.parameter_count()),
         "model": format!("{:?}", sizes.model),
         "ms_least": least, "ms_median": median, "ms_most": most,
-        "tokens_per_second_median": (median > 0.0).then_some(trained as f64 / (median / 1e3)),
+        "tokens_per_second_median": tokens_per_s,
+        // Of the two passes alone: a whole step has exchanges and an update besides.
+        "mfu_percent_of_the_passes": mfu,
     }))
 }
 
@@ -271,6 +280,10 @@ mod tests {
                 .all(|timing| timing["tflops_median"].is_null() && timing["ms_median"] == 0.0)
         );
         assert!(timings[5]["ms_median"].as_f64().is_some_and(|ms| ms > 0.0));
+        assert!(
+            timings[5]["mfu_percent_of_the_passes"].is_null(),
+            "the recorder has no known peak"
+        );
     }
 
     /// What is multiplied is not zeros: both signs, no two halves alike.

@@ -12,9 +12,38 @@ pub fn advise(config: &Config, plan: &Plan) -> Vec<String> {
     }
     advice.extend(waste(config, plan));
     if matches!(plan.hardware, Hardware::Gpu { .. }) {
-        advice.push("this version trains on processors: the plan is for the same step on GPUs".to_owned());
+        advice.extend(misaligned(config));
+        advice.push(
+            "times on GPUs are assumptions: this version's CUDA device has not been timed, and its exchanges go through host memory"
+                .to_owned(),
+        );
     }
     advice
+}
+
+/// Elements of bf16 in 16 bytes.
+const ALIGNED_ELEMENTS: usize = 8;
+
+/// Sizes that GPUs take, and multiply slowly: NVIDIA's "Matrix multiplication background user's guide" asks for dimensions that
+/// are multiples of 16 bytes.
+fn misaligned(config: &Config) -> Vec<String> {
+    let model = &config.model;
+    let sizes = [
+        ("model.hidden", model.hidden),
+        ("model.ffn", model.ffn),
+        ("model.vocabulary", model.vocabulary),
+    ];
+    let odd = sizes
+        .into_iter()
+        .filter(|(_, size)| !size.is_multiple_of(ALIGNED_ELEMENTS));
+    let advice = |(key, size): (&str, usize)| {
+        format!(
+            "{key} = {size} is not a multiple of {ALIGNED_ELEMENTS}, so rows of bf16 do not begin at multiples of 16 bytes and \
+             products are slower: {} is",
+            size.next_multiple_of(ALIGNED_ELEMENTS)
+        )
+    };
+    odd.map(advice).collect()
 }
 
 /// One changed key, and whether it alters numbers (and so needs a new run).

@@ -1,6 +1,5 @@
 //! Memory of the worst-placed rank, term by term, as the step uses it. Every term carries its formula.
 
-use super::hardware::Hardware;
 use super::model::{ParameterCount, layer_activation_elements, layer_statistics, temporary_elements};
 use serde::Serialize;
 use std::convert::Infallible;
@@ -126,10 +125,40 @@ fn fold_buffers(tree: LaneTree, range: LaneRange) -> u64 {
     peak as u64
 }
 
-/// The terms, in a fixed order.
+/// The largest of the terms that lie where the rank computes.
 #[must_use]
-pub fn terms(config: &Config, hardware: &Hardware, shares: &Shares) -> Vec<Term> {
-    let on_gpu = matches!(hardware, Hardware::Gpu { .. });
+pub fn largest(terms: &[Term]) -> Option<&Term> {
+    let device = terms.iter().filter(|term| term.place == Place::Device);
+    device.max_by_key(|term| term.bytes)
+}
+
+/// What makes a term smaller, as keys of the config.
+#[must_use]
+pub fn relief(term: &Term) -> &'static str {
+    match term.name {
+        "activations" | "workspace" => {
+            "lower cluster.threads_per_rank, or batch.micro_batch_sequences (a new run: it changes rounding)"
+        }
+        "products and partial sums" => "lower cluster.threads_per_rank",
+        "lane gradients" => {
+            "use more ranks, so that each folds fewer lanes, or lower cluster.threads_per_rank or batch.lanes (a new run: lanes decide \
+             numbers)"
+        }
+        "master weights" | "moments" | "reduced gradients" | "checkpoint snapshot" => {
+            "use more ranks, with as many optimizer.shards, so that each holds a smaller part of the state"
+        }
+        "replicas" => "use more ranks, or set optimizer.replicas to 1: a lost rank then costs a restore",
+        "others' partials" => {
+            "use more ranks with as many optimizer.shards, or a world size that divides batch.lanes, which ships one node a rank"
+        }
+        // Every rank holds them whole.
+        _ => "use a device with more memory or a smaller model",
+    }
+}
+
+/// The terms, in a fixed order; for a rank that computes on a GPU, or on processors.
+#[must_use]
+pub fn terms(config: &Config, on_gpu: bool, shares: &Shares) -> Vec<Term> {
     let mut terms = state_terms(shares, on_gpu);
     terms.extend(working_terms(config, shares, on_gpu));
     if on_gpu {

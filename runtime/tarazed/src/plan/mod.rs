@@ -17,7 +17,8 @@ pub use hardware::Hardware;
 
 use memory::{Place, Shares, Term};
 use serde::Serialize;
-use tarazed_domain::config::{Config, ConfigError};
+use tarazed_domain::config::{ClusterDevice, Config, ConfigError};
+use tarazed_kernels::cuda::shapes;
 use time::StepTime;
 
 /// The whole answer.
@@ -63,22 +64,44 @@ const HOST_USABLE: f64 = 0.90;
 /// Plans `config` on `hardware`: one rank per GPU, or `cluster.ranks` CPU ranks.
 ///
 /// # Errors
-/// A [`ConfigError`] where the config cannot run on that many ranks.
+/// A [`ConfigError`] where the config cannot run on that many ranks, or GPUs do not take its shapes.
 pub fn plan(config: &Config, hardware: &Hardware) -> Result<Plan, ConfigError> {
     let mut config = config.clone();
     if let Hardware::Gpu { count, .. } = hardware {
         config.cluster.ranks = *count;
         config.validate()?;
+        shapes::check(&config)?;
     }
     let mut plan = without_advice(&config, hardware);
     plan.advice = advice::advise(&config, &plan);
     Ok(plan)
 }
 
+/// What a rank says besides when its device's memory is too small: which term of the plan is the largest, and what makes it
+/// smaller. For the world size and the device that the config names; a rank of a smaller world holds more.
+#[must_use]
+pub fn memory_hint(config: &Config) -> String {
+    let (ranks, on_gpu) = (config.cluster.ranks, config.cluster.device == ClusterDevice::Cuda);
+    let terms = memory::terms(config, on_gpu, &Shares::of(config, ranks));
+    let device = terms.iter().filter(|term| term.place == Place::Device);
+    let sum: u64 = device.map(|term| term.bytes).sum();
+    let Some(largest) = memory::largest(&terms) else {
+        return String::new();
+    };
+    format!(
+        "of the {} that `tarazed plan` counts for the worst-placed of {ranks} ranks, {} are {} ({}): {}",
+        render::bytes(sum),
+        render::bytes(largest.bytes),
+        largest.name,
+        largest.formula,
+        memory::relief(largest)
+    )
+}
+
 fn without_advice(config: &Config, hardware: &Hardware) -> Plan {
     let ranks = config.cluster.ranks;
     let shares = Shares::of(config, ranks);
-    let terms = memory::terms(config, hardware, &shares);
+    let terms = memory::terms(config, matches!(hardware, Hardware::Gpu { .. }), &shares);
     let sum = |place| {
         terms
             .iter()
@@ -91,10 +114,7 @@ fn without_advice(config: &Config, hardware: &Hardware) -> Plan {
         Hardware::Cpu { memory_bytes, .. } => (*memory_bytes as f64 * HOST_USABLE / f64::from(ranks)) as u64,
         Hardware::Gpu { memory_bytes, .. } => (*memory_bytes as f64 * GPU_USABLE) as u64,
     };
-    let largest = terms
-        .iter()
-        .filter(|term| term.place == Place::Device)
-        .max_by_key(|term| term.bytes);
+    let largest = memory::largest(&terms);
     let time = time::step_time(config, hardware, &shares, ranks);
     Plan {
         name: config.run.name.clone(),

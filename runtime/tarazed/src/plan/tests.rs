@@ -192,3 +192,138 @@ fn numbers_are_said_as_people_say_them() {
     assert_eq!(render::seconds(0.0123), "12.3 ms");
     assert_eq!(render::seconds(86_400.0 * 30.0), "30.0 days");
 }
+
+/// What kernels do not take is said by key, value and what is possible; processors take any shape.
+#[test]
+fn shapes_that_gpus_do_not_take_are_refused_by_key() {
+    let mut config = shipped("aquila2-7b.toml");
+    (config.model.heads, config.model.kv_heads) = (16, 16);
+    let error = plan(&config, &gpus("96xH200-141GB")).expect_err("heads of 256 elements");
+    assert_eq!(error.key, "model.heads");
+    assert!(
+        error.reason.contains("heads of 256 elements, where 128 are possible") && error.remedy.contains("at least 32"),
+        "{error}"
+    );
+    let hardware = Hardware::Cpu {
+        cores: 96,
+        memory_bytes: 2_000 * GB,
+    };
+    plan(&config, &hardware).expect("processors take it");
+}
+
+/// A rank without memory names the largest term of its plan, and keys that make that one smaller.
+#[test]
+fn a_rank_without_memory_says_what_needs_most() {
+    let mut config = shipped("aquila2-7b.toml");
+    config.cluster.device = ClusterDevice::Cuda;
+    let said = memory_hint(&config);
+    let planned = plan(&config, &gpus("96xH200-141GB")).expect("a plan");
+    let expected = format!(
+        "of the {} that `tarazed plan` counts for the worst-placed of 96 ranks",
+        render::bytes(planned.device_bytes)
+    );
+    assert!(said.starts_with(&expected), "{said}");
+    assert_eq!(planned.largest_term, "lane gradients");
+    assert!(
+        said.contains("29.2 GB are lane gradients (") && said.contains("use more ranks"),
+        "{said}"
+    );
+
+    config.batch.micro_batch_sequences = 18;
+    let said = memory_hint(&config);
+    assert!(
+        said.contains("are activations (") && said.contains("or batch.micro_batch_sequences (a new run"),
+        "{said}"
+    );
+}
+
+#[test]
+fn every_term_but_the_weights_has_keys_that_make_it_smaller() {
+    let config = shipped("aquila2-7b.toml");
+    for on_gpu in [false, true] {
+        let terms = memory::terms(&config, on_gpu, &Shares::of(&config, 2));
+        for term in terms.iter().filter(|term| term.place == Place::Device) {
+            let names_a_key = ["batch.", "cluster.", "optimizer."]
+                .iter()
+                .any(|section| memory::relief(term).contains(section));
+            assert_eq!(names_a_key, term.name != "working weights", "{}", term.name);
+        }
+    }
+}
+
+/// Two counts of what MFU counts, each by its own formula; and attention without its mask, as the paper has it.
+#[test]
+fn utilisation_counts_what_the_plan_multiplies() {
+    for name in ["aquila2-7b.toml", "gpu-1b.toml", "quickstart.toml"] {
+        let model = shipped(name).model;
+        let causal = (6 * model.layers * model.context * model.hidden) as f64;
+        let matrices = 6.0 * ParameterCount::of(&model).multiplied as f64;
+        let whole = tarazed_model::flops::mfu_flops_per_token(&model);
+        assert_eq!(whole, matrices + 2.0 * causal, "{name}");
+        assert_eq!(flops_per_token(&model), matrices + causal, "{name}");
+    }
+}
+
+/// Shapes against their sources (each config names its own), and what one GPU needs for them.
+#[test]
+fn the_configs_for_one_gpu_have_the_shapes_that_they_name() {
+    // File, parameters, layers, hidden, inner, heads, key heads, context, and tokens of a batch.
+    let cases = [
+        ("gpu-124m.toml", 162_220_800, [12, 768, 2048, 12, 12, 1024], 524_288),
+        ("gpu-1b.toml", 1_100_048_384, [22, 2048, 5632, 32, 4, 2048], 2_097_152),
+        (
+            "gpu-7b-slice.toml",
+            1_628_803_072,
+            [4, 4096, 11008, 32, 32, 2048],
+            294_912,
+        ),
+    ];
+    for (name, parameters, shape, tokens) in cases {
+        let config = shipped(name);
+        let m = &config.model;
+        assert_eq!(
+            [m.layers, m.hidden, m.ffn, m.heads, m.kv_heads, m.context],
+            shape,
+            "{name}"
+        );
+        assert_eq!(config.tokens_per_step(), tokens, "{name}");
+        assert_eq!(config.cluster.device, ClusterDevice::Cuda, "{name}");
+        for hardware in ["1xH100-80GB", "1xH200-141GB"] {
+            let plan = plan(&config, &gpus(hardware)).expect("a plan");
+            assert_eq!(plan.parameters, parameters, "{name}");
+            assert!(plan.fits, "{name} on {hardware}: {}", render::text(&plan));
+        }
+    }
+    // The slice is the published 7B but for layers, batch and length.
+    let (slice, whole) = (shipped("gpu-7b-slice.toml"), shipped("aquila2-7b.toml"));
+    let mut model = slice.model.clone();
+    model.layers = whole.model.layers;
+    assert_eq!(model, whole.model);
+    assert_eq!(slice.batch.micro_batch_sequences, whole.batch.micro_batch_sequences);
+    // GPT-2's own count: the layers' matrices, 12 x hidden² each.
+    let small = shipped("gpu-124m.toml").model;
+    let head = small.vocabulary * small.hidden;
+    let layers = ParameterCount::of(&small).multiplied as usize - head;
+    assert_eq!(layers, small.layers * 12 * small.hidden * small.hidden);
+}
+
+#[test]
+fn sizes_that_gpus_multiply_slowly_are_named() {
+    let mut config = shipped("gpu-124m.toml");
+    let advised = |config: &Config| {
+        let advice = plan(config, &gpus("1xH100-80GB")).expect("a plan").advice;
+        advice
+            .into_iter()
+            .filter(|line| line.contains("16 bytes"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(advised(&config), [""; 0]);
+    config.model.vocabulary = 50_257;
+    config.data.tokenizer.vocabulary = 50_257;
+    let advice = advised(&config);
+    assert_eq!(advice.len(), 1, "{advice:?}");
+    assert!(
+        advice[0].starts_with("model.vocabulary = 50257 ") && advice[0].ends_with("50264 is"),
+        "{advice:?}"
+    );
+}
