@@ -2,14 +2,16 @@
 //! nothing that it makes reaches a number of the run.
 
 use super::appender::JsonLines;
-use super::{Notice, Notify, unix_ms};
+use super::{Notice, Notify, shown, unix_ms};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::{Generation, Rank, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
+use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
@@ -19,6 +21,8 @@ use tokio::time::Instant;
 const NOT_DURABLE_MAX: usize = 4_096;
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;
+/// Lines of `metrics.jsonl` between two that hold all signals; those of an evaluation do besides.
+const SIGNALS_INTERVAL_LINES: u64 = 100;
 
 pub enum ObservatoryMessage {
     /// A process was started.
@@ -28,7 +32,12 @@ pub enum ObservatoryMessage {
     /// The membership machine's remark.
     Incident(Incident),
     /// A line was written.
-    Line { line: Box<TraceLine>, ranks_alive: usize },
+    Line {
+        line: Box<TraceLine>,
+        /// What the loop saw in it.
+        signals: Option<Arc<Signals>>,
+        ranks_alive: usize,
+    },
     /// A line was checked on replay.
     Replayed(StepsCompleted),
     /// Time the ranks' first has spent in each phase so far.
@@ -134,7 +143,11 @@ impl Actor for Observatory {
                 state.notify(Notice::RankReady { member, after_ms });
             }
             ObservatoryMessage::Incident(incident) => state.incident(incident),
-            ObservatoryMessage::Line { line, ranks_alive } => state.line(line, ranks_alive),
+            ObservatoryMessage::Line {
+                line,
+                signals,
+                ranks_alive,
+            } => state.line(line, signals, ranks_alive),
             ObservatoryMessage::Replayed(step) => state.recovered(step),
             ObservatoryMessage::Spent { generation, spent_us } => state.spent(generation, &spent_us),
             ObservatoryMessage::SavingBegan(step) => {
@@ -302,7 +315,7 @@ impl ObservatoryState {
         });
     }
 
-    fn line(&mut self, line: Box<TraceLine>, ranks_alive: usize) {
+    fn line(&mut self, line: Box<TraceLine>, signals: Option<Arc<Signals>>, ranks_alive: usize) {
         let now = Instant::now();
         self.written = line.step;
         self.recovered(line.step);
@@ -338,18 +351,28 @@ impl ObservatoryState {
                 )
             })
             .collect();
-        self.arguments.metrics.append(&json!({
+        let mut metrics = json!({
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
             "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
             "durability_lag_s": self.not_durable.front().map_or(0.0, |(_, since)| (now - *since).as_secs_f64()),
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
-        }));
+        });
+        if let Some(signals) = &signals {
+            let noise = signals.gradient_noise.and_then(|noise| noise.scale_tokens);
+            metrics["gradient_noise_scale_tokens"] = noise.into();
+            // By domain, which may be many: not in every line.
+            if line.heldout.is_some() || line.step.0.is_multiple_of(SIGNALS_INTERVAL_LINES) {
+                metrics["signals"] = shown::signals(signals);
+            }
+        }
+        self.arguments.metrics.append(&metrics);
         if !line.decisions.is_empty() {
             self.notify(Notice::Decided(line.decisions.clone()));
         }
         self.notify(Notice::Line {
             line,
+            signals,
             tokens_per_s,
             step_ms,
             ranks_alive,

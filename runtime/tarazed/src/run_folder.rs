@@ -38,6 +38,12 @@ impl RunFolder {
         self.0.join("events.jsonl")
     }
 
+    /// Wall-clock measurements, and signals.
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
     /// The default object store.
     #[must_use]
     pub fn store(&self) -> PathBuf {
