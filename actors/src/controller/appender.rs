@@ -167,12 +167,23 @@ impl TraceFile {
 
     fn append_weights(&mut self, mut text: String) -> Result<(), String> {
         text.push('\n');
+        // Looked at before: unlike the trace's, this file may be that of the controller that took over.
+        self.check_in_charge().map_err(|error| describe(&self.path, &error))?;
         self.weights.write_all(text.as_bytes()).map_err(|error| {
             let _ = self.weights.set_len(self.weights_length);
             describe(&self.weights_path, &error)
         })?;
         self.weights_length += text.len() as u64;
         Ok(())
+    }
+
+    fn check_in_charge(&self) -> std::io::Result<()> {
+        if crate::run_folder::is_named(&self.file, &self.path) {
+            return Ok(());
+        }
+        Err(std::io::Error::other(
+            "another controller took over this run, or the file was moved away",
+        ))
     }
 
     /// Appends a line, in one write.
@@ -182,11 +193,7 @@ impl TraceFile {
     fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
         text.push('\n');
         self.file.write_all(text.as_bytes())?;
-        if !crate::run_folder::is_named(&self.file, &self.path) {
-            return Err(std::io::Error::other(
-                "another controller took over this run, or the file was moved away",
-            ));
-        }
+        self.check_in_charge()?;
         self.hasher.update(text.as_bytes());
         self.length += text.len() as u64;
         Ok(Appended::Written(TraceHead {
@@ -268,6 +275,32 @@ impl JsonLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Lines go to their files in the order of the requests; once the trace has another owner nothing goes anywhere.
+    #[test]
+    fn a_controller_that_lost_its_trace_writes_no_weights() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths = RunPaths::new(folder.path());
+        let mut file = TraceFile::open(&paths).expect("opened");
+        let weights = |text: &str| TraceRequest::Weights(text.to_owned());
+        let line = |step| TraceRequest::Append(StepsCompleted(step), format!("line {step}"));
+        assert!(file.perform(weights("one")).expect("written").is_none());
+        let written = file.perform(line(1)).expect("written");
+        assert!(matches!(written, Some(Appended::Written(head)) if head.step == StepsCompleted(1)));
+        let synced = file.perform(TraceRequest::Sync(StepsCompleted(1))).expect("synced");
+        assert!(matches!(synced, Some(Appended::Synced(StepsCompleted(1)))));
+        std::fs::rename(paths.trace(), folder.path().join("old")).expect("moved");
+        std::fs::write(paths.trace(), "line 1\n").expect("its successor's");
+        for request in [weights("two"), line(2)] {
+            let refused = file.perform(request).expect_err("not in charge");
+            assert!(refused.contains("another controller took over"), "{refused}");
+        }
+        let text = |path| std::fs::read_to_string(path).expect("read");
+        assert_eq!(
+            (text(paths.weights()), text(paths.trace())),
+            ("one\n".to_owned(), "line 1\n".to_owned())
+        );
+    }
 
     /// A line cut short by a crash does not spoil the next one.
     #[test]
