@@ -4,6 +4,10 @@
 //! its process, however that ends. A run folder of another config is refused before anything in it changes, and a new run
 //! that is refused leaves nothing behind ([`Attempt::undo`]).
 
+mod weights;
+
+pub use weights::recall_weights;
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -133,6 +137,12 @@ impl RunPaths {
         self.0.join("metrics.jsonl")
     }
 
+    /// The weight trajectory.
+    #[must_use]
+    pub fn weights(&self) -> PathBuf {
+        self.0.join("weights.jsonl")
+    }
+
     /// Incidents.
     #[must_use]
     pub fn events(&self) -> PathBuf {
@@ -234,7 +244,8 @@ impl RunFolder {
             .map(drop)
             .and_then(|_| match occupied {
                 Occupied::Refuse => Ok(()),
-                Occupied::TakeOver => move_trace(&paths.trace()),
+                // The trace first: without it nothing else is committed.
+                Occupied::TakeOver => move_file(&paths.trace()).and_then(|()| move_file(&paths.weights())),
             })
             .and_then(|()| read_trace(&paths.trace()))
             .inspect_err(|_| attempt.undo())?;
@@ -292,10 +303,11 @@ impl RunFolder {
 const TRACE_TAIL_BYTES: u64 = 256 * 1024;
 
 /// Everything that a run puts into its folder but the lock, by name.
-const ENTRIES: [&str; 12] = [
+const ENTRIES: [&str; 13] = [
     "config.toml",
     "config.toml.new",
     "trace.jsonl",
+    "weights.jsonl",
     "metrics.jsonl",
     "events.jsonl",
     "data",
@@ -493,10 +505,10 @@ impl InCharge {
     }
 }
 
-/// Gives the trace's name to a copy: what a controller that was put out of charge still writes goes into the old file, and
+/// Gives a file's name to a copy, that of the trace or of what goes with it: what a controller that was put out of charge still writes goes into the old file, and
 /// [`crate::controller::TraceFile`] acknowledges nothing that was written there since. What it did acknowledge before is
 /// in the copy.
-fn move_trace(path: &Path) -> Result<(), FolderError> {
+fn move_file(path: &Path) -> Result<(), FolderError> {
     let failed = |e: std::io::Error| FolderError::io(path, &e);
     let mut old = match File::open(path) {
         Ok(old) => old,

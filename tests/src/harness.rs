@@ -34,7 +34,7 @@ pub use processes::Processes;
 pub use program::{tarazed, verifier};
 pub use project::{Project, Train};
 pub use run::{Outcome, Run, Status, WorkerStatus};
-pub use trace::{assert_same_trace, first_lines, line_count, lines, undisturbed};
+pub use trace::{assert_same_trace, first_lines, line_count, lines, undisturbed, undisturbed_weights};
 
 use std::time::Duration;
 

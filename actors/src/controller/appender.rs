@@ -1,6 +1,7 @@
 //! Appending to files from a thread of its own, so that no handler waits for a disk (SUP-4).
 
 use super::TraceHeads;
+use crate::run_folder::RunPaths;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -20,49 +21,45 @@ pub enum Appended {
     Failed(String),
 }
 
-enum Request {
+/// What the writer of the trace is asked for.
+#[derive(Debug)]
+pub enum TraceRequest {
+    /// A line of the trace, answered with [`Appended::Written`].
     Append(StepsCompleted, String),
+    /// A line of `weights.jsonl`, not answered. Asked for before the trace line of its step, it lies before that one does.
+    Weights(String),
+    /// A sync of both, answered with [`Appended::Synced`] of this step.
     Sync(StepsCompleted),
 }
 
-/// Where trace lines go. What becomes of each comes back as [`Appended`], in order.
+/// Where trace lines go, and what goes with them. Answers come back in order.
 pub trait TraceSink: Send + Sync {
-    /// Queues a line.
-    fn append(&self, step: StepsCompleted, text: String);
-    /// Queues a sync, answered with [`Appended::Synced`] of this step.
-    fn sync(&self, step: StepsCompleted);
+    /// Queues a request.
+    fn request(&self, request: TraceRequest);
 }
 
 /// The writer of `trace.jsonl`. A checkpoint that names the file's prefix is committed only after a sync.
-pub struct TraceAppender(Sender<Request>);
+pub struct TraceAppender(Sender<TraceRequest>);
 
 impl TraceAppender {
-    /// Opens the trace at its end. `report` is called from the writer's thread for each line.
+    /// Opens the trace at its end. `report` is called from the writer's thread for each answer.
     ///
     /// # Errors
-    /// If the file cannot be opened or read.
-    pub fn open(path: PathBuf, report: impl Fn(Appended) + Send + 'static) -> std::io::Result<Self> {
-        let writer = TraceFile::open(path)?;
+    /// If a file cannot be opened or read.
+    pub fn open(paths: &RunPaths, report: impl Fn(Appended) + Send + 'static) -> std::io::Result<Self> {
+        let writer = TraceFile::open(paths)?;
         let (sender, receiver) = channel();
         std::thread::Builder::new()
             .name("trace".to_owned())
             .spawn(move || writer.run(&receiver, &report))?;
         Ok(Self(sender))
     }
-
-    fn request(&self, request: Request) {
-        // An error means that the thread ended after it reported a failure.
-        let _ = self.0.send(request);
-    }
 }
 
 impl TraceSink for TraceAppender {
-    fn append(&self, step: StepsCompleted, text: String) {
-        self.request(Request::Append(step, text));
-    }
-
-    fn sync(&self, step: StepsCompleted) {
-        self.request(Request::Sync(step));
+    fn request(&self, request: TraceRequest) {
+        // An error means that the thread ended after it reported a failure.
+        let _ = self.0.send(request);
     }
 }
 
@@ -95,20 +92,27 @@ pub fn heads_from(path: &Path, base: StepsCompleted, lines: &[TraceLine]) -> std
     Ok(heads)
 }
 
-/// `trace.jsonl`, open at its end.
+/// `trace.jsonl` and `weights.jsonl`, open at their ends.
 pub struct TraceFile {
     file: File,
     path: PathBuf,
     hasher: blake3::Hasher,
     length: u64,
+    /// Open from the beginning: one opened later could be that of a controller that took over.
+    weights: File,
+    weights_path: PathBuf,
+    weights_length: u64,
 }
 
 impl TraceFile {
-    /// Opens the trace at its end.
+    /// Opens both at their ends.
     ///
     /// # Errors
-    /// If the file cannot be opened or read.
-    pub fn open(path: PathBuf) -> std::io::Result<Self> {
+    /// If a file cannot be opened or read.
+    pub fn open(paths: &RunPaths) -> std::io::Result<Self> {
+        let (path, weights_path) = (paths.trace(), paths.weights());
+        let weights = OpenOptions::new().create(true).append(true).open(&weights_path)?;
+        let weights_length = weights.metadata()?.len();
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
         // The name of a file just made is on the disk only when its folder is.
         if let Some(folder) = path.parent() {
@@ -124,39 +128,72 @@ impl TraceFile {
             path,
             hasher,
             length,
+            weights,
+            weights_path,
+            weights_length,
         })
     }
 
-    fn run(mut self, requests: &Receiver<Request>, report: &dyn Fn(Appended)) {
+    fn run(mut self, requests: &Receiver<TraceRequest>, report: &dyn Fn(Appended)) {
         while let Ok(request) = requests.recv() {
-            let done = match request {
-                Request::Append(step, text) => self.append(step, text),
-                Request::Sync(step) => self.file.sync_data().map(|()| Appended::Synced(step)),
-            };
-            match done {
-                Ok(done) => report(done),
-                Err(error) => {
-                    // A part of a line is cut off again, so that what was acknowledged stays whole.
-                    let _ = self.file.set_len(self.length);
-                    report(Appended::Failed(describe(&self.path, &error)));
-                    return;
-                }
+            match self.perform(request) {
+                Ok(done) => done.into_iter().for_each(report),
+                Err(cause) => return report(Appended::Failed(cause)),
             }
         }
+    }
+
+    /// Does what is asked for.
+    ///
+    /// # Errors
+    /// File, cause and remedy, where it could not be done. A part of a line is cut off again, so that what was acknowledged
+    /// stays whole; nothing more can be asked for.
+    pub fn perform(&mut self, request: TraceRequest) -> Result<Option<Appended>, String> {
+        let done = match request {
+            TraceRequest::Append(step, text) => self.append(step, text).map(Some),
+            TraceRequest::Weights(text) => return self.append_weights(text).map(|()| None),
+            // What goes with the trace first: the trace says what is committed.
+            TraceRequest::Sync(step) => self
+                .weights
+                .sync_data()
+                .and_then(|()| self.file.sync_data())
+                .map(|()| Some(Appended::Synced(step))),
+        };
+        done.map_err(|error| {
+            let _ = self.file.set_len(self.length);
+            describe(&self.path, &error)
+        })
+    }
+
+    fn append_weights(&mut self, mut text: String) -> Result<(), String> {
+        text.push('\n');
+        // Looked at before: unlike the trace's, this file may be that of the controller that took over.
+        self.check_in_charge().map_err(|error| describe(&self.path, &error))?;
+        self.weights.write_all(text.as_bytes()).map_err(|error| {
+            let _ = self.weights.set_len(self.weights_length);
+            describe(&self.weights_path, &error)
+        })?;
+        self.weights_length += text.len() as u64;
+        Ok(())
+    }
+
+    fn check_in_charge(&self) -> std::io::Result<()> {
+        if crate::run_folder::is_named(&self.file, &self.path) {
+            return Ok(());
+        }
+        Err(std::io::Error::other(
+            "another controller took over this run, or the file was moved away",
+        ))
     }
 
     /// Appends a line, in one write.
     ///
     /// # Errors
     /// If not all of it could be written, or the trace is another controller's by now: then nobody may rely on the line.
-    pub fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
+    fn append(&mut self, step: StepsCompleted, mut text: String) -> std::io::Result<Appended> {
         text.push('\n');
         self.file.write_all(text.as_bytes())?;
-        if !crate::run_folder::is_named(&self.file, &self.path) {
-            return Err(std::io::Error::other(
-                "another controller took over this run, or the file was moved away",
-            ));
-        }
+        self.check_in_charge()?;
         self.hasher.update(text.as_bytes());
         self.length += text.len() as u64;
         Ok(Appended::Written(TraceHead {
@@ -238,6 +275,32 @@ impl JsonLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Lines go to their files in the order of the requests; once the trace has another owner nothing goes anywhere.
+    #[test]
+    fn a_controller_that_lost_its_trace_writes_no_weights() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths = RunPaths::new(folder.path());
+        let mut file = TraceFile::open(&paths).expect("opened");
+        let weights = |text: &str| TraceRequest::Weights(text.to_owned());
+        let line = |step| TraceRequest::Append(StepsCompleted(step), format!("line {step}"));
+        assert!(file.perform(weights("one")).expect("written").is_none());
+        let written = file.perform(line(1)).expect("written");
+        assert!(matches!(written, Some(Appended::Written(head)) if head.step == StepsCompleted(1)));
+        let synced = file.perform(TraceRequest::Sync(StepsCompleted(1))).expect("synced");
+        assert!(matches!(synced, Some(Appended::Synced(StepsCompleted(1)))));
+        std::fs::rename(paths.trace(), folder.path().join("old")).expect("moved");
+        std::fs::write(paths.trace(), "line 1\n").expect("its successor's");
+        for request in [weights("two"), line(2)] {
+            let refused = file.perform(request).expect_err("not in charge");
+            assert!(refused.contains("another controller took over"), "{refused}");
+        }
+        let text = |path| std::fs::read_to_string(path).expect("read");
+        assert_eq!(
+            (text(paths.weights()), text(paths.trace())),
+            ("one\n".to_owned(), "line 1\n".to_owned())
+        );
+    }
 
     /// A line cut short by a crash does not spoil the next one.
     #[test]

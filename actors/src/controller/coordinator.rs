@@ -5,12 +5,13 @@
 //! - **STEP-3** A line is written, acknowledged and shown only after the ledger had it from a rank that finished it.
 
 use super::TraceHeads;
-use super::appender::{Appended, TraceSink};
+use super::appender::{Appended, TraceRequest, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
 use super::loops::{LoopMessage, RequestAnswer};
 use super::observatory::ObservatoryMessage;
 use super::root::{DEPOSED, End, RootMessage};
 use super::sharder::SharderMessage;
+use super::shown;
 use super::tree::Past;
 use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
@@ -24,6 +25,8 @@ use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredSh
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::controller::Request;
 use tarazed_protocol::data::decision::{Decision, for_ranks, stop_of};
+use tarazed_protocol::data::signals::Signals;
+use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
 use tarazed_protocol::schedule::CheckpointSchedule;
@@ -41,7 +44,7 @@ pub enum CoordinatorMessage {
     /// From the node agent.
     Node(NodeEvent),
     /// The loop has looked at a line.
-    Decided(StepsCompleted, Vec<Decision>),
+    Decided(StepsCompleted, Vec<Decision>, Arc<Signals>),
     /// The loop was made again.
     LoopReplaced(ActorRef<LoopMessage>),
     /// From the trace's writer.
@@ -84,6 +87,7 @@ pub struct Peers {
     pub checkpointer: ActorRef<CheckpointerMessage>,
     pub sharder: ActorRef<SharderMessage>,
     pub entry: ActorRef<LoopMessage>,
+    pub signals: Option<Arc<Signals>>,
     pub trace: Box<dyn TraceSink>,
     pub past: Past,
 }
@@ -91,6 +95,7 @@ pub struct Peers {
 pub struct CoordinatorArguments {
     pub machine: Machine,
     pub ledger: Ledger,
+    pub weights: WeightLog,
     pub tracker: CheckpointTracker,
     pub root: ActorRef<RootMessage>,
     pub schedule: CheckpointSchedule,
@@ -101,6 +106,8 @@ pub struct CoordinatorState {
     peers: Option<Box<Peers>>,
     began: Instant,
     heads: TraceHeads,
+    /// Signals of the newest line that the loop has looked at.
+    signals: Option<Arc<Signals>>,
     deciding: Option<Box<TraceLine>>,
     writing: Option<Box<TraceLine>>,
     /// Whole checkpoints that wait for the trace to lie on the disk.
@@ -130,6 +137,7 @@ impl Actor for CoordinatorActor {
             peers: None,
             began: Instant::now(),
             heads: TraceHeads::new(),
+            signals: None,
             deciding: None,
             writing: None,
             syncing: BTreeMap::new(),
@@ -171,8 +179,9 @@ impl Actor for CoordinatorActor {
             }
             CoordinatorMessage::Hub(event) => state.hub(event),
             CoordinatorMessage::Node(event) => state.node(event),
-            CoordinatorMessage::Decided(step, decisions) => {
+            CoordinatorMessage::Decided(step, decisions, signals) => {
                 state.deciding = None;
+                state.signals = Some(signals);
                 let effects = state.arguments.ledger.on_decided(step, decisions);
                 state.record(effects)
             }
@@ -214,7 +223,12 @@ impl Actor for CoordinatorActor {
             }
             CoordinatorMessage::Status(reply) => {
                 // An error means that whoever asked is gone.
-                let _ = reply.send(state.status());
+                let written = state.arguments.ledger.written();
+                let _ = reply.send(shown::status(
+                    &state.arguments.machine,
+                    written,
+                    state.signals.as_deref(),
+                ));
                 Ok(())
             }
         }
@@ -224,6 +238,7 @@ impl Actor for CoordinatorActor {
 impl CoordinatorState {
     fn begin_with(&mut self, mut peers: Box<Peers>) -> Result<(), ActorProcessingErr> {
         let Past { lives, heads } = std::mem::take(&mut peers.past);
+        self.signals = peers.signals.take();
         self.peers = Some(peers);
         self.heads = heads;
         let now_ms = self.now_ms();
@@ -592,6 +607,9 @@ impl CoordinatorState {
     }
 
     fn line(&mut self, line: &StepLine) -> Result<(), ActorProcessingErr> {
+        if let Err(cause) = self.arguments.weights.on_line(line) {
+            self.observe(ObservatoryMessage::Warning(cause))?;
+        }
         let effects = self.arguments.ledger.on_line(line);
         self.record(effects)
     }
@@ -608,10 +626,16 @@ impl CoordinatorState {
                     let _ = self.peers()?.entry.cast(LoopMessage::LookAt(line));
                 }
                 LedgerEffect::Write(line) => {
-                    self.peers()?.trace.append(line.step, line.print());
+                    self.weigh(line.step)?;
+                    let request = TraceRequest::Append(line.step, line.print());
+                    self.peers()?.trace.request(request);
                     self.writing = Some(line);
                 }
                 LedgerEffect::Checked(step) => {
+                    // A step that is told twice may be ahead of the trace.
+                    if step <= self.arguments.ledger.written() {
+                        self.weigh(step)?;
+                    }
                     self.observe(ObservatoryMessage::Replayed(step))?;
                     self.ask_for_checkpoint(step)?;
                     self.event(Event::LineWritten { step })?;
@@ -622,6 +646,15 @@ impl CoordinatorState {
                     self.send(self.everybody(), &ToRank::Acknowledge { through, decisions })?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// The line of `weights.jsonl` that comes with a step, if one does.
+    fn weigh(&mut self, step: StepsCompleted) -> Result<(), ActorProcessingErr> {
+        if let Some(line) = self.arguments.weights.on_step(step) {
+            let text = serde_json::to_string(&line)?;
+            self.peers()?.trace.request(TraceRequest::Weights(text));
         }
         Ok(())
     }
@@ -639,7 +672,12 @@ impl CoordinatorState {
         }
         if let Some(line) = self.writing.take() {
             let ranks_alive = self.arguments.machine.roster().len();
-            self.observe(ObservatoryMessage::Line { line, ranks_alive })?;
+            let signals = self.signals.clone();
+            self.observe(ObservatoryMessage::Line {
+                line,
+                signals,
+                ranks_alive,
+            })?;
         }
         let effects = self.arguments.ledger.on_written(step);
         if self.arguments.ledger.decides(step) {
@@ -658,7 +696,7 @@ impl CoordinatorState {
             match effect {
                 CheckpointEffect::Commit { step, shards } => {
                     self.syncing.insert(step, shards);
-                    self.peers()?.trace.sync(step);
+                    self.peers()?.trace.request(TraceRequest::Sync(step));
                 }
                 CheckpointEffect::GivenUp { step, cause, full } => self.checkpoint_failed(step, cause, full)?,
             }
@@ -744,25 +782,5 @@ impl CoordinatorState {
             self.arguments.root.cast(RootMessage::Ended(End { code, diagnosis }))?;
         }
         Ok(())
-    }
-
-    fn status(&self) -> serde_json::Value {
-        let machine = &self.arguments.machine;
-        let workers: Vec<serde_json::Value> = machine
-            .workers()
-            .into_iter()
-            .map(|view| {
-                serde_json::json!({
-                    "worker": view.member.worker, "rank": view.rank, "pid": view.pid,
-                    "incarnation": view.member.incarnation,
-                    "lanes": view.lanes.map(|lanes| [lanes.start, lanes.end]),
-                    "step": view.step, "state": view.state, "activity": view.activity,
-                })
-            })
-            .collect();
-        serde_json::json!({
-            "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(), "step": self.arguments.ledger.written(),
-            "refused": machine.refused_count(), "workers": workers,
-        })
     }
 }

@@ -6,6 +6,7 @@
 
 use super::coordinator::CoordinatorMessage;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::sync::Arc;
 use tarazed_domain::{StepIndex, StepsCompleted};
 use tarazed_protocol::data::controller::{Ate, Request, RequestError};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
@@ -46,17 +47,19 @@ pub enum LoopMessage {
 impl ractor::Message for LoopMessage {}
 
 pub enum AteMessage {
-    Judge(Box<TraceLine>, Box<Signals>),
+    Judge(Box<TraceLine>, Arc<Signals>),
     Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
 }
 impl ractor::Message for AteMessage {}
 
-pub struct Propose(StepsCompleted, Vec<Decision>);
+pub struct Propose(StepsCompleted, Vec<Decision>, Arc<Signals>);
 impl ractor::Message for Propose {}
 
 /// The three actors.
 pub struct Loop {
     pub entry: ActorRef<LoopMessage>,
+    /// Of the last line that it was made from.
+    pub signals: Option<Arc<Signals>>,
     cells: [ActorCell; 3],
 }
 
@@ -77,10 +80,12 @@ impl Loop {
         let mut engine = Ate::new(&rules.config, &rules.facts);
         let schedule = DecisionSchedule::new(&rules.config.mixture, &rules.config.policy);
         let mut cursor = DataCursor::new(rules.recipe.clone(), schedule).map_err(|e| e.to_string())?;
+        let mut last = None;
         for line in lines {
             let signals = monitor.on_line(line).map_err(|e| e.to_string())?;
             engine.replay(line, &signals).map_err(|e| e.to_string())?;
             cursor.record(line.step, &line.decisions).map_err(|e| e.to_string())?;
+            last = Some(signals);
         }
         let refused = |e: ractor::SpawnErr| e.to_string();
         let (dmu, _) = Actor::spawn_linked(None, Dmu, (cursor, coordinator), parent.clone())
@@ -93,7 +98,12 @@ impl Loop {
             .await
             .map_err(refused)?;
         let cells = [tsm.get_cell(), ate.get_cell(), dmu.get_cell()];
-        Ok(Self { entry: tsm, cells })
+        let signals = last.map(Arc::new);
+        Ok(Self {
+            entry: tsm,
+            signals,
+            cells,
+        })
     }
 
     /// Whether `cell` is one of the three.
@@ -134,7 +144,7 @@ impl Actor for TsmActor {
         match message {
             LoopMessage::LookAt(line) => {
                 let signals = monitor.on_line(&line)?;
-                next.cast(AteMessage::Judge(line, Box::new(signals)))?;
+                next.cast(AteMessage::Judge(line, Arc::new(signals)))?;
             }
             // Behind the lines that came before it, so that it is judged by what they decided.
             LoopMessage::Ask(request, reply) => next.cast(AteMessage::Ask(request, reply))?,
@@ -168,7 +178,7 @@ impl Actor for AteActor {
         match message {
             AteMessage::Judge(line, signals) => {
                 let decisions = engine.on_line(&line, &signals);
-                next.cast(Propose(line.step, decisions))?;
+                next.cast(Propose(line.step, decisions, signals))?;
             }
             AteMessage::Ask(request, reply) => {
                 // An error means that whoever asked is gone; what was asked for stands.
@@ -198,12 +208,12 @@ impl Actor for Dmu {
     async fn handle(
         &self,
         _: ActorRef<Propose>,
-        Propose(line, mut decisions): Propose,
+        Propose(line, mut decisions, signals): Propose,
         (cursor, coordinator): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         cursor.complete(line, &mut decisions)?;
         cursor.record(line, &decisions)?;
-        coordinator.cast(CoordinatorMessage::Decided(line, decisions))?;
+        coordinator.cast(CoordinatorMessage::Decided(line, decisions, signals))?;
         Ok(())
     }
 }

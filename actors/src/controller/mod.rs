@@ -9,11 +9,12 @@ mod loops;
 mod observatory;
 mod root;
 mod sharder;
+mod shown;
 #[doc(hidden)]
 pub mod status;
 mod tree;
 
-pub use appender::{Appended, JsonLines, TraceFile, TraceSink};
+pub use appender::{Appended, JsonLines, TraceFile, TraceRequest, TraceSink};
 pub use checkpointer::{Claimed, ManifestFacts};
 pub use loops::LoopRules;
 pub use root::End;
@@ -30,6 +31,7 @@ use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::DataCursor;
 use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
+use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{CheckpointStore, StoreError, WriterId};
@@ -107,6 +109,8 @@ pub enum Notice {
     Line {
         /// The line.
         line: Box<TraceLine>,
+        /// What the closed loop saw in it.
+        signals: Option<Arc<Signals>>,
         /// Over the last steps.
         tokens_per_s: Option<f64>,
         /// Model FLOPs utilisation, 0 to 1, of the same steps; none where the devices' peak is not known.

@@ -2,16 +2,18 @@
 //! nothing that it makes reaches a number of the run.
 
 use super::appender::JsonLines;
-use super::{Notice, Notify, unix_ms};
+use super::{Notice, Notify, shown, unix_ms};
 use crate::rank::DevicePeak;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::config::{BatchSchedule, ModelConfig};
 use tarazed_domain::{Generation, Rank, StepsCompleted};
 use tarazed_model::flops;
 use tarazed_protocol::coordinator::Incident;
+use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
@@ -21,6 +23,8 @@ use tokio::time::Instant;
 const NOT_DURABLE_MAX: usize = 4_096;
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;
+/// Lines of `metrics.jsonl` between two that hold all signals; those of an evaluation do besides.
+const SIGNALS_INTERVAL_LINES: u64 = 100;
 
 pub enum ObservatoryMessage {
     /// A process was started.
@@ -30,7 +34,12 @@ pub enum ObservatoryMessage {
     /// The membership machine's remark.
     Incident(Incident),
     /// A line was written.
-    Line { line: Box<TraceLine>, ranks_alive: usize },
+    Line {
+        line: Box<TraceLine>,
+        /// What the loop saw in it.
+        signals: Option<Arc<Signals>>,
+        ranks_alive: usize,
+    },
     /// A line was checked on replay.
     Replayed(StepsCompleted),
     /// Time the ranks' first has spent in each phase so far.
@@ -139,7 +148,11 @@ impl Actor for Observatory {
                 state.notify(Notice::RankReady { member, after_ms });
             }
             ObservatoryMessage::Incident(incident) => state.incident(incident),
-            ObservatoryMessage::Line { line, ranks_alive } => state.line(line, ranks_alive),
+            ObservatoryMessage::Line {
+                line,
+                signals,
+                ranks_alive,
+            } => state.line(line, signals, ranks_alive),
             ObservatoryMessage::Replayed(step) => state.recovered(step),
             ObservatoryMessage::Spent { generation, spent_us } => state.spent(generation, &spent_us),
             ObservatoryMessage::SavingBegan(step) => {
@@ -307,7 +320,7 @@ impl ObservatoryState {
         });
     }
 
-    fn line(&mut self, line: Box<TraceLine>, ranks_alive: usize) {
+    fn line(&mut self, line: Box<TraceLine>, signals: Option<Arc<Signals>>, ranks_alive: usize) {
         let now = Instant::now();
         self.written = line.step;
         self.recovered(line.step);
@@ -357,12 +370,21 @@ impl ObservatoryState {
         if let Some(mfu) = mfu {
             metrics["mfu(%)"] = json!(mfu * 100.0);
         }
+        if let Some(signals) = &signals {
+            let noise = signals.gradient_noise.and_then(|noise| noise.scale_tokens);
+            metrics["gradient_noise_scale_tokens"] = noise.into();
+            // By domain, which may be many: not in every line.
+            if line.heldout.is_some() || line.step.0.is_multiple_of(SIGNALS_INTERVAL_LINES) {
+                metrics["signals"] = shown::signals(signals);
+            }
+        }
         self.arguments.metrics.append(&metrics);
         if !line.decisions.is_empty() {
             self.notify(Notice::Decided(line.decisions.clone()));
         }
         self.notify(Notice::Line {
             line,
+            signals,
             tokens_per_s,
             mfu,
             step_ms,

@@ -179,7 +179,7 @@ fn folder_identity(paths: &RunPaths) -> [u64; 2] {
 
 /// What rank processes take from their config besides the run's identity: ranks that follow others cannot train together.
 fn rules_of_ranks(config: &Config) -> String {
-    let rules = format!("{:?} {:?}", config.fault, config.checkpoint);
+    let rules = format!("{:?} {:?} {:?}", config.fault, config.checkpoint, config.monitor);
     blake3::hash(rules.as_bytes()).to_string()
 }
 
@@ -231,7 +231,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let rules = LoopRules {
         config: LoopConfig::of(&config),
         facts: domain_facts(&config, &prepared),
-        bytes: bytes_per_token(&prepared),
+        bytes: bytes_per_token(&config, &prepared, &tokens, &notify),
         lanes: config.batch.lanes,
         recipe: recipe(&config, &tokens),
     };
@@ -289,8 +289,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         tree.sharder.clone(),
     ));
     let heard = ear.clone();
-    let trace =
-        TraceAppender::open(paths.trace(), move |appended| heard.appended(appended)).map_err(disk(paths.trace()))?;
+    let trace = TraceAppender::open(&paths, move |appended| heard.appended(appended)).map_err(disk(paths.trace()))?;
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
         processes: Box::new(WhileInCharge {
@@ -352,14 +351,25 @@ fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
         .collect()
 }
 
-/// Bytes of text behind one token, by domain and split, as the data's manifest counts them.
-fn bytes_per_token(prepared: &Prepared) -> Vec<BytesPerToken> {
-    let of = |bytes: u64, tokens: u64| bytes as f64 / tokens.max(1) as f64;
-    let domains = prepared.manifest.domains.iter();
+/// Bytes of text behind one token, by domain: of the training part as the data's manifest counts it, of the held-out text
+/// that evaluations score as the index of documents does. Where that cannot be read, held-out bytes are not known, which is
+/// said.
+fn bytes_per_token(config: &Config, prepared: &Prepared, tokens: &TokenStore, notify: &Notify) -> Vec<BytesPerToken> {
+    let of = |bytes: f64, tokens: u64| bytes / tokens.max(1) as f64;
+    let scored = tokens.scored_text_so_far(u64::from(config.evaluation.sequences_per_domain_max));
+    let scored = scored.unwrap_or_else(|error| {
+        notify(Notice::Warning(format!(
+            "held-out losses are not shown in bits per byte: {error}"
+        )));
+        Vec::new()
+    });
+    let domains = prepared.manifest.domains.iter().enumerate();
     domains
-        .map(|domain| BytesPerToken {
-            train: of(domain.train.text_bytes, domain.train.tokens),
-            heldout: of(domain.held_out.text_bytes, domain.held_out.tokens),
+        .map(|(index, domain)| BytesPerToken {
+            train: of(domain.train.text_bytes as f64, domain.train.tokens),
+            heldout: scored
+                .get(index)
+                .map_or(0.0, |scored| of(scored.text_bytes, scored.tokens)),
         })
         .collect()
 }

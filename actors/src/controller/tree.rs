@@ -13,7 +13,7 @@ use super::sharder::{OptimizerSharder, SharderMessage};
 use super::{Notify, RunError, TraceHeads};
 use crate::link::{HubEvent, ToRanks};
 use crate::node::{NodeEvent, Processes};
-use crate::run_folder::RunPaths;
+use crate::run_folder::{RunPaths, recall_weights};
 use ractor::{Actor, ActorCell, ActorRef};
 use std::path::Path;
 use std::sync::Arc;
@@ -23,6 +23,8 @@ use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{LaneTree, StepsCompleted};
 use tarazed_protocol::checkpoint::CheckpointTracker;
 use tarazed_protocol::coordinator::{Coordinator as Machine, Options, PastLife};
+use tarazed_protocol::data::signals::Signals;
+use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::Ledger;
 use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
@@ -140,6 +142,7 @@ pub struct Tree {
     checkpointer: ActorRef<CheckpointerMessage>,
     pub(super) sharder: ActorRef<SharderMessage>,
     entry: ActorRef<LoopMessage>,
+    signals: Option<Arc<Signals>>,
     end: oneshot::Receiver<End>,
 }
 
@@ -158,6 +161,7 @@ impl Tree {
     pub async fn start(parts: TreeParts) -> Result<Self, RunError> {
         let actors = |e: ractor::SpawnErr| RunError::actors(&e);
         let (machine, ledger, tracker) = machines(&parts);
+        let weights = weight_log(&parts)?;
         let TreeParts {
             config, lines, rules, ..
         } = parts;
@@ -168,6 +172,7 @@ impl Tree {
         let coordinator_arguments = CoordinatorArguments {
             machine,
             ledger,
+            weights,
             tracker,
             root: root.clone(),
             schedule: CheckpointSchedule::new(config.checkpoint.interval, config.cluster.ranks),
@@ -208,7 +213,7 @@ impl Tree {
         let closed_loop = Loop::start(&rules, &lines, coordinator.clone(), parent)
             .await
             .map_err(RunError::Refused)?;
-        let entry = closed_loop.entry.clone();
+        let (entry, signals) = (closed_loop.entry.clone(), closed_loop.signals.clone());
         let adopt = Adopt {
             coordinator: coordinator.clone(),
             closed_loop,
@@ -223,6 +228,7 @@ impl Tree {
             checkpointer,
             sharder,
             entry,
+            signals,
             end,
         })
     }
@@ -249,6 +255,7 @@ impl Tree {
             checkpointer: self.checkpointer,
             sharder: self.sharder,
             entry: self.entry,
+            signals: self.signals,
             trace: edges.trace,
             past: edges.past,
         };
@@ -312,4 +319,18 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
         parts.lines.clone(),
     );
     (machine, ledger, CheckpointTracker::new(shard_count, written))
+}
+
+/// The weight trajectory of a run whose trace so far is known.
+fn weight_log(parts: &TreeParts) -> Result<WeightLog, RunError> {
+    let config = &parts.config;
+    let written = parts.lines.last().map_or(StepsCompleted(0), |line| line.step);
+    let last = recall_weights(&parts.paths.weights(), written)?;
+    let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
+    Ok(WeightLog::new(
+        layout,
+        config.batch_schedule(),
+        config.model.context as u64,
+        last,
+    ))
 }

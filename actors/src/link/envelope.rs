@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub(super) const FOOTER_BYTES: usize = 36;
 const MAGIC: u32 = u32::from_le_bytes(*b"TZLK");
 /// Raised with every change of this layout or of the meaning of a kind.
-const SCHEMA: u16 = 2;
+const SCHEMA: u16 = 3;
 
 /// What a frame is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

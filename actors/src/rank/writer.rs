@@ -37,7 +37,10 @@ pub enum WriterMessage {
     /// Store this.
     Store(Box<Snapshot>),
     /// An upload ended.
-    Ended { step: StepsCompleted, report: FromRank },
+    Ended {
+        step: StepsCompleted,
+        report: Box<FromRank>,
+    },
 }
 impl ractor::Message for WriterMessage {}
 
@@ -88,7 +91,7 @@ impl Actor for CheckpointWriter {
                 }
             }
             WriterMessage::Ended { step, report } => {
-                state.tell(report)?;
+                state.tell(*report)?;
                 if let Some(count) = state.under_way.get_mut(&step) {
                     *count -= 1;
                     if *count == 0 {
@@ -117,7 +120,7 @@ impl WriterState {
         *self.under_way.entry(step).or_default() += 1;
         let (store, layout, myself) = (self.arguments.store.clone(), self.arguments.layout, myself.clone());
         tokio::spawn(async move {
-            let report = upload(&store, layout, &snapshot).await;
+            let report = Box::new(upload(&store, layout, &snapshot).await);
             // An error means that the rank ends.
             let _ = myself.cast(WriterMessage::Ended { step, report });
         });

@@ -7,6 +7,7 @@ pub mod message {
     };
     use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind};
     use tarazed_protocol::data::stats::LaneStats;
+    use tarazed_protocol::data::trajectory::Moments;
     use tarazed_protocol::message::{
         Addresses, BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
         ShardHolding, StateReport, StepLine, ToRank,
@@ -73,6 +74,11 @@ pub mod message {
             mixture: vec![0.5, 0.5],
             stats: LaneStats::new(DOMAINS).encode(),
             skipped: false,
+            weights: vec![Moments {
+                count: 2,
+                sum: 0.5,
+                square_sum: 0.25,
+            }],
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::{
-    Appended, Claimed, Ear, Edges, JsonLines, LoopRules, Notice, Past, TraceFile, TraceSink, Tree, TreeParts,
+    Claimed, Ear, Edges, JsonLines, LoopRules, Notice, Past, TraceFile, TraceRequest, TraceSink, Tree, TreeParts,
 };
 use tarazed_actors::link::{Body, HubEvent, LinkError, PeerId, ToRanks};
 use tarazed_actors::node::{ExitCause, NodeCommand, NodeError, NodeEvent, Processes, StartError};
@@ -306,15 +306,11 @@ impl Processes for SimNode {
 }
 
 /// The trace's writer: it writes the real file, a moment later, and each line is compared with the undisturbed run's.
-struct SimTrace(mpsc::UnboundedSender<(StepsCompleted, Option<String>)>);
+struct SimTrace(mpsc::UnboundedSender<TraceRequest>);
 
 impl TraceSink for SimTrace {
-    fn append(&self, step: StepsCompleted, text: String) {
-        let _ = self.0.send((step, Some(text)));
-    }
-
-    fn sync(&self, step: StepsCompleted) {
-        let _ = self.0.send((step, None));
+    fn request(&self, request: TraceRequest) {
+        let _ = self.0.send(request);
     }
 }
 
@@ -322,22 +318,21 @@ async fn write_trace(
     world: Arc<World>,
     life: Arc<Life>,
     mut file: TraceFile,
-    mut lines: mpsc::UnboundedReceiver<(StepsCompleted, Option<String>)>,
+    mut requests: mpsc::UnboundedReceiver<TraceRequest>,
 ) {
     let mut random = world.random("trace", life.number);
-    while let Some((step, text)) = lines.recv().await {
+    while let Some(request) = requests.recv().await {
         tokio::time::sleep(Duration::from_micros(random.between(20, 3_000))).await;
         if !life.is_alive() {
             return;
         }
-        let Some(text) = text else {
-            life.say(move |ear| ear.appended(Appended::Synced(step)));
-            continue;
-        };
-        world.check_line(step, &text);
-        match file.append(step, text) {
-            Ok(appended) => life.say(move |ear| ear.appended(appended)),
-            Err(error) => return world.fail(&format!("the trace cannot be written: {error}")),
+        if let TraceRequest::Append(step, text) = &request {
+            world.check_line(*step, text);
+        }
+        match file.perform(request) {
+            Ok(Some(appended)) => life.say(move |ear| ear.appended(appended)),
+            Ok(None) => {}
+            Err(cause) => return world.fail(&format!("the trace cannot be written: {cause}")),
         }
     }
 }
@@ -461,7 +456,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         Ok(tree) => tree,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };
-    let trace = match TraceFile::open(world.paths.trace()) {
+    let trace = match TraceFile::open(&world.paths) {
         Ok(file) => file,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };

@@ -157,7 +157,7 @@ async fn live_on(world: &std::sync::Arc<World>, lives: &mut u64) {
     }
 }
 
-/// The trace is that of the undisturbed run, whole, and the store holds a checkpoint of its end that restores.
+/// The trace is that of the undisturbed run, whole, and so is the weight trajectory, and the store holds a checkpoint of its end that restores.
 async fn check_end(world: &World) {
     let last = StepsCompleted(world.scenario.steps);
     let lines = match std::fs::read_to_string(world.paths.trace()) {
@@ -170,6 +170,11 @@ async fn check_end(world: &World) {
         .collect();
     if lines != expected {
         world.fail("the trace's file is not that of the undisturbed run");
+    }
+    match std::fs::read_to_string(world.paths.weights()) {
+        Ok(weights) if weights == world.reference.weights() => {}
+        Ok(_) => world.fail("weights.jsonl is not that of the undisturbed run"),
+        Err(error) => world.fail(&format!("no weights.jsonl: {error}")),
     }
     let store = world.store_itself();
     match store.verify(Select::All, Depth::Full).await {

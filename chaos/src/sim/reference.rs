@@ -15,6 +15,7 @@ use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::data::signals::Tsm;
+use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
@@ -30,7 +31,10 @@ use tarazed_train::world::World as Ranks;
 const TRAIN_SEQUENCES: u64 = 90;
 
 /// The lines of the undisturbed run.
-pub struct Reference(BTreeMap<StepsCompleted, String>);
+pub struct Reference {
+    trace: BTreeMap<StepsCompleted, String>,
+    weights: String,
+}
 
 /// Tokens that are a function of their place.
 struct MadeUpTokens;
@@ -95,7 +99,13 @@ impl Reference {
     /// The line of a step.
     #[must_use]
     pub fn line(&self, step: StepsCompleted) -> Option<&str> {
-        self.0.get(&step).map(String::as_str)
+        self.trace.get(&step).map(String::as_str)
+    }
+
+    /// All of `weights.jsonl`.
+    #[must_use]
+    pub fn weights(&self) -> &str {
+        &self.weights
     }
 
     /// Runs it.
@@ -126,6 +136,13 @@ impl Reference {
             feeder: &feeder,
             inner: Mutex::new(Told {
                 ledger: Ledger::new(names, config.batch_schedule(), config.model.context as u64, Vec::new()),
+                log: WeightLog::new(
+                    state.layout.clone(),
+                    config.batch_schedule(),
+                    config.model.context as u64,
+                    None,
+                ),
+                weights: String::new(),
                 monitor: Tsm::new(facts.clone()),
                 engine: Ate::new(&LoopConfig::of(&config), &facts),
                 lines: BTreeMap::new(),
@@ -145,7 +162,10 @@ impl Reference {
         let told = teller.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
         match told.failure {
             Some(failure) => Err(failure),
-            None => Ok(Self(told.lines)),
+            None => Ok(Self {
+                trace: told.lines,
+                weights: told.weights,
+            }),
         }
     }
 }
@@ -185,6 +205,8 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
 
 struct Told {
     ledger: Ledger,
+    log: WeightLog,
+    weights: String,
     monitor: Tsm,
     engine: Ate,
     lines: BTreeMap<StepsCompleted, String>,
@@ -199,6 +221,7 @@ struct Teller<'a> {
 
 impl Told {
     fn line(&mut self, feeder: &Feeder, line: &StepLine) -> Result<(), String> {
+        self.log.on_line(line)?;
         let mut effects = self.ledger.on_line(line);
         while let Some(effect) = effects.pop() {
             match effect {
@@ -208,6 +231,10 @@ impl Told {
                     effects.extend(self.ledger.on_decided(line.step, decisions));
                 }
                 LedgerEffect::Write(line) => {
+                    if let Some(weights) = self.log.on_step(line.step) {
+                        let text = serde_json::to_string(&weights).map_err(|e| e.to_string())?;
+                        self.weights += &format!("{text}\n");
+                    }
                     self.lines.insert(line.step, line.print());
                     effects.extend(self.ledger.on_written(line.step));
                 }

@@ -245,6 +245,8 @@ interval_steps = {checkpoint_interval_steps}
 interval = "{checkpoint_interval}"
 keep_every_steps = {keep_every_steps}
 keep_last = {keep_last}
+[monitor]
+weights_interval_steps = 3
 [cluster]
 device = "cpu"
 ranks = {ranks}

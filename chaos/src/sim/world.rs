@@ -32,7 +32,7 @@ pub struct World {
     pub scenario: Scenario,
     /// What happened.
     pub history: History,
-    /// Run folder; only its trace is used.
+    /// Run folder; only its trace and what goes with it are used.
     pub paths: RunPaths,
     /// The data recipe.
     pub recipe: Recipe,

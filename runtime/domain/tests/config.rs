@@ -1,7 +1,8 @@
 //! Loading a config, and loading back what was loaded.
 
 use std::path::{Path, PathBuf};
-use tarazed_domain::config::{Config, LearningRateSchedule};
+use tarazed_domain::StepsCompleted;
+use tarazed_domain::config::{Config, DataFile, LearningRateSchedule};
 
 const TEXT: &str = r#"
 [run]
@@ -496,4 +497,35 @@ fn contradictions_of_the_loop_name_their_key() {
         Path::new("/configs"),
     );
     assert_eq!(parsed.expect("a ramp").batch_schedule().stages().len(), 4);
+}
+
+/// What is only looked at decides no number: a run stays itself whatever is set, and its folder says it only where it is.
+#[test]
+fn the_monitor_belongs_to_no_identity() {
+    let parse = |overrides: &[String]| Config::parse(TEXT, "web.toml", overrides, Path::new("/configs"));
+    let plain = parse(&[]).expect("a good config");
+    let set = parse(&["monitor.weights_interval_steps=7".to_owned()]).expect("a good config");
+    assert_eq!(set.identity(), plain.identity());
+    assert!(!plain.to_toml().expect("TOML").contains("monitor"));
+    let text = set.to_toml().expect("TOML");
+    let back = Config::parse(&text, "back.toml", &[], Path::new("/")).expect("itself");
+    assert_eq!(back.monitor, set.monitor);
+    let weighed = |config: &Config| {
+        (0..=14)
+            .filter(|&step| config.monitor.weighs(StepsCompleted(step)))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(weighed(&set), [7, 14]);
+    let none = parse(&["monitor.weights_interval_steps=0".to_owned()]).expect("a good config");
+    assert_eq!(weighed(&none), [0_u64; 0]);
+    let refused = parse(&["monitor.weights_interval_steps=9223372036854775807".to_owned()]).expect_err("refused");
+    assert_eq!(refused.key, "monitor.weights_interval_steps");
+}
+
+/// `tarazed data prepare` takes any run's config: it knows every section that a run may have.
+#[test]
+fn data_are_prepared_by_a_config_with_every_section() {
+    let overrides = ["policy.persons=true", "monitor.weights_interval_steps=7"].map(str::to_owned);
+    let parsed = DataFile::parse(TEXT, "web.toml", &overrides, Path::new("/configs"));
+    assert_eq!(parsed.expect("a good file").data.domains.len(), 2);
 }

@@ -149,7 +149,7 @@ impl<D: Device> Model<D> {
             (head_rows, c.vocabulary, c.hidden),
         ];
         // The last rows of logits may be fewer.
-        if rows % head_rows > 0 {
+        if !rows.is_multiple_of(head_rows) {
             layers.push((rows % head_rows, c.vocabulary, c.hidden));
         }
         let passes = |(rows, outputs, inputs)| {
@@ -199,6 +199,38 @@ impl<D: Device> Model<D> {
         self.trunk(weights, workspace, shape, abort)?;
         self.head(weights, workspace, shape, None)?;
         self.sum_losses(workspace, shape)
+    }
+
+    /// Loss of each of 2 to `context + 1` tokens but the first, in nats, given those before it; of `context + 1` tokens the
+    /// same bits as [`Model::losses`] sums.
+    ///
+    /// # Errors
+    /// [`ModelError::Input`] for too few tokens or too many, [`ModelError::Device`].
+    pub fn token_losses(
+        &self,
+        weights: &D::Buffer,
+        workspace: &mut Workspace<D>,
+        tokens: &[u32],
+    ) -> Result<Vec<f32>, ModelError> {
+        let context = self.config.context;
+        if tokens.len() < 2 || tokens.len() > context + 1 {
+            let cause = format!("{} tokens, where 2 to {} are possible", tokens.len(), context + 1);
+            return Err(ModelError::input(cause, "give the last `model.context + 1` tokens"));
+        }
+        self.check_ids(tokens)?;
+        let length = tokens.len() - 1;
+        let shape = Shape { sequences: 1, length };
+        let stream = &mut workspace.stream;
+        self.device
+            .upload_tokens(stream, &tokens[..length], &mut workspace.inputs)?;
+        self.device
+            .upload_tokens(stream, &tokens[1..], &mut workspace.targets)?;
+        self.trunk(weights, workspace, shape, &AtomicBool::new(false))?;
+        self.head(weights, workspace, shape, None)?;
+        let mut losses = vec![0.0; length];
+        self.device
+            .download(&mut workspace.stream, View::from(&workspace.losses), &mut losses)?;
+        Ok(losses)
     }
 
     /// Logits after the last of 1 to `context` tokens.

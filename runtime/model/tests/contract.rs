@@ -135,6 +135,10 @@ fn unfit_input_is_refused_by_name() {
         let refused = small.model.next_logits(&small.weights, &mut workspace, &tokens);
         assert!(matches!(refused, Err(ModelError::Input { .. })));
     }
+    for tokens in [vec![], vec![0], vec![0; 12], vec![0, 31]] {
+        let refused = small.model.token_losses(&small.weights, &mut workspace, &tokens);
+        assert!(matches!(refused, Err(ModelError::Input { .. })), "{tokens:?}");
+    }
 }
 
 #[test]

@@ -38,6 +38,40 @@ fn losses_and_logits_match_the_oracle() {
     }
 }
 
+/// A token's loss is that of the oracle whatever follows it, and all of a whole sequence sum to what training sums, bit for
+/// bit.
+#[test]
+fn token_losses_are_the_parts_of_a_sequence_s_loss() {
+    let small = common::small();
+    let wide: Vec<f64> = small.weights.iter().map(|&w| f64::from(w)).collect();
+    let tokens = common::tokens(&small.config, 1, 5);
+    let mut workspace = small.model.workspace(1).unwrap();
+    let abort = AtomicBool::new(false);
+    let whole = small
+        .model
+        .losses(&small.weights, &mut workspace, &tokens, &abort)
+        .unwrap();
+    for length in 2..=tokens.len() {
+        let ids = &tokens[..length];
+        let got = small.model.token_losses(&small.weights, &mut workspace, ids).unwrap();
+        assert_eq!(got.len(), length - 1);
+        let logits = common::logits(&small.config, &small.layout, &wide, &ids[..length - 1]);
+        for ((row, &target), got) in logits.chunks(small.config.vocabulary).zip(&ids[1..]).zip(&got) {
+            let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = row.iter().map(|logit| (logit - most).exp()).sum();
+            let expected = most + sum.ln() - row[target as usize];
+            assert!(
+                (f64::from(*got) - expected).abs() <= 1e-5,
+                "loss {got}, expected {expected}"
+            );
+        }
+        if length == tokens.len() {
+            let sum = got.iter().fold(0.0, |sum, &loss| sum + f64::from(loss));
+            assert_eq!(sum.to_bits(), whole[0].to_bits());
+        }
+    }
+}
+
 #[test]
 fn every_gradient_tensor_matches_slopes_of_the_oracle() {
     let small = common::small();

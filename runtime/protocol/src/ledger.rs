@@ -268,6 +268,7 @@ mod tests {
             mixture: vec![1.0],
             stats: LaneStats::new(1).encode(),
             skipped: false,
+            weights: Vec::new(),
         }
     }
 

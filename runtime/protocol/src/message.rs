@@ -4,6 +4,7 @@
 //! says nothing of integrity. Tensors never travel here.
 
 use crate::data::decision::Decision;
+use crate::data::trajectory::Moments;
 use crate::placement::Placement;
 use rkyv::{Archive, Deserialize, Serialize};
 use tarazed_domain::{
@@ -67,6 +68,9 @@ pub struct StepLine {
     pub stats: Vec<u8>,
     /// The update was left out.
     pub skipped: bool,
+    /// Moments of every tensor of the weights after the update, in the layout's order; empty where nobody looked at them
+    /// (`data::trajectory`).
+    pub weights: Vec<Moments>,
 }
 
 /// What a survivor holds of one optimizer shard.

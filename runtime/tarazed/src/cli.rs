@@ -1,7 +1,7 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
 use crate::commands::{
-    bench, checkpoint, data, decide, generate, gpu_check, plan, rank, resize, status, tokenizer, trace, train,
+    bench, checkpoint, data, decide, eval, generate, gpu_check, plan, rank, resize, status, tokenizer, trace, train,
 };
 use clap::{Parser, Subcommand};
 
@@ -47,6 +47,8 @@ pub enum Command {
     Trace(trace::Command),
     /// Continue a text with a checkpoint of a run.
     Generate(generate::Args),
+    /// Score a checkpoint of a run on multiple-choice questions of yours.
+    Eval(eval::Args),
     /// Prepare data, look into them, look for benchmark text, export tokens.
     #[command(subcommand)]
     Data(data::Command),

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_actors::run_folder::{self, RunPaths};
-use tarazed_corpus::{Split, UnigramLoss};
+use tarazed_corpus::{ScoredText, Split, UnigramLoss};
 use tarazed_domain::config::Config;
 use tarazed_domain::{DomainIndex, StepsCompleted};
 use tarazed_protocol::trace::{DomainLoss, DomainMap};
@@ -35,7 +35,9 @@ pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
     if let Some((step, losses)) = evaluated {
         let sequences_max = u64::from(inference.config.evaluation.sequences_per_domain_max);
         let unigram = inference.data.unigram_losses(sequences_max)?;
+        let scored = inference.data.scored_text(sequences_max)?;
         print(&held_out(step, &by_language(losses, &inference.config, &unigram)))?;
+        print(&bits_per_byte(losses, &inference.config, &scored))?;
     }
     for (language, domain) in languages(&inference.config) {
         if let Some(sample) = sample(&mut inference, domain)? {
@@ -101,6 +103,36 @@ fn held_out(step: StepsCompleted, losses: &BTreeMap<&'static str, LanguageLoss>)
             loss.unigram,
             100.0 * (loss.model / loss.unigram - 1.0)
         );
+    }
+    text.push('\n');
+    text
+}
+
+/// Held-out losses in bits per UTF-8 byte of the text that was scored, `nats / ln 2 / bytes` (Gao et al., arXiv 2101.00027,
+/// section 3.1): by language, its bits over its bytes, and by domain. A number that does not depend on the tokenizer.
+fn bits_per_byte(losses: &DomainMap<DomainLoss>, config: &Config, scored: &[ScoredText]) -> String {
+    let mut languages: BTreeMap<&'static str, (f64, f64, String)> = BTreeMap::new();
+    for (domain, scored) in config.data.domains.iter().zip(scored) {
+        // Of a trace that was made with another evaluation, the tokens are others.
+        let Some(loss) = losses.get(&domain.name).filter(|loss| loss.tokens == scored.tokens) else {
+            continue;
+        };
+        if scored.text_bytes <= 0.0 {
+            continue;
+        }
+        let bits = loss.loss * loss.tokens as f64 / std::f64::consts::LN_2;
+        let (all_bits, all_bytes, named) = languages.entry(domain.language.name()).or_default();
+        *all_bits += bits;
+        *all_bytes += scored.text_bytes;
+        // Writing to a string cannot fail.
+        let _ = write!(named, "  {} {:.3}", domain.name, bits / scored.text_bytes);
+    }
+    if languages.is_empty() {
+        return String::new();
+    }
+    let mut text = "the same in bits per byte of text; behind it each domain's\n".to_owned();
+    for (language, (bits, bytes, named)) in languages {
+        let _ = writeln!(text, "  {language:<5} {:.3}  {named}", bits / bytes);
     }
     text.push('\n');
     text
@@ -214,6 +246,42 @@ mod tests {
             unigram: 6.75,
         };
         assert_eq!(found, BTreeMap::from([("en", expected)]));
+    }
+
+    /// A language's bits over its bytes are no mean of its domains'; what was not scored as it would be now is left out.
+    #[test]
+    fn bits_are_over_the_bytes_of_the_very_text() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/quickstart.toml");
+        let config = Config::load(Path::new(path), &[]).expect("a good config");
+        let losses: DomainMap<DomainLoss> = serde_json::from_str(
+            r#"{"book-en":{"loss":2.772588722239781,"tokens":100},"help-en":{"loss":1.3862943611198906,"tokens":300},"manual-en":{"loss":9.0,"tokens":7}}"#,
+        )
+        .expect("losses");
+        let of = |tokens, text_bytes| ScoredText { tokens, text_bytes };
+        let scored: Vec<ScoredText> = config
+            .data
+            .domains
+            .iter()
+            .map(|domain| match domain.name.as_str() {
+                "book-en" => of(100, 200.0),
+                "help-en" => of(300, 1_200.0),
+                "manual-en" => of(8, 30.0),
+                _ => ScoredText::default(),
+            })
+            .collect();
+        let text = bits_per_byte(&losses, &config, &scored);
+        // 400 bits over 200 bytes, 600 over 1,200, 1,000 over 1,400.
+        let rows: Vec<&str> = text.lines().skip(1).filter(|line| !line.is_empty()).collect();
+        assert_eq!(rows.len(), 1, "{text}");
+        let mut words: Vec<&str> = rows[0].split_whitespace().collect();
+        assert_eq!(words.drain(..2).collect::<Vec<_>>(), ["en", "0.714"], "{text}");
+        let pairs: BTreeMap<&str, &str> = words.chunks(2).map(|pair| (pair[0], pair[1])).collect();
+        assert_eq!(
+            pairs,
+            BTreeMap::from([("book-en", "2.000"), ("help-en", "0.500")]),
+            "{text}"
+        );
+        assert_eq!(bits_per_byte(&DomainMap::default(), &config, &scored), "");
     }
 
     #[test]

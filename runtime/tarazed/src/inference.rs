@@ -30,6 +30,17 @@ pub struct Sampling {
     pub tokens_max: usize,
 }
 
+/// How likely a text is behind another.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Scored {
+    /// In nats.
+    pub log_likelihood: f64,
+    /// Tokens that were scored.
+    pub tokens: usize,
+    /// The text before was too long, and its beginning left out.
+    pub cut: bool,
+}
+
 /// A model at one checkpoint with its tokenizer.
 pub struct Inference {
     model: Model<CpuDevice>,
@@ -97,6 +108,34 @@ impl Inference {
             return Err(Failure::refused("--prompt", "is empty", "give the beginning of a text"));
         }
         Ok(tokens)
+    }
+
+    /// Log-likelihood of `continuation` behind `before`, which begins a document: `Σ log p(token | those before it)`, in nats.
+    /// Where both do not fit into the context, the beginning of `before` is left out, which the second value says.
+    ///
+    /// # Errors
+    /// Refused where the continuation alone does not fit. If the tokenizer or the device fails.
+    pub fn log_likelihood(&mut self, before: &str, continuation: &str) -> Result<Scored, Failure> {
+        let mut tokens = vec![self.data.manifest().tokenizer.end_of_document];
+        tokens.extend(self.tokenizer.encode(before)?);
+        let scored = self.tokenizer.encode(continuation)?;
+        let context = self.config.model.context;
+        if scored.is_empty() || scored.len() > context {
+            let cause = format!("{} tokens, where 1 to {context} fit into the context", scored.len());
+            return Err(Failure::refused("a continuation", cause, "shorten it"));
+        }
+        tokens.extend(&scored);
+        let cut = tokens.len().saturating_sub(context + 1);
+        let losses = self
+            .model
+            .token_losses(&self.weights, &mut self.workspace, &tokens[cut..])
+            .map_err(|e| model_failure(&e))?;
+        let losses = &losses[losses.len() - scored.len()..];
+        Ok(Scored {
+            log_likelihood: -losses.iter().fold(0.0, |sum, &loss| sum + f64::from(loss)),
+            tokens: scored.len(),
+            cut: cut > 0,
+        })
     }
 
     /// Text of tokens.

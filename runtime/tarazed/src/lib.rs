@@ -3,6 +3,7 @@
 //! Commands parse, call the floors below and turn what comes back into text and an exit code; they decide nothing about
 //! training. [`plan`] and [`progress`] are pure: no clock, no I/O. So is most of [`mixture`], the comparison of mixtures.
 
+pub mod choices;
 pub mod cli;
 pub mod commands;
 pub mod exit;

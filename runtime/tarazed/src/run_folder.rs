@@ -38,7 +38,7 @@ impl RunFolder {
         self.0.join("events.jsonl")
     }
 
-    /// Measurements by the wall's clock.
+    /// Measurements by the wall's clock, and signals.
     #[must_use]
     pub fn metrics(&self) -> PathBuf {
         self.0.join("metrics.jsonl")

@@ -86,16 +86,22 @@ fn measure(metrics: &Metrics, notice: &Notice) {
     match notice {
         Notice::Line {
             line,
+            signals,
             tokens_per_s,
             step_ms,
             ..
-        } => metrics.step(&StepSample {
-            step: line.step.0,
-            step_ms: *step_ms,
-            tokens_per_s: tokens_per_s.unwrap_or(f64::NAN),
-            loss: line.loss,
-            grad_norm: line.grad_norm,
-        }),
+        } => {
+            metrics.step(&StepSample {
+                step: line.step.0,
+                step_ms: *step_ms,
+                tokens_per_s: tokens_per_s.unwrap_or(f64::NAN),
+                loss: line.loss,
+                grad_norm: line.grad_norm,
+            });
+            if let Some(signals) = signals {
+                metrics.signals(signals);
+            }
+        }
         Notice::Recovered { recovery_ms, .. } => metrics.recovery(*recovery_ms as f64),
         Notice::Checkpoint { took_ms, .. } => metrics.checkpoint(*took_ms as f64),
         _ => {}
@@ -369,6 +375,7 @@ mod tests {
         };
         Notice::Line {
             line: Box::new(line),
+            signals: None,
             tokens_per_s: None,
             mfu: None,
             step_ms: 1.0,

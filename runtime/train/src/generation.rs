@@ -15,6 +15,7 @@
 use crate::StepError;
 use crate::feeder::Feeder;
 use crate::host::{HostVisible, Target};
+use crate::moments;
 use crate::optimizer::Shard;
 use crate::progress::Phase;
 use crate::snapshot::{SnapshotTicket, UploadTicket};
@@ -299,7 +300,7 @@ fn start<D: HostVisible>(
     // Only now: its all-gather has heard everybody, and a rank speaks in it once its own shards are whole. Until then what
     // moves away may have no other copy, for a new holder can die with it half received.
     state.shards.retain(|&shard, _| world.holds(world.rank, shard));
-    complete_base_line(state, plan, hash, means)
+    complete_base_line(state, world, plan, hash, means)
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -342,22 +343,25 @@ fn check_abort<D: Device>(state: &RankState<D>) -> Result<(), StepError> {
 
 /// The base step's line, where the end of the last generation cut it short of its hash. Newcomers complete it too: those
 /// that ran the step may die before they send it, and nobody would run it again.
-fn complete_base_line<D: Device>(
+fn complete_base_line<D: HostVisible>(
     state: &mut RankState<D>,
+    world: &World,
     plan: &BeginPlan,
     hash: [u8; 32],
-    means: &Means<'_, D>,
+    means: &mut Means<'_, D>,
 ) -> Result<(), StepError> {
     state.acknowledge(plan.acknowledged);
     let Some(outcome) = plan.outcome.as_ref().filter(|_| plan.base > plan.acknowledged) else {
         return Ok(());
     };
+    // By the plan alone, so that all ranks do it or none: also those that have the line already.
+    let weights = moments::gather(state, world, means.fabric, plan.base)?;
     if let Some(line) = state.lines.get(&plan.base) {
         means.reporter.line(line.clone());
         return Ok(());
     }
     state.facts = Some(means.feeder.facts(StepIndex(plan.base.0 - 1))?);
-    let line = step::complete_line(state, outcome, hash);
+    let line = state.complete_line(outcome, hash, weights);
     means.reporter.line(line);
     Ok(())
 }

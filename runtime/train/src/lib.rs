@@ -10,6 +10,7 @@
 //! | [`compute`] | forward and backward of this rank's lanes, folded along the lane tree |
 //! | [`generation`] | bringing every holder to the agreed step (STEP-2), copies, restore, first gather |
 //! | [`harm`] | bits flipped on purpose, for chaos runs |
+//! | [`moments`] | sums over the weights now and then, for the weight trajectory |
 //! | [`optimizer`] | optimizer shards: update, hashes, snapshots |
 //! | [`snapshot`] | copies of the state that the next update waits for |
 //! | [`feeder`] | the samples of this rank's lanes, a few steps ahead |
@@ -24,6 +25,7 @@ pub mod feeder;
 pub mod generation;
 pub mod harm;
 pub mod host;
+pub mod moments;
 pub mod optimizer;
 pub mod progress;
 pub mod snapshot;

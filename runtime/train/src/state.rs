@@ -15,6 +15,7 @@ use tarazed_domain::{Mutant, OptimizerShardIndex, ParameterLayout, ShardLayout, 
 use tarazed_kernels::{Device, Precision};
 use tarazed_model::Model;
 use tarazed_protocol::data::course::Directives;
+use tarazed_protocol::data::trajectory::Moments;
 use tarazed_protocol::message::{BarrierOutcome, ItemDigest, StateReport, StepLine};
 
 /// What a rank keeps between steps and, while it lives, between generations.
@@ -169,6 +170,32 @@ impl<D: Device> RankState<D> {
     /// Lines through this one are written and need not be kept.
     pub fn acknowledge(&mut self, through: StepsCompleted) {
         self.lines = self.lines.split_off(&through.next().completed());
+    }
+
+    /// The line of a finished step; also kept until it is acknowledged (STEP-6). `weights` are the moments of
+    /// [`crate::moments::gather`].
+    ///
+    /// # Panics
+    /// If no step was fed: one that is finished was.
+    pub fn complete_line(&mut self, outcome: &BarrierOutcome, hash: [u8; 32], weights: Vec<Moments>) -> StepLine {
+        let facts = self
+            .facts
+            .as_ref()
+            .unwrap_or_else(|| unreachable!("a step's facts are noted when it begins"));
+        let line = StepLine {
+            step: outcome.step,
+            data: facts.data,
+            loss: outcome.loss,
+            grad_norm: outcome.grad_norm,
+            state: hash,
+            learning_rate: crate::optimizer::learning_rate(&self.config.optimizer, facts.step, &facts.directives),
+            mixture: facts.mixture.clone(),
+            stats: outcome.stats.clone(),
+            skipped: outcome.skipped,
+            weights,
+        };
+        self.lines.insert(line.step, line.clone());
+        line
     }
 
     /// Finishes a passed step on this rank: every shard held applies its reduced gradient. A purely local act that is

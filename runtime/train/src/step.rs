@@ -16,6 +16,7 @@ use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
 use crate::harm::{self, Moment};
 use crate::host::{HostVisible, Target};
+use crate::moments;
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
@@ -97,7 +98,9 @@ pub fn run_step<D: HostVisible>(
         gather_weights(state, world, fabric, step, None)?
     };
 
-    Ok(complete_line(state, &outcome, hash))
+    let weights = moments::gather(state, world, fabric, step)?;
+
+    Ok(state.complete_line(&outcome, hash, weights))
 }
 
 /// What a rank has to say in an audit: the digest of the audited lane, and that of the same lane computed again. Each is
@@ -774,25 +777,4 @@ fn state_hash(step: StepsCompleted, hashes: &[BlockHash]) -> [u8; 32] {
         hasher.update(&hash.0);
     }
     *hasher.finalize().as_bytes()
-}
-
-/// The line of a finished step; also kept until it is acknowledged (STEP-6).
-pub(crate) fn complete_line<D: Device>(state: &mut RankState<D>, outcome: &BarrierOutcome, hash: [u8; 32]) -> StepLine {
-    let facts = state
-        .facts
-        .as_ref()
-        .unwrap_or_else(|| unreachable!("a step's facts are noted when it begins"));
-    let line = StepLine {
-        step: outcome.step,
-        data: facts.data,
-        loss: outcome.loss,
-        grad_norm: outcome.grad_norm,
-        state: hash,
-        learning_rate: crate::optimizer::learning_rate(&state.config.optimizer, facts.step, &facts.directives),
-        mixture: facts.mixture.clone(),
-        stats: outcome.stats.clone(),
-        skipped: outcome.skipped,
-    };
-    state.lines.insert(line.step, line.clone());
-    line
 }

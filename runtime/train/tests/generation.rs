@@ -86,6 +86,52 @@ fn take_lines(trace: &mut Lines, outcomes: &[Outcome]) {
     }
 }
 
+/// DET-2: the moments of every tensor are those of the whole model's master weights, bit for bit the same in every world.
+#[test]
+fn weights_are_summed_alike_in_every_world() {
+    let (mut alone, plan) = begin(&[0], 1, 4);
+    let outcomes = run(&mut alone, &plan, &mut meshes(&plan), &NoStore);
+    let lines: Lines = outcomes[0].lines().map(|line| (line.step, line.clone())).collect();
+    let told: Vec<u64> = lines
+        .values()
+        .filter(|l| !l.weights.is_empty())
+        .map(|l| l.step.0)
+        .collect();
+    assert_eq!(told, [2, 4], "every second step");
+    let state = &alone[0].state;
+    let flat: Vec<f32> = state
+        .shards
+        .values()
+        .flat_map(|shard| shard.read().master.to_vec())
+        .collect();
+    let moments = &lines[&StepsCompleted(4)].weights;
+    assert_eq!(moments.len(), state.layout.tensors().len());
+    for (slot, moments) in state.layout.tensors().iter().zip(moments) {
+        let own: Vec<f64> = flat[slot.range()].iter().map(|weight| f64::from(*weight)).collect();
+        let (sum, squares) = (own.iter().sum::<f64>(), own.iter().map(|w| w * w).sum::<f64>());
+        assert_eq!(moments.count, own.len() as u64, "{}", slot.name);
+        assert!(
+            (moments.sum - sum).abs() < 1e-9,
+            "{}: {moments:?}, not {sum}",
+            slot.name
+        );
+        assert!(
+            (moments.square_sum - squares).abs() < 1e-9,
+            "{}: {moments:?}, not {squares}",
+            slot.name
+        );
+    }
+    for (workers, replicas) in [(&[0, 1][..], 1), (&[0, 1, 2], 2), (&[0, 1, 2, 3], 3)] {
+        let (mut nodes, plan) = begin(workers, replicas, 4);
+        for outcome in run(&mut nodes, &plan, &mut meshes(&plan), &NoStore) {
+            assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+            for line in outcome.report.lines {
+                assert_eq!(lines[&line.step], line, "{} ranks, step {}", workers.len(), line.step);
+            }
+        }
+    }
+}
+
 fn held(report: &StateReport) -> Vec<OptimizerShardIndex> {
     report.shards.iter().map(|holding| holding.shard).collect()
 }

@@ -1,9 +1,10 @@
 //! What tests of the program claim about a run or a command that has ended.
 
-use super::{Outcome, POLL, Run, WAIT, assert_same_trace, line_count, undisturbed};
+use super::{Outcome, POLL, Run, WAIT, assert_same_trace, line_count, undisturbed, undisturbed_weights};
 use std::time::Instant;
 
-/// Fails unless the run ended with code 0 and its first `steps` lines, all it has, are the undisturbed ones.
+/// Fails unless the run ended with code 0 and its first `steps` lines, all it has, are the undisturbed ones, as is what it
+/// wrote of its weights.
 ///
 /// # Panics
 /// If it did not.
@@ -12,6 +13,8 @@ pub fn assert_undisturbed(run: &mut Run, steps: u64, what: &str) {
     let outcome = run.finish();
     assert_eq!(outcome.code, Some(0), "{what}\n{}", run.tail());
     assert_same_trace(&run.trace(), undisturbed(steps), &format!("{what}\n{}", run.tail()));
+    let weights = format!("{what}: weights.jsonl\n{}", run.tail());
+    assert_same_trace(&run.weights(), undisturbed_weights(steps), &weights);
     assert_eq!(run.processes().ranks(), [0_u32; 0], "{what}: ranks are left");
 }
 

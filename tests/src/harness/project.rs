@@ -47,6 +47,9 @@ sequences_per_domain_max = 4
 interval_steps = 20
 keep_last = 3
 
+[monitor]
+weights_interval_steps = 15
+
 [cluster]
 device = "cpu"
 "#;

@@ -376,6 +376,12 @@ impl Run {
         std::fs::read(self.dir.join("trace.jsonl")).unwrap_or_default()
     }
 
+    /// The weight trajectory as it is now.
+    #[must_use]
+    pub fn weights(&self) -> Vec<u8> {
+        std::fs::read(self.dir.join("weights.jsonl")).unwrap_or_default()
+    }
+
     /// The whole lines of a JSON-lines file of the run folder.
     ///
     /// # Panics

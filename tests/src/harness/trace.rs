@@ -14,18 +14,37 @@ const UNDISTURBED_STEPS: u64 = 1_200;
 /// If that run fails.
 #[must_use]
 pub fn undisturbed(steps: u64) -> &'static [u8] {
-    static TRACE: OnceLock<Vec<u8>> = OnceLock::new();
-    let trace = TRACE.get_or_init(|| {
-        let project = Project::tiny();
-        let run = project.train("alone").ranks(1).steps(UNDISTURBED_STEPS).complete();
-        run.trace()
-    });
+    let (trace, _) = undisturbed_run();
     assert_eq!(
         line_count(trace),
         UNDISTURBED_STEPS,
         "an undisturbed run writes every line"
     );
     first_lines(trace, steps)
+}
+
+/// The lines of `weights.jsonl` that the same run wrote in its first `steps` steps.
+///
+/// # Panics
+/// If that run fails.
+#[must_use]
+pub fn undisturbed_weights(steps: u64) -> &'static [u8] {
+    let (_, weights) = undisturbed_run();
+    let within = lines(weights)
+        .iter()
+        .filter(|line| line["step"].as_u64() <= Some(steps))
+        .count();
+    first_lines(weights, within as u64)
+}
+
+/// Trace and weight trajectory of that run.
+fn undisturbed_run() -> &'static (Vec<u8>, Vec<u8>) {
+    static RUN: OnceLock<(Vec<u8>, Vec<u8>)> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let project = Project::tiny();
+        let run = project.train("alone").ranks(1).steps(UNDISTURBED_STEPS).complete();
+        (run.trace(), run.weights())
+    })
 }
 
 /// Whole lines.

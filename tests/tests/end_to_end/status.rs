@@ -132,3 +132,52 @@ fn the_control_socket_asks_for_the_token() {
     std::fs::write(&token, good).expect("the token");
     assert!(run.status().live);
 }
+
+/// Gradient noise and bits per byte are told by a live run, by its metrics when it is over, and at its end.
+#[test]
+fn signals_are_told_live_afterwards_and_at_the_end() {
+    let project = Project::tiny_with(&[("policy.gradient_noise", "true")]);
+    let mut run = Run::start(&project.train("signals").ranks(2).steps(140));
+    run.wait_for_step(12);
+    let check = |told: &Value| {
+        let signals = &told["signals"];
+        assert!(signals["gradient_noise"]["noise_trace"].as_f64() > Some(0.0), "{told}");
+        for domain in ["book-en", "wiki-zh", "code"] {
+            for key in ["train_bits_per_byte", "heldout_bits_per_byte"] {
+                let bits = signals["domains"][domain][key].as_f64().unwrap_or_default();
+                assert!(bits > 0.1 && bits < 16.0, "{domain} {key}: {told}");
+            }
+        }
+        for (language, domain) in [("en", "book-en"), ("zh", "wiki-zh"), ("code", "code")] {
+            let bits = |value: &Value| value["heldout_bits_per_byte"].as_f64().expect("a number");
+            let (all, own) = (bits(&signals["languages"][language]), bits(&signals["domains"][domain]));
+            assert!((all - own).abs() < 1e-9, "one domain is all of its language: {told}");
+        }
+    };
+    let live = json(&project, &run);
+    if live["live"] == true {
+        check(&live);
+    }
+    let outcome = run.finish();
+    outcome.assert_code(0);
+    assert!(outcome.stdout.contains("bits per byte of text"), "{}", outcome.tail());
+    let after = json(&project, &run);
+    assert_eq!(
+        (&after["live"], &after["signals"]["step"]),
+        (&false.into(), &140.into())
+    );
+    check(&after);
+    let table = ask(&project, &run, &[]);
+    for part in ["gradient noise scale: ", "bits per byte", "wiki-zh"] {
+        assert!(table.stdout.contains(part), "'{part}'\n{}", table.tail());
+    }
+    let lines = run.json_lines("metrics.jsonl");
+    let all = lines.iter().filter(|line| line["signals"].is_object()).count();
+    assert_eq!(all, 14, "at every evaluation; step 100 is one");
+    assert!(
+        lines
+            .iter()
+            .all(|line| line.get("gradient_noise_scale_tokens").is_some()),
+        "in every line"
+    );
+}

@@ -119,6 +119,7 @@ fn a_collector_sees_steps_checkpoints_and_a_recovery() {
     assert_eq!(
         metrics,
         [
+            "tarazed.bits_per_byte",
             "tarazed.checkpoint.duration",
             "tarazed.grad_norm",
             "tarazed.loss",

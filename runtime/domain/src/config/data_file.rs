@@ -29,17 +29,19 @@ struct Model {
 }
 
 /// Top-level sections that a run's config has.
-const SECTIONS: [&str; 11] = [
+const SECTIONS: [&str; 13] = [
     "run",
     "model",
     "batch",
     "optimizer",
     "data",
     "mixture",
+    "policy",
     "evaluation",
     "checkpoint",
     "cluster",
     "fault",
+    "monitor",
     "telemetry",
 ];
 

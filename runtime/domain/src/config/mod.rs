@@ -21,8 +21,8 @@ pub use refine::{
 };
 pub use sections::{
     BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
-    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig,
-    RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
+    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, MonitorConfig,
+    OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;
@@ -83,6 +83,9 @@ pub struct Config {
     /// Failure handling.
     #[serde(default)]
     pub fault: FaultConfig,
+    /// What is looked at besides.
+    #[serde(default, skip_serializing_if = "MonitorConfig::is_default")]
+    pub monitor: MonitorConfig,
     /// Traces and metrics.
     #[serde(default)]
     pub telemetry: TelemetryConfig,

@@ -1,6 +1,7 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
 use super::{BatchRamp, CheckpointInterval, RefineConfig};
+use crate::ids::StepsCompleted;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -585,6 +586,36 @@ impl Default for FaultConfig {
             restart_backoff_ms: 100,
             audit_interval_steps: 50,
         }
+    }
+}
+
+/// `[monitor]`: what is looked at besides. It decides no number and belongs to no run's identity.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MonitorConfig {
+    /// Steps between lines of `weights.jsonl`, the spread of the weights by layer; 0 for none.
+    pub weights_interval_steps: u64,
+}
+
+impl Default for MonitorConfig {
+    fn default() -> Self {
+        Self {
+            weights_interval_steps: 100,
+        }
+    }
+}
+
+impl MonitorConfig {
+    /// Whether nothing of it is set.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether the weights after so many updates are looked at.
+    #[must_use]
+    pub const fn weighs(&self, step: StepsCompleted) -> bool {
+        self.weights_interval_steps > 0 && step.0 > 0 && step.0.is_multiple_of(self.weights_interval_steps)
     }
 }
 

@@ -497,6 +497,11 @@ fn loops(config: &Config) -> Result<(), ConfigError> {
         ("evaluation.interval_steps", e.interval_steps, 0),
         ("checkpoint.interval_steps", config.checkpoint.interval_steps, 0),
         ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0),
+        (
+            "monitor.weights_interval_steps",
+            config.monitor.weights_interval_steps,
+            0,
+        ),
     ] {
         within(key, value, least..=STEPS_MAX, "choose a number of steps of a run")?;
     }

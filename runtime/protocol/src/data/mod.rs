@@ -26,6 +26,7 @@ mod projection;
 pub mod signals;
 pub mod stats;
 pub mod trajectory;
+pub mod weight_log;
 
 use serde::{Deserialize, Serialize};
 use tarazed_domain::StepIndex;

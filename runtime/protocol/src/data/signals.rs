@@ -12,7 +12,7 @@
 //! | held-out loss | newest evaluation; by language: mean over its domains' tokens; macro: plain mean over domains | |
 //! | plateau | Welch's `t < 2` between the mixture-free losses of the last 128 lines and of the 128 before | Welch 1947 |
 //! | divergence | the mixture-free loss of the last 32 lines lies above that of the 128 before by more than 6 standard errors (as Welch's `t`) and 0.1 nats | |
-//! | bits per byte | `l / ln 2` over bytes per token, from the data's manifest | |
+//! | bits per byte | `l / ln 2` over bytes per token: of the training part as the data's manifest counts it, of the held-out text that is scored as the index of documents does; a language's are the bits of its domains over their bytes | Gao et al., arXiv 2101.00027, section 3.1 |
 //! | gradient noise scale | `S / |G|²` in tokens, `|G|² = (B |G_B|² - b |G_b|²) / (B - b)`, `S = (|G_b|² - |G_B|²) / (1/b - 1/B)`, both smoothed as losses are | McCandlish et al., arXiv 1812.06162, appendix A.1 |
 //! | tokens requested | `Σ_t p_d(t) · tokens(t)`, `p` the mixture in force | |
 //! | epochs | realised training tokens over the domain's training tokens | |
@@ -141,6 +141,8 @@ pub struct LanguageSignals {
     pub heldout_loss: f64,
     /// Those tokens.
     pub tokens: u64,
+    /// The same loss in bits per byte of text: their bits over the bytes behind them; none where bytes are not known for all.
+    pub heldout_bits_per_byte: Option<f64>,
 }
 
 /// What the trace says after one line.
@@ -207,6 +209,15 @@ struct DomainState {
     heldout: Option<(f64, u64)>,
     tokens: u64,
     tokens_requested: f64,
+}
+
+/// Held-out text of one language.
+#[derive(Clone, Copy, Debug, Default)]
+struct HeldOutSum {
+    nats: f64,
+    tokens: u64,
+    bytes: f64,
+    bytes_unknown: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -409,13 +420,17 @@ impl Tsm {
     }
 
     fn signals(&self, line: &TraceLine, residual_loss: Judged, grad_norm: Judged) -> Signals {
-        let mut by_language: BTreeMap<Language, (f64, u64)> = BTreeMap::new();
+        let mut by_language: BTreeMap<Language, HeldOutSum> = BTreeMap::new();
         let (mut macro_sum, mut macro_count) = (0.0, 0);
-        for (fact, state) in self.facts.iter().zip(&self.domains) {
+        for (domain, (fact, state)) in self.facts.iter().zip(&self.domains).enumerate() {
             if let Some((loss, tokens)) = state.heldout {
-                let entry = by_language.entry(fact.language).or_default();
-                entry.0 += loss * tokens as f64;
-                entry.1 += tokens;
+                let sum = by_language.entry(fact.language).or_default();
+                sum.nats += loss * tokens as f64;
+                sum.tokens += tokens;
+                match self.bytes_per_token(domain, |bytes| bytes.heldout) {
+                    Some(bytes) => sum.bytes += bytes * tokens as f64,
+                    None => sum.bytes_unknown = true,
+                }
                 macro_sum += loss;
                 macro_count += 1;
             }
@@ -442,11 +457,12 @@ impl Tsm {
                 .collect(),
             languages: by_language
                 .into_iter()
-                .filter(|(_, (_, tokens))| *tokens > 0)
-                .map(|(language, (sum, tokens))| LanguageSignals {
+                .filter(|(_, sum)| sum.tokens > 0)
+                .map(|(language, sum)| LanguageSignals {
                     language,
-                    heldout_loss: sum / tokens as f64,
-                    tokens,
+                    heldout_loss: sum.nats / sum.tokens as f64,
+                    tokens: sum.tokens,
+                    heldout_bits_per_byte: (!sum.bytes_unknown).then(|| sum.nats / std::f64::consts::LN_2 / sum.bytes),
                 })
                 .collect(),
             heldout_macro: (macro_count > 0).then(|| macro_sum / f64::from(macro_count)),
@@ -461,8 +477,12 @@ impl Tsm {
     }
 
     fn bits_per_byte(&self, domain: usize, nats: Option<f64>, part: fn(&BytesPerToken) -> f64) -> Option<f64> {
-        let bytes = self.bytes.get(domain).map(part).filter(|bytes| *bytes > 0.0)?;
+        let bytes = self.bytes_per_token(domain, part)?;
         Some(nats? / std::f64::consts::LN_2 / bytes)
+    }
+
+    fn bytes_per_token(&self, domain: usize, part: fn(&BytesPerToken) -> f64) -> Option<f64> {
+        self.bytes.get(domain).map(part).filter(|bytes| *bytes > 0.0)
     }
 
     fn divergence(&self, line: StepsCompleted) -> Option<Divergence> {

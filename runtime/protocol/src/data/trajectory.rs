@@ -12,8 +12,9 @@
 //!   block. Sums run in f64 over a piece from left to right, then over the pieces of a tensor along a tree of neighbours.
 //!   Nothing depends on who holds which block.
 //!
-//! It reads no weight: whoever holds a block sums its pieces. [`WeightLine`] is what a line of `weights.jsonl` carries. It
-//! is a function of the promise, like the trace, and apart from it only because of its size; no decision reads it.
+//! It reads no weight: whoever holds a block sums its pieces (`train/moments.rs`). [`WeightLine`] is what a line of
+//! `weights.jsonl` carries, and [`WeightLog`](super::weight_log::WeightLog) says which lines are written. A line is a function
+//! of the promise, like the trace, and apart from it only because of its size; no decision reads it.
 
 use crate::trace::DomainMap;
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,7 @@ use tarazed_domain::{BlockIndex, ParameterLayout, StepsCompleted};
 pub const DISTANCE_TOKENS: f64 = 1e9;
 
 /// Count, sum and sum of squares of some weights.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
 pub struct Moments {
     /// How many.
     pub count: u64,
@@ -137,6 +138,9 @@ pub struct WeightLine {
     pub tokens: u64,
     /// Standard deviation by parameter kind (e.g. `self_attn.q_proj`), layer after layer.
     pub std: DomainMap<Vec<f64>>,
+    /// Distance of each kind's curve from that of the line before, per 10⁹ tokens; absent in the first line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance: Option<DomainMap<f64>>,
 }
 
 impl WeightLine {
@@ -162,7 +166,19 @@ impl WeightLine {
                     .push(((*kind).to_owned(), layers.iter().map(|(.., std)| *std).collect()));
             }
         }
-        Self { step, tokens, std }
+        Self {
+            step,
+            tokens,
+            std,
+            distance: None,
+        }
+    }
+
+    /// The same, with its distance from the line before.
+    #[must_use]
+    pub fn after(mut self, before: Option<&Self>) -> Self {
+        self.distance = before.and_then(|before| self.distances(before));
+        self
     }
 
     /// Distance of each kind from an earlier state, per 10⁹ tokens; none without tokens between them.

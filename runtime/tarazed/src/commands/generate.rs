@@ -57,7 +57,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
 }
 
 /// Folder and step of `RUN[@STEP]`; a folder whose name holds an `@` is taken as it is.
-fn place(run: &str) -> Result<(PathBuf, Option<StepsCompleted>), Failure> {
+pub(super) fn place(run: &str) -> Result<(PathBuf, Option<StepsCompleted>), Failure> {
     match run.rsplit_once('@') {
         Some((dir, step)) if !Path::new(run).is_dir() => {
             let step = step.parse().map_err(|_| {

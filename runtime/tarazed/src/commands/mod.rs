@@ -4,6 +4,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod data;
 pub mod decide;
+pub mod eval;
 pub mod generate;
 pub mod gpu_check;
 pub mod plan;
@@ -32,6 +33,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Data(command) => data::run(&command),
         Command::Tokenizer(command) => tokenizer::run(&command),

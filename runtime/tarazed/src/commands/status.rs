@@ -149,6 +149,7 @@ fn from_files(folder: &RunFolder) -> Result<Value, Failure> {
         "generation": null,
         "step": step.unwrap_or(json!(0)),
         "workers": [],
+        "signals": signals_of(&folder.metrics())?,
         "last_line": line,
         "last_event": event,
     }))
@@ -164,8 +165,17 @@ fn add_utilisation(folder: &RunFolder, answer: &mut Value) -> Result<(), Failure
     Ok(())
 }
 
-/// The last whole line of a JSON-lines file; `None` where there is none.
-fn last_line(path: &Path) -> Result<Option<Value>, Failure> {
+/// The newest signals in `metrics.jsonl`, where not every line holds them; `None` where its end holds none.
+fn signals_of(path: &Path) -> Result<Option<Value>, Failure> {
+    let tail = tail(path)?;
+    let mut lines = tail.split(|&byte| byte == b'\n').rev();
+    // What is no JSON is a line that a crash cut short: this file is for people.
+    let newest = lines.find_map(|line| serde_json::from_slice::<Value>(line).ok()?.get("signals").cloned());
+    Ok(newest)
+}
+
+/// The end of a file; empty where there is none.
+fn tail(path: &Path) -> Result<Vec<u8>, Failure> {
     let unreadable = |e: std::io::Error| {
         Failure::refused(
             path.display(),
@@ -175,7 +185,7 @@ fn last_line(path: &Path) -> Result<Option<Value>, Failure> {
     };
     let mut file = match std::fs::File::open(path) {
         Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(unreadable(e)),
     };
     let len = file.metadata().map_err(unreadable)?.len();
@@ -183,6 +193,12 @@ fn last_line(path: &Path) -> Result<Option<Value>, Failure> {
         .map_err(unreadable)?;
     let mut tail = Vec::new();
     file.take(TAIL_BYTES_MAX).read_to_end(&mut tail).map_err(unreadable)?;
+    Ok(tail)
+}
+
+/// The last whole line of a JSON-lines file; `None` where there is none.
+fn last_line(path: &Path) -> Result<Option<Value>, Failure> {
+    let tail = tail(path)?;
     let whole = tail.iter().rposition(|&b| b == b'\n').unwrap_or(0);
     let start = tail[..whole].iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
     if whole == 0 {
@@ -228,6 +244,9 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
             );
         }
     }
+    if let Some(signals) = answer.get("signals").filter(|signals| signals.is_object()) {
+        text.push_str(&signals_text(signals));
+    }
     if !live {
         if let Some(line) = answer.get("last_line").filter(|line| line.is_object()) {
             let _ = writeln!(
@@ -242,6 +261,34 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
             let _ = writeln!(text, "last event: {event}");
         }
         let _ = writeln!(text, "`tarazed train` with the same config and folder resumes it.");
+    }
+    text
+}
+
+/// Gradient noise, and losses in bits per byte of text by domain and language.
+fn signals_text(signals: &Value) -> String {
+    let mut text = String::new();
+    if let Some(noise) = signals.get("gradient_noise").filter(|noise| noise.is_object()) {
+        let _ = match noise.get("scale_tokens").and_then(Value::as_f64) {
+            Some(scale) => writeln!(text, "gradient noise scale: {scale:.0} tokens"),
+            None => writeln!(
+                text,
+                "gradient noise scale: not known, the gradient is lost in its noise"
+            ),
+        };
+    }
+    let number = |of: &Value, key: &str| match of.get(key).and_then(Value::as_f64) {
+        Some(number) => format!("{number:.3}"),
+        None => "-".to_owned(),
+    };
+    let entries = |key: &str| signals.get(key).and_then(Value::as_object).into_iter().flatten();
+    let keys = ["train_bits_per_byte", "heldout_bits_per_byte"];
+    if entries("domains").any(|(_, domain)| keys.iter().any(|key| domain.get(key).is_some_and(Value::is_number))) {
+        let _ = writeln!(text, "{:<20}{:>12}{:>12}", "bits per byte", "training", "held out");
+        for (name, of) in entries("domains").chain(entries("languages")) {
+            let [train, heldout] = keys.map(|key| number(of, key));
+            let _ = writeln!(text, "  {name:<18}{train:>12}{heldout:>12}");
+        }
     }
     text
 }
@@ -352,6 +399,43 @@ mod tests {
         let text = table(&folder, &answer);
         assert!(text.contains("not live, step 2"), "{text}");
         assert!(text.contains("loss 3.5"), "{text}");
+    }
+
+    /// Signals that are known are shown; of a run that is not live, the newest of its metrics that hold any.
+    #[test]
+    fn signals_are_shown_in_their_units() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let folder = run_in(dir.path());
+        let signals = json!({
+            "gradient_noise": {"scale_tokens": 1234.4, "gradient_square": 1.0, "noise_trace": 1234.4},
+            "domains": {
+                "web": {"train_bits_per_byte": 1.25, "heldout_bits_per_byte": 1.5},
+                "tiny": {"train_bits_per_byte": 2.0, "heldout_bits_per_byte": null},
+            },
+            "languages": {"en": {"heldout_bits_per_byte": 1.5}},
+        });
+        let lines = [
+            json!({"step": 1, "signals": {"domains": {}}}),
+            json!({"step": 2, "signals": signals}),
+            json!({"step": 3}),
+        ];
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        std::fs::write(folder.metrics(), text + "{\"st").expect("metrics");
+        let answer = from_files(&folder).expect("an answer");
+        assert_eq!(answer["signals"], signals);
+        let shown = table(&folder, &answer);
+        assert!(shown.contains("gradient noise scale: 1234 tokens"), "{shown}");
+        for row in [["web", "1.250", "1.500"], ["tiny", "2.000", "-"], ["en", "-", "1.500"]] {
+            let found = shown.lines().any(|line| line.split_whitespace().eq(row));
+            assert!(found, "{row:?} in {shown}");
+        }
+
+        let lost = json!({"gradient_noise": {"scale_tokens": null}, "domains": {"web": {"train_bits_per_byte": null}}});
+        let shown = signals_text(&lost);
+        assert!(
+            shown.contains("not known") && !shown.contains("bits per byte"),
+            "{shown}"
+        );
     }
 
     #[test]

@@ -121,12 +121,13 @@ fn compare_losses(ours: f64, theirs: Option<f64>) -> Result<(), CheckFailed> {
     if !ours.is_finite() {
         return Err(failed(format!("our first loss is {ours}")));
     }
-    match theirs {
-        Some(theirs) if !((ours - theirs).abs() <= LOSS_SHARE_MAX * ours.abs()) => Err(failed(format!(
-            "the first losses are {ours} here and {theirs} there: they are not of the same model"
-        ))),
-        _ => Ok(()),
+    let Some(theirs) = theirs else { return Ok(()) };
+    if (ours - theirs).abs() <= LOSS_SHARE_MAX * ours.abs() {
+        return Ok(());
     }
+    Err(failed(format!(
+        "the first losses are {ours} here and {theirs} there: they are not of the same model"
+    )))
 }
 
 /// Our side: a model with its optimizer's state.

@@ -18,8 +18,10 @@ pub struct StepSample {
 #[cfg(feature = "otlp")]
 mod instruments {
     use super::StepSample;
+    use opentelemetry::KeyValue;
     use opentelemetry::metrics::{Gauge, Histogram, Meter};
     use std::sync::Arc;
+    use tarazed_protocol::data::signals::Signals;
 
     /// Upper bounds of the histograms' buckets, in milliseconds: from a quickstart's step to a restore of hours.
     const BOUNDS_MS: [f64; 15] = [
@@ -33,6 +35,8 @@ mod instruments {
         tokens_per_s: Gauge<f64>,
         loss: Gauge<f64>,
         grad_norm: Gauge<f64>,
+        noise_scale: Gauge<f64>,
+        bits_per_byte: Gauge<f64>,
         recovery_ms: Histogram<f64>,
         checkpoint_ms: Histogram<f64>,
     }
@@ -59,6 +63,16 @@ mod instruments {
                 tokens_per_s: gauge("tarazed.throughput", "{token}/s", "Tokens per second of all ranks"),
                 loss: gauge("tarazed.loss", "nat", "Training loss per token"),
                 grad_norm: gauge("tarazed.grad_norm", "1", "Gradient norm before clipping"),
+                noise_scale: gauge(
+                    "tarazed.gradient_noise_scale",
+                    "{token}",
+                    "Simple gradient noise scale, smoothed",
+                ),
+                bits_per_byte: gauge(
+                    "tarazed.bits_per_byte",
+                    "bit/By",
+                    "Loss per byte of text, by domain or language and by split; training smoothed, held out as last evaluated",
+                ),
                 recovery_ms: histogram("tarazed.recovery.duration", "From a failure to training again"),
                 checkpoint_ms: histogram("tarazed.checkpoint.duration", "From snapshot to commit record"),
             })))
@@ -72,6 +86,28 @@ mod instruments {
             instruments.tokens_per_s.record(sample.tokens_per_s, &[]);
             instruments.loss.record(sample.loss, &[]);
             instruments.grad_norm.record(sample.grad_norm, &[]);
+        }
+
+        /// What the closed loop saw in a committed step; what is not known is not reported.
+        pub fn signals(&self, signals: &Signals) {
+            let Some(instruments) = &self.0 else { return };
+            if let Some(scale) = signals.gradient_noise.and_then(|noise| noise.scale_tokens) {
+                instruments.noise_scale.record(scale, &[]);
+            }
+            let record = |of: &'static str, name: &str, split: &'static str, value: Option<f64>| {
+                if let Some(value) = value {
+                    let attributes = [KeyValue::new(of, name.to_owned()), KeyValue::new("split", split)];
+                    instruments.bits_per_byte.record(value, &attributes);
+                }
+            };
+            for domain in &signals.domains {
+                record("domain", &domain.name, "train", domain.train_bits_per_byte);
+                record("domain", &domain.name, "heldout", domain.heldout_bits_per_byte);
+            }
+            for language in &signals.languages {
+                let name = language.language.name();
+                record("language", name, "heldout", language.heldout_bits_per_byte);
+            }
         }
 
         /// A recovery, in milliseconds.
@@ -93,6 +129,7 @@ mod instruments {
 #[cfg(not(feature = "otlp"))]
 mod instruments {
     use super::StepSample;
+    use tarazed_protocol::data::signals::Signals;
 
     /// No instruments: built without the feature `otlp`.
     #[derive(Clone, Debug, Default)]
@@ -101,6 +138,8 @@ mod instruments {
     impl Metrics {
         /// A committed step.
         pub const fn step(&self, _: &StepSample) {}
+        /// What the closed loop saw in a committed step.
+        pub const fn signals(&self, _: &Signals) {}
         /// A recovery, in milliseconds.
         pub const fn recovery(&self, _: f64) {}
         /// A committed checkpoint, in milliseconds.

@@ -256,3 +256,36 @@ fn losses_are_also_told_in_bits_per_byte() {
         "nothing is known of its bytes"
     );
 }
+
+/// A language's bits are over its bytes, whatever its domains' shares; where one domain's bytes are not known, neither are its.
+#[test]
+fn a_language_s_bits_are_over_its_bytes() {
+    use crate::data::signals::BytesPerToken;
+    let mut laws = laws();
+    laws[1].language = Language::Zh;
+    let mut world = World::new(laws.clone(), &fixed());
+    let bytes = |heldout: f64| BytesPerToken { train: 1.0, heldout };
+    world.tsm = Tsm::new(facts(&laws)).with_bytes(vec![bytes(4.0), bytes(0.0), bytes(2.0)]);
+    let loss = |bits: f64, tokens: u64| DomainLoss {
+        loss: bits * std::f64::consts::LN_2,
+        tokens,
+    };
+    let signals = world.step(|line| {
+        let losses = [
+            ("web", loss(8.0, 100)),
+            ("wiki", loss(6.0, 50)),
+            ("code", loss(1.0, 300)),
+        ];
+        line.heldout = Some(DomainMap(losses.map(|(name, loss)| (name.to_owned(), loss)).to_vec()));
+    });
+    let of = |language| {
+        signals
+            .languages
+            .iter()
+            .find(|found| found.language == language)
+            .unwrap()
+    };
+    // 800 bits over 400 bytes, 300 over 600.
+    assert!((of(Language::En).heldout_bits_per_byte.unwrap() - 1.1).abs() < 1e-12);
+    assert_eq!(of(Language::Zh).heldout_bits_per_byte, None);
+}
