@@ -31,6 +31,13 @@ fn begin(workers: &[u32], replicas: usize, last_step: u64) -> (Vec<Node>, BeginP
     (nodes, plan(&wanted, &BTreeMap::new()))
 }
 
+/// Nodes that look at the weights every so many steps.
+fn weighing(nodes: &mut [Node], interval_steps: u64) {
+    for node in nodes {
+        Arc::make_mut(&mut node.state.config).monitor.weights_interval_steps = interval_steps;
+    }
+}
+
 /// One rank still stores its share: all leave the due checkpoint out, and all take it as soon as that rank has stored it.
 #[test]
 fn a_slow_store_makes_checkpoints_rarer_on_all_ranks_alike() {
@@ -72,7 +79,12 @@ fn a_checkpoint_that_was_missed_is_made_up_for() {
 
 /// The trace of a run in which nothing happens, on one rank.
 fn undisturbed(last_step: u64) -> Lines {
+    undisturbed_weighing(last_step, 0)
+}
+
+fn undisturbed_weighing(last_step: u64, interval_steps: u64) -> Lines {
     let (mut nodes, plan) = begin(&[0], 1, last_step);
+    weighing(&mut nodes, interval_steps);
     let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
     assert!(outcomes[0].ended.is_ok(), "{:?}", outcomes[0].ended);
     outcomes[0].lines().map(|line| (line.step, line.clone())).collect()
@@ -90,6 +102,7 @@ fn take_lines(trace: &mut Lines, outcomes: &[Outcome]) {
 #[test]
 fn weights_are_summed_alike_in_every_world() {
     let (mut alone, plan) = begin(&[0], 1, 4);
+    weighing(&mut alone, 2);
     let outcomes = run(&mut alone, &plan, &mut meshes(&plan), &NoStore);
     let lines: Lines = outcomes[0].lines().map(|line| (line.step, line.clone())).collect();
     let told: Vec<u64> = lines
@@ -123,6 +136,7 @@ fn weights_are_summed_alike_in_every_world() {
     }
     for (workers, replicas) in [(&[0, 1][..], 1), (&[0, 1, 2], 2), (&[0, 1, 2, 3], 3)] {
         let (mut nodes, plan) = begin(workers, replicas, 4);
+        weighing(&mut nodes, 2);
         for outcome in run(&mut nodes, &plan, &mut meshes(&plan), &NoStore) {
             assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
             for line in outcome.report.lines {
@@ -276,11 +290,17 @@ fn what_moved_away_is_dropped_when_all_are_whole() {
 /// trace.
 #[test]
 fn whoever_dies_whenever_the_trace_is_the_same() {
-    let trace = undisturbed(5);
+    assert_eq!(deaths(0), 3 * (3 + 2 * 5), "a start has 3 exchanges, a step 5");
+    assert_eq!(deaths(1), 3 * (3 + 2 * 6), "one more where the weights are looked at");
+}
+
+/// Every death once, in runs that look at their weights every so many steps; how many there were.
+fn deaths(interval_steps: u64) -> usize {
+    let trace = undisturbed_weighing(5, interval_steps);
     let mut deaths = 0;
     for dies in 0..3 {
         for dies_at in 0.. {
-            let (died, lines) = run_with_death(dies, dies_at);
+            let (died, lines) = run_with_death(dies, dies_at, interval_steps);
             assert_eq!(lines, trace, "rank {dies} dies at exchange {dies_at}");
             if !died {
                 break;
@@ -288,13 +308,14 @@ fn whoever_dies_whenever_the_trace_is_the_same() {
             deaths += 1;
         }
     }
-    assert_eq!(deaths, 3 * (3 + 2 * 5), "a start has 3 exchanges, a step 5");
+    deaths
 }
 
 /// Two ranks run to step 2, admit a third, run to step 4 unless one dies; the living run to step 5.
-fn run_with_death(dies: usize, dies_at: usize) -> (bool, Lines) {
+fn run_with_death(dies: usize, dies_at: usize, interval_steps: u64) -> (bool, Lines) {
     let mut lines = Lines::new();
     let (mut nodes, first) = begin(&[0, 1], 2, 2);
+    weighing(&mut nodes, interval_steps);
     let outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
     take_lines(&mut lines, &outcomes);
     let mut wanted = Wanted {
@@ -307,6 +328,7 @@ fn run_with_death(dies: usize, dies_at: usize) -> (bool, Lines) {
     };
     let admission = plan(&wanted, &reports(&outcomes));
     nodes.push(Node::new(2));
+    weighing(&mut nodes, interval_steps);
     let mut ends = meshes(&admission);
     ends[dies].die_at(dies_at);
     let mut outcomes = run(&mut nodes, &admission, &mut ends, &NoStore);

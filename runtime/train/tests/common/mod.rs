@@ -67,8 +67,6 @@ interval_steps = 2
 sequences_per_domain_max = 2
 [checkpoint]
 interval_steps = 0
-[monitor]
-weights_interval_steps = 2
 "#;
 
 pub fn config() -> Arc<Config> {
