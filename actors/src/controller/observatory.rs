@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tarazed_domain::config::BatchSchedule;
-use tarazed_domain::{Generation, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Rank, StepIndex, StepsCompleted};
 use tarazed_protocol::coordinator::Incident;
+use tarazed_protocol::data::decision::{Decision, DecisionKind, expected_end};
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
@@ -52,7 +53,29 @@ pub struct ObservatoryArguments {
     pub notify: Notify,
     pub batch: BatchSchedule,
     pub context_tokens: u64,
+    pub ending: Ending,
+}
+
+/// When the run will be over, as far as is known.
+pub struct Ending {
+    /// By the config or the command line.
     pub last_step: StepsCompleted,
+    /// The step of `policy.stop.tokens`.
+    pub stop_at: Option<StepIndex>,
+    /// Stops and vetoes so far.
+    pub decisions: Vec<Decision>,
+}
+
+impl Ending {
+    pub fn hear(&mut self, decisions: &[Decision]) {
+        let ends = |kind: &DecisionKind| matches!(kind, DecisionKind::Stop | DecisionKind::Veto { .. });
+        let heard = decisions.iter().filter(|decision| ends(&decision.kind));
+        self.decisions.extend(heard.cloned());
+    }
+
+    fn step(&self) -> StepsCompleted {
+        expected_end(&self.decisions, self.stop_at, self.last_step)
+    }
 }
 
 pub struct ObservatoryState {
@@ -326,7 +349,8 @@ impl ObservatoryState {
         let tokens_per_s = since
             .map(|(at, first)| per_s(samples(*first).saturating_mul(self.arguments.context_tokens), at))
             .filter(|rate| *rate > 0.0);
-        let left = self.arguments.last_step.0.saturating_sub(line.step.0) as f64;
+        self.arguments.ending.hear(&line.decisions);
+        let left = self.arguments.ending.step().0.saturating_sub(line.step.0) as f64;
         let eta_s = rate.filter(|rate| *rate > 0.0).map(|rate| left / rate);
         let wall_s = self.began.elapsed().as_secs_f64();
         let phases: serde_json::Map<String, Value> = Phase::ALL
