@@ -40,8 +40,8 @@ pub type RequestAnswer = Result<(StepsCompleted, StepIndex), RequestError>;
 pub enum LoopMessage {
     /// A line to look at; the answer goes to the coordinator.
     LookAt(Box<TraceLine>),
-    /// A person asks for a decision (LOOP-2). It waits for the next decision point in memory alone: who asked looks for it
-    /// in the trace.
+    /// A person asks for a decision (LOOP-2). It waits for the next decision point in memory alone: `tarazed decide` looks for it
+    /// in the trace, and says so where it is not there.
     Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
 }
 impl ractor::Message for LoopMessage {}

@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::config::{BatchSchedule, ModelConfig};
-use tarazed_domain::{Generation, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Rank, StepIndex, StepsCompleted};
 use tarazed_model::flops;
 use tarazed_protocol::coordinator::Incident;
+use tarazed_protocol::data::decision::{Decision, DecisionKind, expected_end};
 use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
@@ -66,7 +67,29 @@ pub struct ObservatoryArguments {
     pub model: ModelConfig,
     /// Of the devices that ranks compute on, where it is known.
     pub peak: Option<DevicePeak>,
+    pub ending: Ending,
+}
+
+/// When the run will be over, as far as is known.
+pub struct Ending {
+    /// By the config or the command line.
     pub last_step: StepsCompleted,
+    /// The step of `policy.stop.tokens`.
+    pub stop_at: Option<StepIndex>,
+    /// Stops and vetoes so far.
+    pub decisions: Vec<Decision>,
+}
+
+impl Ending {
+    pub fn hear(&mut self, decisions: &[Decision]) {
+        let ends = |kind: &DecisionKind| matches!(kind, DecisionKind::Stop | DecisionKind::Veto { .. });
+        let heard = decisions.iter().filter(|decision| ends(&decision.kind));
+        self.decisions.extend(heard.cloned());
+    }
+
+    fn step(&self) -> StepsCompleted {
+        expected_end(&self.decisions, self.stop_at, self.last_step)
+    }
 }
 
 pub struct ObservatoryState {
@@ -347,7 +370,8 @@ impl ObservatoryState {
         let mfu = self.arguments.peak.zip(tokens_per_s).map(|(peak, tokens_per_s)| {
             flops::utilisation(&self.arguments.model, tokens_per_s, peak.of_ranks(ranks_alive))
         });
-        let left = self.arguments.last_step.0.saturating_sub(line.step.0) as f64;
+        self.arguments.ending.hear(&line.decisions);
+        let left = self.arguments.ending.step().0.saturating_sub(line.step.0) as f64;
         let eta_s = rate.filter(|rate| *rate > 0.0).map(|rate| left / rate);
         let wall_s = self.began.elapsed().as_secs_f64();
         let phases: serde_json::Map<String, Value> = Phase::ALL

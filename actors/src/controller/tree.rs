@@ -7,7 +7,7 @@ use super::appender::{Appended, JsonLines, TraceSink, heads_from};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
 use super::loops::{Loop, LoopMessage, LoopRules};
-use super::observatory::{Observatory, ObservatoryArguments, ObservatoryMessage};
+use super::observatory::{Ending, Observatory, ObservatoryArguments, ObservatoryMessage};
 use super::root::{Adopt, End, Root, RootMessage, RootState};
 use super::sharder::{OptimizerSharder, SharderMessage};
 use super::{Notify, RunError, TraceHeads};
@@ -180,6 +180,13 @@ impl Tree {
         let (coordinator, _) = Actor::spawn_linked(None, CoordinatorActor, coordinator_arguments, parent.clone())
             .await
             .map_err(actors)?;
+        let stop = rules.config.policy.stop.tokens;
+        let mut ending = Ending {
+            last_step: parts.last_step,
+            stop_at: stop.map(|tokens| rules.config.step_after_tokens(tokens)),
+            decisions: Vec::new(),
+        };
+        lines.iter().for_each(|line| ending.hear(&line.decisions));
         let observatory_arguments = ObservatoryArguments {
             metrics: parts.metrics,
             events: parts.events,
@@ -188,7 +195,7 @@ impl Tree {
             context_tokens: config.model.context as u64,
             peak: crate::rank::peak(&config),
             model: config.model.clone(),
-            last_step: parts.last_step,
+            ending,
         };
         let (observatory, _) = Actor::spawn_linked(None, Observatory, observatory_arguments, parent.clone())
             .await

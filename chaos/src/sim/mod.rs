@@ -159,7 +159,7 @@ async fn live_on(world: &std::sync::Arc<World>, lives: &mut u64) {
 
 /// The trace is that of the undisturbed run, whole, and so is the weight trajectory, and the store holds a checkpoint of its end that restores.
 async fn check_end(world: &World) {
-    let last = StepsCompleted(world.scenario.steps);
+    let last = world.reference.last();
     let lines = match std::fs::read_to_string(world.paths.trace()) {
         Ok(text) => text,
         Err(error) => return world.fail(&format!("no trace: {error}")),

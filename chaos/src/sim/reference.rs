@@ -4,7 +4,7 @@ use super::scenario::Scenario;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use tarazed_actors::run_folder::RunPaths;
-use tarazed_domain::config::{Config, DomainConfig};
+use tarazed_domain::config::{Config, DomainConfig, SpikePolicy};
 use tarazed_domain::{
     DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
     WorkerId,
@@ -29,6 +29,8 @@ use tarazed_train::world::World as Ranks;
 
 /// Training sequences of each domain: enough that no run comes to an end of them, few enough for several epochs.
 const TRAIN_SEQUENCES: u64 = 90;
+/// Of so many sequences one is odd, where spikes are skipped.
+const ODD_ONE_IN: u64 = TRAIN_SEQUENCES;
 
 /// The lines of the undisturbed run.
 pub struct Reference {
@@ -37,7 +39,10 @@ pub struct Reference {
 }
 
 /// Tokens that are a function of their place.
-struct MadeUpTokens;
+struct MadeUpTokens {
+    /// Few tokens, which are soon learnt, and now and then a sequence of others: a spike of the loss.
+    has_odd: bool,
+}
 
 impl SampleSource for MadeUpTokens {
     fn held_out_sequences(&self, _domain: DomainIndex) -> u64 {
@@ -46,7 +51,12 @@ impl SampleSource for MadeUpTokens {
 
     fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
         for (index, token) in (0..).zip(out) {
-            *token = ((sequence * 31 + index * 7 + u64::from(domain.0)) % 264) as u32;
+            let plain = sequence * 31 + index * 7 + u64::from(domain.0);
+            *token = match self.has_odd {
+                false => plain % 264,
+                true if sequence % ODD_ONE_IN == ODD_ONE_IN / 2 => 200 + plain % 64,
+                true => plain % 8,
+            } as u32;
         }
         Ok(())
     }
@@ -57,8 +67,18 @@ impl SampleSource for MadeUpTokens {
 }
 
 /// Where samples come from.
-pub fn samples() -> Arc<dyn SampleSource> {
-    Arc::new(MadeUpTokens)
+pub fn samples(scenario: &Scenario) -> Arc<dyn SampleSource> {
+    Arc::new(MadeUpTokens {
+        has_odd: scenario.skips_spikes,
+    })
+}
+
+/// Where an odd sequence would come with every few steps it would be none: domains grow with the batch.
+fn train_sequences(config: &Config) -> u64 {
+    match config.policy.spikes {
+        SpikePolicy::Skip => TRAIN_SEQUENCES * u64::from(config.batch.lanes),
+        SpikePolicy::Clip | SpikePolicy::RollbackAndSkip => TRAIN_SEQUENCES,
+    }
 }
 
 /// How ranks are fed; as the scenario's config says.
@@ -75,16 +95,17 @@ pub const fn feed_rules(lane_count: u32) -> FeedRules {
 
 /// The data recipe and what the closed loop knows of the domains.
 pub fn data_of(config: &Config) -> (Recipe, Vec<DomainFacts>) {
+    let train_sequences = train_sequences(config);
     let recipe = |domain: &DomainConfig| DomainRecipe {
         name: domain.name.clone(),
-        train_sequences: TRAIN_SEQUENCES,
+        train_sequences,
         weight: domain.weight,
     };
     let facts = |domain: &DomainConfig| DomainFacts {
         name: domain.name.clone(),
         language: domain.language,
         weight: domain.weight,
-        train_tokens: TRAIN_SEQUENCES * 4,
+        train_tokens: train_sequences * 4,
     };
     let recipe = Recipe {
         seed: config.run.seed,
@@ -108,6 +129,12 @@ impl Reference {
         &self.weights
     }
 
+    /// The step of its last line; a decided stop comes before `run.steps`.
+    #[must_use]
+    pub fn last(&self) -> StepsCompleted {
+        self.trace.keys().next_back().copied().unwrap_or(StepsCompleted(0))
+    }
+
     /// Runs it.
     ///
     /// # Errors
@@ -118,7 +145,7 @@ impl Reference {
         let cursor = || DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| e.to_string());
         let alone = Waiting::GivingWay(Arc::new(|| panic!("nobody is there to be waited for")));
         let rules = feed_rules(scenario.lanes);
-        let feeder = Feeder::with_waiting(cursor()?, rules, samples(), alone.clone());
+        let feeder = Feeder::with_waiting(cursor()?, rules, samples(scenario), alone.clone());
         let state = RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).map_err(|e| e.to_string())?;
         let mut state = state.with_waiting(alone);
         let plan = plan(&config, state.shard_layout.shard_count());
@@ -272,5 +299,37 @@ impl ShardSource for NoStore {
         _: &std::sync::atomic::AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
         Err(StepError::Restore("the undisturbed run restores nothing".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reference(scenario: &Scenario) -> Reference {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Reference::compute(scenario, &RunPaths::new(folder.path())).expect("it runs")
+    }
+
+    /// The first of some seeds whose scenario is `is_wanted`.
+    fn scenarios(is_wanted: fn(&Scenario) -> bool) -> impl Iterator<Item = Scenario> {
+        (0..1_000).map(Scenario::of).filter(is_wanted).take(30)
+    }
+
+    /// Policies of scenarios do something: an update is left out, a run ends early, a batch grows.
+    #[test]
+    fn policies_are_not_idle() {
+        let has = |reference: &Reference, part: &str| reference.trace.values().any(|line| line.contains(part));
+        assert!(scenarios(|s| s.skips_spikes).any(|scenario| has(&reference(&scenario), "\"skipped\":true")));
+        let ends_early = |scenario: Scenario| {
+            let last = reference(&scenario).last();
+            assert!(last.0 <= scenario.steps);
+            last.0 < scenario.steps
+        };
+        assert!(scenarios(|s| s.stop_tokens.is_some()).any(ends_early));
+        let scenario = scenarios(|s| s.ramp.is_some()).next().expect("one with a ramp");
+        let full = u64::from(scenario.lanes) * 2 * 4;
+        let line = reference(&scenario).line(StepsCompleted(1)).expect("a line").to_owned();
+        assert!(!line.contains(&format!("\"tokens\":{full},")), "{line}");
     }
 }

@@ -4,8 +4,16 @@
 //! full of one kind, which a mixture of all would hide.
 
 use super::random::Random;
+use std::fmt::Write as _;
 use std::path::Path;
-use tarazed_domain::config::{Config, ConfigError};
+use tarazed_domain::config::{BatchRamp, Config, ConfigError};
+
+/// Lines before the bounds of a spike are known, and a few more: runs that skip spikes are longer than this.
+const SPIKE_STEPS_MIN: u64 = 80;
+/// `batch.sequences_per_lane`.
+const SEQUENCES_PER_LANE: u32 = 2;
+/// Tokens of a sequence.
+const CONTEXT: u64 = 4;
 
 /// A kind of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -103,6 +111,12 @@ pub struct Scenario {
     pub keep_last: u32,
     /// The mixture adapts.
     pub adaptive: bool,
+    /// `policy.spikes = "skip"`, with samples of which a few are odd.
+    pub skips_spikes: bool,
+    /// `policy.stop.tokens`; not always reached.
+    pub stop_tokens: Option<u64>,
+    /// `batch.ramp`.
+    pub ramp: Option<BatchRamp>,
     /// `fault.timeout_ms`.
     pub timeout_ms: u64,
     /// One lane's forward and backward (milliseconds).
@@ -137,6 +151,13 @@ impl Scenario {
         let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
         let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
         let mut clock = Random::of(seed, "checkpoints by the clock", 0);
+        let mut policy = Random::of(seed, "policy", 0);
+        let skips_spikes = policy.chance(0.1);
+        let spares = random.pick(&[0, 0, 0, 1, 2]);
+        let steps = match random.between(10, 30) {
+            few if skips_spikes => SPIKE_STEPS_MIN + few,
+            few => few,
+        };
         if wrong_update {
             faults.retain(|fault| fault.spares_steps());
         }
@@ -144,8 +165,8 @@ impl Scenario {
             seed,
             lanes,
             ranks,
-            spares: random.pick(&[0, 0, 0, 1, 2]),
-            steps: random.between(10, 30),
+            spares,
+            steps,
             shards: random.between(1, 6) as u32,
             replicas: random.between(1, u64::from(ranks.min(3))) as u32,
             checkpoint_interval_steps: random.pick(&[0, 2, 3, 5, 8]),
@@ -153,6 +174,9 @@ impl Scenario {
             keep_every_steps: clock.pick(&[0, 0, 4]),
             keep_last: random.between(1, 3) as u32,
             adaptive: random.chance(0.5),
+            skips_spikes,
+            stop_tokens: policy.chance(0.25).then(|| stop_tokens(&mut policy, lanes, steps)),
+            ramp: policy.chance(0.25).then(|| ramp(&mut policy, lanes)),
             timeout_ms,
             lane_ms: random.between(2, 20),
             link_us_max: random.pick(&[200, 2_000, 10_000]),
@@ -205,12 +229,12 @@ hidden = 8
 ffn = 8
 heads = 2
 kv_heads = 1
-context = 4
+context = {CONTEXT}
 vocabulary = 264
 init_std = 0.1
 [batch]
 lanes = {lanes}
-sequences_per_lane = 2
+sequences_per_lane = {SEQUENCES_PER_LANE}
 micro_batch_sequences = 1
 [optimizer]
 learning_rate = 1e-2
@@ -257,9 +281,52 @@ restarts_max = 1000
 restart_backoff_ms = 20
 "#
         );
+        let text = text + &self.policy();
         let mut config = Config::parse(&text, "scenario", &[], Path::new(""))?;
         config.set_dir(dir)?;
         Ok(config)
+    }
+
+    /// Sections that only some runs have.
+    fn policy(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        if self.skips_spikes {
+            let _ = writeln!(text, "[policy]\nspikes = \"skip\"");
+        }
+        if let Some(tokens) = self.stop_tokens {
+            let _ = writeln!(text, "[policy.stop]\ntokens = {tokens}");
+        }
+        if let Some(ramp) = self.ramp {
+            let BatchRamp {
+                start_sequences,
+                step_sequences,
+                samples,
+            } = ramp;
+            let _ = writeln!(
+                text,
+                "[batch.ramp]\nstart_sequences = {start_sequences}\nstep_sequences = {step_sequences}\nsamples = {samples}"
+            );
+        }
+        text
+    }
+}
+
+/// Somewhere in the second half of a run with full batches, or a little behind its end.
+fn stop_tokens(random: &mut Random, lanes: u32, steps: u64) -> u64 {
+    let all = steps * u64::from(lanes) * u64::from(SEQUENCES_PER_LANE) * CONTEXT;
+    random.between(all / 2, all + all / 10)
+}
+
+/// One to three rises to the full batch, from a single sequence on at the least.
+fn ramp(random: &mut Random, lanes: u32) -> BatchRamp {
+    let full = u64::from(lanes * SEQUENCES_PER_LANE);
+    let rises = random.between(1, 3.min(full - 1));
+    let step = random.between(1, (full - 1) / rises);
+    BatchRamp {
+        start_sequences: (full - rises * step) as u32,
+        step_sequences: step as u32,
+        samples: random.between(1, 8 * full),
     }
 }
 
@@ -274,6 +341,18 @@ mod tests {
             for ranks in 1..=scenario.lanes {
                 scenario.config(ranks, Path::new("/tmp")).expect("valid");
             }
+        }
+    }
+
+    #[test]
+    fn some_seeds_have_a_policy_that_others_lack() {
+        let with = |has: fn(&Scenario) -> bool| (0..200).filter(|&seed| has(&Scenario::of(seed))).count();
+        for (name, count, range) in [
+            ("spikes", with(|s| s.skips_spikes), 8..40),
+            ("stop", with(|s| s.stop_tokens.is_some()), 25..80),
+            ("ramp", with(|s| s.ramp.is_some()), 25..80),
+        ] {
+            assert!(range.contains(&count), "{name}: {count} of 200 seeds");
         }
     }
 

@@ -131,7 +131,7 @@ impl World {
 
     /// Where samples come from.
     pub fn samples(&self) -> Arc<dyn SampleSource> {
-        reference::samples()
+        reference::samples(&self.scenario)
     }
 
     // The store.

@@ -60,6 +60,50 @@ pub struct DocumentPlace {
     pub record: u64,
 }
 
+/// One document that was left out where no tokens are made: a line of `….dropped.jsonl`, whole by itself.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DroppedRecord {
+    /// Where it comes from.
+    #[serde(flatten)]
+    pub place: NamedPlace,
+    /// BLAKE3 (hex) of its text as it came, or of its bytes where there was no text.
+    pub blake3: String,
+    /// Their number.
+    pub text_bytes: u64,
+    /// Why it was left out.
+    pub dropped: Dropped,
+    /// The figure that broke a rule, or what is wrong.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// The document that it is a copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<NamedPlace>,
+    /// The benchmark's item of which it holds a piece.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub item: Option<NamedItem>,
+}
+
+/// Where a document comes from, by names.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NamedPlace {
+    /// Its domain.
+    pub domain: String,
+    /// Its source file, relative to the domain's path.
+    pub source: String,
+    /// Its line or row in that file, from 1.
+    pub record: u64,
+}
+
+/// An item of a benchmark set.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NamedItem {
+    /// The set.
+    pub set: String,
+    /// The item's line in it, from 1.
+    pub line: u32,
+}
+
 /// The tokens of a document in its split's stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

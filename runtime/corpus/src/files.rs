@@ -64,6 +64,11 @@ pub(crate) fn file_name(path: &Path) -> String {
 
 /// Length and BLAKE3 of a file's content, streamed.
 pub(crate) fn hash_file(path: &Path) -> Result<(u64, blake3::Hash), CorpusError> {
+    hash_file_telling(path, &mut |_| ())
+}
+
+/// As [`hash_file`]; `tell` hears how many bytes were hashed since it last heard.
+pub(crate) fn hash_file_telling(path: &Path, tell: &mut dyn FnMut(u64)) -> Result<(u64, blake3::Hash), CorpusError> {
     let mut file = File::open(path).map_err(CorpusError::unreadable(path))?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0_u8; 1 << 20];
@@ -75,6 +80,7 @@ pub(crate) fn hash_file(path: &Path) -> Result<(u64, blake3::Hash), CorpusError>
         }
         hasher.update(&buffer[..n]);
         bytes += n as u64;
+        tell(n as u64);
     }
 }
 

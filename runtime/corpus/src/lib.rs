@@ -46,7 +46,7 @@ mod tokens;
 
 pub use adopt::{adopt, find_data_set};
 pub use baseline::UnigramLoss;
-pub use documents::{DocumentPlace, DocumentRecord, KeptTokens, RefinedRecord};
+pub use documents::{DocumentPlace, DocumentRecord, DroppedRecord, KeptTokens, NamedItem, NamedPlace, RefinedRecord};
 pub use error::CorpusError;
 pub use manifest::{
     DataManifest, DomainManifest, FileManifest, LanguageManifest, MANIFEST_FILE, RefinementManifest, SourceManifest,
@@ -55,7 +55,7 @@ pub use manifest::{
 pub use prepare::{PrepareEvent, PrepareRequest, Prepared, Stage, prepare, prepare_again, prepare_refined};
 pub use refine::{Dropped, ReasonKind, is_han};
 pub use refined_text::refine_text;
-pub use scan::{Contamination, Found, decontaminate, train_tokenizer};
+pub use scan::{Contamination, Found, Searched, decontaminate, train_tokenizer};
 #[doc(hidden)]
 pub use shard::fuzzing;
 pub use split::Split;

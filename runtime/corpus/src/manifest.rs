@@ -83,6 +83,12 @@ pub struct DomainManifest {
     pub name: String,
     /// Language.
     pub language: Language,
+    /// BLAKE3 (hex) of what its text was made from: language, text field, sources, and how it was refined. Data sets whose
+    /// domains have the same version took in the same text by the same rules, whatever the domain's name, place and share.
+    /// Not part of it is what other domains decide: which copies across domains are left out, and a tokenizer that is trained.
+    /// None in data sets of older programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
     /// Where the text came from, in reading order.
     pub sources: Vec<SourceManifest>,
     /// The training split.

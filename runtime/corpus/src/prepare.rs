@@ -11,10 +11,11 @@ mod events;
 mod resume;
 
 pub(crate) use build::{check_vocabulary, domain_stem, place_text};
+pub(crate) use events::Milestones;
 pub use events::{PrepareEvent, Stage};
 
 use crate::error::CorpusError;
-use crate::files::{hash_file, sync_folder};
+use crate::files::{hash_file, hash_file_telling, sync_folder};
 use crate::manifest::{DataManifest, MANIFEST_FILE, SourceManifest};
 use crate::pipeline::{Checked, Pipeline};
 use crate::refine;
@@ -23,10 +24,13 @@ use crate::tokenizer::TOKENIZER_FILE;
 use rayon::prelude::*;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
 use tarazed_domain::config::{DomainConfig, RefineConfig, TokenizerConfig};
 
 /// Part of every recipe: raise it when the same inputs give other tokens or other figures.
-const PROGRAM: &str = "tarazed-corpus 2, tokenizers 0.23.2";
+const PROGRAM: &str = "tarazed-corpus 3, tokenizers 0.23.2";
+/// Bytes hashed between two words of it, at least.
+const HASHED_BYTES_TOLD: u64 = 256 << 20;
 const PARTIAL: &str = ".partial";
 const WORK: &str = ".work";
 
@@ -107,6 +111,10 @@ pub fn prepare_refined(
     let checked = refine.map(|config| Checked::new(config, request.domains)).transpose()?;
     let inputs = read_inputs(request.domains, progress)?;
     let recipe = recipe(request, &inputs, checked.as_ref().map(Checked::text))?;
+    let versions: Vec<String> = inputs
+        .iter()
+        .map(|input| domain_version(input, checked.as_ref()))
+        .collect();
     let folder = out_dir.join(&recipe[..16]);
     let work = out_dir.join(format!("{}{WORK}", &recipe[..16]));
     // Without the lock: a data set that is there is whole, and ranks that start together need not queue for it.
@@ -145,6 +153,7 @@ pub fn prepare_refined(
         .and_then(|pipeline| {
             let text = build::Text {
                 inputs: &inputs,
+                versions: &versions,
                 refined: pipeline.as_ref().zip(checked.as_ref().map(Checked::text)),
             };
             let manifest = build::build(request, &text, &recipe, &partial, progress)?;
@@ -211,24 +220,17 @@ pub(crate) fn read_inputs<'a>(
     let (mut files_all, mut bytes_all) = (0, 0);
     // All are looked for before the first is read: a wrong path is said at once.
     let listed = domains.iter().map(source::list).collect::<Result<Vec<_>, _>>()?;
+    let whole = listed.iter().flatten().map(|file| file.bytes).sum();
+    let mut milestones = Milestones::new(whole, HASHED_BYTES_TOLD);
     for (config, files) in domains.iter().zip(listed) {
-        let sources = files
-            .par_iter()
-            .map(|file| {
-                let (bytes, hash) = hash_file(&file.path)?;
-                if bytes != file.bytes {
-                    return Err(CorpusError::SourceChanged {
-                        path: file.path.clone(),
-                    });
-                }
-                Ok(SourceManifest {
-                    name: file.name.clone(),
-                    format: file.format,
+        let sources = hash_files(&files, &mut |bytes| {
+            if let Some(bytes) = milestones.add(bytes) {
+                progress(PrepareEvent::Hashing {
                     bytes,
-                    blake3: hash.to_hex().to_string(),
-                })
-            })
-            .collect::<Result<Vec<_>, CorpusError>>()?;
+                    bytes_all: whole,
+                });
+            }
+        })?;
         files_all += files.len() as u64;
         bytes_all += files.iter().map(|f| f.bytes).sum::<u64>();
         inputs.push(DomainInput { config, files, sources });
@@ -238,6 +240,34 @@ pub(crate) fn read_inputs<'a>(
         bytes: bytes_all,
     });
     Ok(inputs)
+}
+
+/// Hashes files on all threads; `tell` hears on this one how many bytes were hashed since it last heard.
+fn hash_files(files: &[SourceFile], tell: &mut dyn FnMut(u64)) -> Result<Vec<SourceManifest>, CorpusError> {
+    let hash = |sender: &mut Sender<u64>, file: &SourceFile| {
+        // Whoever listens does so until the last sender is gone.
+        let mut say = |bytes| {
+            let _ = sender.send(bytes);
+        };
+        let (bytes, hash) = hash_file_telling(&file.path, &mut say)?;
+        if bytes != file.bytes {
+            return Err(CorpusError::SourceChanged {
+                path: file.path.clone(),
+            });
+        }
+        Ok(SourceManifest {
+            name: file.name.clone(),
+            format: file.format,
+            bytes,
+            blake3: hash.to_hex().to_string(),
+        })
+    };
+    std::thread::scope(|scope| {
+        let (sender, hashed) = channel();
+        let hashing = scope.spawn(move || files.par_iter().map_with(sender, hash).collect());
+        hashed.into_iter().for_each(tell);
+        hashing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// BLAKE3 (hex) over everything that decides the tokens, and nothing else: no domain's place, no weight, no context.
@@ -278,6 +308,19 @@ fn recipe(
         all["refine"] = serde_json::json!([refine::program(), settings]);
     }
     Ok(blake3::hash(all.to_string().as_bytes()).to_hex().to_string())
+}
+
+/// See [`crate::DomainManifest::version`].
+fn domain_version(input: &DomainInput<'_>, refine: Option<&Checked<'_>>) -> String {
+    let config = input.config;
+    let all = serde_json::json!({
+        "program": PROGRAM,
+        "language": config.language,
+        "text_field": config.text_field,
+        "sources": input.sources,
+        "refine": refine.map(|checked| [refine::program(), checked.text_for(config)]),
+    });
+    blake3::hash(all.to_string().as_bytes()).to_hex().to_string()
 }
 
 const fn trained_vocabulary(request: &PrepareRequest<'_>) -> usize {

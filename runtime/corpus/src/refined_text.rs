@@ -1,8 +1,9 @@
 //! Refining without tokens: the text that is kept, as JSON lines, for whoever trains with something else.
 
+use crate::documents::{DroppedRecord, NamedItem, NamedPlace};
 use crate::error::CorpusError;
 use crate::files::{HashingFile, sync_folder};
-use crate::pipeline::{Checked, DomainReport, Pipeline, Report};
+use crate::pipeline::{Checked, DocumentId, DomainReport, Pipeline, Refined, Report};
 use crate::prepare::{DomainInput, PrepareEvent, domain_stem, lock, read_inputs};
 use crate::refine::program;
 use serde::Serialize;
@@ -19,7 +20,7 @@ struct Line<'a> {
 }
 
 /// Refines the text of `domains` as [`crate::prepare_refined`] does, and writes what is kept to `NNN-name.jsonl` in `out`, which
-/// must not be there, with the reports. Returns how many documents each domain had, and how many are kept. A process that is
+/// must not be there, with an index of what is left out, `NNN-name.dropped.jsonl` ([`DroppedRecord`]), and the reports. Returns how many documents each domain had, and how many are kept. A process that is
 /// killed leaves `out.work` beside it, from which the next one goes on.
 ///
 /// # Errors
@@ -102,28 +103,61 @@ fn write(pipeline: &Pipeline, inputs: &[DomainInput<'_>], folder: &Path) -> Resu
     let (mut reports, mut counts) = (Vec::new(), Vec::new());
     for (index, input) in inputs.iter().enumerate() {
         let mut report = DomainReport::new(&input.config.name);
-        let path = folder.join(format!("{}.jsonl", domain_stem(index, &input.config.name)));
-        let mut file = HashingFile::create(&path)?;
+        let stem = domain_stem(index, &input.config.name);
+        let mut file = HashingFile::create(&folder.join(format!("{stem}.jsonl")))?;
+        let mut left_out = HashingFile::create(&folder.join(format!("{stem}.dropped.jsonl")))?;
         pipeline.documents(index, &mut |document| {
             report.add(&document, &|id| crate::prepare::place_text(inputs, id));
-            if document.dropped.is_some() {
-                return Ok(());
+            if let Some(record) = dropped_record(pipeline, inputs, &document) {
+                return write_line(&mut left_out, &record);
             }
             let line = Line {
                 text: &document.text,
                 source: &input.sources[document.id.source() as usize].name,
                 record: document.id.record(),
             };
-            // Strings and a number: this has a JSON form.
-            let mut bytes = serde_json::to_vec(&line).unwrap_or_default();
-            bytes.push(b'\n');
-            file.write(&bytes)
+            write_line(&mut file, &line)
         })?;
         file.finish()?;
+        left_out.finish()?;
         counts.push(report.counts());
         reports.push(report);
     }
     Report::new(pipeline.shared(), reports).write(folder)?;
     sync_folder(folder)?;
     Ok(counts)
+}
+
+fn write_line(file: &mut HashingFile, line: &impl Serialize) -> Result<(), CorpusError> {
+    // Strings, numbers and names: this has a JSON form.
+    let mut bytes = serde_json::to_vec(line).unwrap_or_default();
+    bytes.push(b'\n');
+    file.write(&bytes)
+}
+
+/// What the index says of a document; none where it is kept.
+fn dropped_record(pipeline: &Pipeline, inputs: &[DomainInput<'_>], document: &Refined) -> Option<DroppedRecord> {
+    let reason = document.dropped.as_ref()?;
+    let sets = pipeline.shared().benchmarks().sets();
+    Some(DroppedRecord {
+        place: named(inputs, document.id),
+        blake3: blake3::Hash::from_bytes(document.original).to_hex().to_string(),
+        text_bytes: document.original_bytes,
+        dropped: reason.rule,
+        detail: reason.detail.clone(),
+        copy_of: reason.copy_of.map(|id| named(inputs, id)),
+        item: reason.item.map(|item| NamedItem {
+            set: sets[item.set as usize].name.clone(),
+            line: item.line,
+        }),
+    })
+}
+
+fn named(inputs: &[DomainInput<'_>], id: DocumentId) -> NamedPlace {
+    let input = &inputs[id.domain()];
+    NamedPlace {
+        domain: input.config.name.clone(),
+        source: input.sources[id.source() as usize].name.clone(),
+        record: id.record(),
+    }
 }

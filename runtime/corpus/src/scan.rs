@@ -1,5 +1,6 @@
 //! Single tools over source files: looking for benchmark items, and training a tokenizer.
 
+use crate::documents::{DroppedRecord, NamedItem, NamedPlace};
 use crate::error::CorpusError;
 use crate::refine::{Benchmarks, Dropped, Scratch, find_item};
 use crate::source::{self, RawDocument, SourceFile};
@@ -47,8 +48,16 @@ pub struct Contamination {
     pub found: Vec<Found>,
 }
 
-/// Looks through the sources of `domains` for the sets of `config`. Every document without text of a set is handed to `clean`,
-/// in order.
+/// What a search hands on of each record, in order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Searched<'a> {
+    /// The text of a document without text of a set.
+    Clean(&'a str),
+    /// A document with text of a set, or a record that cannot be read.
+    Dropped(DroppedRecord),
+}
+
+/// Looks through the sources of `domains` for the sets of `config`. Every record is handed to `sink`, in order.
 ///
 /// # Errors
 /// A set or a source that cannot be read, [`CorpusError::MissingField`] for a file in which no record has the text field,
@@ -57,7 +66,7 @@ pub fn decontaminate(
     domains: &[DomainConfig],
     config: &DecontaminateConfig,
     document_bytes_max: u64,
-    clean: &mut dyn FnMut(&str) -> Result<(), CorpusError>,
+    sink: &mut dyn FnMut(Searched<'_>) -> Result<(), CorpusError>,
 ) -> Result<Contamination, CorpusError> {
     let benchmarks = Benchmarks::load(config)?;
     let sets = benchmarks
@@ -82,7 +91,7 @@ pub fn decontaminate(
                 texts: 0,
                 first_without: None,
                 result: &mut result,
-                clean: &mut *clean,
+                sink: &mut *sink,
             };
             search.run()?;
         }
@@ -105,7 +114,7 @@ struct Search<'a> {
     texts: u64,
     first_without: Option<u64>,
     result: &'a mut Contamination,
-    clean: &'a mut dyn FnMut(&str) -> Result<(), CorpusError>,
+    sink: &'a mut dyn FnMut(Searched<'_>) -> Result<(), CorpusError>,
 }
 
 impl Search<'_> {
@@ -140,7 +149,9 @@ impl Search<'_> {
         let searched: Vec<_> = std::mem::take(&mut self.batch)
             .into_par_iter()
             .map_init(Scratch::default, |scratch, raw| {
-                let text = raw.content.text(field, bytes_max).map_err(|(rule, _)| rule);
+                let (hash, bytes) = (blake3::hash(raw.content.bytes()), raw.content.bytes().len() as u64);
+                let unread = |(rule, detail)| (rule, detail, hash, bytes);
+                let text = raw.content.text(field, bytes_max).map_err(unread);
                 let found = text
                     .as_ref()
                     .ok()
@@ -151,30 +162,58 @@ impl Search<'_> {
         for (record, text, found) in searched {
             let text = match text {
                 Ok(text) => text,
-                Err(rule) => {
+                Err((rule, detail, hash, bytes)) => {
                     self.result.unreadable += 1;
                     if rule == Dropped::NoText {
                         self.first_without.get_or_insert(record);
                     }
+                    let dropped = self.dropped(record, (hash, bytes), rule, detail);
+                    (self.sink)(Searched::Dropped(dropped))?;
                     continue;
                 }
             };
             self.texts += 1;
             self.result.documents += 1;
-            match found {
-                None => (self.clean)(&text)?,
-                Some((item, groups)) => self.result.found.push(Found {
-                    domain: self.domain.name.clone(),
-                    source: self.file.name.clone(),
-                    record,
-                    set: self.benchmarks.sets()[item.set as usize].name.clone(),
-                    item: item.line,
-                    groups,
-                    text: crate::pipeline::pieces::excerpt(&text),
-                }),
-            }
+            let Some((item, groups)) = found else {
+                (self.sink)(Searched::Clean(&text))?;
+                continue;
+            };
+            let set = self.benchmarks.sets()[item.set as usize].name.clone();
+            let hashed = (blake3::hash(text.as_bytes()), text.len() as u64);
+            let detail = format!("{set}, line {}: {groups} groups", item.line);
+            let mut dropped = self.dropped(record, hashed, Dropped::Contaminated, detail);
+            dropped.item = Some(NamedItem {
+                set: set.clone(),
+                line: item.line,
+            });
+            (self.sink)(Searched::Dropped(dropped))?;
+            self.result.found.push(Found {
+                domain: self.domain.name.clone(),
+                source: self.file.name.clone(),
+                record,
+                set,
+                item: item.line,
+                groups,
+                text: crate::pipeline::pieces::excerpt(&text),
+            });
         }
         Ok(())
+    }
+
+    fn dropped(&self, record: u64, (hash, bytes): (blake3::Hash, u64), rule: Dropped, detail: String) -> DroppedRecord {
+        DroppedRecord {
+            place: NamedPlace {
+                domain: self.domain.name.clone(),
+                source: self.file.name.clone(),
+                record,
+            },
+            blake3: hash.to_hex().to_string(),
+            text_bytes: bytes,
+            dropped: rule,
+            detail,
+            copy_of: None,
+            item: None,
+        }
     }
 }
 
@@ -226,7 +265,7 @@ mod tests {
     fn search(
         folder: &Path,
         field: &str,
-        clean: &mut dyn FnMut(&str) -> Result<(), CorpusError>,
+        sink: &mut dyn FnMut(Searched<'_>) -> Result<(), CorpusError>,
     ) -> Result<Contamination, CorpusError> {
         let set = folder.join("set.txt");
         std::fs::write(&set, ITEM).unwrap();
@@ -246,7 +285,7 @@ mod tests {
             weight: 1.0,
             text_field: field.to_owned(),
         };
-        decontaminate(&[domain], &config, 1 << 20, clean)
+        decontaminate(&[domain], &config, 1 << 20, sink)
     }
 
     /// One file of two has another field: that is no clean file.
@@ -266,8 +305,28 @@ mod tests {
             "{error}"
         );
         std::fs::remove_file(folder.path().join("in/a.jsonl")).unwrap();
-        let found = search(folder.path(), "content", &mut |_| Ok(())).unwrap();
-        assert_eq!((found.documents, found.found.len()), (1, 1));
+        let mut dropped = Vec::new();
+        let found = search(folder.path(), "content", &mut |searched| {
+            match searched {
+                Searched::Clean(text) => panic!("{text}"),
+                Searched::Dropped(record) => dropped.push(record),
+            }
+            Ok(())
+        });
+        let found = found.unwrap();
+        assert_eq!((found.documents, found.found.len(), found.unreadable), (1, 1, 1));
+        let [unread, contaminated] = &dropped[..] else {
+            panic!("two records: {dropped:?}")
+        };
+        assert_eq!((unread.dropped, unread.place.record), (Dropped::BadRecord, 1));
+        assert_eq!(unread.blake3, blake3::hash(b"not JSON\n").to_hex().as_str());
+        assert_eq!(
+            (contaminated.dropped, contaminated.place.source.as_str()),
+            (Dropped::Contaminated, "b.jsonl")
+        );
+        assert_eq!(contaminated.blake3, blake3::hash(ITEM.as_bytes()).to_hex().as_str());
+        let item = contaminated.item.as_ref().unwrap();
+        assert_eq!((item.set.as_str(), item.line), ("test", 1));
     }
 
     #[test]

@@ -6,17 +6,56 @@
 
 mod fixture;
 
-use fixture::{Fixture, domain, english, files, records};
+use fixture::{Fixture, chinese, domain, english, files, records};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
     CorpusError, DocumentRecord, Dropped, PrepareEvent, PrepareRequest, Split, TokenStore, adopt, find_data_set,
-    prepare, refine_text,
+    prepare, prepare_refined, refine_text,
 };
 use tarazed_domain::DomainIndex;
 use tarazed_domain::config::{DomainConfig, DuplicateScope, Language, SourceFormat};
+
+/// A domain's version is a function of what its text is made from, whatever stands beside it.
+#[test]
+fn data_sets_that_share_a_domain_show_the_same_version_for_it() {
+    let mut fixture = Fixture::new();
+    let versions = |fixture: &Fixture, held_out_fraction: f64| -> Vec<String> {
+        let out = tempfile::tempdir().unwrap();
+        let request = PrepareRequest {
+            held_out_fraction,
+            ..fixture.request()
+        };
+        let prepared = prepare_refined(&request, Some(&fixture.refine), false, out.path(), &mut |_| ()).unwrap();
+        let domains = prepared.manifest.domains.iter();
+        domains.map(|domain| domain.version.clone().unwrap()).collect()
+    };
+    let first = versions(&fixture, 0.1);
+    assert_ne!(first[0], first[1]);
+    assert_eq!(versions(&fixture, 0.2), first);
+    // Who else is exempt decides nothing here.
+    fixture.refine.quality.exempt.push("book".to_owned());
+    let exempt = versions(&fixture, 0.1);
+    assert_eq!(exempt[0], first[0]);
+    assert_ne!(exempt[1], first[1]);
+    fixture.refine.quality.exempt.clear();
+    // Alone, under another name and in another place.
+    let book = fixture.domains.remove(1);
+    let moved = fixture.folder.path().join("moved");
+    std::fs::rename(&book.path, &moved).unwrap();
+    let web = std::mem::replace(&mut fixture.domains, vec![domain("buch", &moved, Language::Zh)]);
+    assert_eq!(versions(&fixture, 0.1), first[1..]);
+    // Other rules, other text, another reading of it.
+    fixture.refine.quality.off.push("zh_bullets".to_owned());
+    assert_ne!(versions(&fixture, 0.1), first[1..]);
+    fixture.refine.quality.off.clear();
+    std::fs::write(moved.join("c.txt"), chinese(71)).unwrap();
+    assert_ne!(versions(&fixture, 0.1), first[1..]);
+    fixture.domains = web;
+    assert_eq!(versions(&fixture, 0.1), first[..1]);
+}
 
 /// DATA-3: every document is in the index with its fate, and no text left out is in the tokens.
 #[test]

@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tarazed_corpus::{PrepareRequest, Split, TokenStore, prepare};
+use tarazed_corpus::{DroppedRecord, PrepareRequest, Split, TokenStore, prepare, refine_text};
 use tarazed_domain::DomainIndex;
-use tarazed_domain::config::{DomainConfig, Language, SourceFormat, TokenizerConfig};
+use tarazed_domain::config::{DomainConfig, Language, RefineConfig, SourceFormat, TokenizerConfig};
 
 const VOCABULARY: usize = 4096;
 const CONTEXT: usize = 256;
@@ -121,6 +122,49 @@ fn it_fills_sequences_in_every_domain_and_is_reproducible() {
         std::fs::read(&second.tokenizer_path).unwrap(),
         std::fs::read(&prepared.tokenizer_path).unwrap()
     );
+}
+
+/// What the rules make of some domains, as rows of a table: documents, those kept, and what the others broke.
+fn refined(domains: &[DomainConfig], config: &RefineConfig, note: &str) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("text");
+    let counts = refine_text(domains, config, &out, &mut |_| ()).unwrap();
+    let rows = domains.iter().zip(counts).enumerate();
+    let rows = rows.map(|(index, (domain, (documents, kept)))| {
+        let dropped = std::fs::read_to_string(out.join(format!("{index:03}-{}.dropped.jsonl", domain.name))).unwrap();
+        let mut reasons: BTreeMap<&str, u64> = BTreeMap::new();
+        for line in dropped.lines() {
+            let record: DroppedRecord = serde_json::from_str(line).unwrap();
+            *reasons.entry(record.dropped.name()).or_default() += 1;
+        }
+        assert_eq!(reasons.values().sum::<u64>(), documents - kept, "{}", domain.name);
+        let mut reasons: Vec<_> = reasons.into_iter().collect();
+        reasons.sort_by_key(|(name, count)| (std::cmp::Reverse(*count), *name));
+        let reasons: Vec<String> = reasons
+            .iter()
+            .map(|(name, count)| format!("`{name}` {count}"))
+            .collect();
+        format!(
+            "| `{}`{note} | {documents} | {kept} | {} |",
+            domain.name,
+            reasons.join(", ")
+        )
+    });
+    rows.collect()
+}
+
+/// What the default rules make of the corpus that ships is what docs/DATA.md says of it, domain by domain.
+#[test]
+fn what_the_default_rules_leave_of_it_is_documented() {
+    let page = include_str!("../../../docs/DATA.md");
+    let mut config = RefineConfig::default();
+    let mut rows = refined(&domains(), &config, "");
+    config.quality.exempt = ["classic-zh", "knowledge-en"].map(str::to_owned).to_vec();
+    let mut exempt = domains();
+    exempt.retain(|domain| config.quality.exempt.contains(&domain.name));
+    rows.extend(refined(&exempt, &config, ", exempt"));
+    let missing = rows.iter().filter(|row| !page.contains(row.as_str())).count();
+    assert_eq!(missing, 0, "docs/DATA.md has other rows than:\n{}", rows.join("\n"));
 }
 
 /// What PROVENANCE.json says of a file is true of the file that ships, byte for byte.

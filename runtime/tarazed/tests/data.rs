@@ -1,8 +1,11 @@
 //! `tarazed data …` and `tarazed tokenizer …` as a person meets them: from raw text to a run, with exit codes and messages.
 
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn tarazed(folder: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tarazed"));
@@ -120,6 +123,9 @@ fn raw_text_becomes_a_run() {
         serde_json::from_str(&done(here, &["data", "inspect", "ready", "--json", "--check"])).expect("JSON");
     assert_eq!(last["version"], manifest["version"]);
     assert_eq!(manifest["domains"][0]["dropped"]["contaminated"], 1);
+    let shown = done(here, &["data", "inspect", "ready"]);
+    let version = manifest["domains"][0]["version"].as_str().expect("a version");
+    assert!(shown.contains(&version[..12]), "{shown}");
     // DATA-3: a token leads to its line, version and filters.
     let origin: Value = serde_json::from_str(&done(
         here,
@@ -249,6 +255,16 @@ fn benchmark_text_is_found_in_any_file() {
     );
     let clean = std::fs::read_to_string(here.join("clean.jsonl")).expect("a file");
     assert_eq!(clean.lines().count(), 120);
+    let dropped = std::fs::read_to_string(here.join("clean.jsonl.dropped.jsonl")).expect("an index");
+    let dropped: Vec<Value> = dropped
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("JSON"))
+        .collect();
+    assert_eq!(dropped.len(), 1);
+    assert_eq!(
+        (&dropped[0]["record"], &dropped[0]["dropped"], &dropped[0]["item"]),
+        (&json!(121), &json!("contaminated"), &json!({"set": "test", "line": 1}))
+    );
     let told = done(
         here,
         &[
@@ -305,7 +321,149 @@ fn text_can_be_refined_without_tokens() {
     );
     let lines = std::fs::read_to_string(here.join("text/000-web.jsonl")).expect("a file");
     assert!(lines.lines().count() >= 100 && !lines.contains("APPLES"), "{told}");
+    // Every document is in one of both files, and what is not kept says why.
+    let dropped = std::fs::read_to_string(here.join("text/000-web.dropped.jsonl")).expect("an index");
+    assert_eq!(lines.lines().count() + dropped.lines().count(), 121);
+    let last: Value = serde_json::from_str(dropped.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(
+        (&last["domain"], &last["source"], &last["record"], &last["dropped"]),
+        (&json!("web"), &json!("web.jsonl"), &json!(121), &json!("contaminated"))
+    );
+    assert_eq!(last["item"], json!({"set": "test", "line": 1}));
+    let original = std::fs::read_to_string(here.join("web.jsonl")).expect("the source");
+    let original: Value = serde_json::from_str(original.lines().nth(120).expect("a line")).expect("JSON");
+    assert_eq!(
+        last["text_bytes"].as_u64(),
+        original["text"].as_str().map(|text| text.len() as u64)
+    );
     assert!(here.join("text/report.md").is_file() && !here.join("text.work").exists());
+}
+
+/// Domains that come last, with very long names: what is said of them does not fit into a pipe that nobody reads (64 KiB), so a
+/// process that is to be killed at a line before them cannot have come to its end by then, however slow whoever kills it is.
+const LAST_DOMAINS: usize = 30;
+
+/// A project whose preparation has many stages: two domains that are cut into several pieces, and the last ones.
+fn long_project() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let at = |name: &str| folder.path().join(name);
+    let line = |text: &str| json!({ "text": text }).to_string() + "\n";
+    let mut config = "[data]\nheld_out_fraction = 0\n[data.tokenizer]\nvocabulary = 300\n\
+        [data.refine]\nmemory_bytes_max = 16777216\ndocument_bytes_max = 1048576\n\
+        [data.refine.quality]\noff = [\"gopher_repeated_groups\", \"gopher_top_group\"]\n"
+        .to_owned();
+    let mut add = |name: &str, file: &str, documents: std::ops::Range<usize>| {
+        let mut lines: String = documents.clone().map(|i| line(&text(i))).collect();
+        lines.push_str(&line(&text(documents.start)));
+        std::fs::write(at(file), lines).expect("written");
+        config += "[[data.domains]]\nlanguage = \"en\"\nweight = 1.0\n";
+        config += &format!("name = \"{name}\"\npath = \"{file}\"\n");
+    };
+    add("web", "web.jsonl", 0..2_500);
+    add("book", "book.jsonl", 5_000..6_500);
+    for i in 0..LAST_DOMAINS {
+        let name = format!("last-{i}-{}", "x".repeat(4_000));
+        add(&name, &format!("last-{i}.jsonl"), 10_000 + i * 10..10_004 + i * 10);
+    }
+    std::fs::write(at("data.toml"), config).expect("written");
+    folder
+}
+
+/// Starts `data prepare`, and sends SIGKILL when it says what `is_stage` looks for. Says whether it came to that; if not, it has
+/// come to its end and must have done well.
+fn killed_at(folder: &Path, out: &str, is_stage: &dyn Fn(&Value) -> bool) -> bool {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tarazed"))
+        .args(["data", "prepare", "data.toml", "--out", out, "--json"])
+        .current_dir(folder)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .expect("the program runs");
+    let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    for line in lines {
+        let event: Value = serde_json::from_str(&line.expect("a line")).expect("JSON");
+        if is_stage(&event) {
+            child.kill().expect("a signal is sent");
+            let status = child.wait().expect("an exit");
+            assert_eq!(status.signal(), Some(9), "at {event}: it was still at work");
+            return true;
+        }
+    }
+    assert!(child.wait().expect("an exit").success());
+    false
+}
+
+/// Every file below a folder, by its path in it.
+fn tree(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+        let name = entry.file_name().into_string().expect("UTF-8");
+        if entry.path().is_dir() {
+            found.extend(
+                tree(&entry.path())
+                    .into_iter()
+                    .map(|(rest, bytes)| (format!("{name}/{rest}"), bytes)),
+            );
+        } else {
+            found.insert(name, std::fs::read(entry.path()).expect("a file"));
+        }
+    }
+    found
+}
+
+/// DET-1: killed at any stage and started again, `data prepare` gives the bytes of an undisturbed run, and leaves nothing else.
+#[test]
+fn a_preparation_that_is_killed_comes_to_the_same_bytes() {
+    let project = long_project();
+    let here = project.path();
+    done(here, &["data", "prepare", "data.toml", "--out", "quiet"]);
+    let quiet = tree(&here.join("quiet"));
+    assert!(quiet.keys().any(|name| name.ends_with("/data.json")), "{quiet:?}");
+    let is = |event: &Value, kind: &str| event["event"] == kind;
+    let domain = |event: &Value, name: &str| is(event, "domain_finished") && event["name"] == name;
+    // By what it says when it comes to each: behind it, it is at the next.
+    type IsStage<'a> = &'a dyn Fn(&Value) -> bool;
+    let stages: [(&str, IsStage<'_>); 8] = [
+        ("sources are hashed", &|event| is(event, "hashed")),
+        ("a piece is judged", &|event| is(event, "refining")),
+        ("a later piece is judged", &|event| {
+            is(event, "refining") && event["documents"].as_u64() > Some(2_000)
+        }),
+        ("copies are found", &|event| {
+            is(event, "refining") && event["stage"] == "comparing"
+        }),
+        ("the tokenizer is trained", &|event| is(event, "tokenizer_training")),
+        ("the tokenizer is there", &|event| is(event, "tokenizer_ready")),
+        ("a domain is written", &|event| domain(event, "web")),
+        ("another domain is written", &|event| domain(event, "book")),
+    ];
+    let same = |out: &str| {
+        let found = tree(&here.join(out));
+        assert_eq!(
+            found.keys().collect::<Vec<_>>(),
+            quiet.keys().collect::<Vec<_>>(),
+            "{out}"
+        );
+        let other: Vec<_> = quiet.iter().filter(|(name, bytes)| found[*name] != **bytes).collect();
+        assert!(
+            other.is_empty(),
+            "{out}: {:?}",
+            other.iter().map(|(name, _)| name).collect::<Vec<_>>()
+        );
+    };
+    // All of them one after another, in one folder.
+    for (name, is_stage) in stages {
+        assert!(killed_at(here, "often", is_stage), "{name}");
+    }
+    done(here, &["data", "prepare", "data.toml", "--out", "often"]);
+    same("often");
+    // Each by itself.
+    for (i, (name, is_stage)) in stages.iter().enumerate().step_by(3) {
+        let out = format!("once-{i}");
+        assert!(killed_at(here, &out, is_stage), "{name}");
+        done(here, &["data", "prepare", "data.toml", "--out", &out]);
+        same(&out);
+    }
 }
 
 #[test]

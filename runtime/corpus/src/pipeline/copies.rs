@@ -5,16 +5,19 @@
 
 use super::document::DocumentId;
 use super::pieces::{EXACT, Piece, is_whole, put};
-use super::sorted::{EntryReader, EntryWriter, Sorter, merge};
+use super::sorted::{ENTRY_BYTES, EntryReader, EntryWriter, Sorter, merge, readings};
 use super::{Progress, Settings};
 use crate::error::CorpusError;
 use crate::manifest::FileManifest;
+use crate::prepare::Milestones;
 use crate::refine::Dropped;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 const DONE_FILE: &str = "copies.json";
 const TABLE_FILE: &str = "copies.table";
+/// Keys merged between two words of it, at least.
+const KEYS_TOLD: u64 = 16 << 20;
 /// Share of the memory that sorting takes: beside it there are only read buffers.
 const MEMORY_SHARE: u64 = 4;
 /// Kinds of copies, in the order in which they count: an exact copy is not a near one, too.
@@ -44,10 +47,23 @@ pub(super) fn find(
         .flatten()
         .map(|piece| folder.join(&piece.keys.name))
         .collect();
-    let mut keys = merge(tables, folder)?;
+    let count: u64 = domains
+        .iter()
+        .flatten()
+        .map(|piece| piece.keys.bytes / ENTRY_BYTES)
+        .sum();
+    let keys_all = count * readings(tables.len());
+    let mut milestones = Milestones::new(keys_all, KEYS_TOLD);
+    let mut read = || {
+        if let Some(keys) = milestones.add(1) {
+            progress.merged(keys, keys_all);
+        }
+    };
+    let mut keys = merge(tables, folder, &mut read)?;
     let mut sorter = Sorter::new(folder, "copies", settings.config.memory_bytes_max / MEMORY_SHARE);
     let mut first: Option<[u64; 3]> = None;
     while let Some([table, key, document]) = keys.next()? {
+        read();
         match first {
             Some([t, k, witness]) if (t, k) == (table, key) => {
                 sorter.push([document, u64::from(table & EXACT == 0), witness])?;

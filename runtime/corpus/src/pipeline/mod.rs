@@ -26,7 +26,7 @@ use pieces::Piece;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
-use tarazed_domain::config::{DomainConfig, RefineConfig};
+use tarazed_domain::config::{DomainConfig, Language, RefineConfig};
 
 /// Text of a piece at most; larger ones save nothing.
 const PIECE_BYTES_MAX: u64 = 64 << 20;
@@ -73,6 +73,24 @@ impl<'a> Checked<'a> {
     /// The settings without paths: what is decided by them, and nothing else, as JSON.
     pub(crate) fn text(&self) -> &str {
         &self.text
+    }
+}
+
+impl Checked<'_> {
+    /// As [`Checked::text`], as far as it decides about the documents of one domain: who else is exempt does not.
+    pub(crate) fn text_for(&self, domain: &DomainConfig) -> String {
+        let is_prose = domain.language != Language::Code;
+        let asks = |is_enabled: bool, exempt: &[String]| is_prose && is_enabled && !exempt.contains(&domain.name);
+        let RefineConfig { language, quality, .. } = self.config;
+        // The text was made from JSON.
+        let mut settings: serde_json::Value = serde_json::from_str(&self.text).unwrap_or_default();
+        settings["language"] = asks(language.enabled, &language.exempt)
+            .then(|| serde_json::json!(language.share_min))
+            .into();
+        settings["quality"] = asks(quality.enabled, &quality.exempt)
+            .then(|| serde_json::json!(quality.off))
+            .into();
+        settings.to_string()
     }
 }
 
@@ -246,6 +264,10 @@ impl<'a> Progress<'a> {
         self.text_bytes_now += text_bytes;
         self.read_bytes = read_bytes.min(self.total_bytes);
         self.tell(Stage::Judging);
+    }
+
+    fn merged(&mut self, keys: u64, keys_all: u64) {
+        (self.tell)(PrepareEvent::Merging { keys, keys_all });
     }
 
     fn compared(&mut self, copies: u64) {

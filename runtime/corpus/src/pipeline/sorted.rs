@@ -124,8 +124,19 @@ impl Merge {
     }
 }
 
-/// Merges any number of sorted files; where there are many, through files in `folder` that go when they have been read.
-pub(crate) fn merge(mut paths: Vec<PathBuf>, folder: &Path) -> Result<Merge, CorpusError> {
+/// How often [`merge`] reads each entry of so many files, its result's reading included.
+pub(crate) const fn readings(mut files: usize) -> u64 {
+    let mut readings = 1;
+    while files > FAN_IN {
+        files = files.div_ceil(FAN_IN);
+        readings += 1;
+    }
+    readings
+}
+
+/// Merges any number of sorted files; where there are many, through files in `folder` that go when they have been read. `tell`
+/// hears of every entry that goes into such a file.
+pub(crate) fn merge(mut paths: Vec<PathBuf>, folder: &Path, tell: &mut dyn FnMut()) -> Result<Merge, CorpusError> {
     let mut made: Vec<PathBuf> = Vec::new();
     let mut round = 0;
     while paths.len() > FAN_IN {
@@ -135,6 +146,7 @@ pub(crate) fn merge(mut paths: Vec<PathBuf>, folder: &Path) -> Result<Merge, Cor
             let (mut merged, mut file) = (Merge::open(group)?, create(&path)?);
             while let Some(entry) = merged.next()? {
                 write_entry(&mut file, &entry)?;
+                tell();
             }
             file.finish()?;
             next.push(path);
@@ -199,7 +211,7 @@ impl<'a> Sorter<'a> {
             self.spill()?;
         }
         self.entries = Vec::new();
-        let merged = merge(self.runs.clone(), self.folder)?;
+        let merged = merge(self.runs.clone(), self.folder, &mut || ())?;
         remove(&self.runs)?;
         Ok(merged)
     }
@@ -260,8 +272,27 @@ mod tests {
         (0..count).for_each(|i| sorter.push([i * 7919 % count, i, 0]).unwrap());
         let found = all(sorter.finish().unwrap());
         assert_eq!(found.len() as u64, count);
+        assert_eq!((readings(FAN_IN), readings(count as usize)), (1, 3));
         assert!(found.is_sorted() && found.iter().enumerate().all(|(i, entry)| entry[0] == i as u64));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    /// What is told while files are merged, and what is read at the end, are as many as were foretold.
+    #[test]
+    fn every_reading_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        for files in [1, FAN_IN, FAN_IN + 1, 2 * FAN_IN + 3] {
+            let paths: Vec<PathBuf> = (0..files)
+                .map(|i| folder.path().join(format!("table-{files}-{i}")))
+                .collect();
+            for (i, path) in (0..).zip(&paths) {
+                write_sorted(path, &mut [[i, 0, 0], [i + 1, 0, 0]]).unwrap();
+            }
+            let mut told = 0;
+            let merged = merge(paths, folder.path(), &mut || told += 1).unwrap();
+            let read = all(merged).len() as u64;
+            assert_eq!(told + read, readings(files) * 2 * files as u64, "{files} files");
+        }
     }
 
     #[test]

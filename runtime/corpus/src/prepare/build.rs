@@ -30,6 +30,8 @@ const READ_BYTES: usize = 128;
 #[derive(Clone, Copy)]
 pub(super) struct Text<'a> {
     pub(super) inputs: &'a [DomainInput<'a>],
+    /// Their versions.
+    pub(super) versions: &'a [String],
     /// The pipeline, and its settings.
     pub(super) refined: Option<(&'a Pipeline, &'a str)>,
 }
@@ -527,6 +529,7 @@ impl<'a> DomainWriter<'a> {
             manifest: DomainManifest {
                 name: input.config.name.clone(),
                 language: input.config.language,
+                version: Some(self.text.versions[self.domain].clone()),
                 sources: input.sources.clone(),
                 train: train.figures,
                 held_out: held_out.figures,

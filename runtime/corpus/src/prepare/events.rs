@@ -24,6 +24,13 @@ pub enum PrepareEvent {
         /// The folder.
         folder: PathBuf,
     },
+    /// Part of the sources is hashed.
+    Hashing {
+        /// Bytes so far.
+        bytes: u64,
+        /// All of them.
+        bytes_all: u64,
+    },
     /// All sources are hashed.
     Hashed {
         /// Their number.
@@ -52,6 +59,13 @@ pub enum PrepareEvent {
         text_bytes: u64,
         /// Text refined by this process in a second, in 10^6 bytes.
         mb_per_s: f64,
+    },
+    /// Part of the keys by which copies meet is merged.
+    Merging {
+        /// Keys read so far; with many pieces each is read several times.
+        keys: u64,
+        /// Keys that will have been read at the end.
+        keys_all: u64,
     },
     /// Tokenizer training begins.
     TokenizerTraining {
@@ -113,6 +127,20 @@ impl fmt::Display for PrepareEvent {
                     f,
                     "data: another process is preparing {}; waiting for it",
                     folder.display()
+                )
+            }
+            Self::Hashing { bytes, bytes_all } => write!(
+                f,
+                "data: {:.0}% hashed, {:.1} of {:.1} MB",
+                percent(*bytes, *bytes_all),
+                mega(*bytes),
+                mega(*bytes_all)
+            ),
+            Self::Merging { keys, keys_all } => {
+                write!(
+                    f,
+                    "refine: {:.0}% of the keys of copies merged",
+                    percent(*keys, *keys_all)
                 )
             }
             Self::Hashed { files, bytes } => write!(f, "data: {files} source files, {:.1} MB", mega(*bytes)),
@@ -185,6 +213,73 @@ impl fmt::Display for PrepareEvent {
     }
 }
 
+fn percent(part: u64, whole: u64) -> f64 {
+    100.0 * part as f64 / whole.max(1) as f64
+}
+
+/// When a long count is worth a word: at every twentieth of the whole, but not more often than after `step_min`. By what is
+/// done and not by a clock, so that the same work says the same.
+#[derive(Debug)]
+pub(crate) struct Milestones {
+    done: u64,
+    whole: u64,
+    step: u64,
+    next: u64,
+}
+
+impl Milestones {
+    pub(crate) fn new(whole: u64, step_min: u64) -> Self {
+        let step = (whole / 20).max(step_min).max(1);
+        Self {
+            done: 0,
+            whole,
+            step,
+            next: step,
+        }
+    }
+
+    /// So much more is done; says how much there is by now where that is worth a word. The end is not: it has a word of its own.
+    pub(crate) fn add(&mut self, more: u64) -> Option<u64> {
+        self.done += more;
+        if self.done < self.next || self.done >= self.whole {
+            return None;
+        }
+        self.next = self.done - self.done % self.step + self.step;
+        Some(self.done)
+    }
+}
+
 fn short(version: &str) -> &str {
     version.get(..12).unwrap_or(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// However the work is cut up, about twenty words at most are said, in order, and none of what is not done or is over.
+        #[test]
+        fn long_work_speaks_now_and_then(parts in prop::collection::vec(0..5_000_u64, 0..200), step_min in 0..20_000_u64) {
+            let whole: u64 = parts.iter().sum();
+            let mut milestones = Milestones::new(whole, step_min);
+            let said: Vec<u64> = parts.iter().filter_map(|&part| milestones.add(part)).collect();
+            prop_assert!(said.is_sorted_by(|a, b| a < b));
+            prop_assert!(said.iter().all(|&done| done < whole && done >= step_min));
+            prop_assert!(said.len() as u64 <= whole / step_min.max(whole / 20).max(1));
+        }
+    }
+
+    #[test]
+    fn twentieths_are_said() {
+        let mut milestones = Milestones::new(1_000, 0);
+        let said: Vec<u64> = (0..1_000).filter_map(|_| milestones.add(1)).collect();
+        assert_eq!(said, (1..20).map(|i| i * 50).collect::<Vec<_>>());
+        let hashing = PrepareEvent::Hashing {
+            bytes: 50_000_000,
+            bytes_all: 200_000_000,
+        };
+        assert_eq!(hashing.to_string(), "data: 25% hashed, 50.0 of 200.0 MB");
+    }
 }

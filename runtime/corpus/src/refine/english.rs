@@ -1,5 +1,5 @@
-//! Quality rules for English: those of Gopher, C4 and FineWeb. Each threshold is meant to be the paper's, and is not checked
-//! against the paper's own text yet.
+//! Quality rules for English: those of Gopher, C4 and FineWeb. Each threshold is the paper's; docs/DATA.md says for each where
+//! it was seen, and what each paper leaves open.
 //!
 //! - Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality filtering, and repetition (table A1).
 //! - C4: Raffel et al. 2020, arXiv 1910.10683, section 2.2, the rules on whole pages. Its rules on lines are left out: they
@@ -27,9 +27,10 @@ const REPEATED_PIECES_MAX: f64 = 0.30;
 const REPEATED_CHARACTERS_MAX: f64 = 0.20;
 const TOP_GROUP_MAX: [(usize, f64); 3] = [(2, 0.20), (3, 0.18), (4, 0.16)];
 const REPEATED_GROUPS_MAX: [(usize, f64); 6] = [(5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)];
-/// C4.
+/// C4, as arXiv 1910.10683 and the program that made it have it (there with lines of at least five words). The paper's printing in
+/// JMLR 21 has the two numbers the other way round: five sentences, lines of three words.
 const SENTENCES_MIN: usize = 3;
-/// FineWeb. Its published program has 0.01 for the last one; this is meant to be the paper's.
+/// FineWeb. Its published program has 0.01 for the last one, and counts lines of exactly 30 characters as short; this is the paper.
 const PUNCTUATED_LINES_MIN: f64 = 0.12;
 const SHORT_LINES_MAX: f64 = 0.67;
 const SHORT_LINE_CHARACTERS: usize = 30;

@@ -37,7 +37,7 @@ use xxhash_rust::xxh3::xxh3_128;
 pub(crate) fn program() -> String {
     let (a, b, c) = unicode_normalization::UNICODE_VERSION;
     let (d, e, f) = char::UNICODE_VERSION;
-    format!("tarazed-refine 2, whichlang 0.1.1, Unicode {a}.{b}.{c} and {d}.{e}.{f}")
+    format!("tarazed-refine 3, whichlang 0.1.1, Unicode {a}.{b}.{c} and {d}.{e}.{f}")
 }
 
 /// One character lost in so many is too much.

@@ -102,11 +102,11 @@ reasons! {
     /// At least 10% of the characters are in repeated lines.
     FinewebRepeatedLines "fineweb_repeated_lines", Quality, "Penedo et al. 2024 (FineWeb), section 3.6";
     /// Not between 200 and 200,000 characters, white space not counted.
-    ZhCharacters "zh_characters", Quality, "counterpart of gopher_words: words of two to four characters at the lower end, of two at the upper";
+    ZhCharacters "zh_characters", Quality, "lower end: Chen et al. 2023 (ChineseWebText); upper end: counterpart of gopher_words, a word is two characters";
     /// Fewer than 30% of the characters are Han.
-    ZhHan "zh_han", Quality, "counterpart of gopher_letters: digits, Latin and signs may not lead";
+    ZhHan "zh_han", Quality, "Chen et al. 2023 (ChineseWebText)";
     /// Lines of fewer than 10 characters on average.
-    ZhLineLength "zh_line_length", Quality, "counterpart of fineweb_short_lines: menus and navigation";
+    ZhLineLength "zh_line_length", Quality, "Chen et al. 2023 (ChineseWebText)";
     /// More than one hash sign, or more than one ellipsis, for twenty characters.
     ZhSymbols "zh_symbols", Quality, "counterpart of gopher_symbols: a word is two characters";
     /// More than 90% of the lines begin with a bullet.
@@ -117,8 +117,8 @@ reasons! {
     ZhLinePunctuation "zh_line_punctuation", Quality, "counterpart of fineweb_line_punctuation, with Chinese marks";
     /// More than 30% of the lines, or 20% of the characters, are in lines that came before.
     ZhRepeatedLines "zh_repeated_lines", Quality, "gopher_repeated_lines, by lines and not by words";
-    /// More than half of the groups of 13 characters came before.
-    ZhRepeatedGroups "zh_repeated_groups", Quality, "counterpart of gopher_repeated_groups: about seven words";
+    /// More than half of the groups of 13 characters stand in it more than once.
+    ZhRepeatedGroups "zh_repeated_groups", Quality, "Chen et al. 2023 (ChineseWebText)";
     /// It holds a piece of a benchmark set.
     Contaminated "contaminated", Benchmark, "";
     /// A near copy of it came before, by MinHash.

@@ -195,6 +195,20 @@ pub fn for_ranks(decisions: &[Decision], base: StepsCompleted) -> Vec<Decision> 
     decisions.iter().filter(acts).map(bare).collect()
 }
 
+/// Steps that a run will have done at its end, as far as is known: `last_step`, or before it a stop that these decisions decide,
+/// or the step `stop_at` of `policy.stop.tokens`, whose stop is decided only shortly before. Where that one was vetoed it is not
+/// decided again. For people: nothing is decided by it.
+#[must_use]
+pub fn expected_end(decisions: &[Decision], stop_at: Option<StepIndex>, last_step: StepsCompleted) -> StepsCompleted {
+    // A stop of the policy at or behind that step is the one for the tokens: of several due at once the earliest is decided.
+    let is_vetoed = |at: StepIndex| {
+        let is_it = |stop: &Decision| stop.kind == DecisionKind::Stop && !stop.by.is_person() && stop.effective >= at;
+        decisions.iter().any(is_it)
+    };
+    let stop = stop_of(decisions).or_else(|| stop_at.filter(|&at| !is_vetoed(at)));
+    stop.map_or(last_step, |stop| last_step.min(StepsCompleted(stop.0)))
+}
+
 /// The first step that is not run any more by these decisions, in order.
 #[must_use]
 pub fn stop_of(decisions: &[Decision]) -> Option<StepIndex> {

@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use tarazed_corpus::{
-    CorpusError, DataManifest, DocumentRecord, DomainManifest, MegatronWriter, PrepareEvent, PrepareRequest, Split,
-    TokenStore, decontaminate, find_data_set, prepare_refined, refine_text,
+    CorpusError, DataManifest, DocumentRecord, DomainManifest, MegatronWriter, PrepareEvent, PrepareRequest, Searched,
+    Split, TokenStore, decontaminate, find_data_set, prepare_refined, refine_text,
 };
 use tarazed_domain::DomainIndex;
 use tarazed_domain::config::{
@@ -82,7 +82,7 @@ pub struct Decontaminate {
     /// JSON or parquet field that holds the text.
     #[arg(long, value_name = "NAME", default_value = "text")]
     text_field: String,
-    /// Write documents without benchmark text here, as JSON lines.
+    /// Write documents without benchmark text here, as JSON lines, and an index of the others to FILE.dropped.jsonl.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Print JSON.
@@ -260,6 +260,7 @@ fn overview(manifest: &DataManifest, only: Option<DomainIndex>) -> String {
         [
             "domain",
             "language",
+            "version",
             "documents",
             "left out",
             "training tokens",
@@ -279,6 +280,7 @@ fn overview(manifest: &DataManifest, only: Option<DomainIndex>) -> String {
         rows.push([
             domain.name.clone(),
             domain.language.name().to_owned(),
+            domain.version.as_deref().map_or("-", brief).to_owned(),
             (domain.train.documents + domain.held_out.documents).to_string(),
             domain.dropped.values().sum::<u64>().to_string(),
             domain.train.tokens.to_string(),
@@ -308,10 +310,16 @@ fn overview(manifest: &DataManifest, only: Option<DomainIndex>) -> String {
     text
 }
 
+/// Enough of a hash to tell versions apart by eye.
+fn brief(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
 /// Where a token comes from (DATA-3).
 #[derive(Debug, Serialize)]
 struct Origin {
     domain: String,
+    domain_version: Option<String>,
     split: &'static str,
     token: u64,
     id: u32,
@@ -356,6 +364,7 @@ fn origin(folder: &Path, domain: DomainIndex, split: Split, token: u64) -> Resul
     store.tokens(domain, split, from, &mut around)?;
     Ok(Origin {
         domain: described.name.clone(),
+        domain_version: described.version.clone(),
         split: split.name(),
         token,
         id: around[(token - from) as usize],
@@ -429,9 +438,9 @@ fn look(args: &Decontaminate) -> Result<(), Failure> {
         .map(|path| domain_of(path, &args.text_field))
         .collect();
     let document_bytes_max = RefineConfig::default().document_bytes_max;
-    let mut out = args.out.as_ref().map(|path| Lines::create(path)).transpose()?;
-    let found = decontaminate(&domains, &config, document_bytes_max, &mut |text| match &mut out {
-        Some(out) => out.push(text),
+    let mut out = args.out.as_ref().map(|path| Sorted::create(path)).transpose()?;
+    let found = decontaminate(&domains, &config, document_bytes_max, &mut |searched| match &mut out {
+        Some(out) => out.push(&searched),
         None => Ok(()),
     })?;
     if let Some(out) = out {
@@ -473,6 +482,36 @@ pub(super) fn domain_of(path: &Path, text_field: &str) -> DomainConfig {
     }
 }
 
+/// Texts without benchmark text, and an index of the other records beside them.
+struct Sorted {
+    clean: Lines,
+    dropped: Lines,
+}
+
+impl Sorted {
+    fn create(path: &Path) -> Result<Self, CorpusError> {
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(".dropped.jsonl");
+        Ok(Self {
+            clean: Lines::create(path)?,
+            dropped: Lines::create(Path::new(&beside))?,
+        })
+    }
+
+    fn push(&mut self, searched: &Searched<'_>) -> Result<(), CorpusError> {
+        match searched {
+            Searched::Clean(text) => self.clean.push(&serde_json::json!({ "text": text })),
+            Searched::Dropped(record) => self.dropped.push(record),
+        }
+    }
+
+    /// The index first: whoever finds the texts finds it, too.
+    fn finish(self) -> Result<(), CorpusError> {
+        self.dropped.finish()?;
+        self.clean.finish()
+    }
+}
+
 /// JSON lines that appear under their name when all of them are there.
 struct Lines {
     path: PathBuf,
@@ -491,8 +530,10 @@ impl Lines {
         })
     }
 
-    fn push(&mut self, text: &str) -> Result<(), CorpusError> {
-        writeln!(self.file.writer, "{}", serde_json::json!({ "text": text })).map_err(|source| CorpusError::Write {
+    fn push(&mut self, value: &impl Serialize) -> Result<(), CorpusError> {
+        // Strings, numbers and names: this has a JSON form.
+        let line = serde_json::to_string(value).unwrap_or_default();
+        writeln!(self.file.writer, "{line}").map_err(|source| CorpusError::Write {
             path: self.path.clone(),
             source,
         })

@@ -2,14 +2,30 @@
 //!
 //! What is asked for becomes a decision of the run's next decision point, with the person's name and reason in the trace.
 //! It is refused at once where it contradicts the config, what is decided, or what somebody else asked for before.
+//!
+//! Until then it waits in the controller's memory, and is lost with it. So the command waits for the line that was promised, and
+//! says what that line holds: the trace alone says what is decided.
 
 use super::status::ask_for;
 use crate::exit::{Exit, Failure};
-use crate::output::print;
+use crate::output::{print, short};
 use crate::run_folder::RunFolder;
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
+use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionKind};
+use tarazed_protocol::trace::TraceLine;
+
+/// Between two looks at the trace.
+const LOOK: Duration = Duration::from_millis(200);
+/// A line of the trace is hardly longer.
+const LINE_BYTES_USUAL: u64 = 64 * 1024;
+/// Between two questions whether a controller is there.
+const ASK: Duration = Duration::from_secs(1);
 
 /// Options of `tarazed decide`.
 #[derive(Debug, clap::Args)]
@@ -17,6 +33,9 @@ pub struct Args {
     /// Run folder.
     #[arg(value_name = "RUN_DIR")]
     run_dir: PathBuf,
+    /// Do not wait for the line that will hold it: until that is written, the request is lost if the controller ends.
+    #[arg(long)]
+    no_wait: bool,
     /// What to decide.
     #[command(subcommand)]
     what: What,
@@ -98,7 +117,8 @@ impl Signature {
 /// Runs the command.
 ///
 /// # Errors
-/// Refused where no controller is live, or with the reason why the decision cannot stand.
+/// Refused where no controller is live, or with the reason why the decision cannot stand; transient where it was lost before it
+/// stood in the trace.
 pub fn run(args: &Args) -> Result<Exit, Failure> {
     let folder = RunFolder::find(Some(&args.run_dir), Path::new("runs"))?;
     let (kind, signature) = match &args.what {
@@ -113,13 +133,16 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         What::Force(Force::Decay(signature)) => (json!("decay"), signature),
         What::Force(Force::Stop(signature)) => (json!("stop"), signature),
     };
+    let person = signature.person()?;
     let request = json!({
         "command": "decide",
         "kind": kind,
-        "person": signature.person()?,
+        "person": person,
         "reason": signature.reason,
         "not_before": signature.from_step,
     });
+    // Whatever is written from here on is looked at.
+    let mut tail = Tail::at_end(folder.trace())?;
     let Some(answer) = ask_for(&folder, request)? else {
         return Err(Failure::refused(
             folder.dir().display(),
@@ -128,12 +151,143 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         ));
     };
     let number = |key: &str| answer.get(key).and_then(Value::as_u64).unwrap_or_default();
+    let (line, effective) = (StepsCompleted(number("line")), number("effective"));
     print(&format!(
-        "line {} of the trace will hold it, and it acts from step {} on; `tarazed trace show` shows it then\n",
-        number("line"),
-        number("effective")
+        "waits in the controller's memory for line {line} of the trace, to act from step {effective} on{}\n",
+        if args.no_wait {
+            "; it is lost if the controller ends before: `tarazed trace show` shows it once it is decided"
+        } else {
+            ""
+        }
+    ))?;
+    if args.no_wait {
+        return Ok(Exit::Done);
+    }
+    let asked = Asked {
+        kind: serde_json::from_value(kind).map_err(|e| Failure::halted("the request", e, "report this as a bug"))?,
+        by: DecisionAuthor::Person(person),
+        reason: &signature.reason,
+    };
+    let decided = wait(&folder, &mut tail, line, &asked)?;
+    print(&format!(
+        "decided: number {} in line {line}, it acts from step {} on\n",
+        decided.id, decided.effective
     ))?;
     Ok(Exit::Done)
+}
+
+/// What a decision is known by.
+struct Asked<'a> {
+    kind: DecisionKind,
+    by: DecisionAuthor,
+    reason: &'a str,
+}
+
+impl Asked<'_> {
+    fn is(&self, decision: &Decision) -> bool {
+        (&decision.kind, &decision.by, decision.reason.as_str()) == (&self.kind, &self.by, self.reason)
+    }
+}
+
+/// Waits for a line of the trace, or for the end of whoever would write it, and returns the decision that was asked for.
+fn wait(folder: &RunFolder, tail: &mut Tail, line: StepsCompleted, asked: &Asked<'_>) -> Result<Decision, Failure> {
+    let lost = |cause: String| {
+        Failure::transient(
+            short(folder.dir()).display(),
+            format!("the request is lost: {cause}"),
+            "nothing was decided; ask again",
+        )
+    };
+    let mut asked_last = Instant::now();
+    let mut is_alone = false;
+    loop {
+        if let Some(found) = tail.find(line)? {
+            let decision = found.decisions.into_iter().find(|decision| asked.is(decision));
+            return decision.ok_or_else(|| {
+                lost(format!(
+                    "line {line} does not hold it; the controller that was asked has ended, or something else was decided before it"
+                ))
+            });
+        }
+        if is_alone {
+            return Err(lost(format!("the controller ended before line {line}")));
+        }
+        std::thread::sleep(LOOK);
+        if asked_last.elapsed() >= ASK {
+            // The trace is looked at once more: its last line may be younger than that look. A controller that starts or is busy
+            // answers with an error, and is there.
+            is_alone = matches!(ask_for(folder, json!({"command": "status"})), Ok(None));
+            asked_last = Instant::now();
+        }
+    }
+}
+
+/// The lines that a trace gets from now on.
+struct Tail {
+    path: PathBuf,
+    /// Behind the last whole line that was read. What is torn behind it a new controller takes back.
+    read: u64,
+}
+
+impl Tail {
+    fn at_end(path: PathBuf) -> Result<Self, Failure> {
+        let length = std::fs::metadata(&path).map_or(0, |m| m.len());
+        let mut tail = Self { path, read: length };
+        let mut window = LINE_BYTES_USUAL;
+        loop {
+            let from = length.saturating_sub(window);
+            tail.read = from;
+            let whole = whole(&tail.rest()?).len() as u64;
+            if whole > 0 || from == 0 {
+                tail.read = from + whole;
+                return Ok(tail);
+            }
+            window *= 2;
+        }
+    }
+
+    fn rest(&self) -> Result<Vec<u8>, Failure> {
+        let mut bytes = Vec::new();
+        let read = File::open(&self.path).and_then(|mut file| {
+            file.seek(SeekFrom::Start(self.read))?;
+            file.read_to_end(&mut bytes)
+        });
+        match read {
+            // Not there yet, or just between two names.
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Failure::transient(
+                self.path.display(),
+                format!("cannot be read ({e})"),
+                "`tarazed trace show` shows what is decided",
+            )),
+            _ => Ok(bytes),
+        }
+    }
+
+    /// The line of this step, if it has come since the last look.
+    fn find(&mut self, step: StepsCompleted) -> Result<Option<TraceLine>, Failure> {
+        let bytes = self.rest()?;
+        let whole = whole(&bytes);
+        self.read += whole.len() as u64;
+        for text in String::from_utf8_lossy(whole).lines() {
+            let line = TraceLine::parse(text, 0).map_err(|e| {
+                Failure::halted(
+                    self.path.display(),
+                    e,
+                    "use the same version of tarazed as the run; `tarazed trace show` shows what is decided",
+                )
+            })?;
+            if line.step == step {
+                return Ok(Some(line));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Whole lines.
+fn whole(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    &bytes[..end]
 }
 
 /// The run's domains, in the order of its mixtures.
@@ -178,6 +332,32 @@ fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The end of a trace is behind its last whole line, however long lines are; what is torn there and written anew is read.
+    #[test]
+    fn a_tail_begins_behind_the_last_whole_line() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("trace.jsonl");
+        assert_eq!(Tail::at_end(path.clone()).expect("no trace yet").read, 0);
+        for (text, end) in [
+            (String::new(), 0),
+            ("torn".to_owned(), 0),
+            ("a\nb\n".to_owned(), 4),
+            ("a\nb\ntorn".to_owned(), 4),
+            (format!("a\n{}", "x".repeat(300_000)), 2),
+            (format!("{}\n", "x".repeat(300_000)), 300_001),
+        ] {
+            std::fs::write(&path, &text).expect("written");
+            let mut tail = Tail::at_end(path.clone()).expect("a trace");
+            assert_eq!(tail.read, end);
+            assert_eq!(tail.find(StepsCompleted(1)).expect("no whole line"), None);
+            assert_eq!(tail.read, end);
+        }
+        std::fs::write(&path, "").expect("written");
+        let mut tail = Tail::at_end(path.clone()).expect("a trace");
+        std::fs::write(&path, "not a line\n").expect("written");
+        assert!(tail.find(StepsCompleted(1)).is_err());
+    }
 
     #[test]
     fn a_mixture_is_one_weight_for_each_domain_in_their_order() {

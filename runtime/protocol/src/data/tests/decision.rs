@@ -188,6 +188,39 @@ fn ranks_are_told_what_acts() {
     assert_eq!(stop_of(&vetoed), None);
 }
 
+/// What people are told of the end: decided stops, those that are due, and none that was vetoed.
+#[test]
+fn the_end_is_expected_where_it_will_be() {
+    use crate::data::decision::expected_end;
+    let of = |id: u64, line: u64, effective: u64, kind: DecisionKind| Decision {
+        kind,
+        ..mixture_decision(id, line, effective, &[])
+    };
+    let person = |decision: Decision| Decision {
+        by: DecisionAuthor::Person("ada".to_owned()),
+        ..decision
+    };
+    let veto = |id: u64, line: u64, which: u64| {
+        let decision = DecisionId(which);
+        person(of(id, line, line + 8, DecisionKind::Veto { decision }))
+    };
+    let end =
+        |decisions: &[Decision], at: Option<u64>| expected_end(decisions, at.map(StepIndex), StepsCompleted(500)).0;
+    assert_eq!(
+        (end(&[], None), end(&[], Some(300)), end(&[], Some(900))),
+        (500, 300, 500)
+    );
+    let stop = of(1, 250, 300, DecisionKind::Stop);
+    assert_eq!(end(std::slice::from_ref(&stop), Some(300)), 300);
+    let vetoed = [stop, veto(2, 260, 1)];
+    assert_eq!(end(&vetoed, Some(300)), 500, "it is not decided again");
+    // A person's stop that was vetoed, or an earlier one by the loss, leaves the one for the tokens.
+    let early = [of(1, 50, 66, DecisionKind::Stop), veto(2, 52, 1)];
+    assert_eq!((end(&early[..1], Some(300)), end(&early, Some(300))), (66, 300));
+    let by_person = [person(of(1, 50, 400, DecisionKind::Stop)), veto(2, 60, 1)];
+    assert_eq!((end(&by_person[..1], None), end(&by_person, Some(300))), (400, 300));
+}
+
 proptest! {
     /// DET-1, LOOP-1: a rank that begins anywhere, from what it is told there, and hears what is decided later as all others
     /// do, knows of every step of its own what they know.
