@@ -47,7 +47,7 @@ pub enum Command {
     Trace(trace::Command),
     /// Continue a text with a checkpoint of a run.
     Generate(generate::Args),
-    /// Prepare data, look into them, look for benchmark text, export tokens.
+    /// Prepare data, look into them, look for benchmark text, export tokens, bring more into a running training.
     #[command(subcommand)]
     Data(data::Command),
     /// Train a tokenizer.

@@ -14,6 +14,7 @@ mod corruption;
 mod damage;
 mod double_loss;
 mod kills;
+mod live_data;
 mod restart_limit;
 mod resume;
 mod status;

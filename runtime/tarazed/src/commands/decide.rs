@@ -9,7 +9,10 @@ use crate::output::print;
 use crate::run_folder::RunFolder;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use tarazed_actors::run_folder::lines_after;
 use tarazed_domain::config::Config;
+use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_protocol::data::decision::{Decision, domain_names};
 
 /// Options of `tarazed decide`.
 #[derive(Debug, clap::Args)]
@@ -45,7 +48,7 @@ pub enum What {
 /// What a person can set.
 #[derive(Debug, clap::Subcommand)]
 pub enum Force {
-    /// A mixture: `web=0.5 wiki=0.3`; domains that are left out get nothing.
+    /// A mixture: `web=0.5 wiki=0.3`; domains that are left out get nothing. Those that `tarazed data add` brought count.
     Mixture {
         /// Weight by domain; only their ratios count.
         #[arg(required = true, value_name = "DOMAIN=WEIGHT")]
@@ -71,19 +74,27 @@ pub enum Force {
 /// Who decides, why, and from when on.
 #[derive(Debug, clap::Args)]
 pub struct Signature {
-    /// Why: it stands in the trace for ever.
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// Who; the name of the system's user where it is absent.
-    #[arg(long, value_name = "NAME")]
-    by: Option<String>,
+    /// Who and why.
+    #[command(flatten)]
+    signer: Signer,
     /// Act at this step (from 0) at the earliest.
     #[arg(long, value_name = "STEP")]
     from_step: Option<u64>,
 }
 
-impl Signature {
-    fn person(&self) -> Result<String, Failure> {
+/// Who decides, and why.
+#[derive(Debug, clap::Args)]
+pub struct Signer {
+    /// Why: it stands in the trace for ever.
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: String,
+    /// Who; the name of the system's user where it is absent.
+    #[arg(long, value_name = "NAME")]
+    by: Option<String>,
+}
+
+impl Signer {
+    pub(super) fn person(&self) -> Result<String, Failure> {
         let name = self.by.clone().or_else(|| std::env::var("USER").ok());
         name.filter(|name| !name.is_empty()).ok_or_else(|| {
             Failure::refused(
@@ -106,7 +117,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         What::Release(signature) => (json!("release"), signature),
         What::Veto { id, signature } => (json!({"veto": {"decision": id}}), signature),
         What::Force(Force::Mixture { weights, signature }) => {
-            let weights = mixture(&domains(&folder)?, weights)?;
+            let weights = mixture(&domains(&folder, &config(&folder)?)?, weights)?;
             (json!({"mixture": {"weights": weights}}), signature)
         }
         What::Force(Force::Rate { factor, signature }) => (json!({"learning_rate": {"factor": factor}}), signature),
@@ -116,40 +127,62 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     let request = json!({
         "command": "decide",
         "kind": kind,
-        "person": signature.person()?,
-        "reason": signature.reason,
+        "person": signature.signer.person()?,
+        "reason": signature.signer.reason,
         "not_before": signature.from_step,
     });
-    let Some(answer) = ask_for(&folder, request)? else {
-        return Err(Failure::refused(
-            folder.dir().display(),
-            "is no live run",
-            "decisions are made while it trains: start it with `tarazed train …`",
-        ));
+    send(&folder, request)?;
+    Ok(Exit::Done)
+}
+
+/// Asks the live run for a decision, and tells which line will hold it.
+pub(super) fn send(folder: &RunFolder, request: Value) -> Result<(), Failure> {
+    let Some(answer) = ask_for(folder, request)? else {
+        return Err(not_live(folder));
     };
     let number = |key: &str| answer.get(key).and_then(Value::as_u64).unwrap_or_default();
     print(&format!(
         "line {} of the trace will hold it, and it acts from step {} on; `tarazed trace show` shows it then\n",
         number("line"),
         number("effective")
-    ))?;
-    Ok(Exit::Done)
+    ))
 }
 
-/// The run's domains, in the order of its mixtures.
-fn domains(folder: &RunFolder) -> Result<Vec<String>, Failure> {
-    let config = Config::load(&folder.config(), &[]).map_err(|e| {
+/// Only a live run can be told anything.
+pub(super) fn not_live(folder: &RunFolder) -> Failure {
+    Failure::refused(
+        folder.dir().display(),
+        "is no live run",
+        "decisions are made while it trains: start it with `tarazed train …`",
+    )
+}
+
+/// The run's config.
+pub(super) fn config(folder: &RunFolder) -> Result<Config, Failure> {
+    Config::load(&folder.config(), &[]).map_err(|e| {
         Failure::refused(
             folder.config().display(),
             format!("cannot be read ({e})"),
             "name the folder of a run",
         )
-    })?;
-    Ok(config.data.domains.into_iter().map(|domain| domain.name).collect())
+    })
 }
 
-/// One weight for each domain.
-fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
+/// The run's domains by all that its trace holds, in the order of its mixtures.
+pub(super) fn domains(folder: &RunFolder, config: &Config) -> Result<Vec<String>, Failure> {
+    let first: Vec<String> = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+    let trace = folder.trace();
+    if !trace.exists() {
+        return Ok(first);
+    }
+    let lines = lines_after(&trace, StepsCompleted(0))
+        .map_err(|e| Failure::refused(trace.display(), e.to_string(), "name the folder of a run"))?;
+    let decisions: Vec<Decision> = lines.into_iter().flat_map(|line| line.decisions).collect();
+    Ok(domain_names(&first, &decisions, StepIndex(u64::MAX)))
+}
+
+/// One weight for each domain; nothing for those that are left out.
+pub(super) fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
     let refused = |item: &str, reason: &str| {
         let remedy = format!("write DOMAIN=WEIGHT; the domains are {}", domains.join(", "));
         Failure::refused(item, reason, remedy)
