@@ -5,6 +5,7 @@
 
 pub mod blocking;
 pub mod controller;
+pub mod later_data;
 pub mod link;
 pub mod node;
 pub mod rank;

@@ -623,7 +623,8 @@ impl CoordinatorState {
                 LedgerEffect::Decide(line) => {
                     self.deciding = Some(line.clone());
                     // An error means that the loop is being made again; it then gets this line.
-                    let _ = self.peers()?.entry.cast(LoopMessage::LookAt(line));
+                    let changes = self.arguments.ledger.data_changes();
+                    let _ = self.peers()?.entry.cast(LoopMessage::LookAt(line, changes));
                 }
                 LedgerEffect::Write(line) => {
                     self.weigh(line.step)?;

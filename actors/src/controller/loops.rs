@@ -38,8 +38,8 @@ pub type RequestAnswer = Result<(StepsCompleted, StepIndex), RequestError>;
 
 /// What the loop is told.
 pub enum LoopMessage {
-    /// A line to look at; the answer goes to the coordinator.
-    LookAt(Box<TraceLine>),
+    /// A line to look at, with the decisions before it that change the data; the answer goes to the coordinator.
+    LookAt(Box<TraceLine>, Vec<Decision>),
     /// A person asks for a decision (LOOP-2). It waits for the next decision point in memory alone: `tarazed decide` looks for it
     /// in the trace, and says so where it is not there.
     Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
@@ -83,6 +83,7 @@ impl Loop {
         let mut last = None;
         for line in lines {
             let signals = monitor.on_line(line).map_err(|e| e.to_string())?;
+            monitor.learn(&line.decisions);
             engine.replay(line, &signals).map_err(|e| e.to_string())?;
             cursor.record(line.step, &line.decisions).map_err(|e| e.to_string())?;
             last = Some(signals);
@@ -142,7 +143,8 @@ impl Actor for TsmActor {
         (monitor, next): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            LoopMessage::LookAt(line) => {
+            LoopMessage::LookAt(line, changes) => {
+                monitor.learn(&changes);
                 let signals = monitor.on_line(&line)?;
                 next.cast(AteMessage::Judge(line, Arc::new(signals)))?;
             }

@@ -20,6 +20,7 @@ pub use loops::LoopRules;
 pub use root::End;
 pub use tree::{Begun, Ear, Edges, Past, Tree, TreeParts};
 
+use crate::later_data;
 use crate::rank::recipe;
 use crate::run_folder::{self, FolderError, RunFolder};
 use root::RootArguments;
@@ -30,7 +31,7 @@ use tarazed_corpus::{PrepareEvent, PrepareRequest, Prepared, TokenStore};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::DataCursor;
-use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
+use tarazed_protocol::data::decision::{Decision, DecisionSchedule, data_changes};
 use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
@@ -292,7 +293,19 @@ fn prepare(config: &Config, folder: &RunFolder, notify: &Notify) -> Result<Prepa
         None => tarazed_corpus::prepare_refined(&request, refine, folder.resumed, &out_dir, &mut heard),
     }?;
     check_same_data(config, folder, &prepared)?;
+    check_later_data(config, folder, &prepared)?;
     Ok(prepared)
+}
+
+/// What came later is needed again: by every step since, and by every replay.
+fn check_later_data(config: &Config, folder: &RunFolder, prepared: &Prepared) -> Result<(), RunError> {
+    let tokenizer = Some(&prepared.manifest.tokenizer);
+    let changes = folder.lines.iter().flat_map(|line| data_changes(&line.decisions));
+    for (from, change) in changes {
+        later_data::check(&folder.paths.data(), config.model.context, tokenizer, change)
+            .map_err(|e| RunError::Refused(format!("from step {from} on the run trains on other data: {e}")))?;
+    }
+    Ok(())
 }
 
 /// The first line of the trace names the samples of its step and the version of their data. Without this check, other

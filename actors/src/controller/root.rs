@@ -284,9 +284,14 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let serving = tokio::spawn(status::serve(
         listener,
         text,
-        config.batch.lanes,
-        tree.coordinator.clone(),
-        tree.sharder.clone(),
+        status::Desk {
+            lanes: config.batch.lanes,
+            data: paths.data(),
+            context: config.model.context,
+            tokenizer: prepared.manifest.tokenizer.clone(),
+            coordinator: tree.coordinator.clone(),
+            sharder: tree.sharder.clone(),
+        },
     ));
     let heard = ear.clone();
     let trace = TraceAppender::open(&paths, move |appended| heard.appended(appended)).map_err(disk(paths.trace()))?;

@@ -2,14 +2,19 @@
 
 use super::coordinator::CoordinatorMessage;
 use super::sharder::SharderMessage;
+use crate::later_data;
 use crate::run_folder::RunPaths;
 use ractor::{ActorRef, rpc::CallResult};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+use tarazed_corpus::TokenizerManifest;
 use tarazed_domain::StepIndex;
 use tarazed_protocol::data::controller::Request as Decide;
+use tarazed_protocol::data::decision::DecisionKind;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -50,19 +55,29 @@ pub fn open(paths: &RunPaths, token: &str) -> std::io::Result<UnixListener> {
     UnixListener::bind(format!("/proc/self/fd/{descriptor}/control.sock"))
 }
 
+/// Whom requests are passed on to, and what they are judged by.
+pub struct Desk {
+    /// Lanes of the global batch.
+    pub lanes: u32,
+    /// Where the run keeps its data sets.
+    pub data: PathBuf,
+    /// Tokens of one sequence.
+    pub context: usize,
+    /// That of the data that the run began with.
+    pub tokenizer: TokenizerManifest,
+    /// Who knows of the run.
+    pub coordinator: ActorRef<CoordinatorMessage>,
+    /// Who knows of its shards.
+    pub sharder: ActorRef<SharderMessage>,
+}
+
 /// Serves requests for ever.
-pub async fn serve(
-    listener: UnixListener,
-    token: String,
-    lanes: u32,
-    coordinator: ActorRef<CoordinatorMessage>,
-    sharder: ActorRef<SharderMessage>,
-) {
+pub async fn serve(listener: UnixListener, token: String, desk: Desk) {
+    let desk = Arc::new(desk);
     while let Ok((stream, _)) = listener.accept().await {
-        let (token, coordinator, sharder) = (token.clone(), coordinator.clone(), sharder.clone());
+        let (token, desk) = (token.clone(), Arc::clone(&desk));
         tokio::spawn(async move {
-            let answered =
-                tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, lanes, &coordinator, &sharder)).await;
+            let answered = tokio::time::timeout(REQUEST_TIMEOUT, answer(stream, &token, &desk)).await;
             if let Ok(Err(error)) = answered {
                 tracing::debug!("a status request broke off: {error}");
             }
@@ -131,13 +146,7 @@ fn read_decision(request: &Value) -> Result<Box<Decide>, String> {
     }))
 }
 
-async fn answer(
-    mut stream: UnixStream,
-    token: &str,
-    lanes: u32,
-    coordinator: &ActorRef<CoordinatorMessage>,
-    sharder: &ActorRef<SharderMessage>,
-) -> std::io::Result<()> {
+async fn answer(mut stream: UnixStream, token: &str, desk: &Arc<Desk>) -> std::io::Result<()> {
     let (read, mut write) = stream.split();
     let mut line = String::new();
     BufReader::new(read.take(REQUEST_BYTES_MAX))
@@ -145,9 +154,12 @@ async fn answer(
         .await?;
     let value = match Request::read(&line, token) {
         Request::Stranger => json!({"error": "the token is not this run's"}),
-        Request::Status => status(coordinator, sharder).await,
-        Request::Resize(ranks) => resize(ranks, lanes, coordinator),
-        Request::Decide(Ok(request)) => decide(request, coordinator).await,
+        Request::Status => status(&desk.coordinator, &desk.sharder).await,
+        Request::Resize(ranks) => resize(ranks, desk.lanes, &desk.coordinator),
+        Request::Decide(Ok(request)) => match check_data(desk, &request.kind).await {
+            Ok(()) => decide(request, &desk.coordinator).await,
+            Err(error) => json!({"error": error, "remedy": "`tarazed data add` brings data sets into a run"}),
+        },
         Request::Decide(Err(error)) => json!({"error": error}),
         Request::Unknown(command) => json!({"error": format!("there is no command '{command}'")}),
     };
@@ -163,6 +175,17 @@ fn resize(ranks: Option<u32>, lanes: u32, coordinator: &ActorRef<CoordinatorMess
         },
         _ => json!({"error": format!("a world has 1 to {lanes} ranks, one for each of its lanes at most")}),
     }
+}
+
+/// What a change of the data names must lie in the run folder, and be what it says, before it can stand in the trace.
+async fn check_data(desk: &Arc<Desk>, kind: &DecisionKind) -> Result<(), String> {
+    let DecisionKind::Data(change) = kind else {
+        return Ok(());
+    };
+    let (desk, change) = (Arc::clone(desk), change.clone());
+    crate::blocking::run(move || later_data::check(&desk.data, desk.context, Some(&desk.tokenizer), &change))
+        .await
+        .and_then(|checked| checked)
 }
 
 /// Asks the closed loop; the answer names the line that will hold the decision.
@@ -194,7 +217,6 @@ async fn status(coordinator: &ActorRef<CoordinatorMessage>, sharder: &ActorRef<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tarazed_protocol::data::decision::DecisionKind;
 
     fn read(line: &str) -> Request {
         Request::read(line, "right")

@@ -13,6 +13,7 @@ mod root;
 mod shard;
 mod writer;
 
+use crate::later_data;
 use crate::link::PeerId;
 use crate::run_folder::RunPaths;
 pub use actor::CommandSink;
@@ -31,7 +32,7 @@ use tarazed_domain::{DomainIndex, Incarnation, WorkerId};
 use tarazed_fabric::{Listener, Transport};
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::DecisionSchedule;
+use tarazed_protocol::data::decision::{DataChange, DecisionSchedule};
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
@@ -84,23 +85,35 @@ pub enum RankExit {
     ControllerLost,
 }
 
-struct TokenSamples(TokenStore);
+struct TokenSamples {
+    tokens: TokenStore,
+    /// Where the run keeps its data sets.
+    data: PathBuf,
+}
 
 impl SampleSource for TokenSamples {
     fn held_out_sequences(&self, domain: DomainIndex) -> u64 {
-        self.0.sequences(domain, Split::HeldOut)
+        self.tokens.sequences(domain, Split::HeldOut)
     }
 
     fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
-        self.0
+        self.tokens
             .fill(domain, Split::Train, sequence, out)
             .map_err(|e| e.to_string())
     }
 
     fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
-        self.0
+        self.tokens
             .fill(domain, Split::HeldOut, sequence, out)
             .map_err(|e| e.to_string())
+    }
+
+    fn open(&self, change: &DataChange) -> Result<Arc<dyn SampleSource>, String> {
+        let tokens = later_data::open(&self.data, self.tokens.context(), change)?;
+        Ok(Arc::new(Self {
+            tokens,
+            data: self.data.clone(),
+        }))
     }
 }
 
@@ -227,12 +240,15 @@ async fn serve(
     let rules = FeedRules {
         context: config.model.context,
         lane_count: config.batch.lanes,
-        domain_count: config.data.domains.len(),
         evaluation_interval_steps: config.evaluation.interval_steps,
         held_out_sequences_max: config.evaluation.sequences_per_domain_max,
         audit_interval_steps: config.fault.audit_interval_steps,
     };
-    let feeder = Feeder::new(cursor, rules, Arc::new(TokenSamples(tokens)));
+    let samples = TokenSamples {
+        tokens,
+        data: paths.data(),
+    };
+    let feeder = Feeder::new(cursor, rules, Arc::new(samples));
     let listener = Listener::bind(&transport(&config, args)).map_err(|e| RankError::because("data plane")(&e))?;
     let address = listener.address();
     let progress: Arc<Progress> = Arc::default();

@@ -86,7 +86,6 @@ pub const fn feed_rules(lane_count: u32) -> FeedRules {
     FeedRules {
         context: 4,
         lane_count,
-        domain_count: 2,
         evaluation_interval_steps: 4,
         held_out_sequences_max: 2,
         audit_interval_steps: 3,
@@ -253,6 +252,7 @@ impl Told {
         while let Some(effect) = effects.pop() {
             match effect {
                 LedgerEffect::Decide(line) => {
+                    self.monitor.learn(&self.ledger.data_changes());
                     let signals = self.monitor.on_line(&line).map_err(|e| e.to_string())?;
                     let decisions = self.engine.on_line(&line, &signals);
                     effects.extend(self.ledger.on_decided(line.step, decisions));

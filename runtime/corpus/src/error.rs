@@ -165,6 +165,16 @@ pub enum CorpusError {
         /// What was found, and what to do.
         reason: String,
     },
+    /// Reconfigure: a data set that cannot enter a run that began with other data.
+    #[error("{}: {reason}; {remedy}", path.display())]
+    Unfit {
+        /// The data set.
+        path: PathBuf,
+        /// In what they do not fit each other.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// Reconfigure: a prepared folder of other domains.
     #[error(
         "{}: holds the domains {found}, and the config names {wanted}; list the same names and languages in the same order, or \

@@ -44,7 +44,7 @@ mod texts;
 mod tokenizer;
 mod tokens;
 
-pub use adopt::{adopt, find_data_set};
+pub use adopt::{adopt, adopt_later, find_data_set, is_same_tokenizer, later_folder};
 pub use baseline::UnigramLoss;
 pub use documents::{DocumentPlace, DocumentRecord, DroppedRecord, KeptTokens, NamedItem, NamedPlace, RefinedRecord};
 pub use error::CorpusError;

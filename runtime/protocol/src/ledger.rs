@@ -13,13 +13,13 @@
 //!                  \-> ahead of order? -> kept
 //! ```
 
-use crate::data::decision::Decision;
+use crate::data::decision::{Decision, DecisionKind, domain_names};
 use crate::data::stats::LaneStats;
 use crate::message::StepLine;
 use crate::trace::{DomainMap, NewLineage, TraceLine};
 use std::collections::BTreeMap;
 use tarazed_domain::config::BatchSchedule;
-use tarazed_domain::{Mutant, StepsCompleted};
+use tarazed_domain::{Mutant, StepIndex, StepsCompleted};
 
 /// What to do next.
 #[derive(Clone, Debug)]
@@ -105,6 +105,13 @@ impl Ledger {
     #[must_use]
     pub fn decisions(&self) -> &[Decision] {
         &self.decisions
+    }
+
+    /// Those of them that change the data: who explains a line must have heard of those before it.
+    #[must_use]
+    pub fn data_changes(&self) -> Vec<Decision> {
+        let changes = |decision: &&Decision| matches!(decision.kind, DecisionKind::Data(_));
+        self.decisions.iter().filter(changes).cloned().collect()
     }
 
     /// Lines before this step, that of a checkpoint, are not replayed any more; its own is compared with what a restore
@@ -204,7 +211,9 @@ impl Ledger {
     }
 
     fn assemble(&self, line: &StepLine) -> Result<TraceLine, String> {
-        let names = &self.domain_names;
+        // The decisions that a step rests on are written before any rank can plan it.
+        let step = StepIndex(line.step.0.saturating_sub(1));
+        let names = &domain_names(&self.domain_names, &self.decisions, step);
         let stats = LaneStats::decode(&line.stats, names.len()).map_err(|e| format!("step {}: {e}", line.step))?;
         if line.mixture.len() != names.len() {
             return Err(format!(
@@ -394,6 +403,63 @@ mod tests {
         let mut wrong = line(1, 1.0);
         wrong.mixture = vec![f64::INFINITY];
         assert!(matches!(ledger.on_line(&wrong)[..], [LedgerEffect::Mismatch(_)]));
+    }
+
+    /// DATA-2: a line names the domains of its step, by the decisions that stand before it.
+    #[test]
+    fn lines_have_the_domains_of_their_step() {
+        use crate::data::decision::{DataChange, DecisionAuthor, DecisionId, DomainEdition};
+        use tarazed_domain::StepIndex;
+        let edition = DomainEdition {
+            name: "code".into(),
+            domain: 1,
+            index: 0,
+            language: "code".into(),
+            train_sequences: 9,
+            train_tokens: 90,
+        };
+        let arrival = Decision {
+            id: DecisionId(1),
+            line: StepsCompleted(1),
+            effective: StepIndex(2),
+            kind: DecisionKind::Data(DataChange {
+                version: "00".repeat(32),
+                domains: vec![edition],
+                weights: vec![1.0, 1.0],
+            }),
+            by: DecisionAuthor::Person("ada".into()),
+            reason: String::new(),
+        };
+        let of = |step, domains: usize| StepLine {
+            mixture: vec![1.0 / domains as f64; domains],
+            stats: LaneStats::new(domains).encode(),
+            ..line(step, 1.0)
+        };
+        let mut ledger = ledger();
+        ledger.on_line(&of(1, 1));
+        ledger.on_decided(StepsCompleted(1), vec![arrival.clone()]);
+        ledger.on_written(StepsCompleted(1));
+        assert_eq!(ledger.data_changes(), [arrival]);
+        assert!(
+            matches!(ledger.on_line(&of(2, 2))[..], [LedgerEffect::Mismatch(_)]),
+            "one step early"
+        );
+        let effects = ledger.on_line(&of(2, 1));
+        assert_eq!(run_through(&mut ledger, effects), [2]);
+        let effects = ledger.on_line(&of(3, 2));
+        let [LedgerEffect::Decide(line)] = &effects[..] else {
+            panic!("{effects:?}")
+        };
+        assert_eq!(
+            line.mixture.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+            ["wiki", "code"]
+        );
+        assert_eq!(run_through(&mut ledger, effects), [3]);
+        // A replay of a step before is one of the domains of then.
+        assert!(matches!(
+            ledger.on_line(&of(2, 1))[..],
+            [LedgerEffect::Checked(StepsCompleted(2))]
+        ));
     }
 
     #[test]

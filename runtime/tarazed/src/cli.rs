@@ -49,7 +49,7 @@ pub enum Command {
     Generate(generate::Args),
     /// Score a checkpoint of a run on multiple-choice questions of yours.
     Eval(eval::Args),
-    /// Prepare data, look into them, look for benchmark text, export tokens.
+    /// Prepare data, look into them, look for benchmark text, export tokens, bring more into a running training.
     #[command(subcommand)]
     Data(data::Command),
     /// Train a tokenizer.

@@ -14,8 +14,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use tarazed_actors::controller::Notice;
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::Config;
-use tarazed_protocol::data::decision::{Decision, DecisionKind};
+use tarazed_domain::config::{Config, Language};
+use tarazed_protocol::data::decision::{Decision, DecisionKind, data_changes};
 use tarazed_protocol::trace::{DomainLoss, DomainMap, TraceLine};
 
 /// Least time between two progress lines.
@@ -164,7 +164,10 @@ impl Lines {
             return self.progress(now, line, speed, *ranks_alive as u32, *eta_s);
         }
         let incidents = match notice {
-            Notice::Decided(decisions) => decisions.iter().map(|decision| self.decision(decision)).collect(),
+            Notice::Decided(decisions) => {
+                self.learn(decisions);
+                decisions.iter().map(|decision| self.decision(decision)).collect()
+            }
             other => self.incident(other).into_iter().collect::<Vec<_>>(),
         };
         incidents.iter().map(|incident| incident.render(self.style)).collect()
@@ -243,6 +246,15 @@ impl Lines {
         }
     }
 
+    /// Languages of domains that come while the run is watched; of those that came before, "other" is said.
+    fn learn(&mut self, decisions: &[Decision]) {
+        for edition in data_changes(decisions).flat_map(|(_, change)| &change.domains) {
+            if let Some(language) = Language::from_name(&edition.language) {
+                self.languages.insert(edition.name.clone(), language.name());
+            }
+        }
+    }
+
     fn decision(&self, decision: &Decision) -> Incident {
         let what = match &decision.kind {
             DecisionKind::Mixture { weights } => format!("mixture {}", shares(weights)),
@@ -255,6 +267,15 @@ impl Lines {
             DecisionKind::SpikeBounds(bounds) => format!("spikes above gradient norm {:.3}", bounds.grad_norm),
             DecisionKind::Rollback { to, .. } => format!("back to the state after step {to}"),
             DecisionKind::Stop => "the run stops".to_owned(),
+            DecisionKind::Data(change) => {
+                let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();
+                format!(
+                    "data set {} brings {}; mixture {}",
+                    change.version.get(..16).unwrap_or_default(),
+                    names.join(", "),
+                    shares(&change.weights)
+                )
+            }
         };
         let what = format!("{what} ({})", decision.reason);
         Incident::Decision {

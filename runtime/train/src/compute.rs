@@ -29,7 +29,6 @@ pub struct LaneEngine<D: Device> {
     pool: Mutex<Vec<D::Buffer>>,
     flat_elements: usize,
     micro_batch_sequences: usize,
-    domain_count: usize,
 }
 
 /// Gradients of this rank's maximal nodes, left to right, and statistics of each of its lanes.
@@ -85,7 +84,6 @@ impl<D: Device> LaneEngine<D> {
         flat_elements: usize,
         threads: usize,
         micro_batch_sequences: usize,
-        domain_count: usize,
     ) -> Result<Self, StepError> {
         model.prepare(micro_batch_sequences)?;
         let workers = (0..threads.max(1))
@@ -100,7 +98,6 @@ impl<D: Device> LaneEngine<D> {
             pool: Mutex::new(Vec::new()),
             flat_elements,
             micro_batch_sequences,
-            domain_count,
         })
     }
 
@@ -132,7 +129,6 @@ impl<D: Device> LaneEngine<D> {
             flat_elements: self.flat_elements,
             range,
             micro_batch_sequences: self.micro_batch_sequences,
-            domain_count: self.domain_count,
         };
         let (first, rest) = self.workers.split_at_mut(1);
         std::thread::scope(|scope| {
@@ -199,7 +195,6 @@ struct Shared<'a, D: Device> {
     range: LaneRange,
     flat_elements: usize,
     micro_batch_sequences: usize,
-    domain_count: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -279,7 +274,7 @@ impl<D: Device> Shared<'_, D> {
         lane: LaneIndex,
         gradient: &mut D::Buffer,
     ) -> Result<LaneStats, StepError> {
-        let mut stats = LaneStats::new(self.domain_count);
+        let mut stats = LaneStats::new(inputs.batch.domain_count());
         let samples = inputs.batch.lane(lane);
         let forgets = Mutant::MicroBatchLost.is_on() && inputs.batch.is_shared();
         let (per_chunk, context) = (self.micro_batch_sequences, inputs.batch.context as u64);
@@ -389,7 +384,7 @@ mod tests {
         let recorder = RecordingDriver::new();
         let (model, elements) = model(&recorder);
         let device = model.device();
-        let mut engine = LaneEngine::new(&model, elements, 1, 1, 1).unwrap();
+        let mut engine = LaneEngine::new(&model, elements, 1, 1).unwrap();
         // Used once, so that it is zeroed on the lane's own stream.
         engine.recycle([device.alloc(elements, Precision::Full).unwrap()]);
         let weights = device.alloc(elements, Precision::Working).unwrap();

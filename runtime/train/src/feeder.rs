@@ -13,9 +13,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_domain::limits::PREFETCH_STEPS_MAX;
 use tarazed_domain::{DomainIndex, Generation, LaneIndex, LaneRange, Mutant, Rank, StepIndex, StepsCompleted};
+use tarazed_protocol::data::catalogue::Origin;
 use tarazed_protocol::data::course::Directives;
-use tarazed_protocol::data::cursor::{DataCursor, PlanError};
-use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::data::cursor::{DataCursor, PlanError, StepPlan};
+use tarazed_protocol::data::decision::{DataChange, Decision};
 use tarazed_protocol::message::BeginPlan;
 
 /// Where tokens are read.
@@ -32,6 +33,22 @@ pub trait SampleSource: Send + Sync + 'static {
     /// # Errors
     /// A message naming the file.
     fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String>;
+    /// Opens the data set of a change, which must hold the domains that the change names.
+    ///
+    /// # Errors
+    /// A message naming the data set, where it was looked for and what is wrong with it.
+    fn open(&self, change: &DataChange) -> Result<Arc<dyn SampleSource>, String> {
+        Err(format!(
+            "data set {} is needed from here on, and nothing can be looked up here",
+            change.version
+        ))
+    }
+}
+
+/// One domain's text in one data set.
+struct Text {
+    source: Arc<dyn SampleSource>,
+    domain: DomainIndex,
 }
 
 /// Sequences one after another, each with its domain.
@@ -108,6 +125,12 @@ impl StepBatch {
         self.range.start > 0
     }
 
+    /// Domains that the step can train on.
+    #[must_use]
+    pub const fn domain_count(&self) -> usize {
+        self.mixture.len()
+    }
+
     /// Tokens of one sequence, its last target included.
     #[must_use]
     pub const fn sequence_tokens(&self) -> usize {
@@ -120,7 +143,7 @@ impl StepBatch {
         Self {
             step: StepIndex(0),
             digest: [0; 32],
-            mixture: Vec::new(),
+            mixture: vec![1.0],
             directives: Directives::default(),
             sequences: 0,
             context,
@@ -139,8 +162,6 @@ pub struct FeedRules {
     pub context: usize,
     /// Lanes of the global batch.
     pub lane_count: u32,
-    /// Number of domains.
-    pub domain_count: usize,
     /// Steps between evaluations; 0 for none.
     pub evaluation_interval_steps: u64,
     /// Held-out sequences of a domain at most.
@@ -200,12 +221,17 @@ struct Inner {
     changes: u64,
 }
 
+/// The data set of a change.
+type Opened = (Arc<DataChange>, Arc<dyn SampleSource>);
+
 /// The feeder, shared by its thread, the device thread and the actor that owns it.
 pub struct Feeder {
     inner: Mutex<Inner>,
     changed: Condvar,
     rules: FeedRules,
     source: Arc<dyn SampleSource>,
+    /// Data sets of changes, opened when first needed.
+    opened: Mutex<Vec<Opened>>,
     waiting: Waiting,
 }
 
@@ -237,6 +263,7 @@ impl Feeder {
             changed: Condvar::new(),
             rules,
             source,
+            opened: Mutex::default(),
             waiting,
         })
     }
@@ -412,22 +439,45 @@ impl Feeder {
         (room && want.next.completed() <= want.until).then_some((want.generation, want.lanes, want.next))
     }
 
-    fn read(
-        &self,
-        step: StepIndex,
-        share: Share,
-        plan: tarazed_protocol::data::cursor::StepPlan,
-    ) -> Result<StepBatch, String> {
+    fn text(&self, origin: &Origin) -> Result<Text, String> {
+        let source = match &origin.change {
+            None => Arc::clone(&self.source),
+            Some(change) => {
+                let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+                match opened.iter().find(|(known, _)| known == change) {
+                    Some((_, source)) => Arc::clone(source),
+                    None => {
+                        let source = self.source.open(change)?;
+                        opened.push((Arc::clone(change), Arc::clone(&source)));
+                        source
+                    }
+                }
+            }
+        };
+        Ok(Text {
+            source,
+            domain: origin.domain,
+        })
+    }
+
+    fn read(&self, step: StepIndex, share: Share, plan: StepPlan) -> Result<StepBatch, String> {
         let range = share.own;
-        let own = range.lanes().map(|lane| self.read_training(lane, &plan));
+        // Also those that none of these lanes draws from: what lacks shows at the step of the change, on every rank.
+        let texts = plan.holdings.iter().map(|held| self.text(&held.training));
+        let texts: Vec<Text> = texts
+            .collect::<Result<_, _>>()
+            .map_err(|e| format!("step {step}: {e}"))?;
+        let own = range.lanes().map(|lane| self.read_training(lane, &plan, &texts));
         let mut lanes: Vec<LaneSamples> = own.collect::<Result<_, _>>()?;
         let audited = self.rules.audited(step);
         let to_audit = audited
             .filter(|lane| share.watched.contains(*lane))
-            .map(|lane| self.read_training(lane, &plan))
+            .map(|lane| self.read_training(lane, &plan, &texts))
             .transpose()?;
         if self.is_evaluation(step) {
-            self.read_held_out(range, &mut lanes)?;
+            let texts = plan.holdings.iter().map(|held| self.text(&held.held_out));
+            let texts: Vec<Text> = texts.collect::<Result<_, _>>()?;
+            self.read_held_out(range, &texts, &mut lanes)?;
         }
         Ok(StepBatch {
             step,
@@ -443,18 +493,15 @@ impl Feeder {
         })
     }
 
-    fn read_training(
-        &self,
-        lane: LaneIndex,
-        plan: &tarazed_protocol::data::cursor::StepPlan,
-    ) -> Result<LaneSamples, String> {
+    fn read_training(&self, lane: LaneIndex, plan: &StepPlan, texts: &[Text]) -> Result<LaneSamples, String> {
         let sequence_tokens = self.rules.context + 1;
         let samples = plan.lane(lane, self.rules.lane_count);
         let mut lane = LaneSamples::default();
         lane.training.tokens.resize(samples.len() * sequence_tokens, 0);
         let outs = lane.training.tokens.chunks_exact_mut(sequence_tokens);
         for (sample, out) in samples.iter().zip(outs) {
-            self.source.training(sample.domain, sample.sequence, out)?;
+            let text = &texts[sample.domain.index()];
+            text.source.training(text.domain, sample.sequence, out)?;
             lane.training.domains.push(sample.domain);
         }
         Ok(lane)
@@ -467,13 +514,13 @@ impl Feeder {
     }
 
     /// Held-out sequences are dealt to lanes in turn, so that who computes what is a function of the lane alone (DET-1).
-    fn read_held_out(&self, range: LaneRange, lanes: &mut [LaneSamples]) -> Result<(), String> {
+    fn read_held_out(&self, range: LaneRange, texts: &[Text], lanes: &mut [LaneSamples]) -> Result<(), String> {
         let sequence_tokens = self.rules.context + 1;
         let mut turn = 0_u64;
-        for domain in (0..self.rules.domain_count as u16).map(DomainIndex) {
-            let count = self
+        for (domain, text) in (0..).map(DomainIndex).zip(texts) {
+            let count = text
                 .source
-                .held_out_sequences(domain)
+                .held_out_sequences(text.domain)
                 .min(u64::from(self.rules.held_out_sequences_max));
             for sequence in 0..count {
                 let mut lane = LaneIndex((turn % u64::from(self.rules.lane_count)) as u32);
@@ -487,7 +534,8 @@ impl Feeder {
                 let held_out = &mut lanes[(lane.0 - range.start) as usize].held_out;
                 let start = held_out.tokens.len();
                 held_out.tokens.resize(start + sequence_tokens, 0);
-                self.source.held_out(domain, sequence, &mut held_out.tokens[start..])?;
+                text.source
+                    .held_out(text.domain, sequence, &mut held_out.tokens[start..])?;
                 held_out.domains.push(domain);
             }
         }

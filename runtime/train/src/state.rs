@@ -91,13 +91,7 @@ impl<D: Device + Clone> RankState<D> {
         let model = Model::new(&config.model, &layout, device.clone())?;
         let threads = config.cluster.threads_per_rank as usize;
         let micro_batch = config.batch.micro_batch_sequences as usize;
-        let engine = LaneEngine::new(
-            &model,
-            layout.flat_elements(),
-            threads,
-            micro_batch,
-            config.data.domains.len(),
-        )?;
+        let engine = LaneEngine::new(&model, layout.flat_elements(), threads, micro_batch)?;
         let weights = device.alloc(layout.flat_elements(), Precision::Working)?;
         let stream = device.stream()?;
         Ok(Self {

@@ -466,7 +466,7 @@ fn barrier<D: Device>(
 ) -> Result<BarrierOutcome, StepError> {
     let step = batch.step.completed();
     let _span = tracing::info_span!("barrier").entered();
-    let domain_count = state.config.data.domains.len();
+    let domain_count = batch.domain_count();
     let stats_bytes = LaneStats::encoded_bytes(domain_count);
     let mut mine = vec![
         u8::from(wishes.pause) | u8::from(wishes.checkpoint) << 1 | u8::from(wishes.busy) << 2,

@@ -3,12 +3,14 @@
 
 mod common;
 
-use common::{NoStore, Node, Outcome, Said, Wanted, agreed, config_with, member, meshes, plan, reports, run};
+use common::{ABSENT, NoStore, Node, Outcome, Said, Wanted, agreed, config_with, member, meshes, plan, reports, run};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tarazed_domain::config::Config;
 use tarazed_domain::{StepIndex, StepsCompleted};
-use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, SpikeBounds};
+use tarazed_protocol::data::decision::{
+    DataChange, Decision, DecisionAuthor, DecisionId, DecisionKind, DomainEdition, SpikeBounds,
+};
 use tarazed_protocol::data::stats::LaneStats;
 use tarazed_protocol::message::StepLine;
 
@@ -110,6 +112,66 @@ fn a_spike_is_skipped_by_everybody() {
     assert_eq!(saved(2), saved(4), "two steps that change nothing");
     assert_ne!(saved(4), saved(5));
     assert_ne!(skipping[1].state, skipping[2].state, "the count is part of the state");
+}
+
+/// A domain that comes, and another text of the second one.
+fn other_data(version: &str) -> DecisionKind {
+    let edition = |name: &str, domain, index| DomainEdition {
+        name: name.to_owned(),
+        domain,
+        index,
+        language: "en".to_owned(),
+        train_sequences: 40,
+        train_tokens: 1_000,
+    };
+    let second = config_with(&OPEN).data.domains[1].name.clone();
+    DecisionKind::Data(DataChange {
+        version: version.to_owned(),
+        domains: vec![edition("late", 2, 0), edition(&second, 1, 1)],
+        weights: vec![1.0; 3],
+    })
+}
+
+/// DATA-1, DATA-2, DET-1: data that change do so at one step in every world, with statistics of the new domain from there on.
+#[test]
+fn other_data_come_at_one_step_everywhere() {
+    let config = config_with(&[&OPEN[..], &["evaluation.interval_steps=2"]].concat());
+    let plain = everywhere(&config, 6, &[]);
+    let changed = everywhere(&config, 6, &[decision(1, 3, other_data(&"0a".repeat(32)))]);
+    assert_eq!(plain[..3], changed[..3]);
+    for (index, (a, b)) in plain.iter().zip(&changed).enumerate().skip(3) {
+        assert_ne!((&a.data, &a.state), (&b.data, &b.state), "step {index}");
+        let stats = LaneStats::decode(&b.stats, 3).expect("three domains");
+        assert!(stats.train()[2].tokens > 0, "step {index} trains on it");
+        assert_eq!(
+            stats.heldout()[2].tokens > 0,
+            b.step.0 % 2 == 0,
+            "and is measured by it"
+        );
+    }
+}
+
+/// A rank that must feed what it cannot open stops there, by name, and needs nothing of it before.
+#[test]
+fn a_data_set_that_is_not_there_is_named_at_its_step() {
+    let config = config_with(&OPEN);
+    let wanted = Wanted {
+        generation: 1,
+        members: vec![member(0)],
+        replicas: 1,
+        last_step: 6,
+        ..Wanted::default()
+    };
+    let mut plan = plan(&wanted, &BTreeMap::new());
+    plan.decisions = vec![decision(1, 4, other_data(ABSENT))];
+    plan.decided = StepsCompleted(100);
+    let mut nodes = vec![Node::of(0, &config)];
+    let outcome = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore).remove(0);
+    let error = outcome.ended.as_ref().expect_err("it cannot go on");
+    assert!(error.is_own_fault());
+    let text = error.to_string();
+    assert!(text.contains("step 4") && text.contains(ABSENT), "{text}");
+    assert!(outcome.lines().all(|line| line.step.0 <= 4));
 }
 
 /// Lines of a run in which one rank dies at this exchange of a generation that a newcomer has joined, and whether it came to

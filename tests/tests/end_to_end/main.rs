@@ -15,6 +15,7 @@ mod damage;
 mod double_loss;
 mod eval;
 mod kills;
+mod live_data;
 mod restart_limit;
 mod resume;
 mod status;

@@ -58,6 +58,11 @@ impl Accounts {
         Self { owed: vec![0; domains] }
     }
 
+    /// One more domain, to which nothing is owed.
+    pub fn open(&mut self) {
+        self.owed.push(0);
+    }
+
     /// Sequences of each domain in the next batch.
     pub fn pay(&mut self, mixture: &Mixture, sequences: u32) -> Vec<u32> {
         let mut paid = vec![0_i64; self.owed.len()];

@@ -21,6 +21,7 @@ const CHUNK_BYTES: u64 = 256 * 1024;
 pub struct Domain {
     pub name: String,
     pub train_sequences: u64,
+    pub train_tokens: u64,
     pub held_out_sequences: u64,
 }
 
@@ -93,10 +94,12 @@ impl DataSet {
         for domain in json.get("domains")?.list()? {
             let name = domain.get("name")?.text()?.to_owned();
             set.files.push(file(domain.get("documents")?)?);
-            let mut sequences = [0; 2];
-            for (split, count) in ["train", "held_out"].into_iter().zip(&mut sequences) {
+            let (mut sequences, mut split_tokens) = ([0; 2], [0; 2]);
+            let counts = sequences.iter_mut().zip(&mut split_tokens);
+            for (split, (count, stated)) in ["train", "held_out"].into_iter().zip(counts) {
                 let part = domain.get(split)?;
                 let tokens = part.get("tokens")?.count()?;
+                *stated = tokens;
                 *count = tokens.saturating_sub(1) / context;
                 for shard in part.get("shards")?.list()? {
                     let (name, bytes, header) = file(shard)?;
@@ -113,10 +116,16 @@ impl DataSet {
             set.domains.push(Domain {
                 name,
                 train_sequences: sequences[0],
+                train_tokens: split_tokens[0],
                 held_out_sequences: sequences[1],
             });
         }
         Ok(set)
+    }
+
+    /// BLAKE3 of the tokenizer's file.
+    pub fn tokenizer(&self) -> [u8; 32] {
+        self.files[0].2 // the first that `load` puts there
     }
 
     /// Reads every file it names, and reports what is not as it says.

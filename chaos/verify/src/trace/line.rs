@@ -20,6 +20,37 @@ pub struct Decision {
     pub weights: Option<Vec<f64>>,
     /// The decision that it takes back.
     pub veto: Option<u64>,
+    /// Data that enter.
+    pub change: Option<Change>,
+}
+
+/// Domains of one data set that enter the run.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Change {
+    /// As `data.json` prints it.
+    pub version: String,
+    pub editions: Vec<Edition>,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Edition {
+    pub name: String,
+    /// Its place in the run.
+    pub domain: u16,
+    /// Its place in the data set.
+    pub index: u16,
+    pub train_sequences: u64,
+    pub train_tokens: u64,
+    /// Not of the line: what the data set holds, once it is looked up.
+    pub held_out_sequences: u64,
+}
+
+/// What a kind of decision does to the order of samples.
+#[derive(Default, PartialEq, Debug)]
+struct Effect {
+    weights: Option<Vec<f64>>,
+    veto: Option<u64>,
+    change: Option<Change>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -197,18 +228,18 @@ fn decision(json: &Json) -> Result<Decision, String> {
         [(who, name)] if who == "controller" || who == "person" => name.text()?,
         _ => return Err("it is neither a controller's nor a person's".into()),
     };
-    let (weights, veto) = effect(kind)?;
+    let effect = effect(kind)?;
     Ok(Decision {
         id: id.count()?,
         line: line.count()?,
         effective: effective.count()?,
-        weights,
-        veto,
+        weights: effect.weights,
+        veto: effect.veto,
+        change: effect.change,
     })
 }
 
-/// What a kind of decision does to mixtures: weights that it sets, and the decision that it takes back.
-fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
+fn effect(kind: &Json) -> Result<Effect, String> {
     let floats = |json: &Json| {
         json.list()?
             .iter()
@@ -217,7 +248,7 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
     };
     if let Json::Text(name) = kind {
         return match name.as_str() {
-            "pin" | "release" | "decay" | "stop" => Ok((None, None)),
+            "pin" | "release" | "decay" | "stop" => Ok(Effect::default()),
             other => Err(format!("'{other}' is no decision")),
         };
     }
@@ -225,17 +256,35 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
         return Err("a decision is of one kind".into());
     };
     match name.as_str() {
-        "mixture" => Ok((Some(floats(body.exactly(["weights"])?[0])?), None)),
-        "advice" => floats(body.exactly(["weights"])?[0]).map(|_| (None, None)),
-        "veto" => Ok((None, Some(body.exactly(["decision"])?[0].count()?))),
-        "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| (None, None)),
+        "mixture" => Ok(Effect {
+            weights: Some(floats(body.exactly(["weights"])?[0])?),
+            ..Effect::default()
+        }),
+        "advice" => floats(body.exactly(["weights"])?[0]).map(|_| Effect::default()),
+        "veto" => Ok(Effect {
+            veto: Some(body.exactly(["decision"])?[0].count()?),
+            ..Effect::default()
+        }),
+        "data" => {
+            let [version, editions, weights] = body.exactly(["version", "domains", "weights"])?;
+            let change = Change {
+                version: crate::json::to_hex(&version.hex::<32>()?),
+                editions: editions.list()?.iter().map(edition).collect::<Result<_, _>>()?,
+            };
+            Ok(Effect {
+                weights: Some(floats(weights)?),
+                veto: None,
+                change: Some(change),
+            })
+        }
+        "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| Effect::default()),
         "spike_bounds" => {
             let [expected, residual, norm] = body.exactly(["expected", "residual_loss", "grad_norm"])?;
             let known = expected.list()?.iter().filter(|loss| **loss != Json::Null);
             known
                 .chain([residual, norm])
                 .try_for_each(|bound| bound.float().map(|_| ()))?;
-            Ok((None, None))
+            Ok(Effect::default())
         }
         "rollback" => {
             let [to, discarded] = body.exactly(["to", "discarded"])?;
@@ -244,10 +293,27 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
                 let [first, count] = samples.exactly(["first", "count"])?;
                 first.count().and(count.count())?;
             }
-            Ok((None, None))
+            Ok(Effect::default())
         }
         other => Err(format!("'{other}' is no decision")),
     }
+}
+
+fn edition(json: &Json) -> Result<Edition, String> {
+    let [name, domain, index, language, sequences, tokens] =
+        json.exactly(["name", "domain", "index", "language", "train_sequences", "train_tokens"])?;
+    let place = |json: &Json| u16::try_from(json.count()?).map_err(|_| "a place beyond all domains".to_owned());
+    if !matches!(language.text()?, "en" | "zh" | "code") {
+        return Err("a language that is none".into());
+    }
+    Ok(Edition {
+        name: name.text()?.to_owned(),
+        domain: place(domain)?,
+        index: place(index)?,
+        train_sequences: sequences.count()?,
+        train_tokens: tokens.count()?,
+        held_out_sequences: 0,
+    })
 }
 
 #[cfg(test)]
@@ -286,6 +352,31 @@ pub mod tests {
         assert!(line.heldout.unwrap()[0].1.loss.is_nan());
         assert_eq!(line.decisions[0].weights, Some(vec![1.0, 0.0]));
         assert_eq!(line.decisions[1].weights, None);
+    }
+
+    #[test]
+    fn a_change_of_the_data_is_read_whole() {
+        let version = "0b".repeat(32);
+        let good = format!(
+            r#"{{"data":{{"version":"{version}","domains":[{{"name":"c","domain":2,"index":1,"language":"en","train_sequences":9,"train_tokens":150}}],"weights":[1.0,2.0,3.0]}}}}"#
+        );
+        let read = |text: &str| effect(&Json::parse(text.as_bytes()).unwrap());
+        let effect = read(&good).unwrap();
+        let change = effect.change.unwrap();
+        assert_eq!((effect.weights, change.version), (Some(vec![1.0, 2.0, 3.0]), version));
+        assert_eq!((change.editions[0].domain, change.editions[0].index), (2, 1));
+        for (from, to) in [
+            ("\"en\"", "\"la\""),
+            (":2,", ":65536,"),
+            ("0b0b", "0b0"),
+            ("\"name\"", "\"nom\""),
+            (",\"weights\":[1.0,2.0,3.0]", ""),
+        ] {
+            assert!(
+                good.contains(from) && read(&good.replacen(from, to, 1)).is_err(),
+                "{from}"
+            );
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! - Every line's `data`, recomputed from seed, domains, mixture and the decisions of the lines before it (DATA-2); so the
 //!   step trained on those samples and no others.
 //! - Every sample of every epoch marked: none twice, none left out (DATA-1).
-//! - The data set itself, from the tokens' chunks up to the version that stands in `data`.
+//! - Every change of the data: that its data set lies in the run folder and is what the decision says.
+//! - The data sets themselves, from the tokens' chunks up to the version that stands in `data`.
 //! - Two traces: byte for byte the same on the steps that both hold (LOOP-1, DET-1).
 //!
 //! What it does not do: it computes no loss, no learning rate and no decision; whether those are right, it cannot say. It
@@ -13,6 +14,7 @@
 mod batch;
 mod config;
 mod data;
+mod later;
 mod line;
 mod order;
 mod walk;
@@ -20,7 +22,8 @@ mod walk;
 use crate::json::to_hex;
 use crate::report::{Findings, Unusable};
 use config::Config;
-use data::{DataSet, Domain};
+use data::DataSet;
+use later::Later;
 use line::{DomainLoss, Line};
 use serde_json::json;
 use std::fs::File;
@@ -183,7 +186,7 @@ fn verify_run(run_dir: &Path) -> Result<RunReport, Unusable> {
     let mut check = TraceCheck {
         walk: Walk::new(&config, &set.domains, set.version)?,
         config: &config,
-        domains: &set.domains,
+        later: Later::new(run_dir.join("data"), config.context, set.tokenizer()),
         findings: &mut findings,
     };
     let mut lines = Lines::open(run_dir)?;
@@ -204,6 +207,7 @@ fn verify_run(run_dir: &Path) -> Result<RunReport, Unusable> {
         return Err(Unusable(format!("{}: no line", lines.path.display())));
     }
     let usage = check.walk.usage();
+    let data_bytes = data_bytes + check.later.hashed;
     Ok(RunReport {
         run_dir: run_dir.to_owned(),
         findings,
@@ -244,7 +248,7 @@ fn name(number: u64) -> String {
 /// Checks line after line.
 struct TraceCheck<'a> {
     config: &'a Config,
-    domains: &'a [Domain],
+    later: Later,
     walk: Walk,
     findings: &'a mut Findings,
 }
@@ -253,7 +257,7 @@ impl TraceCheck<'_> {
     /// One line; `false` if nothing behind it can be checked.
     fn line(&mut self, number: u64, bytes: &[u8]) -> bool {
         let due = self.walk.next_line();
-        let line = match Line::parse(bytes) {
+        let mut line = match Line::parse(bytes) {
             Ok(line) => line,
             Err(why) => {
                 self.findings.add(name(number), why);
@@ -302,6 +306,15 @@ impl TraceCheck<'_> {
         for problem in self.against_plan(&line, &shares, &plan.counts) {
             self.findings.add(name(number), problem);
         }
+        for change in line
+            .decisions
+            .iter_mut()
+            .filter_map(|decision| decision.change.as_mut())
+        {
+            if let Err(why) = self.later.look_up(change, self.findings) {
+                self.findings.add(name(number), why);
+            }
+        }
         if let Err(why) = self.walk.decide(self.config, line.step, &line.decisions) {
             self.findings.add(name(number), why);
         }
@@ -343,7 +356,7 @@ impl TraceCheck<'_> {
     /// Mixture, training tokens and held-out tokens, by domain, against what the step must have had.
     fn against_plan(&self, line: &Line, shares: &[f64], counts: &[u32]) -> Vec<String> {
         let mut problems = Vec::new();
-        let names = self.domains.iter().map(|domain| domain.name.as_str());
+        let names = self.walk.held_out().map(|(name, _)| name);
         let mixture = line
             .mixture
             .iter()
@@ -361,11 +374,8 @@ impl TraceCheck<'_> {
             .zip(counts.iter().map(|count| trained(u64::from(*count))))
             .collect();
         problems.extend(tokens_differ("training", &line.domains, due));
-        let evaluated = self
-            .domains
-            .iter()
-            .map(|domain| domain.held_out_sequences.min(self.config.held_out_sequences_max));
-        let due: Vec<(&str, u64)> = names.zip(evaluated.map(trained)).collect();
+        let evaluated = |(name, held_out): (_, u64)| (name, trained(held_out.min(self.config.held_out_sequences_max)));
+        let due: Vec<(&str, u64)> = self.walk.held_out().map(evaluated).collect();
         let any = due.iter().any(|(_, tokens)| *tokens > 0);
         match (&line.heldout, self.config.is_evaluation(line.step) && any) {
             (Some(heldout), true) => problems.extend(tokens_differ("held-out", heldout, due)),
@@ -420,7 +430,7 @@ mod tests {
         let mut check = TraceCheck {
             walk: Walk::new(&config, &domains, [1; 32]).unwrap(),
             config: &config,
-            domains: &domains,
+            later: Later::new(PathBuf::new(), 16, [0; 32]),
             findings: &mut findings,
         };
         for (number, line) in (1..).zip(lines) {

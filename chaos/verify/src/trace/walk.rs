@@ -6,14 +6,16 @@
 use super::batch::{Accounts, Mixture, places};
 use super::config::Config;
 use super::data::Domain;
-use super::line::Decision;
+use super::line::{Change, Decision};
 use super::order::{EpochOrder, batch_turn};
 use crate::report::{Findings, Unusable};
 use std::collections::{BTreeMap, BTreeSet};
 
+const CHANGE_CONTEXT: &str = "tarazed data change v1";
 const DATA_CONTEXT: &str = "tarazed step data v1";
 /// Memory for the marks of all domains: eight thousand million samples.
 const MARKS_BYTES_MAX: u64 = 1 << 30;
+const DOMAINS_MAX: usize = 256;
 
 /// What the recipe gives for one step.
 pub struct Plan {
@@ -26,7 +28,10 @@ pub struct Plan {
 /// One domain's samples so far.
 struct Stream {
     name: String,
+    /// What keys the order of its samples.
+    key: String,
     samples: u64,
+    held_out_sequences: u64,
     drawn: u64,
     order: EpochOrder,
     epoch: u32,
@@ -57,6 +62,15 @@ pub struct Walk {
     consumed: u64,
     data_version: [u8; 32],
     streams: Vec<Stream>,
+    /// What was told of texts that were replaced since.
+    ended: Vec<Usage>,
+    /// Changes of the data to come, by the first step (from 0) of each.
+    changes: BTreeMap<u64, Change>,
+    /// Names of all domains that are decided, and how many there are from which step on.
+    names: Vec<String>,
+    domain_counts: BTreeMap<u64, usize>,
+    /// Decisions that change the data: they stand.
+    lasting: BTreeSet<u64>,
     accounts: Accounts,
     /// Mixtures by the first step (from 0) that each is in force at.
     mixtures: BTreeMap<u64, Setting>,
@@ -94,17 +108,9 @@ impl Walk {
         }
         let weights: Vec<f64> = config.domains.iter().map(|(_, weight)| *weight).collect();
         let first = Mixture::new(&weights, weights.len()).map_err(|why| Unusable(format!("config.toml has {why}")))?;
-        let stream = |domain: &Domain| Stream {
-            name: domain.name.clone(),
-            samples: domain.train_sequences,
-            drawn: 0,
-            order: EpochOrder::new(config.seed, &domain.name, 0, domain.train_sequences),
-            epoch: 0,
-            marks: vec![0; domain.train_sequences.div_ceil(64) as usize],
-            marked: 0,
-            unproved: 0,
-            proved_in_all: 0,
-            whole_epochs: 0,
+        let stream = |domain: &Domain| {
+            let (name, samples) = (&domain.name, domain.train_sequences);
+            Stream::new(config.seed, name, name.clone(), samples, domain.held_out_sequences)
         };
         Ok(Self {
             seed: config.seed,
@@ -112,6 +118,11 @@ impl Walk {
             consumed: 0,
             data_version,
             streams: domains.iter().map(stream).collect(),
+            ended: Vec::new(),
+            changes: BTreeMap::new(),
+            names: domains.iter().map(|domain| domain.name.clone()).collect(),
+            domain_counts: BTreeMap::from([(0, domains.len())]),
+            lasting: BTreeSet::new(),
             accounts: Accounts::new(domains.len()),
             mixtures: BTreeMap::from([(
                 0,
@@ -147,8 +158,98 @@ impl Walk {
         samples.saturating_mul(config.context)
     }
 
+    /// Names of the domains that the last planned step could train on, and what each holds out.
+    pub fn held_out(&self) -> impl Iterator<Item = (&str, u64)> + Clone {
+        let streams = self.streams.iter();
+        streams.map(|stream| (stream.name.as_str(), stream.held_out_sequences))
+    }
+
+    /// The data change with the next step, if they do: a new domain begins with nothing drawn and nothing owed; a new text
+    /// begins at its first sample and takes over what its domain is owed; what is held out stays.
+    fn change(&mut self) {
+        let Some(change) = self.changes.remove(&self.next_step) else {
+            return;
+        };
+        let mut hasher = blake3::Hasher::new_derive_key(CHANGE_CONTEXT);
+        hasher.update(&self.data_version).update(change.version.as_bytes());
+        for edition in change.editions {
+            hasher.update(&edition.domain.to_le_bytes());
+            hasher.update(&edition.index.to_le_bytes());
+            let key = format!("{}@{}", edition.name, change.version);
+            let (samples, held_out) = (edition.train_sequences, edition.held_out_sequences);
+            let mut stream = Stream::new(self.seed, &edition.name, key, samples, held_out);
+            match self.streams.get_mut(usize::from(edition.domain)) {
+                Some(old) => {
+                    stream.held_out_sequences = old.held_out_sequences;
+                    let mut usage = old.usage();
+                    usage.name = format!("{}, replaced at step {}", usage.name, self.next_step);
+                    self.ended.push(usage);
+                    *old = stream;
+                }
+                None => {
+                    self.streams.push(stream);
+                    self.accounts.open();
+                }
+            }
+        }
+        self.data_version = *hasher.finalize().as_bytes();
+    }
+
+    /// Domains that a step can train on, by all that is decided.
+    fn domains_at(&self, step: u64) -> usize {
+        let newest = self.domain_counts.range(..=step).next_back();
+        newest.map_or(0, |(_, count)| *count) // the first holds from step 0
+    }
+
+    /// Takes over a change of the data from step `from` on.
+    fn announce(&mut self, id: u64, from: u64, change: &Change) -> Result<(), String> {
+        let newest = self.mixtures.keys().next_back().copied();
+        if let Some(later) = newest.filter(|later| *later >= from && *later > 0) {
+            return Err(format!(
+                "it changes the data before step {later}, whose mixture is decided already"
+            ));
+        }
+        if change.editions.is_empty() {
+            return Err("it brings no domain".into());
+        }
+        let before = self.names.len();
+        let mut names = self.names.clone();
+        let mut replaced = BTreeSet::new();
+        for edition in &change.editions {
+            let at = usize::from(edition.domain);
+            let fits = match names.get(at) {
+                Some(name) => at < before && *name == edition.name && replaced.insert(at),
+                None => at == names.len() && at < DOMAINS_MAX && !names.contains(&edition.name),
+            };
+            if !fits || edition.name.is_empty() || edition.train_sequences == 0 {
+                return Err(format!("'{}' cannot be domain {at}", edition.name));
+            }
+            if at == names.len() {
+                names.push(edition.name.clone());
+            }
+        }
+        let marks = self.streams.iter().map(|stream| stream.samples / 8 + 8);
+        let marks = change
+            .editions
+            .iter()
+            .map(|edition| edition.train_sequences / 8 + 8)
+            .chain(marks)
+            .fold(0_u64, u64::saturating_add);
+        if marks > MARKS_BYTES_MAX {
+            return Err(format!(
+                "marking each sample takes {marks} bytes, above the limit of {MARKS_BYTES_MAX}"
+            ));
+        }
+        self.domain_counts.insert(from, names.len());
+        self.names = names;
+        self.lasting.insert(id);
+        self.changes.insert(from, change.clone());
+        Ok(())
+    }
+
     /// What the next step trains on. Moves on to the step behind it.
     pub fn plan(&mut self, findings: &mut Findings) -> Plan {
+        self.change();
         let mixture = self.mixture().clone();
         let sequences = self.config.sequences(self.consumed);
         self.consumed += u64::from(sequences);
@@ -200,8 +301,13 @@ impl Walk {
                 ));
             }
             self.last_decision = decision.id;
+            if let Some(change) = &decision.change
+                && let Err(why) = self.announce(decision.id, decision.effective, change)
+            {
+                return refuse(why);
+            }
             if let Some(weights) = &decision.weights {
-                let mixture = match Mixture::new(weights, self.streams.len()) {
+                let mixture = match Mixture::new(weights, self.domains_at(decision.effective)) {
                     Ok(mixture) => mixture,
                     Err(why) => return refuse(format!("it has {why}")),
                 };
@@ -226,6 +332,9 @@ impl Walk {
         if !self.vetoed.insert(which) {
             return Err(format!("decision {which} is vetoed already"));
         }
+        if self.lasting.contains(&which) {
+            return Err(format!("decision {which} changes the data, which cannot be taken back"));
+        }
         let found = self.mixtures.iter().find(|(_, setting)| setting.by == Some(which));
         let Some(step) = found.map(|(step, _)| *step) else {
             return Ok(());
@@ -244,22 +353,42 @@ impl Walk {
         Ok(())
     }
 
+    /// Of every text, those that were replaced first.
     pub fn usage(&self) -> Vec<Usage> {
-        let of = |stream: &Stream| {
-            let whole = stream.marked == stream.samples;
-            Usage {
-                name: stream.name.clone(),
-                samples_per_epoch: stream.samples,
-                samples: stream.proved_in_all,
-                whole_epochs: stream.whole_epochs + u64::from(whole),
-                of_last_epoch: if whole { 0 } else { stream.marked },
-            }
-        };
-        self.streams.iter().map(of).collect()
+        let present = self.streams.iter().map(Stream::usage);
+        self.ended.iter().cloned().chain(present).collect()
     }
 }
 
 impl Stream {
+    fn new(seed: u64, name: &str, key: String, samples: u64, held_out_sequences: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            order: EpochOrder::new(seed, &key, 0, samples),
+            key,
+            samples,
+            held_out_sequences,
+            drawn: 0,
+            epoch: 0,
+            marks: vec![0; samples.div_ceil(64) as usize],
+            marked: 0,
+            unproved: 0,
+            proved_in_all: 0,
+            whole_epochs: 0,
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        let whole = self.marked == self.samples;
+        Usage {
+            name: self.name.clone(),
+            samples_per_epoch: self.samples,
+            samples: self.proved_in_all,
+            whole_epochs: self.whole_epochs + u64::from(whole),
+            of_last_epoch: if whole { 0 } else { self.marked },
+        }
+    }
+
     fn draw(&mut self, seed: u64, findings: &mut Findings) -> (u32, u64) {
         let (epoch, place) = (self.drawn / self.samples, self.drawn % self.samples);
         self.drawn += 1;
@@ -268,7 +397,7 @@ impl Stream {
             u32::MAX
         });
         if place == 0 && self.drawn > 1 {
-            self.order = EpochOrder::new(seed, &self.name, epoch, self.samples);
+            self.order = EpochOrder::new(seed, &self.key, epoch, self.samples);
         }
         (epoch, self.order.sample(place))
     }
@@ -332,6 +461,7 @@ pub mod tests {
         let domain = |name: &str, train_sequences| Domain {
             name: name.into(),
             train_sequences,
+            train_tokens: train_sequences * 16 + 1,
             held_out_sequences: 0,
         };
         vec![domain("a", 10), domain("b", 7)]
@@ -391,6 +521,7 @@ pub mod tests {
             effective,
             weights: Some(weights.to_vec()),
             veto: None,
+            change: None,
         };
         let (mut walk, mut findings) = (walk(), Findings::default());
         let config = config();
@@ -425,6 +556,7 @@ pub mod tests {
             effective: line + 2,
             weights: Some(weights.to_vec()),
             veto: None,
+            change: None,
         };
         let vetoes = |id, line, which| Decision {
             id,
@@ -432,6 +564,7 @@ pub mod tests {
             effective: line + 2,
             weights: None,
             veto: Some(which),
+            change: None,
         };
         let (mut walk, mut findings) = (walk(), Findings::default());
         let config = config();
@@ -446,6 +579,118 @@ pub mod tests {
         assert!(late.contains("not in force any more"), "{late}");
         let twice = walk.decide(&config, 20, &[vetoes(6, 20, 1)]).unwrap_err();
         assert!(twice.contains("vetoed already"), "{twice}");
+    }
+
+    fn edition(name: &str, domain: u16, train_sequences: u64, held_out_sequences: u64) -> super::super::line::Edition {
+        super::super::line::Edition {
+            name: name.into(),
+            domain,
+            index: 0,
+            train_sequences,
+            train_tokens: train_sequences * 16 + 1,
+            held_out_sequences,
+        }
+    }
+
+    fn changes(
+        id: u64,
+        line: u64,
+        effective: u64,
+        editions: Vec<super::super::line::Edition>,
+        weights: &[f64],
+    ) -> Decision {
+        Decision {
+            id,
+            line,
+            effective,
+            weights: Some(weights.to_vec()),
+            veto: None,
+            change: Some(Change {
+                version: "0a".repeat(32),
+                editions,
+            }),
+        }
+    }
+
+    #[test]
+    fn new_text_begins_at_its_first_sample_and_the_rest_goes_on() {
+        let (mut walk, mut findings) = (walk(), Findings::default());
+        let (mut plain, config) = (self::walk(), config());
+        let both = vec![edition("b", 1, 5, 9), edition("c", 2, 6, 3)];
+        walk.decide(&config, 4, &[changes(1, 4, 8, both, &[2.0, 1.0, 1.0])])
+            .unwrap();
+        let mut drawn: Vec<Vec<(u32, u64)>> = vec![Vec::new(); 3];
+        let mut of_a = Vec::new();
+        for step in 0..60 {
+            let (plan, other) = (walk.plan(&mut findings), plain.plan(&mut findings));
+            assert_eq!(plan.data == other.data, step < 8, "step {step}");
+            assert_eq!(plan.counts.len(), if step < 8 { 2 } else { 3 });
+            walk.settle(&plan, true, &mut findings);
+            for (domain, epoch, sample) in &plan.samples {
+                if *domain == 0 || step >= 8 {
+                    drawn[usize::from(*domain)].push((*epoch, *sample));
+                }
+            }
+            let a = other.samples.iter().filter(|(domain, ..)| *domain == 0);
+            of_a.extend(a.map(|(_, epoch, sample)| (*epoch, *sample)));
+        }
+        assert_eq!(findings.count(), 0, "{findings}");
+        assert_eq!(drawn[0], of_a[..drawn[0].len()]);
+        for (domain, samples) in [(1, 5), (2, 6)] {
+            let mut first: Vec<(u32, u64)> = drawn[domain][..samples as usize].to_vec();
+            first.sort_unstable();
+            assert!(first.into_iter().eq((0..samples).map(|sample| (0, sample))));
+        }
+        let held_out: Vec<(&str, u64)> = walk.held_out().collect();
+        assert_eq!(held_out, [("a", 0), ("b", 0), ("c", 3)], "what is held out of b stays");
+        let usage = walk.usage();
+        assert_eq!((usage.len(), usage[0].name.as_str()), (4, "b, replaced at step 8"));
+        assert_eq!(usage.iter().map(|usage| usage.samples).sum::<u64>(), 240);
+    }
+
+    #[test]
+    fn changes_of_the_data_keep_the_rules() {
+        let config = config();
+        let refused = |decision: Decision, part: &str| {
+            let said = walk().decide(&config, 4, &[decision]).unwrap_err();
+            assert!(said.contains(part), "{said}");
+        };
+        let of = |editions, weights: &[f64]| changes(1, 4, 8, editions, weights);
+        refused(of(vec![edition("c", 2, 6, 0)], &[1.0; 2]), "2 weights for 3 domains");
+        refused(of(vec![edition("c", 3, 6, 0)], &[1.0; 4]), "cannot be domain 3");
+        refused(of(vec![edition("a", 2, 6, 0)], &[1.0; 3]), "cannot be domain 2");
+        refused(of(vec![edition("c", 1, 6, 0)], &[1.0; 2]), "cannot be domain 1");
+        refused(
+            of(vec![edition("b", 1, 6, 0), edition("b", 1, 6, 0)], &[1.0; 2]),
+            "cannot be domain 1",
+        );
+        refused(of(vec![edition("c", 2, 0, 0)], &[1.0; 3]), "cannot be domain 2");
+        refused(of(vec![edition("c", 2, 1 << 40, 0)], &[1.0; 3]), "above the limit");
+        refused(of(vec![], &[1.0; 2]), "brings no domain");
+        let mut walk = walk();
+        walk.decide(&config, 4, &[of(vec![edition("c", 2, 6, 0)], &[1.0; 3])])
+            .unwrap();
+        let veto = |which| Decision {
+            id: 2,
+            line: 8,
+            effective: 20,
+            weights: None,
+            veto: Some(which),
+            change: None,
+        };
+        assert!(
+            walk.decide(&config, 8, &[veto(1)])
+                .unwrap_err()
+                .contains("cannot be taken back")
+        );
+        let earlier = changes(3, 12, 14, vec![edition("d", 3, 6, 0)], &[1.0; 4]);
+        walk.decide(&config, 12, &[earlier]).unwrap();
+        let before = changes(4, 12, 14, vec![edition("e", 4, 6, 0)], &[1.0; 5]);
+        assert!(
+            walk.decide(&config, 12, &[before])
+                .unwrap_err()
+                .contains("decided already")
+        );
     }
 
     #[test]

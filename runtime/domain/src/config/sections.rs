@@ -448,6 +448,14 @@ impl Language {
             Self::Code => "code",
         }
     }
+
+    /// The language with this name; none where there is none.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::En, Self::Zh, Self::Code]
+            .into_iter()
+            .find(|language| language.name() == name)
+    }
 }
 
 /// `[evaluation]`: held-out loss, as part of a step and so of the trace.

@@ -59,6 +59,11 @@ impl Carry {
         Self(vec![0; domain_count])
     }
 
+    /// So many domains from now on; nothing is owed to a new one.
+    pub fn grow(&mut self, domain_count: usize) {
+        self.0.resize(domain_count.max(self.0.len()), 0);
+    }
+
     /// In sequences, for reports and checks.
     #[must_use]
     pub fn in_sequences(&self) -> Vec<f64> {

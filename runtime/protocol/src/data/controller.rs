@@ -35,7 +35,9 @@ pub use guards::{EPOCHS_MAX, LN_CHANGE_MAX, PRIOR_SHARE, SPIKE_FREEZE_LINES, WEI
 pub use stages::Begins;
 
 use super::course::Course;
-use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, DecisionSchedule, check_weights};
+use super::decision::{
+    DataChange, Decision, DecisionAuthor, DecisionId, DecisionKind, DecisionSchedule, check_weights,
+};
 use super::signals::Signals;
 use super::{DomainFacts, LoopConfig};
 use crate::trace::TraceLine;
@@ -241,7 +243,7 @@ impl Ate {
     /// # Errors
     /// A [`RequestError`] saying why it cannot be granted: it contradicts the config, what is decided, or a request that
     /// waits already.
-    pub fn request(&mut self, request: Request) -> Result<(StepsCompleted, StepIndex), RequestError> {
+    pub fn request(&mut self, mut request: Request) -> Result<(StepsCompleted, StepIndex), RequestError> {
         let Some(line) = self.schedule.next_point(self.last_line) else {
             return Err(RequestError(
                 "this run has no decision points, so nothing can be decided in it; \
@@ -273,10 +275,57 @@ impl Ate {
             let _ = course.adopt(&self.grant(line, DecisionId(id), waiting.clone()));
         }
         let id = DecisionId(self.next_id + self.requests.len() as u64);
+        let effective = self.grant(line, id, request.clone()).effective;
+        if let DecisionKind::Mixture { weights } = &mut request.kind {
+            leave_out_later(weights, course.domains_at(effective));
+        }
         let granted = self.grant(line, id, request.clone());
         course.adopt(&granted).map_err(RequestError)?;
+        if let DecisionKind::Data(change) = &request.kind {
+            self.check_change(change)?;
+            let asked = request.not_before.unwrap_or_default();
+            if granted.effective != asked {
+                return Err(RequestError(format!(
+                    "the data cannot change at step {asked} any more: line {line} would hold it, and the first step that \
+                     this line can decide is {}; ask for that one or a later one",
+                    granted.effective
+                )));
+            }
+        }
         self.requests.push_back(request);
         Ok((line, granted.effective))
+    }
+
+    /// What of a change of the data the course does not know: who else decides on the mixture, and names.
+    fn check_change(&self, change: &DataChange) -> Result<(), RequestError> {
+        if self.controller.is_some() || !self.shadows.is_empty() {
+            return Err(RequestError(
+                "the data of a run change only where persons alone decide on the mixture: what mixture.controller and \
+                 mixture.shadow know of domains is that of the start (mixture.controller = \"static\" without shadows)"
+                    .into(),
+            ));
+        }
+        let mut names = self.names.clone();
+        for waiting in &self.requests {
+            take_names(&mut names, &waiting.kind);
+        }
+        for edition in &change.domains {
+            let at = usize::from(edition.domain);
+            match names.iter().position(|name| *name == edition.name) {
+                Some(found) if found != at => {
+                    return Err(RequestError(format!("'{}' is domain {found} already", edition.name)));
+                }
+                None if at < names.len() => {
+                    return Err(RequestError(format!(
+                        "domain {at} is '{}', not '{}'",
+                        names[at], edition.name
+                    )));
+                }
+                Some(_) => {}
+                None => names.push(edition.name.clone()),
+            }
+        }
+        Ok(())
     }
 
     /// The mixture that will be in force at `step` by what is decided so far, normalised, in domain order.
@@ -439,6 +488,7 @@ impl Ate {
         let stands = self.course.adopt(decision).is_ok();
         if stands {
             self.next_id = decision.id.0 + 1;
+            take_names(&mut self.names, &decision.kind);
         }
         stands
     }
@@ -514,6 +564,23 @@ fn persons_in(line: &TraceLine) -> Vec<Decision> {
         .filter(|decision| decision.by.is_person())
         .cloned()
         .collect()
+}
+
+/// Whoever asks for a mixture may give those domains nothing that come only after its step.
+fn leave_out_later(weights: &mut Vec<f64>, domain_count: usize) {
+    while weights.len() > domain_count && weights.last() == Some(&0.0) {
+        weights.pop();
+    }
+}
+
+/// Names of the domains that a decision brings.
+fn take_names(names: &mut Vec<String>, kind: &DecisionKind) {
+    let DecisionKind::Data(change) = kind else { return };
+    for edition in &change.domains {
+        if usize::from(edition.domain) == names.len() {
+            names.push(edition.name.clone());
+        }
+    }
 }
 
 fn normalised(weights: &[f64]) -> Vec<f64> {

@@ -5,12 +5,17 @@
 //!
 //! - **LOOP-2** A veto is a decision like any other. It acts from its own effective step on: a decision that has not acted
 //!   by then never does; one that has is followed by what was in force before it.
+//! - **DATA-2** A change of the data holds from its step on and cannot be taken back; it sets the mixture of that step, and
+//!   whatever is decided for a step speaks of the domains that this step can train on.
 //! - What contradicts is refused with the reason, never resolved in silence: two settings of one kind for one step, a veto
 //!   of what cannot be undone any more, a pin of what is pinned.
 
-use super::decision::{Decision, DecisionId, DecisionKind, SpikeBounds, check_weights};
+use super::decision::{DataChange, Decision, DecisionId, DecisionKind, DomainEdition, SpikeBounds, check_weights};
+use super::permutation::SEQUENCES_MAX;
 use super::stats::LossSum;
 use std::collections::BTreeSet;
+use tarazed_domain::config::Language;
+use tarazed_domain::limits::DOMAINS_MAX;
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Largest factor of a learning-rate decision, and one over the smallest.
@@ -133,13 +138,26 @@ impl Directives {
     }
 }
 
+/// A change of the data that is decided.
+#[derive(Clone, PartialEq, Debug)]
+struct Arrival {
+    from: StepIndex,
+    by: DecisionId,
+    /// Domains that can be trained on from then on.
+    domain_count: usize,
+    /// Those whose text it replaces.
+    replaced: Vec<usize>,
+}
+
 /// Everything in force, by step.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Course {
     domain_count: usize,
+    arrivals: Vec<Arrival>,
     mixtures: Settings<Vec<f64>>,
     rates: Settings<f64>,
-    bounds: Settings<Option<SpikeBounds>>,
+    /// With the line that they were decided on.
+    bounds: Settings<Option<(StepsCompleted, SpikeBounds)>>,
     decay: Option<(StepIndex, DecisionId)>,
     stop: Option<(StepIndex, DecisionId)>,
     rollbacks: Vec<(StepIndex, StepsCompleted, DecisionId)>,
@@ -153,6 +171,7 @@ impl Course {
     pub fn new(weights: Vec<f64>) -> Self {
         Self {
             domain_count: weights.len(),
+            arrivals: Vec::new(),
             mixtures: Settings::new(weights),
             rates: Settings::new(1.0),
             bounds: Settings::new(None),
@@ -171,10 +190,11 @@ impl Course {
     pub fn adopt(&mut self, decision: &Decision) -> Result<(), String> {
         match &decision.kind {
             DecisionKind::Mixture { weights } => {
-                check_weights(weights, self.domain_count)?;
+                check_weights(weights, self.domains_at(decision.effective))?;
                 self.mixtures.set(decision, weights.clone())
             }
-            DecisionKind::Advice { weights } => check_weights(weights, self.domain_count),
+            DecisionKind::Advice { weights } => check_weights(weights, self.domains_at(decision.effective)),
+            DecisionKind::Data(change) => self.arrive(decision, change),
             DecisionKind::Pin if self.pinned => Err("the mixture is pinned already".into()),
             DecisionKind::Pin => {
                 self.pinned = true;
@@ -198,8 +218,8 @@ impl Course {
                 self.rates.set(decision, *factor)
             }
             DecisionKind::SpikeBounds(bounds) => {
-                self.check_bounds(bounds)?;
-                self.bounds.set(decision, Some(bounds.clone()))
+                Self::check_bounds(bounds, self.domains_at(decision.effective))?;
+                self.bounds.set(decision, Some((decision.line, bounds.clone())))
             }
             DecisionKind::Decay => once(&mut self.decay, decision, "the decay begins"),
             DecisionKind::Stop => once(&mut self.stop, decision, "the run stops"),
@@ -211,12 +231,38 @@ impl Course {
         }
     }
 
-    fn check_bounds(&self, bounds: &SpikeBounds) -> Result<(), String> {
-        if bounds.expected.len() != self.domain_count {
+    fn arrive(&mut self, decision: &Decision, change: &DataChange) -> Result<(), String> {
+        let from = decision.effective;
+        // What is decided for a later step speaks of the domains as they were.
+        if let Some(later) = self
+            .mixtures
+            .0
+            .last()
+            .filter(|last| last.from >= from && last.from.0 > 0)
+        {
             return Err(format!(
-                "it expects something of {} domains, and there are {}",
+                "the mixture of step {} is decided already, and the data cannot change before it",
+                later.from
+            ));
+        }
+        let before = self.domain_count();
+        let (domain_count, replaced) = check_editions(change, before)?;
+        check_weights(&change.weights, domain_count)?;
+        self.mixtures.set(decision, change.weights.clone())?;
+        self.arrivals.push(Arrival {
+            from,
+            by: decision.id,
+            domain_count,
+            replaced,
+        });
+        Ok(())
+    }
+
+    fn check_bounds(bounds: &SpikeBounds, domains: usize) -> Result<(), String> {
+        if bounds.expected.len() != domains {
+            return Err(format!(
+                "it expects something of {} domains, and there are {domains}",
                 bounds.expected.len(),
-                self.domain_count
             ));
         }
         let mut numbers = bounds
@@ -237,10 +283,10 @@ impl Course {
                 decision.line
             ));
         }
-        if domains != self.domain_count {
+        let there = self.domains_at(decision.effective);
+        if domains != there {
             return Err(format!(
-                "it discards samples of {domains} domains, and there are {}",
-                self.domain_count
+                "it discards samples of {domains} domains, and there are {there}"
             ));
         }
         match self.rollbacks.last() {
@@ -254,6 +300,11 @@ impl Course {
     fn veto(&mut self, which: DecisionId, from: StepIndex) -> Result<(), String> {
         if self.vetoed.contains(&which) {
             return Err(format!("decision {which} is vetoed already"));
+        }
+        if self.arrivals.iter().any(|arrival| arrival.by == which) {
+            return Err(format!(
+                "decision {which} changes the data, which cannot be taken back; force a mixture without them instead"
+            ));
         }
         let settled = self
             .mixtures
@@ -276,6 +327,37 @@ impl Course {
         }
         self.rollbacks.remove(position);
         Some(Ok(()))
+    }
+
+    /// Domains that a step can train on.
+    #[must_use]
+    pub fn domains_at(&self, step: StepIndex) -> usize {
+        let after = self.arrivals.partition_point(|arrival| arrival.from <= step);
+        let newest = after.checked_sub(1).map(|newest| self.arrivals[newest].domain_count);
+        newest.unwrap_or(self.domain_count)
+    }
+
+    /// Domains by all that is decided.
+    #[must_use]
+    pub fn domain_count(&self) -> usize {
+        self.arrivals
+            .last()
+            .map_or(self.domain_count, |newest| newest.domain_count)
+    }
+
+    /// Spike bounds of a step. They expect nothing of text that was not there yet when they were decided.
+    fn bounds_at(&self, step: StepIndex) -> Option<SpikeBounds> {
+        let (line, mut bounds) = self.bounds.at(step).value.clone()?;
+        bounds.expected.resize(self.domains_at(step), None);
+        // The newest step that a line knows of is the one before its number.
+        let unseen = |arrival: &&Arrival| arrival.from <= step && line.0 <= arrival.from.0;
+        for arrival in self.arrivals.iter().filter(unseen) {
+            arrival
+                .replaced
+                .iter()
+                .for_each(|domain| bounds.expected[*domain] = None);
+        }
+        Some(bounds)
     }
 
     /// The mixture in force at a step, as decided, not normalised; in domain order.
@@ -327,10 +409,53 @@ impl Course {
         Directives {
             rate_factor: self.rates.at(step).value,
             decay_from: self.decay(),
-            bounds: self.bounds.at(step).value.clone(),
+            bounds: self.bounds_at(step),
             rollback_to: self.rollbacks().find(|(at, _)| *at == step).map(|(_, to)| to),
         }
     }
+}
+
+/// Whether a change of the data fits a run of so many domains: how many there are then, and which are replaced.
+fn check_editions(change: &DataChange, before: usize) -> Result<(usize, Vec<usize>), String> {
+    if !change.names_hash() {
+        return Err(format!("'{}' is no version of a data set", change.version));
+    }
+    if change.domains.is_empty() {
+        return Err("it brings no domain".into());
+    }
+    let (mut domain_count, mut replaced) = (before, Vec::new());
+    for edition in &change.domains {
+        let at = usize::from(edition.domain);
+        if at < before && !replaced.contains(&at) {
+            replaced.push(at);
+        } else if at == domain_count && at < DOMAINS_MAX {
+            domain_count += 1;
+        } else {
+            return Err(format!(
+                "'{}' cannot be domain {at} of {domain_count}, of at most {DOMAINS_MAX}",
+                edition.name
+            ));
+        }
+        check_edition(edition)?;
+    }
+    Ok((domain_count, replaced))
+}
+
+fn check_edition(edition: &DomainEdition) -> Result<(), String> {
+    let name = &edition.name;
+    if name.is_empty() {
+        return Err("a domain without a name".into());
+    }
+    if Language::from_name(&edition.language).is_none() {
+        return Err(format!("'{}' of '{name}' is no language", edition.language));
+    }
+    if !(1..=SEQUENCES_MAX).contains(&edition.train_sequences) {
+        return Err(format!(
+            "'{name}' has {} training sequences, not 1..=2^40",
+            edition.train_sequences
+        ));
+    }
+    Ok(())
 }
 
 /// Of what happens once in a run.

@@ -9,6 +9,7 @@
 //!
 //! It reads no token: where a sequence lies is the corpus' affair.
 
+use super::catalogue::{Catalogue, Holding};
 use super::composition::{Carry, Composer, Quanta, SEQUENCES_PER_STEP_MAX, interleave};
 use super::course::Directives;
 use super::decision::{
@@ -16,6 +17,7 @@ use super::decision::{
 };
 use super::permutation::{KeyedPermutation, SEQUENCES_MAX, rotation};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use tarazed_domain::config::BatchSchedule;
 use tarazed_domain::limits::DOMAINS_MAX;
 use tarazed_domain::{DomainIndex, LaneIndex, StepIndex, StepsCompleted};
@@ -56,7 +58,7 @@ pub struct RecipeError(pub String);
 pub struct SampleRef {
     /// Domain, in config order.
     pub domain: DomainIndex,
-    /// Pass over the domain, from 0.
+    /// Pass over the domain's edition, from 0.
     pub epoch: u32,
     /// Sequence within the domain's training part.
     pub sequence: u64,
@@ -70,6 +72,8 @@ pub struct StepPlan {
     /// The global batch, in order; lane `l` of `L` owns the places `⌊l n / L⌋` up to `⌊(l + 1) n / L⌋` of `n`: as even as can
     /// be, and none where a ramp begins with fewer sequences than lanes.
     pub samples: Vec<SampleRef>,
+    /// What the domains hold, in their order.
+    pub holdings: Arc<[Holding]>,
     /// Hash over the data version and the samples: the `data` of the trace line.
     pub digest: [u8; 32],
     /// Mixture in force, normalised, in domain order.
@@ -135,7 +139,11 @@ fn without_rollbacks(decisions: &[Decision]) -> Vec<Decision> {
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Position {
     next: StepIndex,
+    /// Sections of the catalogue that have begun.
+    sections: usize,
     drawn: Vec<u64>,
+    /// What was drawn of each domain when its present edition began.
+    begun: Vec<u64>,
     carry: Carry,
 }
 
@@ -153,6 +161,7 @@ pub struct DataCursor {
     recipe: Recipe,
     ledger: DecisionLedger,
     segments: Vec<Segment>,
+    catalogue: Catalogue,
     position: Position,
     counts: Vec<u32>,
     composer: Composer,
@@ -169,6 +178,7 @@ impl DataCursor {
         let domain_count = weights.len();
         Ok(Self {
             segments: vec![Segment::new(StepIndex(0), &weights)],
+            catalogue: Catalogue::new(&recipe, &[]).map_err(RecipeError)?,
             ledger: DecisionLedger::new(schedule, weights),
             position: Position::start(domain_count),
             counts: vec![0; domain_count],
@@ -191,6 +201,7 @@ impl DataCursor {
         let weights = cursor.ledger.course().mixture(StepIndex(0)).to_vec();
         cursor.ledger =
             DecisionLedger::rebuild(schedule, weights, recorded, decisions).map_err(|e| RecipeError(e.to_string()))?;
+        cursor.catalogue = Catalogue::new(&cursor.recipe, decisions).map_err(RecipeError)?;
         cursor.segment_again();
         Ok(cursor)
     }
@@ -204,6 +215,7 @@ impl DataCursor {
         if line > self.ledger.recorded() {
             self.check_discarded(line, decisions)?;
         }
+        let catalogue = self.catalogue_with(line, decisions)?;
         if self.ledger.record(line, decisions)? && !decisions.is_empty() {
             // The ledger refuses late decisions, so no step planned so far may have another mixture now.
             let planned = self.position.next;
@@ -212,8 +224,26 @@ impl DataCursor {
                 "decisions of line {line} would change a planned step"
             );
             self.segment_again();
+            if let Some(catalogue) = catalogue {
+                self.catalogue = catalogue;
+            }
         }
         Ok(())
+    }
+
+    /// What there is after these decisions too, where they change it.
+    fn catalogue_with(&self, line: StepsCompleted, decisions: &[Decision]) -> Result<Option<Catalogue>, LedgerError> {
+        let changes = |decision: &&Decision| matches!(decision.kind, DecisionKind::Data(_));
+        let Some(first) = decisions.iter().find(changes).filter(|_| line > self.ledger.recorded()) else {
+            return Ok(None);
+        };
+        let all = [self.ledger.decisions(), decisions].concat();
+        let catalogue = Catalogue::new(&self.recipe, &all).map_err(|reason| LedgerError::Refused {
+            id: first.id,
+            line,
+            reason,
+        })?;
+        Ok(Some(catalogue))
     }
 
     /// What a rollback says it discards is what it discards (DATA-3).
@@ -274,8 +304,9 @@ impl DataCursor {
     /// # Errors
     /// [`PlanError::DecisionMissing`] to wait.
     pub fn discarded(&mut self, to: StepsCompleted, until: StepIndex) -> Result<Vec<DiscardedSamples>, PlanError> {
-        let first = self.drawn(StepIndex(to.0))?;
+        let mut first = self.drawn(StepIndex(to.0))?;
         let end = self.drawn(until)?;
+        first.resize(end.len(), 0); // of a domain that came since, all
         let draws = first.into_iter().zip(end);
         Ok(draws
             .map(|(first, end)| DiscardedSamples {
@@ -309,17 +340,19 @@ impl DataCursor {
         self.advance();
         let sequences = self.recipe.batch.sequences(step);
         let places = interleave(&self.counts, rotation(self.recipe.seed, step, sequences));
-        let samples = match self.samples(drawn_before, &places) {
+        let holdings = Arc::clone(&self.catalogue.at(step).holdings);
+        let samples = match self.samples(&holdings, drawn_before, &places) {
             Ok(samples) => samples,
             Err(e) => {
-                self.position = Position::start(self.counts.len());
+                self.restart();
                 return Err(e);
             }
         };
         Ok(StepPlan {
             step,
-            digest: digest(&self.recipe.data_version, &samples),
+            digest: digest(&self.catalogue.at(step).version, &samples),
             samples,
+            holdings,
             mixture: self.segment(step).weights.clone(),
             counts: self.counts.clone(),
             directives: self.ledger.course().directives(step),
@@ -345,11 +378,12 @@ impl DataCursor {
             return Err(PlanError::DecisionMissing { line });
         }
         if step < self.position.next {
-            self.position = Position::start(self.counts.len());
+            self.restart();
         }
         while self.position.next < step {
             self.advance();
         }
+        self.arrive();
         Ok(())
     }
 
@@ -370,8 +404,32 @@ impl DataCursor {
         &self.segments[after - 1] // the first segment begins at step 0
     }
 
+    fn restart(&mut self) {
+        self.position = Position::start(self.recipe.domains.len());
+        self.counts = vec![0; self.recipe.domains.len()];
+    }
+
+    /// What begins with the next step: new domains, of which nothing is drawn and to which nothing is owed, and editions.
+    fn arrive(&mut self) {
+        while let Some(section) = self.catalogue.sections().get(self.position.sections)
+            && section.from <= self.position.next
+        {
+            let position = &mut self.position;
+            let domain_count = section.holdings.len();
+            position.drawn.resize(domain_count, 0);
+            position.begun.resize(domain_count, 0);
+            position.carry.grow(domain_count);
+            self.counts.resize(domain_count, 0);
+            for &domain in &section.begun {
+                position.begun[domain] = position.drawn[domain];
+            }
+            position.sections += 1;
+        }
+    }
+
     /// Counts of the next step, and past it.
     fn advance(&mut self) {
+        self.arrive();
         let after = self
             .segments
             .partition_point(|segment| segment.from <= self.position.next);
@@ -385,28 +443,33 @@ impl DataCursor {
         self.position.next.0 += 1;
     }
 
-    fn samples(&self, mut drawn: Vec<u64>, places: &[DomainIndex]) -> Result<Vec<SampleRef>, PlanError> {
+    fn samples(
+        &self,
+        holdings: &[Holding],
+        mut drawn: Vec<u64>,
+        places: &[DomainIndex],
+    ) -> Result<Vec<SampleRef>, PlanError> {
         let mut epochs: Vec<Option<(u32, KeyedPermutation)>> = vec![None; drawn.len()];
         let mut samples = Vec::with_capacity(places.len());
         for &domain in places {
-            let recipe = &self.recipe.domains[domain.index()];
-            let place = drawn[domain.index()];
+            let held = &holdings[domain.index()];
+            let place = drawn[domain.index()] - self.position.begun[domain.index()];
             drawn[domain.index()] += 1;
-            let epoch = u32::try_from(place / recipe.train_sequences).map_err(|_| PlanError::TooManyEpochs {
-                domain: recipe.name.clone(),
+            let epoch = u32::try_from(place / held.train_sequences).map_err(|_| PlanError::TooManyEpochs {
+                domain: held.name.clone(),
             })?;
             let slot = &mut epochs[domain.index()];
             let (_, permutation) = match slot {
                 Some(current) if current.0 == epoch => current,
                 _ => slot.insert((
                     epoch,
-                    KeyedPermutation::new(self.recipe.seed, &recipe.name, epoch, recipe.train_sequences),
+                    KeyedPermutation::new(self.recipe.seed, &held.order_key, epoch, held.train_sequences),
                 )),
             };
             samples.push(SampleRef {
                 domain,
                 epoch,
-                sequence: permutation.apply(place % recipe.train_sequences),
+                sequence: permutation.apply(place % held.train_sequences),
             });
         }
         Ok(samples)
@@ -417,7 +480,9 @@ impl Position {
     fn start(domain_count: usize) -> Self {
         Self {
             next: StepIndex(0),
+            sections: 1,
             drawn: vec![0; domain_count],
+            begun: vec![0; domain_count],
             carry: Carry::new(domain_count),
         }
     }

@@ -42,7 +42,7 @@ impl fmt::Display for DecisionId {
     }
 }
 
-pub use kind::{DecisionKind, DiscardedSamples, SpikeBounds};
+pub use kind::{DataChange, DecisionKind, DiscardedSamples, DomainEdition, SpikeBounds};
 
 mod kind {
     #![allow(
@@ -95,6 +95,41 @@ mod kind {
         },
         /// The run ends before the effective step.
         Stop,
+        /// Other data from the effective step on: domains that the run did not have, or other text for those that it has.
+        Data(DataChange),
+    }
+
+    /// Domains of one data set that enter a running training. All that the order of samples needs stands in it, so that
+    /// the trace alone says what a step trained on.
+    #[derive(Clone, PartialEq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct DataChange {
+        /// The data set: `version` of its `data.json`, a BLAKE3 of 64 hex digits.
+        pub version: String,
+        /// What enters; at least one.
+        pub domains: Vec<DomainEdition>,
+        /// The mixture from the effective step on: those that the run had, in their order, then the new ones in theirs.
+        pub weights: Vec<f64>,
+    }
+
+    /// One domain as a data set holds it.
+    #[derive(
+        Clone, PartialEq, Eq, Debug, Serialize, Deserialize, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize,
+    )]
+    #[serde(deny_unknown_fields)]
+    pub struct DomainEdition {
+        /// Its name, in the run as in the data set.
+        pub name: String,
+        /// Its place among the domains of the run: that of the one whose text it replaces, or the next one for a new one.
+        pub domain: u16,
+        /// Its place among the domains of the data set.
+        pub index: u16,
+        /// Its language, as config files name it.
+        pub language: String,
+        /// Training sequences of one epoch, at the context of the run.
+        pub train_sequences: u64,
+        /// Training tokens of one epoch.
+        pub train_tokens: u64,
     }
 
     /// What a step is judged by at its barrier. All of it comes from committed lines, so every rank judges alike.
@@ -119,6 +154,14 @@ mod kind {
         pub first: u64,
         /// How many.
         pub count: u64,
+    }
+}
+
+impl DataChange {
+    /// Whether its version is the hash of a data set: 64 lower-case hex digits.
+    #[must_use]
+    pub fn names_hash(&self) -> bool {
+        self.version.len() == 64 && self.version.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     }
 }
 
@@ -207,6 +250,27 @@ pub fn expected_end(decisions: &[Decision], stop_at: Option<StepIndex>, last_ste
     };
     let stop = stop_of(decisions).or_else(|| stop_at.filter(|&at| !is_vetoed(at)));
     stop.map_or(last_step, |stop| last_step.min(StepsCompleted(stop.0)))
+}
+
+/// Changes of the data among these decisions, in order, with the first step of each. None can be taken back.
+pub fn data_changes(decisions: &[Decision]) -> impl Iterator<Item = (StepIndex, &DataChange)> {
+    decisions.iter().filter_map(|decision| match &decision.kind {
+        DecisionKind::Data(change) => Some((decision.effective, change)),
+        _ => None,
+    })
+}
+
+/// Names of the domains that `step` can train on, in domain order, in a run that began with those named `first`.
+#[must_use]
+pub fn domain_names(first: &[String], decisions: &[Decision], step: StepIndex) -> Vec<String> {
+    let mut names = first.to_vec();
+    let changes = data_changes(decisions).filter(|(from, _)| *from <= step);
+    for edition in changes.flat_map(|(_, change)| &change.domains) {
+        if usize::from(edition.domain) == names.len() {
+            names.push(edition.name.clone());
+        }
+    }
+    names
 }
 
 /// The first step that is not run any more by these decisions, in order.

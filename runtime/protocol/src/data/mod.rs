@@ -15,6 +15,7 @@
 //! Nothing here reads a token, a file or a clock, and no hash map is walked. Logarithms and exponentials come from the
 //! `libm` crate, compiled in, so a decision does not depend on the host's C library.
 
+pub mod catalogue;
 pub mod composition;
 pub mod controller;
 pub mod course;

@@ -15,7 +15,7 @@
 //! | bits per byte | `l / ln 2` over bytes per token: of the training part as the data's manifest counts it, of the held-out text that is scored as the index of documents does; a language's are the bits of its domains over their bytes | Gao et al., arXiv 2101.00027, section 3.1 |
 //! | gradient noise scale | `S / |G|²` in tokens, `|G|² = (B |G_B|² - b |G_b|²) / (B - b)`, `S = (|G_b|² - |G_B|²) / (1/b - 1/B)`, both smoothed as losses are | McCandlish et al., arXiv 1812.06162, appendix A.1 |
 //! | tokens requested | `Σ_t p_d(t) · tokens(t)`, `p` the mixture in force | |
-//! | epochs | realised training tokens over the domain's training tokens | |
+//! | epochs | realised training tokens of the domain's present edition over the training tokens of that | |
 //!
 //! The mixture-free loss is `e_t + Σ_d w_d smoothed_d(t-1)` with the configured weights `w`: the loss as it would read
 //! under an unchanged mixture. For the noise scale `B` are the tokens of the step and `b` those of one of its `L` lanes: with
@@ -24,10 +24,11 @@
 //! not convergence. Sums run in domain order and from the oldest line on.
 
 use super::DomainFacts;
+use super::decision::{DataChange, Decision, data_changes};
 use crate::trace::TraceLine;
 use std::collections::{BTreeMap, VecDeque};
-use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Language;
+use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Decay of the smoothed training loss, per line.
 pub const SMOOTHING: f64 = 0.97;
@@ -128,7 +129,7 @@ pub struct DomainSignals {
     pub tokens: u64,
     /// Training tokens the mixtures in force asked for so far.
     pub tokens_requested: f64,
-    /// Passes over the domain's training part so far.
+    /// Passes over the training part of the domain's present edition so far.
     pub epochs: f64,
 }
 
@@ -193,8 +194,10 @@ pub enum SignalError {
         /// The line that came.
         found: StepsCompleted,
     },
-    /// The line names a domain the config does not.
-    #[error("line {line} names the domain '{domain}', which this config does not have; the trace is another run's")]
+    /// The line names a domain that neither the config nor a decision before does.
+    #[error(
+        "line {line} names the domain '{domain}', which neither this config nor a decision before has; the trace is another run's"
+    )]
     UnknownDomain {
         /// The line.
         line: StepsCompleted,
@@ -208,6 +211,8 @@ struct DomainState {
     smoothed: Smoothed,
     heldout: Option<(f64, u64)>,
     tokens: u64,
+    /// Those of editions before the present one.
+    tokens_before: u64,
     tokens_requested: f64,
 }
 
@@ -242,6 +247,8 @@ impl Smoothed {
 pub struct Tsm {
     facts: Vec<DomainFacts>,
     domains: Vec<DomainState>,
+    /// Changes of the data that no line has seen yet, by the first step that they act on.
+    coming: BTreeMap<StepIndex, DataChange>,
     last: Option<StepsCompleted>,
     residuals: Window,
     grad_norms: Window,
@@ -261,6 +268,7 @@ impl Tsm {
         Self {
             domains: vec![DomainState::default(); facts.len()],
             facts,
+            coming: BTreeMap::new(),
             last: None,
             residuals: Window::default(),
             grad_norms: Window::default(),
@@ -288,12 +296,53 @@ impl Tsm {
         self
     }
 
+    /// Hears of decisions of lines before the next one: what changes the data acts on a later line, which must be explained
+    /// by it. The same ones may come again.
+    pub fn learn(&mut self, decisions: &[Decision]) {
+        let seen = self.last.unwrap_or_default();
+        for (from, change) in data_changes(decisions).filter(|(from, _)| from.0 >= seen.0) {
+            self.coming.insert(from, change.clone());
+        }
+    }
+
+    /// Takes over what acts on the step of this line. Of a new text nothing is known: it explains itself at first. A domain
+    /// that comes later has no part in the mixture-free loss, which must not jump where it comes.
+    fn arrive(&mut self, line: StepsCompleted) {
+        while let Some(first) = self.coming.first_entry().filter(|first| first.key().0 < line.0) {
+            for edition in first.remove().domains {
+                let at = usize::from(edition.domain);
+                let facts = DomainFacts {
+                    name: edition.name,
+                    language: Language::from_name(&edition.language).unwrap_or(Language::En),
+                    weight: self.facts.get(at).map_or(0.0, |facts| facts.weight),
+                    train_tokens: edition.train_tokens,
+                };
+                match (self.facts.get_mut(at), self.domains.get_mut(at)) {
+                    (Some(known), Some(state)) => {
+                        *known = facts;
+                        state.smoothed = Smoothed::default();
+                        state.tokens_before = state.tokens;
+                    }
+                    _ => {
+                        self.facts.push(facts);
+                        self.domains.push(DomainState::default());
+                    }
+                }
+                if let Some(bytes) = self.bytes.get_mut(at) {
+                    bytes.train = 0.0; // of a new text they are not known
+                }
+            }
+        }
+    }
+
     /// Takes in the next line. The first may be any (a trace may begin at a restore point); then each must follow.
     ///
     /// # Errors
-    /// A [`SignalError`]; the monitor is then unchanged.
+    /// A [`SignalError`]; no line is taken in then.
     pub fn on_line(&mut self, line: &TraceLine) -> Result<Signals, SignalError> {
-        self.check(line)?;
+        self.check_order(line)?;
+        self.arrive(line.step);
+        self.check_names(line)?;
         self.last = Some(line.step);
         let (residual, level) = self.explain(line);
         let residual_loss = self.residuals.judge(residual, LOSS_SIGMA_NATS_MIN);
@@ -343,16 +392,18 @@ impl Tsm {
         })
     }
 
-    fn check(&self, line: &TraceLine) -> Result<(), SignalError> {
-        if let Some(last) = self.last {
-            let expected = StepsCompleted(last.0.saturating_add(1));
-            if line.step != expected {
-                return Err(SignalError::OutOfOrder {
-                    expected,
-                    found: line.step,
-                });
-            }
+    fn check_order(&self, line: &TraceLine) -> Result<(), SignalError> {
+        let expected = self.last.map(|last| StepsCompleted(last.0.saturating_add(1)));
+        match expected.filter(|expected| *expected != line.step) {
+            Some(expected) => Err(SignalError::OutOfOrder {
+                expected,
+                found: line.step,
+            }),
+            None => Ok(()),
         }
+    }
+
+    fn check_names(&self, line: &TraceLine) -> Result<(), SignalError> {
         let named = line.domains.iter().map(|(name, _)| name);
         let heldout = line.heldout.iter().flat_map(|map| map.iter().map(|(name, _)| name));
         let mixture = line.mixture.iter().map(|(name, _)| name);
@@ -452,7 +503,7 @@ impl Tsm {
                         .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
                     tokens: state.tokens,
                     tokens_requested: state.tokens_requested,
-                    epochs: state.tokens as f64 / fact.train_tokens.max(1) as f64,
+                    epochs: (state.tokens - state.tokens_before) as f64 / fact.train_tokens.max(1) as f64,
                 })
                 .collect(),
             languages: by_language

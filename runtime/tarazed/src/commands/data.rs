@@ -1,4 +1,4 @@
-//! `tarazed data prepare|refine|inspect|decontaminate|export`: text to data sets, and questions about them.
+//! `tarazed data prepare|refine|inspect|decontaminate|export|add`: text to data sets, and questions about them.
 
 use crate::exit::{Exit, Failure};
 use crate::outlet::last_words;
@@ -29,6 +29,8 @@ pub enum Command {
     Decontaminate(Decontaminate),
     /// Write the tokens of a domain as Megatron reads them.
     Export(Export),
+    /// Bring domains of a prepared data set into a running training, or replace the text of some, from a stated step on.
+    Add(super::data_add::Args),
 }
 
 /// Options of `tarazed data prepare`.
@@ -117,6 +119,7 @@ pub fn run(command: &Command) -> Result<Exit, Failure> {
         Command::Inspect(args) => inspect(args),
         Command::Decontaminate(args) => look(args),
         Command::Export(args) => export(args),
+        Command::Add(args) => super::data_add::run(args),
     }?;
     Ok(Exit::Done)
 }

@@ -15,9 +15,10 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tarazed_domain::StepsCompleted;
+use tarazed_actors::run_folder::lines_after;
 use tarazed_domain::config::Config;
-use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionKind};
+use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_protocol::data::decision::{Decision, DecisionAuthor, DecisionKind, domain_names};
 use tarazed_protocol::trace::TraceLine;
 
 /// Between two looks at the trace.
@@ -64,7 +65,7 @@ pub enum What {
 /// What a person can set.
 #[derive(Debug, clap::Subcommand)]
 pub enum Force {
-    /// A mixture: `web=0.5 wiki=0.3`; domains that are left out get nothing.
+    /// A mixture: `web=0.5 wiki=0.3`; domains that are left out get nothing. Those that `tarazed data add` brought count.
     Mixture {
         /// Weight by domain; only their ratios count.
         #[arg(required = true, value_name = "DOMAIN=WEIGHT")]
@@ -90,19 +91,27 @@ pub enum Force {
 /// Who decides, why, and from when on.
 #[derive(Debug, clap::Args)]
 pub struct Signature {
-    /// Why: it stands in the trace for ever.
-    #[arg(long, value_name = "TEXT")]
-    reason: String,
-    /// Who; the name of the system's user where it is absent.
-    #[arg(long, value_name = "NAME")]
-    by: Option<String>,
+    /// Who and why.
+    #[command(flatten)]
+    signer: Signer,
     /// Act at this step (from 0) at the earliest.
     #[arg(long, value_name = "STEP")]
     from_step: Option<u64>,
 }
 
-impl Signature {
-    fn person(&self) -> Result<String, Failure> {
+/// Who decides, and why.
+#[derive(Debug, clap::Args)]
+pub struct Signer {
+    /// Why: it stands in the trace for ever.
+    #[arg(long, value_name = "TEXT")]
+    pub(super) reason: String,
+    /// Who; the name of the system's user where it is absent.
+    #[arg(long, value_name = "NAME")]
+    by: Option<String>,
+}
+
+impl Signer {
+    pub(super) fn person(&self) -> Result<String, Failure> {
         let name = self.by.clone().or_else(|| std::env::var("USER").ok());
         name.filter(|name| !name.is_empty()).ok_or_else(|| {
             Failure::refused(
@@ -126,54 +135,70 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         What::Release(signature) => (json!("release"), signature),
         What::Veto { id, signature } => (json!({"veto": {"decision": id}}), signature),
         What::Force(Force::Mixture { weights, signature }) => {
-            let weights = mixture(&domains(&folder)?, weights)?;
+            let weights = mixture(&domains(&folder, &config(&folder)?)?, weights)?;
             (json!({"mixture": {"weights": weights}}), signature)
         }
         What::Force(Force::Rate { factor, signature }) => (json!({"learning_rate": {"factor": factor}}), signature),
         What::Force(Force::Decay(signature)) => (json!("decay"), signature),
         What::Force(Force::Stop(signature)) => (json!("stop"), signature),
     };
-    let person = signature.person()?;
+    send(&folder, kind, &signature.signer, signature.from_step, args.no_wait)?;
+    Ok(Exit::Done)
+}
+
+/// Asks the live run for a decision, tells which line will hold it, and waits for that line unless `no_wait`.
+pub(super) fn send(
+    folder: &RunFolder,
+    kind: Value,
+    signer: &Signer,
+    not_before: Option<u64>,
+    no_wait: bool,
+) -> Result<(), Failure> {
+    let person = signer.person()?;
     let request = json!({
         "command": "decide",
         "kind": kind,
         "person": person,
-        "reason": signature.reason,
-        "not_before": signature.from_step,
+        "reason": signer.reason,
+        "not_before": not_before,
     });
     // Whatever is written from here on is looked at.
     let mut tail = Tail::at_end(folder.trace())?;
-    let Some(answer) = ask_for(&folder, request)? else {
-        return Err(Failure::refused(
-            folder.dir().display(),
-            "is no live run",
-            "decisions are made while it trains: start it with `tarazed train …`",
-        ));
+    let Some(answer) = ask_for(folder, request)? else {
+        return Err(not_live(folder));
     };
     let number = |key: &str| answer.get(key).and_then(Value::as_u64).unwrap_or_default();
     let (line, effective) = (StepsCompleted(number("line")), number("effective"));
     print(&format!(
         "waits in the controller's memory for line {line} of the trace, to act from step {effective} on{}\n",
-        if args.no_wait {
+        if no_wait {
             "; it is lost if the controller ends before: `tarazed trace show` shows it once it is decided"
         } else {
             ""
         }
     ))?;
-    if args.no_wait {
-        return Ok(Exit::Done);
+    if no_wait {
+        return Ok(());
     }
     let asked = Asked {
         kind: serde_json::from_value(kind).map_err(|e| Failure::halted("the request", e, "report this as a bug"))?,
         by: DecisionAuthor::Person(person),
-        reason: &signature.reason,
+        reason: &signer.reason,
     };
-    let decided = wait(&folder, &mut tail, line, &asked)?;
+    let decided = wait(folder, &mut tail, line, &asked)?;
     print(&format!(
         "decided: number {} in line {line}, it acts from step {} on\n",
         decided.id, decided.effective
-    ))?;
-    Ok(Exit::Done)
+    ))
+}
+
+/// Only a live run can be told anything.
+pub(super) fn not_live(folder: &RunFolder) -> Failure {
+    Failure::refused(
+        folder.dir().display(),
+        "is no live run",
+        "decisions are made while it trains: start it with `tarazed train …`",
+    )
 }
 
 /// What a decision is known by.
@@ -290,20 +315,32 @@ fn whole(bytes: &[u8]) -> &[u8] {
     &bytes[..end]
 }
 
-/// The run's domains, in the order of its mixtures.
-fn domains(folder: &RunFolder) -> Result<Vec<String>, Failure> {
-    let config = Config::load(&folder.config(), &[]).map_err(|e| {
+/// The run's config.
+pub(super) fn config(folder: &RunFolder) -> Result<Config, Failure> {
+    Config::load(&folder.config(), &[]).map_err(|e| {
         Failure::refused(
             folder.config().display(),
             format!("cannot be read ({e})"),
             "name the folder of a run",
         )
-    })?;
-    Ok(config.data.domains.into_iter().map(|domain| domain.name).collect())
+    })
+}
+
+/// The run's domains by all that its trace holds, in the order of its mixtures.
+pub(super) fn domains(folder: &RunFolder, config: &Config) -> Result<Vec<String>, Failure> {
+    let first: Vec<String> = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+    let trace = folder.trace();
+    if !trace.exists() {
+        return Ok(first);
+    }
+    let lines = lines_after(&trace, StepsCompleted(0))
+        .map_err(|e| Failure::refused(trace.display(), e.to_string(), "name the folder of a run"))?;
+    let decisions: Vec<Decision> = lines.into_iter().flat_map(|line| line.decisions).collect();
+    Ok(domain_names(&first, &decisions, StepIndex(u64::MAX)))
 }
 
 /// One weight for each domain.
-fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
+pub(super) fn mixture(domains: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
     let refused = |item: &str, reason: &str| {
         let remedy = format!("write DOMAIN=WEIGHT; the domains are {}", domains.join(", "));
         Failure::refused(item, reason, remedy)

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod data;
+pub mod data_add;
 pub mod decide;
 pub mod eval;
 pub mod generate;

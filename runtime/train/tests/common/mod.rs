@@ -17,7 +17,7 @@ use tarazed_fabric::{
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::commit::{self, Resolution};
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::DecisionSchedule;
+use tarazed_protocol::data::decision::{DataChange, DecisionSchedule};
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, StateReport, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_protocol::sharder;
@@ -86,7 +86,8 @@ pub fn member(worker: u32) -> Member {
     }
 }
 
-struct MadeUpTokens;
+/// Tokens that are a function of their place and of the data set: 0 for the one that a run begins with.
+struct MadeUpTokens(u64);
 
 impl SampleSource for MadeUpTokens {
     fn held_out_sequences(&self, _domain: DomainIndex) -> u64 {
@@ -95,7 +96,7 @@ impl SampleSource for MadeUpTokens {
 
     fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
         for (index, token) in (0..).zip(out) {
-            *token = ((sequence * 31 + index * 7 + u64::from(domain.0)) % 264) as u32;
+            *token = ((sequence * 31 + index * 7 + u64::from(domain.0) + self.0 * 5) % 264) as u32;
         }
         Ok(())
     }
@@ -103,7 +104,17 @@ impl SampleSource for MadeUpTokens {
     fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
         self.training(domain, sequence + 1_000, out)
     }
+
+    fn open(&self, change: &DataChange) -> Result<Arc<dyn SampleSource>, String> {
+        if change.version == ABSENT {
+            return Err(format!("data set {ABSENT} is not there"));
+        }
+        Ok(Arc::new(Self(1)))
+    }
 }
+
+/// Version of a data set that cannot be opened.
+pub const ABSENT: &str = "0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b";
 
 fn cursor(config: &Config) -> (Recipe, DataCursor) {
     let domain = |domain: &tarazed_domain::config::DomainConfig| DomainRecipe {
@@ -126,12 +137,11 @@ pub fn feeder(config: &Config) -> Arc<Feeder> {
     let rules = FeedRules {
         context: config.model.context,
         lane_count: config.batch.lanes,
-        domain_count: config.data.domains.len(),
         evaluation_interval_steps: config.evaluation.interval_steps,
         held_out_sequences_max: config.evaluation.sequences_per_domain_max,
         audit_interval_steps: config.fault.audit_interval_steps,
     };
-    let feeder = Feeder::new(cursor(config).1, rules, Arc::new(MadeUpTokens));
+    let feeder = Feeder::new(cursor(config).1, rules, Arc::new(MadeUpTokens(0)));
     let work = Arc::clone(&feeder);
     std::thread::spawn(move || work.run());
     feeder

@@ -220,7 +220,6 @@ fn feeder(config: &Config, tokens: &[Vec<u32>]) -> Result<Arc<Feeder>> {
     let rules = FeedRules {
         context,
         lane_count: config.batch.lanes,
-        domain_count: 1,
         evaluation_interval_steps: 0,
         held_out_sequences_max: 0,
         audit_interval_steps: 0,

@@ -57,9 +57,11 @@ impl Policy {
         let effective = schedule.effective(line);
         let spikes = match self.config.spikes {
             SpikePolicy::Clip => None,
-            SpikePolicy::Skip => bounds(signals).map(|(kind, reason)| (kind, effective, reason)),
+            SpikePolicy::Skip => {
+                bounds(signals, course.domains_at(effective)).map(|(kind, reason)| (kind, effective, reason))
+            }
             SpikePolicy::RollbackAndSkip => self
-                .rollback(line, signals, course)
+                .rollback(line, signals, course, effective)
                 .map(|(kind, reason)| (kind, effective, reason)),
         };
         let mut proposals: Vec<Proposal> = spikes.into_iter().collect();
@@ -68,7 +70,13 @@ impl Policy {
         proposals
     }
 
-    fn rollback(&self, line: StepsCompleted, signals: &Signals, course: &Course) -> Option<(DecisionKind, String)> {
+    fn rollback(
+        &self,
+        line: StepsCompleted,
+        signals: &Signals,
+        course: &Course,
+        effective: StepIndex,
+    ) -> Option<(DecisionKind, String)> {
         let divergence = signals.divergence?;
         let before = course.rollbacks();
         if before.len() >= self.config.rollbacks_max as usize {
@@ -87,7 +95,7 @@ impl Policy {
         let to = calm - calm % grain;
         let kind = DecisionKind::Rollback {
             to: StepsCompleted(to),
-            discarded: vec![DiscardedSamples { first: 0, count: 0 }; signals.domains.len()],
+            discarded: vec![DiscardedSamples { first: 0, count: 0 }; course.domains_at(effective)],
         };
         let reason = format!(
             "diverged since line {}: loss {:.4} above the {:.4} of before",
@@ -145,10 +153,12 @@ impl Policy {
     }
 }
 
-/// The bounds of a spike as of this line; none before there are enough lines.
-fn bounds(signals: &Signals) -> Option<(DecisionKind, String)> {
+/// The bounds of a spike as of this line; none before there are enough lines. Of domains that come later nothing is expected.
+fn bounds(signals: &Signals, domain_count: usize) -> Option<(DecisionKind, String)> {
+    let mut expected: Vec<Option<f64>> = signals.domains.iter().map(|domain| domain.train_loss).collect();
+    expected.resize(domain_count, None);
     let bounds = SpikeBounds {
-        expected: signals.domains.iter().map(|domain| domain.train_loss).collect(),
+        expected,
         residual_loss: signals.residual_loss.threshold?,
         grad_norm: signals.grad_norm.threshold?,
     };

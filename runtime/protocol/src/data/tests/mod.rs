@@ -1,5 +1,6 @@
 //! Tests across the modules, on a world in which losses follow known laws.
 
+mod change;
 mod controller;
 mod controllers;
 mod course;
@@ -208,6 +209,7 @@ impl World {
         line.decisions = self.ate.on_line(&line, &signals);
         self.cursor.complete(line.step, &mut line.decisions).unwrap();
         self.cursor.record(line.step, &line.decisions).unwrap();
+        self.tsm.learn(&line.decisions);
         self.lines.push(line);
         signals
     }
@@ -216,6 +218,11 @@ impl World {
         for _ in 0..steps {
             self.step(|_| ());
         }
+    }
+
+    /// Room for laws that came since.
+    pub fn grow(&mut self) {
+        self.tokens.resize(self.laws.len(), 0);
     }
 
     pub fn mixtures(&self) -> Vec<&Decision> {

@@ -1,0 +1,225 @@
+//! Data that change while a run trains (`tarazed data add`).
+
+use crate::common::{assert_refused, wait_for_no_ranks};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tarazed_tests::harness::{Outcome, Project, Run, assert_same_trace};
+
+const STEPS: u64 = 480;
+
+/// A project in which persons decide, every ten lines and five steps ahead.
+fn project() -> Project {
+    Project::tiny_with(&[
+        ("policy.persons", "true"),
+        ("mixture.start_steps", "10"),
+        ("mixture.interval_steps", "10"),
+        ("mixture.lag_steps", "5"),
+    ])
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// The only data set that a run has made.
+fn data_set(run_dir: &Path) -> PathBuf {
+    let folders = std::fs::read_dir(run_dir.join("data")).expect("a folder").flatten();
+    let mut sets = folders
+        .map(|entry| entry.path())
+        .filter(|path| path.join("data.json").exists());
+    sets.next().expect("a data set")
+}
+
+/// A data set of other text: a domain `late`, and another edition of `code`. It is made by a run of its own, with the
+/// tokenizer of `like` or one that it trains.
+fn other_data(like: Option<&Path>) -> (Project, PathBuf) {
+    let other = project();
+    other.edit(|config| {
+        let data = config["data"].as_table_mut().expect("a section");
+        if let Some(like) = like {
+            let path = like.join("tokenizer.json");
+            let tokenizer = toml::Table::from_iter([("path".to_owned(), text(&path).into())]);
+            data.insert("tokenizer".to_owned(), tokenizer.into());
+        }
+        let domains = data["domains"].as_array_mut().expect("a list");
+        domains.retain(|domain| domain["name"].as_str() != Some("wiki-zh"));
+        domains[0]["name"] = "late".into();
+    });
+    for domain in ["book-en", "code"] {
+        let path = other.text(domain);
+        let documents = std::fs::read_to_string(&path).expect("a text");
+        let changed = documents.replace("\"text\":\"", "\"text\":\"Once more: ");
+        assert_ne!(documents, changed);
+        std::fs::write(path, changed).expect("a writable file");
+    }
+    let made = other.train("made").ranks(1).steps(1).complete();
+    let set = data_set(made.dir());
+    drop(made);
+    (other, set)
+}
+
+fn add(project: &Project, run: &str, set: &Path, rest: &[&str]) -> Outcome {
+    let run_dir = project.run_dir(run);
+    let mut args = vec!["data", "add", text(&run_dir), "--prepared", text(set)];
+    args.extend(["--by", "ada", "--reason", "a test"]);
+    args.extend(rest);
+    project.tarazed(&args)
+}
+
+/// `late` enters and `code` is replaced, at the first step that is late enough whenever the run hears of it.
+fn add_soon(project: &Project, run: &mut Run, set: &Path) -> u64 {
+    loop {
+        let at = run.step() + 60;
+        assert!(at + 60 < STEPS, "the run is too fast to be asked\n{}", run.tail());
+        let step = at.to_string();
+        let mut rest = vec!["--replace", "code", "--at-step", &step];
+        for weight in ["book-en=2", "wiki-zh=1", "code=2", "late=3"] {
+            rest.extend(["--weight", weight]);
+        }
+        let outcome = add(project, "live", set, &rest);
+        if outcome.code == Some(2) && outcome.stderr.contains("any more") {
+            continue;
+        }
+        outcome.assert_code(0);
+        assert!(
+            outcome.stdout.contains(&format!("from step {at} on")),
+            "{}",
+            outcome.tail()
+        );
+        return at;
+    }
+}
+
+/// A run as its trace began, without a checkpoint: all of it is computed again, and the lines that are there are checked.
+fn begun_again(from: &Path, to: &Path, lines: usize) {
+    std::fs::create_dir_all(to.join("data")).expect("a folder");
+    std::fs::copy(from.join("config.toml"), to.join("config.toml")).expect("a copy");
+    for entry in std::fs::read_dir(from.join("data")).expect("a folder").flatten() {
+        let set = std::fs::canonicalize(entry.path()).expect("a data set");
+        if set.is_dir() {
+            std::os::unix::fs::symlink(set, to.join("data").join(entry.file_name())).expect("a link");
+        }
+    }
+    let trace = std::fs::read_to_string(from.join("trace.jsonl")).expect("a trace");
+    let kept: Vec<&str> = trace.lines().take(lines).collect();
+    std::fs::write(to.join("trace.jsonl"), kept.join("\n") + "\n").expect("a writable folder");
+}
+
+/// DATA-1, DATA-2, LOOP-1, LOOP-2: a domain enters and another gets other text at a stated step, while ranks are killed, and
+/// the controller stopped and all of it resumed at other world sizes. The verifier agrees with every line; a run that has only
+/// the lines up to the decision, and one rank to which nothing happens, computes the same trace; and without the data set
+/// nothing goes on, by name.
+#[test]
+fn data_enter_a_disturbed_run_as_they_enter_an_undisturbed_one() {
+    let project = project();
+    let first = project.train("first").ranks(1).steps(1).complete();
+    let (_other, set) = other_data(Some(&data_set(first.dir())));
+    drop(first);
+
+    let train = |ranks| project.train("live").ranks(ranks).steps(STEPS);
+    let mut run = Run::start(&train(3));
+    run.wait_for_step(12);
+    let at = add_soon(&project, &mut run, &set);
+    run.kill_rank(1);
+    run.wait_for_step(at + 2);
+    run.kill_rank(0);
+    run.wait_for_step(at + 12);
+    run.signal(Signal::TERM);
+    run.finish().assert_code(34);
+    let mut resumed = Run::start(&train(2));
+    resumed.wait_for_step(at + 40);
+    resumed.signal(Signal::KILL);
+    resumed.finish();
+    resumed.processes().kill_all();
+    wait_for_no_ranks(&mut resumed);
+    let resumed = train(4).complete();
+    let trace = resumed.trace();
+    let lines = resumed.json_lines("trace.jsonl");
+    assert_eq!(lines.len() as u64, STEPS);
+
+    // It stands in the trace before it acts, and acts from the stated step on.
+    let holds = |line: &&Value| line["decisions"][0]["kind"]["data"].is_object();
+    let line = lines.iter().find(holds).expect("a line with the decision");
+    let decision = &line["decisions"][0];
+    assert_eq!(decision["effective"], at);
+    assert!(line["step"].as_u64() < Some(at), "{line}");
+    for line in &lines {
+        let step = line["step"].as_u64().expect("a step");
+        assert_eq!(line["mixture"].get("late").is_some(), step > at, "line {step}");
+        if let Some(heldout) = line.get("heldout") {
+            assert_eq!(heldout.get("late").is_some(), step > at, "line {step}");
+        }
+    }
+
+    let live = project.run_dir("live");
+    let outcome = project.verify(&["trace", text(&live), "--json"]);
+    outcome.assert_code(0);
+    let report: Value = serde_json::from_str(&outcome.stdout).expect("JSON");
+    let domains = report["runs"][0]["domains"].as_array().expect("domains");
+    let used: u64 = domains.iter().filter_map(|domain| domain["samples"].as_u64()).sum();
+    assert_eq!((domains.len(), used), (5, STEPS * 8), "{report}");
+
+    let again = project.run_dir("again");
+    begun_again(&live, &again, line["step"].as_u64().expect("a step") as usize);
+    let again = project.train("again").ranks(1).steps(STEPS).complete();
+    assert_same_trace(&again.trace(), &trace, "from the decision on, on one rank");
+
+    let version = decision["kind"]["data"]["version"].as_str().expect("a version");
+    let link = live.join("data").join(version);
+    std::fs::remove_file(&link).expect("a link");
+    let lacking = project.train("live").ranks(1).steps(STEPS + 10).finish();
+    assert_refused(&lacking, &[version, "late"]);
+    let outcome = project.verify(&["trace", text(&live)]);
+    outcome.assert_code(1);
+    assert!(outcome.stdout.contains(version), "{}", outcome.tail());
+}
+
+/// What does not fit is refused with the reason, and the run does not hear of it.
+#[test]
+fn data_that_do_not_fit_are_refused() {
+    let project = project();
+    let first = project.train("first").ranks(1).steps(1).complete();
+    let (_other, set) = other_data(Some(&data_set(first.dir())));
+    let (_alien, alien) = other_data(None);
+    drop(first);
+    let late = ["--domain", "late", "--at-step", "100000", "--weight", "late=1"];
+    assert_refused(&add(&project, "first", &set, &late), &["no live run"]);
+    let mut run = Run::start(&project.train("live").ranks(1).steps(100_000));
+    run.wait_for_step(1);
+    let refused = |set: &Path, rest: &[&str], part: &str| {
+        let mut all = vec!["--weight", "late=1"];
+        all.extend(rest);
+        assert_refused(&add(&project, "live", set, &all), &[part]);
+    };
+    refused(
+        &alien,
+        &["--domain", "late", "--at-step", "100000"],
+        "another tokenizer",
+    );
+    refused(&set, &["--at-step", "100000"], "--replace code");
+    refused(
+        &set,
+        &["--domain", "web", "--at-step", "100000"],
+        "'web' is not in the data set",
+    );
+    refused(
+        &set,
+        &["--domain", "late", "--replace", "late", "--at-step", "100000"],
+        "cannot be replaced",
+    );
+    refused(&set, &["--domain", "late", "--at-step", "1"], "any more");
+    refused(
+        &set,
+        &["--domain", "late", "--at-step", "100000", "--weight", "wiki=1"],
+        "no domain",
+    );
+    let unweighted = ["--domain", "late", "--at-step", "100000"];
+    assert_eq!(add(&project, "live", &set, &unweighted).code, Some(2));
+    run.signal(Signal::TERM);
+    run.finish().assert_code(34);
+    assert!(
+        !String::from_utf8_lossy(&run.trace()).contains("\"data\":{"),
+        "nothing was decided"
+    );
+}
