@@ -10,6 +10,7 @@
 
 use super::decision::{Decision, DecisionId, DecisionKind, SpikeBounds, check_weights};
 use super::stats::LossSum;
+use crate::rollback::{Rollback, Rollbacks};
 use std::collections::BTreeSet;
 use tarazed_domain::{StepIndex, StepsCompleted};
 
@@ -247,6 +248,9 @@ impl Course {
             Some((other, ..)) if *other >= decision.effective => {
                 Err(format!("training goes back at step {other} already"))
             }
+            _ if !self.rollbacks().is_live(to) => Err(format!(
+                "it goes back to the state after {to} steps, which an earlier rollback has left behind"
+            )),
             _ => Ok(()),
         }
     }
@@ -316,9 +320,11 @@ impl Course {
         self.decay.map(|(step, _)| step)
     }
 
-    /// Rollbacks, by the step at which they act, with the steps in the state gone back to.
-    pub fn rollbacks(&self) -> impl ExactSizeIterator<Item = (StepIndex, StepsCompleted)> {
-        self.rollbacks.iter().map(|(at, to, _)| (*at, *to))
+    /// All rollbacks, those that have not acted yet, too.
+    #[must_use]
+    pub fn rollbacks(&self) -> Rollbacks {
+        let rollback = |&(at, to, _): &(StepIndex, StepsCompleted, DecisionId)| Rollback { at, to };
+        self.rollbacks.iter().map(rollback).collect()
     }
 
     /// What a step must know.
@@ -328,7 +334,7 @@ impl Course {
             rate_factor: self.rates.at(step).value,
             decay_from: self.decay(),
             bounds: self.bounds.at(step).value.clone(),
-            rollback_to: self.rollbacks().find(|(at, _)| *at == step).map(|(_, to)| to),
+            rollback_to: self.rollbacks().acting_at(StepsCompleted(step.0)).map(|rollback| rollback.to),
         }
     }
 }

@@ -71,29 +71,30 @@ impl Policy {
     fn rollback(&self, line: StepsCompleted, signals: &Signals, course: &Course) -> Option<(DecisionKind, String)> {
         let divergence = signals.divergence?;
         let before = course.rollbacks();
-        if before.len() >= self.config.rollbacks_max as usize {
+        if before.count() >= self.config.rollbacks_max as usize {
             return None;
         }
         // The lines compared must all be of the time since the last one.
         let settled = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
         if before
             .last()
-            .is_some_and(|(at, _)| line.0 < at.0.saturating_add(settled))
+            .is_some_and(|last| line.0 < last.at.0.saturating_add(settled))
         {
             return None;
         }
         let grain = self.config.rollback_grain_steps.max(1);
         let calm = divergence.since.0.saturating_sub(self.config.rollback_margin_steps);
-        let to = calm - calm % grain;
+        // Not into what an earlier one left behind: then to the state before that once more, with other data.
+        let to = before.newest_live(StepsCompleted(calm - calm % grain));
         let kind = DecisionKind::Rollback {
-            to: StepsCompleted(to),
+            to,
             discarded: vec![DiscardedSamples { first: 0, count: 0 }; signals.domains.len()],
         };
         let reason = format!(
             "diverged since line {}: loss {:.4} above the {:.4} of before",
             divergence.since, divergence.rise, divergence.before
         );
-        (to > 0).then_some((kind, reason))
+        (to > StepsCompleted(0)).then_some((kind, reason))
     }
 
     fn stop(
