@@ -5,7 +5,14 @@
 
 use super::random::Random;
 use std::path::Path;
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{Config, ConfigError};
+use tarazed_protocol::data::LoopConfig;
+
+/// `mixture.interval_steps` and `mixture.start_steps`.
+const DECISION_INTERVAL_STEPS: u64 = 4;
+/// `mixture.lag_steps`.
+const DECISION_LAG_STEPS: u64 = 3;
 
 /// A kind of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -103,6 +110,9 @@ pub struct Scenario {
     pub keep_last: u32,
     /// The mixture adapts.
     pub adaptive: bool,
+    /// Rollbacks: the line on which each is decided, and the state to go back to. One into what an earlier one has left
+    /// behind is not decided.
+    pub rollbacks: Vec<(u64, u64)>,
     /// `fault.timeout_ms`.
     pub timeout_ms: u64,
     /// One lane's forward and backward (milliseconds).
@@ -140,7 +150,9 @@ impl Scenario {
         if wrong_update {
             faults.retain(|fault| fault.spares_steps());
         }
-        Self {
+        let mut backs = Random::of(seed, "rollbacks", 0);
+        let rolls_back = backs.chance(0.3);
+        let mut scenario = Self {
             seed,
             lanes,
             ranks,
@@ -163,7 +175,31 @@ impl Scenario {
             wrong_update,
             fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
             fault_phase_ms: random.between(500, 6_000),
+            rollbacks: Vec::new(),
+        };
+        let points = (1..=scenario.steps / DECISION_INTERVAL_STEPS).map(|point| point * DECISION_INTERVAL_STEPS);
+        let points = points.filter(|_| rolls_back && backs.chance(0.4));
+        let points: Vec<u64> = points.collect();
+        scenario.rollbacks = points.into_iter().map(|line| (line, backs.between(0, line - 1))).collect();
+        scenario
+    }
+
+    /// The closed loop of a run with this config: with the scenario's rollbacks.
+    #[must_use]
+    pub fn loop_config(&self, config: &Config) -> LoopConfig {
+        let pairs = self.rollbacks.iter();
+        LoopConfig {
+            rehearsed: pairs
+                .map(|&(line, to)| (StepsCompleted(line), StepsCompleted(to)))
+                .collect(),
+            ..LoopConfig::of(config)
         }
+    }
+
+    /// Counts at which a rollback acts or to which it goes back, if it is decided at all.
+    pub fn rollback_boundaries(&self) -> impl Iterator<Item = StepsCompleted> {
+        let boundaries = |&(line, to): &(u64, u64)| [line + DECISION_LAG_STEPS, to];
+        self.rollbacks.iter().flat_map(boundaries).map(StepsCompleted)
     }
 
     /// Whether a kind of fault happens.
@@ -179,6 +215,7 @@ impl Scenario {
     pub fn config(&self, ranks: u32, dir: &Path) -> Result<Config, ConfigError> {
         let controller = if self.adaptive { "ado" } else { "static" };
         let (replicas, timeout_ms) = (self.replicas.min(ranks), self.timeout_ms);
+        let rolls_back = !self.rollbacks.is_empty();
         let Self {
             seed,
             lanes,
@@ -224,9 +261,11 @@ decay_steps = 0
 final_fraction = 0.1
 [mixture]
 controller = "{controller}"
-start_steps = 4
-interval_steps = 4
-lag_steps = 3
+start_steps = {DECISION_INTERVAL_STEPS}
+interval_steps = {DECISION_INTERVAL_STEPS}
+lag_steps = {DECISION_LAG_STEPS}
+[policy]
+persons = {rolls_back}
 [[data.domains]]
 name = "one"
 path = "one"

@@ -5,6 +5,7 @@
 
 use crate::data::decision::Decision;
 use crate::placement::Placement;
+use crate::rollback::Rollbacks;
 use rkyv::{Archive, Deserialize, Serialize};
 use tarazed_domain::{
     Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
@@ -231,6 +232,9 @@ pub struct BeginPlan {
     pub decisions: Vec<Decision>,
     /// Decisions are known through this line.
     pub decided: StepsCompleted,
+    /// Rollbacks that have acted: from which state each step goes on. One that is only decided ends the generation at its
+    /// boundary.
+    pub rollbacks: Rollbacks,
     /// Run to this count, checkpoint, and pause.
     pub last_step: StepsCompleted,
     /// Save the base itself first: the run ends there.

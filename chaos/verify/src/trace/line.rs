@@ -1,5 +1,6 @@
 //! A line of `trace.jsonl`: its keys, their order, and what must agree within it.
 
+use super::back::Rollback;
 use crate::json::Json;
 
 /// Name and value, in the order of the config's domains.
@@ -20,6 +21,16 @@ pub struct Decision {
     pub weights: Option<Vec<f64>>,
     /// The decision that it takes back.
     pub veto: Option<u64>,
+    /// Where it goes back to.
+    pub rollback: Option<Rollback>,
+}
+
+/// What a kind of decision does to samples and states.
+#[derive(Default)]
+struct Deed {
+    weights: Option<Vec<f64>>,
+    veto: Option<u64>,
+    rollback: Option<Rollback>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -197,18 +208,23 @@ fn decision(json: &Json) -> Result<Decision, String> {
         [(who, name)] if who == "controller" || who == "person" => name.text()?,
         _ => return Err("it is neither a controller's nor a person's".into()),
     };
-    let (weights, veto) = effect(kind)?;
+    let Deed {
+        weights,
+        veto,
+        rollback,
+    } = effect(kind)?;
     Ok(Decision {
         id: id.count()?,
         line: line.count()?,
         effective: effective.count()?,
         weights,
         veto,
+        rollback,
     })
 }
 
-/// What a kind of decision does to mixtures: weights that it sets, and the decision that it takes back.
-fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
+/// What a kind of decision does: weights that it sets, the decision that it takes back, or where it goes back to.
+fn effect(kind: &Json) -> Result<Deed, String> {
     let floats = |json: &Json| {
         json.list()?
             .iter()
@@ -217,7 +233,7 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
     };
     if let Json::Text(name) = kind {
         return match name.as_str() {
-            "pin" | "release" | "decay" | "stop" => Ok((None, None)),
+            "pin" | "release" | "decay" | "stop" => Ok(Deed::default()),
             other => Err(format!("'{other}' is no decision")),
         };
     }
@@ -225,26 +241,38 @@ fn effect(kind: &Json) -> Result<(Option<Vec<f64>>, Option<u64>), String> {
         return Err("a decision is of one kind".into());
     };
     match name.as_str() {
-        "mixture" => Ok((Some(floats(body.exactly(["weights"])?[0])?), None)),
-        "advice" => floats(body.exactly(["weights"])?[0]).map(|_| (None, None)),
-        "veto" => Ok((None, Some(body.exactly(["decision"])?[0].count()?))),
-        "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| (None, None)),
+        "mixture" => Ok(Deed {
+            weights: Some(floats(body.exactly(["weights"])?[0])?),
+            ..Deed::default()
+        }),
+        "advice" => floats(body.exactly(["weights"])?[0]).map(|_| Deed::default()),
+        "veto" => Ok(Deed {
+            veto: Some(body.exactly(["decision"])?[0].count()?),
+            ..Deed::default()
+        }),
+        "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| Deed::default()),
         "spike_bounds" => {
             let [expected, residual, norm] = body.exactly(["expected", "residual_loss", "grad_norm"])?;
             let known = expected.list()?.iter().filter(|loss| **loss != Json::Null);
             known
                 .chain([residual, norm])
                 .try_for_each(|bound| bound.float().map(|_| ()))?;
-            Ok((None, None))
+            Ok(Deed::default())
         }
         "rollback" => {
             let [to, discarded] = body.exactly(["to", "discarded"])?;
-            to.count()?;
-            for samples in discarded.list()? {
+            let draws = |samples: &Json| {
                 let [first, count] = samples.exactly(["first", "count"])?;
-                first.count().and(count.count())?;
-            }
-            Ok((None, None))
+                Ok((first.count()?, count.count()?))
+            };
+            let rollback = Rollback {
+                to: to.count()?,
+                discarded: discarded.list()?.iter().map(draws).collect::<Result<_, String>>()?,
+            };
+            Ok(Deed {
+                rollback: Some(rollback),
+                ..Deed::default()
+            })
         }
         other => Err(format!("'{other}' is no decision")),
     }
