@@ -9,20 +9,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::{Config, DomainConfig};
 use tarazed_domain::{
-    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
+    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepsCompleted,
     WorkerId,
 };
 use tarazed_fabric::local_mesh;
 use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::{DecisionKind, DecisionSchedule};
+use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule};
 use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
-use tarazed_protocol::rollback::{Rollback, Rollbacks};
+use tarazed_protocol::rollback::Rollback;
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
@@ -131,33 +131,18 @@ impl Reference {
             }),
         };
         let mut copies = Copies::default();
-        let (mut base, mut generation) = (StepsCompleted(0), Generation(1));
-        let mut written = base;
+        let mut written = StepsCompleted(0);
         while written < StepsCompleted(scenario.steps) {
             let decisions = teller.told().ledger.decisions().to_vec();
-            let back = decisions.iter().find_map(|decision| match decision.kind {
-                DecisionKind::Rollback { to, .. } if decision.effective == written.next() => Some(to),
-                _ => None,
-            });
-            base = back.unwrap_or(base);
-            let origin = match back {
-                Some(_) if base > StepsCompleted(0) => ShardOrigin::Restore,
-                None if base > StepsCompleted(0) => ShardOrigin::Keep,
-                _ => ShardOrigin::Initialise,
-            };
-            let mut plan = plan(&config, state.shard_layout.shard_count(), origin);
-            (plan.generation, plan.base, plan.acknowledged, plan.decided) = (generation, base, written, written);
-            plan.restore = (origin == ShardOrigin::Restore).then(|| Copies::name(base));
-            plan.state = teller.told().ledger.state_at(base);
-            // The step that comes next, whatever the state.
-            let at = written.next();
-            plan.rollbacks = back.map(|to| Rollback { at, to }).into_iter().collect();
+            let recorded = teller.told().ledger.state_at(written);
+            let mut plan = plan(&config, state.shard_layout.shard_count(), written, &decisions);
+            plan.state = recorded.filter(|_| plan.base == written);
             let boundaries = scenario.rollback_boundaries().filter(|boundary| *boundary > written);
             plan.last_step = boundaries.min().unwrap_or(plan.last_step).min(plan.last_step);
             let world = Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
             let known = DataCursor::restore(recipe.clone(), schedule, written, &decisions).map_err(|e| e.to_string())?;
             feeder.begin(known, &plan, world.rank);
-            let mut mesh = local_mesh(1, generation).remove(0);
+            let mut mesh = local_mesh(1, plan.generation).remove(0);
             let mut means = Means {
                 fabric: &mut mesh,
                 feeder: &feeder,
@@ -169,8 +154,8 @@ impl Reference {
             if paused.step <= written {
                 return Err(format!("the undisturbed run stands still at step {written}"));
             }
-            (base, written, generation) = (paused.step, paused.step, generation.next());
-            copies.keep(&state, base)?;
+            written = paused.step;
+            copies.keep(&state, written)?;
         }
         let told = teller.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
         match told.failure {
@@ -180,8 +165,20 @@ impl Reference {
     }
 }
 
-/// One rank that holds everything.
-fn plan(config: &Config, shard_count: usize, origin: ShardOrigin) -> BeginPlan {
+/// One rank that holds everything, as it stands where the trace is written through a line; or as it stood where a decision
+/// says so.
+fn plan(config: &Config, shard_count: usize, written: StepsCompleted, decisions: &[Decision]) -> BeginPlan {
+    let at = written.next();
+    let back = decisions.iter().find_map(|decision| match decision.kind {
+        DecisionKind::Rollback { to, .. } if decision.effective == at => Some(to),
+        _ => None,
+    });
+    let base = back.unwrap_or(written);
+    let origin = match back {
+        _ if base == StepsCompleted(0) => ShardOrigin::Initialise,
+        Some(_) => ShardOrigin::Restore,
+        None => ShardOrigin::Keep,
+    };
     let member = Member {
         worker: WorkerId(0),
         incarnation: Incarnation(0),
@@ -195,17 +192,17 @@ fn plan(config: &Config, shard_count: usize, origin: ShardOrigin) -> BeginPlan {
         origin,
     };
     BeginPlan {
-        generation: Generation(1),
+        generation: Generation(1 + written.0),
         roster: vec![RosterEntry { member, lanes }],
         addresses: Addresses::from_iter([""]),
-        base: StepsCompleted(0),
+        base,
         outcome: None,
         shards: Placement::same(shard_count, &[holder]),
-        restore: None,
-        acknowledged: StepsCompleted(0),
+        restore: back.map(Copies::name),
+        acknowledged: written,
         decisions: Vec::new(),
-        decided: StepsCompleted(0),
-        rollbacks: Rollbacks::default(),
+        decided: written,
+        rollbacks: back.map(|to| Rollback { at, to }).into_iter().collect(),
         last_step: StepsCompleted(config.run.steps),
         checkpoint_at_base: false,
         checkpointed: StepsCompleted(0),

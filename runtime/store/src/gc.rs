@@ -35,7 +35,8 @@ pub struct Retention {
     pub last: u32,
     /// The first one at or after every multiple of this step; 0 for none.
     pub every_steps: u64,
-    /// And the newest good one at or before this step.
+    /// And the newest good one at or before this step, with the first one behind it, which takes its place where the next
+    /// collections name later steps.
     pub back_to: Option<StepsCompleted>,
 }
 
@@ -248,7 +249,10 @@ impl CheckpointStore {
         let (mut doomed, mut needed) = (Vec::<Doomed>::new(), Needed::default());
         let (mut good, mut back_to) = (0, retention.back_to);
         let steps = judgement.commits().filter_map(Standing::reference).map(|it| it.step);
-        let firsts = retention.firsts(steps.filter(|step| live(*step)));
+        let steps: Vec<StepsCompleted> = steps.filter(|step| live(*step)).collect();
+        let mut firsts = retention.firsts(steps.iter().copied());
+        let behind = |oldest| steps.iter().copied().filter(|step| *step > oldest).min();
+        firsts.extend(back_to.and_then(behind));
         let named: Vec<(&Standing, CommitRef, &String)> = judgement
             .commits()
             .filter_map(|standing| Some((standing, standing.reference()?, manifest_of(&standing.record)?.0)))
