@@ -257,11 +257,7 @@ impl CheckpointerState {
     }
 
     #[tracing::instrument(name = "locate", skip_all)]
-    async fn locate(
-        &mut self,
-        below: Option<StepsCompleted>,
-        rollbacks: &Rollbacks,
-    ) -> Result<Located, (u8, String)> {
+    async fn locate(&mut self, below: Option<StepsCompleted>, rollbacks: &Rollbacks) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
         let wanted = |step| below.is_none_or(|below| step < below) && rollbacks.is_live(step);
         let found = newest(store, wanted).await.map_err(judge)?;

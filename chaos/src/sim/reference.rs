@@ -9,16 +9,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::{Config, DomainConfig};
 use tarazed_domain::{
-    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepsCompleted,
-    WorkerId,
+    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
 };
 use tarazed_fabric::local_mesh;
 use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule};
 use tarazed_protocol::data::signals::Tsm;
-use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
@@ -134,13 +133,14 @@ impl Reference {
         let mut written = StepsCompleted(0);
         while written < StepsCompleted(scenario.steps) {
             let decisions = teller.told().ledger.decisions().to_vec();
-            let recorded = teller.told().ledger.state_at(written);
             let mut plan = plan(&config, state.shard_layout.shard_count(), written, &decisions);
-            plan.state = recorded.filter(|_| plan.base == written);
+            plan.state = teller.told().ledger.state_at(plan.base);
             let boundaries = scenario.rollback_boundaries().filter(|boundary| *boundary > written);
             plan.last_step = boundaries.min().unwrap_or(plan.last_step).min(plan.last_step);
-            let world = Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
-            let known = DataCursor::restore(recipe.clone(), schedule, written, &decisions).map_err(|e| e.to_string())?;
+            let world =
+                Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
+            let known =
+                DataCursor::restore(recipe.clone(), schedule, written, &decisions).map_err(|e| e.to_string())?;
             feeder.begin(known, &plan, world.rank);
             let mut mesh = local_mesh(1, plan.generation).remove(0);
             let mut means = Means {
@@ -187,10 +187,7 @@ fn plan(config: &Config, shard_count: usize, written: StepsCompleted, decisions:
         start: 0,
         end: config.batch.lanes,
     };
-    let holder = ShardHolder {
-        rank: Rank(0),
-        origin,
-    };
+    let holder = ShardHolder { rank: Rank(0), origin };
     BeginPlan {
         generation: Generation(1 + written.0),
         roster: vec![RosterEntry { member, lanes }],

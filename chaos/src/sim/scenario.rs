@@ -180,7 +180,10 @@ impl Scenario {
         let points = (1..=scenario.steps / DECISION_INTERVAL_STEPS).map(|point| point * DECISION_INTERVAL_STEPS);
         let points = points.filter(|_| rolls_back && backs.chance(0.4));
         let points: Vec<u64> = points.collect();
-        scenario.rollbacks = points.into_iter().map(|line| (line, backs.between(0, line - 1))).collect();
+        scenario.rollbacks = points
+            .into_iter()
+            .map(|line| (line, backs.between(0, line - 1)))
+            .collect();
         scenario
     }
 

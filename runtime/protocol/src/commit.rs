@@ -410,13 +410,18 @@ mod tests {
                 missing: vec![OptimizerShardIndex(2)]
             }
         );
-        assert!(matches!(resolve(1, &Rollbacks::default(), &BTreeMap::new()), Resolution::Restore { .. }));
+        assert!(matches!(
+            resolve(1, &Rollbacks::default(), &BTreeMap::new()),
+            Resolution::Restore { .. }
+        ));
     }
 
     #[test]
     fn a_shard_that_the_layout_does_not_have_is_ignored() {
         let reports = BTreeMap::from([(member(0), report(&[0, 1, 77], Reached::Updated))]);
-        assert!(matches!(resolve(2, &Rollbacks::default(), &reports), Resolution::Continue { holders, .. } if holders.len() == 2));
+        assert!(
+            matches!(resolve(2, &Rollbacks::default(), &reports), Resolution::Continue { holders, .. } if holders.len() == 2)
+        );
     }
 
     #[test]

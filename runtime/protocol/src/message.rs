@@ -264,6 +264,12 @@ impl BeginPlan {
         if !self.shards.is_sound(ranks) {
             return Err(Malformed(format!("a plan whose shards are not on its {ranks} ranks")));
         }
+        if !self.rollbacks.is_live(self.base) {
+            return Err(Malformed(format!(
+                "a plan that begins from step {}, which a rollback has left behind",
+                self.base
+            )));
+        }
         Ok(())
     }
 }

@@ -76,10 +76,7 @@ impl Rollbacks {
     /// The one that acts at this boundary.
     #[must_use]
     pub fn acting_at(&self, boundary: StepsCompleted) -> Option<Rollback> {
-        self.0
-            .iter()
-            .copied()
-            .find(|rollback| rollback.at == boundary.next())
+        self.0.iter().copied().find(|rollback| rollback.at == boundary.next())
     }
 
     /// The newest.

@@ -118,17 +118,26 @@ async fn one_that_is_old_enough_stays_and_what_is_left_behind_goes() {
         ..Retention::last(1)
     };
     let report = store.gc(&fence, back_to(25)).await.unwrap();
-    assert_eq!((steps(&report.kept), steps(&report.retired)), (vec![50, 30, 20], vec![40, 10]));
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![50, 30, 20], vec![40, 10])
+    );
     // Rolled back from 55 to 25: the checkpoint of 50 is newer than the one that is made on the way, and not gone on from.
     let live = |step: StepsCompleted| step.0 <= 25 || step.0 > 55;
     let found = store.newest_valid_where(live).await.unwrap().unwrap();
     assert_eq!(found.manifest.step, StepsCompleted(20));
     checkpoint(&store, &fence, 24).await;
     let report = store.gc_of(&fence, Retention::last(2), live).await.unwrap();
-    assert_eq!((steps(&report.kept), steps(&report.retired)), (vec![24, 50, 30, 20], vec![]));
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![24, 50, 30, 20], vec![])
+    );
     checkpoint(&store, &fence, 60).await;
     let report = store.gc_of(&fence, back_to(25), live).await.unwrap();
-    assert_eq!((steps(&report.kept), steps(&report.retired)), (vec![60, 24], vec![50, 30, 20]));
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![60, 24], vec![50, 30, 20])
+    );
     assert!(store.verify(Select::All, Depth::Full).await.unwrap().is_clean());
     assert!(
         store.newest_valid_where(|step| step.0 < 24).await.unwrap().is_none(),
@@ -152,7 +161,10 @@ async fn the_old_one_keeps_up_with_the_run() {
         assert!(kept.len() <= 3, "{kept:?}");
         let old_enough = kept.iter().copied().find(|kept| kept + reach <= step);
         let due = step >= 2 * reach + 10;
-        assert!(!due || old_enough.is_some_and(|old| old + 2 * reach + 10 >= step), "{kept:?}");
+        assert!(
+            !due || old_enough.is_some_and(|old| old + 2 * reach + 10 >= step),
+            "{kept:?}"
+        );
     }
 }
 

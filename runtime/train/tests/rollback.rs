@@ -116,7 +116,13 @@ fn ranks_stop_and_go_on_from_the_older_state() {
     for outcome in &at_five {
         let paused = outcome.ended.as_ref().unwrap();
         assert_eq!((paused.step, paused.saving), (StepsCompleted(AT), false));
-        assert!(outcome.report.shards.iter().all(|held| held.state == StepsCompleted(AT)));
+        assert!(
+            outcome
+                .report
+                .shards
+                .iter()
+                .all(|held| held.state == StepsCompleted(AT))
+        );
     }
     let mut trace = Lines::new();
     take(&mut trace, &at_two);
@@ -135,7 +141,14 @@ fn ranks_stop_and_go_on_from_the_older_state() {
             assert_eq!(outcome.ended.as_ref().unwrap().step, StepsCompleted(LAST));
         }
         let done: Vec<u64> = ended[0].lines().map(|line| line.step.0).collect();
-        assert_eq!(done, if back.restore.is_some() { vec![6, 7, 8] } else { vec![1, 2, 6, 7, 8] });
+        assert_eq!(
+            done,
+            if back.restore.is_some() {
+                vec![6, 7, 8]
+            } else {
+                vec![1, 2, 6, 7, 8]
+            }
+        );
         take(&mut trace, &ended);
         assert_eq!(trace, expected);
     }
@@ -170,7 +183,10 @@ fn with_death(config: &Arc<Config>, dies: usize, dies_at: usize) -> (bool, Lines
     let shards = second.shards.shard_count();
     // Where it dies while the seed's state is being made, nothing may be whole yet.
     if agreed(&reports(&outcomes), shards).is_some() {
-        assert!(agreed_after(&back.rollbacks, &reports(&outcomes), shards).is_some(), "nothing of it is dead");
+        assert!(
+            agreed_after(&back.rollbacks, &reports(&outcomes), shards).is_some(),
+            "nothing of it is dead"
+        );
     }
     let third = planned(&back, &outcomes, &decisions);
     let outcomes = run(&mut nodes, &third, &mut meshes(&third), &NoStore);

@@ -16,6 +16,7 @@ mod double_loss;
 mod kills;
 mod restart_limit;
 mod resume;
+mod rollback;
 mod status;
 mod storm;
 mod straggler;

@@ -125,7 +125,11 @@ mod tests {
     #[test]
     fn what_has_no_effect_is_named_exactly() {
         // Steps 2, 3 and 4, behind what steps 0 and 1 drew.
-        for (discarded, good) in [([(4, 6), (2, 3)], true), ([(4, 6), (2, 2)], false), ([(3, 6), (2, 3)], false)] {
+        for (discarded, good) in [
+            ([(4, 6), (2, 3)], true),
+            ([(4, 6), (2, 2)], false),
+            ([(3, 6), (2, 3)], false),
+        ] {
             let mut backs = Backs::new(2);
             (0..4).for_each(|_| backs.drew(&[2, 1]));
             backs.decide(7, 4, 5, &back(2, &discarded)).unwrap();

@@ -261,13 +261,13 @@ fn effect(kind: &Json) -> Result<Deed, String> {
         }
         "rollback" => {
             let [to, discarded] = body.exactly(["to", "discarded"])?;
-            let draws = |samples: &Json| {
+            let draws = |samples: &Json| -> Result<(u64, u64), String> {
                 let [first, count] = samples.exactly(["first", "count"])?;
                 Ok((first.count()?, count.count()?))
             };
             let rollback = Rollback {
                 to: to.count()?,
-                discarded: discarded.list()?.iter().map(draws).collect::<Result<_, String>>()?,
+                discarded: discarded.list()?.iter().map(draws).collect::<Result<_, _>>()?,
             };
             Ok(Deed {
                 rollback: Some(rollback),

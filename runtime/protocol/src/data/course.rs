@@ -334,7 +334,10 @@ impl Course {
             rate_factor: self.rates.at(step).value,
             decay_from: self.decay(),
             bounds: self.bounds.at(step).value.clone(),
-            rollback_to: self.rollbacks().acting_at(StepsCompleted(step.0)).map(|rollback| rollback.to),
+            rollback_to: self
+                .rollbacks()
+                .acting_at(StepsCompleted(step.0))
+                .map(|rollback| rollback.to),
         }
     }
 }

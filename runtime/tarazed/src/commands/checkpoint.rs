@@ -16,8 +16,7 @@ use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
     CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Restorable, Retention, Select, StoreError,
-    VerifyReport,
-    WriterId,
+    VerifyReport, WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
