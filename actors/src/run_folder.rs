@@ -6,7 +6,7 @@
 
 mod weights;
 
-pub use weights::recall_weights;
+pub use weights::{RecalledWeights, recall_weights};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

@@ -42,12 +42,16 @@ pub trait TraceSink: Send + Sync {
 pub struct TraceAppender(Sender<TraceRequest>);
 
 impl TraceAppender {
-    /// Opens the trace at its end. `report` is called from the writer's thread for each answer.
+    /// Opens the trace at its end, as [`TraceFile::open`] does. `report` is called from the writer's thread for each answer.
     ///
     /// # Errors
     /// If a file cannot be opened or read.
-    pub fn open(paths: &RunPaths, report: impl Fn(Appended) + Send + 'static) -> std::io::Result<Self> {
-        let writer = TraceFile::open(paths)?;
+    pub fn open(
+        paths: &RunPaths,
+        weights_bytes: u64,
+        report: impl Fn(Appended) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let writer = TraceFile::open(paths, weights_bytes)?;
         let (sender, receiver) = channel();
         std::thread::Builder::new()
             .name("trace".to_owned())
@@ -101,18 +105,22 @@ pub struct TraceFile {
     /// Open from the beginning: one opened later could be that of a controller that took over.
     weights: File,
     weights_path: PathBuf,
+    /// Bytes of it that are committed or were written since.
     weights_length: u64,
+    /// More lies behind them, which a life before this one wrote and did not commit.
+    has_uncommitted_weights: bool,
 }
 
 impl TraceFile {
-    /// Opens both at their ends.
+    /// Opens both at their ends. That of `weights.jsonl` is behind its first `weights_bytes` bytes; what follows is cut off with
+    /// the first line of this life, so that a run that is refused after all loses nothing.
     ///
     /// # Errors
     /// If a file cannot be opened or read.
-    pub fn open(paths: &RunPaths) -> std::io::Result<Self> {
+    pub fn open(paths: &RunPaths, weights_bytes: u64) -> std::io::Result<Self> {
         let (path, weights_path) = (paths.trace(), paths.weights());
         let weights = OpenOptions::new().create(true).append(true).open(&weights_path)?;
-        let weights_length = weights.metadata()?.len();
+        let has_uncommitted_weights = weights.metadata()?.len() > weights_bytes;
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path)?;
         // The name of a file just made is on the disk only when its folder is.
         if let Some(folder) = path.parent() {
@@ -130,7 +138,8 @@ impl TraceFile {
             length,
             weights,
             weights_path,
-            weights_length,
+            weights_length: weights_bytes,
+            has_uncommitted_weights,
         })
     }
 
@@ -150,7 +159,10 @@ impl TraceFile {
     /// stays whole; nothing more can be asked for.
     pub fn perform(&mut self, request: TraceRequest) -> Result<Option<Appended>, String> {
         let done = match request {
-            TraceRequest::Append(step, text) => self.append(step, text).map(Some),
+            TraceRequest::Append(step, text) => {
+                self.cut_weights()?;
+                self.append(step, text).map(Some)
+            }
             TraceRequest::Weights(text) => return self.append_weights(text).map(|()| None),
             // What goes with the trace first: the trace says what is committed.
             TraceRequest::Sync(step) => self
@@ -167,6 +179,7 @@ impl TraceFile {
 
     fn append_weights(&mut self, mut text: String) -> Result<(), String> {
         text.push('\n');
+        self.cut_weights()?;
         // Looked at before: unlike the trace's, this file may be that of the controller that took over.
         self.check_in_charge().map_err(|error| describe(&self.path, &error))?;
         self.weights.write_all(text.as_bytes()).map_err(|error| {
@@ -174,6 +187,17 @@ impl TraceFile {
             describe(&self.weights_path, &error)
         })?;
         self.weights_length += text.len() as u64;
+        Ok(())
+    }
+
+    fn cut_weights(&mut self) -> Result<(), String> {
+        if !self.has_uncommitted_weights {
+            return Ok(());
+        }
+        self.check_in_charge().map_err(|error| describe(&self.path, &error))?;
+        let cut = self.weights.set_len(self.weights_length);
+        cut.map_err(|error| describe(&self.weights_path, &error))?;
+        self.has_uncommitted_weights = false;
         Ok(())
     }
 
@@ -281,7 +305,7 @@ mod tests {
     fn a_controller_that_lost_its_trace_writes_no_weights() {
         let folder = tempfile::tempdir().expect("a folder");
         let paths = RunPaths::new(folder.path());
-        let mut file = TraceFile::open(&paths).expect("opened");
+        let mut file = TraceFile::open(&paths, 0).expect("opened");
         let weights = |text: &str| TraceRequest::Weights(text.to_owned());
         let line = |step| TraceRequest::Append(StepsCompleted(step), format!("line {step}"));
         assert!(file.perform(weights("one")).expect("written").is_none());
@@ -300,6 +324,26 @@ mod tests {
             (text(paths.weights()), text(paths.trace())),
             ("one\n".to_owned(), "line 1\n".to_owned())
         );
+    }
+
+    /// What a life before wrote and did not commit stays until there is a line of this one: the run may be refused till then.
+    #[test]
+    fn uncommitted_weights_are_cut_off_with_the_first_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths = RunPaths::new(folder.path());
+        let text = || std::fs::read_to_string(paths.weights()).expect("read");
+        for request in [
+            TraceRequest::Append(StepsCompleted(1), "line 1".to_owned()),
+            TraceRequest::Weights("three".to_owned()),
+        ] {
+            std::fs::write(paths.weights(), "one\ntwo\nthr").expect("written");
+            let mut file = TraceFile::open(&paths, 4).expect("opened");
+            file.perform(TraceRequest::Sync(StepsCompleted(0))).expect("synced");
+            assert_eq!(text(), "one\ntwo\nthr");
+            let adds = matches!(request, TraceRequest::Weights(_));
+            file.perform(request).expect("written");
+            assert_eq!(text(), if adds { "one\nthree\n" } else { "one\n" });
+        }
     }
 
     /// A line cut short by a crash does not spoil the next one.

@@ -294,7 +294,8 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         },
     ));
     let heard = ear.clone();
-    let trace = TraceAppender::open(&paths, move |appended| heard.appended(appended)).map_err(disk(paths.trace()))?;
+    let trace = TraceAppender::open(&paths, tree.weights_bytes(), move |appended| heard.appended(appended))
+        .map_err(disk(paths.trace()))?;
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
         processes: Box::new(WhileInCharge {

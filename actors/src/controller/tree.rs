@@ -13,7 +13,7 @@ use super::sharder::{OptimizerSharder, SharderMessage};
 use super::{Notify, RunError, TraceHeads};
 use crate::link::{HubEvent, ToRanks};
 use crate::node::{NodeEvent, Processes};
-use crate::run_folder::{RunPaths, recall_weights};
+use crate::run_folder::{RecalledWeights, RunPaths, recall_weights};
 use ractor::{Actor, ActorCell, ActorRef};
 use std::path::Path;
 use std::sync::Arc;
@@ -143,6 +143,7 @@ pub struct Tree {
     pub(super) sharder: ActorRef<SharderMessage>,
     entry: ActorRef<LoopMessage>,
     signals: Option<Arc<Signals>>,
+    weights_bytes: u64,
     end: oneshot::Receiver<End>,
 }
 
@@ -161,7 +162,7 @@ impl Tree {
     pub async fn start(parts: TreeParts) -> Result<Self, RunError> {
         let actors = |e: ractor::SpawnErr| RunError::actors(&e);
         let (machine, ledger, tracker) = machines(&parts);
-        let weights = weight_log(&parts)?;
+        let (weights, weights_bytes) = weight_log(&parts)?;
         let TreeParts {
             config, lines, rules, ..
         } = parts;
@@ -238,6 +239,7 @@ impl Tree {
             sharder,
             entry,
             signals,
+            weights_bytes,
             end,
         })
     }
@@ -252,6 +254,12 @@ impl Tree {
     #[must_use]
     pub fn ear(&self) -> Ear {
         Ear(self.coordinator.clone())
+    }
+
+    /// Bytes of `weights.jsonl` that are committed.
+    #[must_use]
+    pub const fn weights_bytes(&self) -> u64 {
+        self.weights_bytes
     }
 
     /// Everybody is there: the run begins.
@@ -330,16 +338,12 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
     (machine, ledger, CheckpointTracker::new(shard_count, written))
 }
 
-/// The weight trajectory of a run whose trace so far is known.
-fn weight_log(parts: &TreeParts) -> Result<WeightLog, RunError> {
+/// The weight trajectory of a run whose trace so far is known, and how many bytes of its file are committed.
+fn weight_log(parts: &TreeParts) -> Result<(WeightLog, u64), RunError> {
     let config = &parts.config;
     let written = parts.lines.last().map_or(StepsCompleted(0), |line| line.step);
-    let last = recall_weights(&parts.paths.weights(), written)?;
+    let RecalledWeights { last, bytes } = recall_weights(&parts.paths.weights(), written)?;
     let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
-    Ok(WeightLog::new(
-        layout,
-        config.batch_schedule(),
-        config.model.context as u64,
-        last,
-    ))
+    let log = WeightLog::new(layout, config.batch_schedule(), config.model.context as u64, last);
+    Ok((log, bytes))
 }

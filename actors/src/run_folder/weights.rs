@@ -1,26 +1,31 @@
 //! The end of `weights.jsonl`: what a controller goes on from.
 
 use super::FolderError;
-use std::fs::OpenOptions;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::Path;
 use tarazed_domain::StepsCompleted;
 use tarazed_protocol::data::trajectory::WeightLine;
 
-/// The last line of a committed step. What follows is cut off the file: a torn line, and lines of steps behind `written`, the
-/// trace's end, which a life before this one wrote and did not commit.
+/// What of `weights.jsonl` is committed.
+#[derive(PartialEq, Debug, Default)]
+pub struct RecalledWeights {
+    /// Its last line.
+    pub last: Option<WeightLine>,
+    /// Bytes up to that line's end.
+    pub bytes: u64,
+}
+
+/// What of the file is committed. What follows is not: a torn line, and lines of steps behind `written`, the trace's end, which
+/// a life before this one wrote.
 ///
 /// # Errors
-/// A [`FolderError`] where the file cannot be read or cut, or a whole line of it is none.
-pub fn recall_weights(path: &Path, written: StepsCompleted) -> Result<Option<WeightLine>, FolderError> {
-    let failed = |e: std::io::Error| FolderError::io(path, &e);
-    let mut file = match OpenOptions::new().read(true).write(true).open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed(e)),
+/// A [`FolderError`] where the file cannot be read, or a whole line of it is none.
+pub fn recall_weights(path: &Path, written: StepsCompleted) -> Result<RecalledWeights, FolderError> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(RecalledWeights::default()),
+        Err(e) => return Err(FolderError::io(path, &e)),
     };
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(failed)?;
     let (mut last, mut kept_bytes): (Option<WeightLine>, usize) = (None, 0);
     for (number, text) in (1..).zip(bytes.split_inclusive(|byte| *byte == b'\n')) {
         if !text.ends_with(b"\n") {
@@ -40,10 +45,10 @@ pub fn recall_weights(path: &Path, written: StepsCompleted) -> Result<Option<Wei
         kept_bytes += text.len();
         last = Some(line);
     }
-    if kept_bytes < bytes.len() {
-        file.set_len(kept_bytes as u64).map_err(failed)?;
-    }
-    Ok(last)
+    Ok(RecalledWeights {
+        last,
+        bytes: kept_bytes as u64,
+    })
 }
 
 #[cfg(test)]
@@ -58,10 +63,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_committed_is_cut_off() {
+    fn what_is_not_committed_does_not_count() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("weights.jsonl");
-        assert_eq!(recall_weights(&path, StepsCompleted(9)).expect("none"), None);
+        assert_eq!(
+            recall_weights(&path, StepsCompleted(9)).expect("none"),
+            RecalledWeights::default()
+        );
         let all = line(3) + &line(6) + &line(9);
         for (torn, written, kept, step) in [
             ("", 9, 3, 9),
@@ -70,13 +78,17 @@ mod tests {
             ("{\"st", 6, 2, 6),
         ] {
             std::fs::write(&path, all.clone() + torn).expect("written");
-            let last = recall_weights(&path, StepsCompleted(written)).expect("a good file");
-            assert_eq!(last.expect("a line").step, StepsCompleted(step));
-            let text = std::fs::read_to_string(&path).expect("read");
-            assert_eq!(text, all.split_inclusive('\n').take(kept).collect::<String>());
+            let found = recall_weights(&path, StepsCompleted(written)).expect("a good file");
+            assert_eq!(found.last.expect("a line").step, StepsCompleted(step));
+            let expected: usize = all.split_inclusive('\n').take(kept).map(str::len).sum();
+            assert_eq!(found.bytes, expected as u64);
         }
-        assert_eq!(recall_weights(&path, StepsCompleted(2)).expect("a good file"), None);
-        assert_eq!(std::fs::read(&path).expect("read"), b"");
+        assert_eq!(
+            recall_weights(&path, StepsCompleted(2)).expect("a good file"),
+            RecalledWeights::default()
+        );
+        let text = std::fs::read_to_string(&path).expect("read");
+        assert_eq!(text, all + "{\"st", "nothing is cut before the run is accepted");
     }
 
     #[test]

@@ -456,7 +456,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         Ok(tree) => tree,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };
-    let trace = match TraceFile::open(&world.paths) {
+    let trace = match TraceFile::open(&world.paths, tree.weights_bytes()) {
         Ok(file) => file,
         Err(error) => return LifeEnd::Code(3, error.to_string()),
     };

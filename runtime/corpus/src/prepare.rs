@@ -28,7 +28,7 @@ use std::sync::mpsc::{Sender, channel};
 use tarazed_domain::config::{DomainConfig, RefineConfig, TokenizerConfig};
 
 /// Part of every recipe: raise it when the same inputs give other tokens or other figures.
-const PROGRAM: &str = "tarazed-corpus 3, tokenizers 0.23.2";
+const PROGRAM: &str = "tarazed-corpus 2, tokenizers 0.23.2";
 /// Bytes hashed between two words of it, at least.
 const HASHED_BYTES_TOLD: u64 = 256 << 20;
 const PARTIAL: &str = ".partial";

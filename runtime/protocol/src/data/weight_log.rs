@@ -1,7 +1,8 @@
 //! Which lines of `weights.jsonl` are written: each once and in order, however often ranks tell of a step.
 //!
-//! - A line is written just before the trace line of its step. Behind the trace's end the file is cut when a controller
-//!   opens it, so together they say: a line is there if and only if its step is committed.
+//! - A line is written just before the trace line of its step, and what lies behind the trace's end is cut off with the first
+//!   line that the next controller writes. So together they say: a line up to the trace's end is there if and only if its step
+//!   is committed.
 //! - Replayed steps write nothing that is there. A line that a power loss took from the file's end, and that the trace still
 //!   has, comes back with the replay of its step.
 //! - It never ends a run: what cannot be a state's moments is refused with its reason, and no line comes of it.

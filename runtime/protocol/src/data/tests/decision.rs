@@ -194,6 +194,7 @@ fn the_end_is_expected_where_it_will_be() {
     use crate::data::decision::expected_end;
     let of = |id: u64, line: u64, effective: u64, kind: DecisionKind| Decision {
         kind,
+        by: DecisionAuthor::Controller("stop".to_owned()),
         ..mixture_decision(id, line, effective, &[])
     };
     let person = |decision: Decision| Decision {
