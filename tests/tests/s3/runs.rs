@@ -12,12 +12,12 @@ fn on_store(train: Train, url: &str) -> Train {
     train.steps(STEPS).set("checkpoint.store", url)
 }
 
-/// All that a run leaves on its machine, but its config and its trace.
+/// All that a run leaves on its machine, but its config, its trace and what goes with the trace.
 fn lose(run_dir: &Path) {
     for entry in std::fs::read_dir(run_dir).expect("the run folder") {
         let entry = entry.expect("an entry");
         let name = entry.file_name();
-        if name == "config.toml" || name == "trace.jsonl" {
+        if name == "config.toml" || name == "trace.jsonl" || name == "weights.jsonl" {
             continue;
         }
         let removed = match entry.file_type().expect("a file type").is_dir() {
@@ -29,7 +29,7 @@ fn lose(run_dir: &Path) {
 }
 
 /// STEP-2, CKPT-1, CKPT-6: a run whose checkpoints are in a bucket loses a rank, is stopped, loses all that its machine held
-/// but config and trace, and goes on from the bucket at another world size; its trace is that of an undisturbed run.
+/// but config, trace and weight trajectory, and goes on from the bucket at another world size; its trace is that of an undisturbed run.
 #[test]
 fn a_run_goes_on_from_its_bucket() {
     for place in Place::all() {

@@ -241,6 +241,7 @@ fn digests_after_a_change_are_pinned() {
     assert_ne!(of_first(&plans[8..], 1), of_first(&plans[8..], 2));
     assert_eq!(hex::encode(plans[30].digest), PINNED);
 }
+/// Computed apart from this code, by docs/FORMATS.md.
 const PINNED: &str = "2a99a7d866eaa794759e38587e6d9e4b222e86f2017d8e143a9ff0807a55cda8";
 
 /// What a rollback discards is counted over all editions, and of a domain that came since all.
