@@ -14,6 +14,7 @@ use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsComplete
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
+use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::trace::{NewLineage, Program, TraceLine, writer_of};
 use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
@@ -40,8 +41,12 @@ pub struct Located {
 }
 
 pub enum CheckpointerMessage {
-    /// Find the newest checkpoint whose manifest is right and whose objects are there, of a step before `below`.
-    Locate { below: Option<StepsCompleted> },
+    /// Find the newest checkpoint whose manifest is right and whose objects are there, of a step before `below` and of a
+    /// state that `rollbacks` have not left behind.
+    Locate {
+        below: Option<StepsCompleted>,
+        rollbacks: Rollbacks,
+    },
     /// Ranks of the controller before live on: so does their lineage.
     Inherit,
     /// Everything is stored: make it a checkpoint.
@@ -51,6 +56,8 @@ pub enum CheckpointerMessage {
         shards: Vec<StoredShard>,
         head: Box<TraceHead>,
         decisions: Vec<Decision>,
+        /// Those that have acted.
+        rollbacks: Rollbacks,
     },
 }
 impl ractor::Message for CheckpointerMessage {}
@@ -177,6 +184,8 @@ pub struct CheckpointerArguments {
     pub trace: PathBuf,
     pub facts: ManifestFacts,
     pub retention: Retention,
+    /// A checkpoint as old as this is kept beside those: a rollback may go back so far. None where there are none.
+    pub reach_steps: Option<u64>,
     pub coordinator: ActorRef<CoordinatorMessage>,
 }
 
@@ -208,7 +217,9 @@ impl Actor for Checkpointer {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         let answer = match message {
-            CheckpointerMessage::Locate { below } => CoordinatorMessage::Located(Box::new(state.locate(below).await)),
+            CheckpointerMessage::Locate { below, rollbacks } => {
+                CoordinatorMessage::Located(Box::new(state.locate(below, &rollbacks).await))
+            }
             CheckpointerMessage::Inherit => return state.inherit().await,
             CheckpointerMessage::Commit {
                 step,
@@ -216,9 +227,10 @@ impl Actor for Checkpointer {
                 shards,
                 head,
                 decisions,
+                rollbacks,
             } => {
                 let manifest = state.manifest(step, generation, shards, *head, &decisions)?;
-                state.commit(manifest).await
+                state.commit(manifest, &rollbacks).await
             }
         };
         state.arguments.coordinator.cast(answer)?;
@@ -245,9 +257,10 @@ impl CheckpointerState {
     }
 
     #[tracing::instrument(name = "locate", skip_all)]
-    async fn locate(&mut self, below: Option<StepsCompleted>) -> Result<Located, (u8, String)> {
+    async fn locate(&mut self, below: Option<StepsCompleted>, rollbacks: &Rollbacks) -> Result<Located, (u8, String)> {
         let store = &self.arguments.claimed.store;
-        let found = newest(store, below).await.map_err(judge)?;
+        let wanted = |step| below.is_none_or(|below| step < below) && rollbacks.is_live(step);
+        let found = newest(store, wanted).await.map_err(judge)?;
         let (mut from, mut head, mut checkpoint) = (None, None, None);
         if let Some(found) = found {
             for warning in found.warnings {
@@ -364,14 +377,22 @@ impl CheckpointerState {
     }
 
     #[tracing::instrument(name = "commit", skip_all, fields(step = manifest.step.0))]
-    async fn commit(&mut self, manifest: Manifest) -> CoordinatorMessage {
-        let CheckpointerArguments { claimed, retention, .. } = &self.arguments;
+    async fn commit(&mut self, manifest: Manifest, rollbacks: &Rollbacks) -> CoordinatorMessage {
+        let CheckpointerArguments {
+            claimed,
+            retention,
+            reach_steps,
+            ..
+        } = &self.arguments;
         let step = manifest.step;
+        let back_to = reach_steps.map(|reach| rollbacks.newest_live(StepsCompleted(step.0.saturating_sub(reach))));
+        let retention = Retention { back_to, ..*retention };
+        let live = |step| rollbacks.is_live(step);
         // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).
         match patiently(|| claimed.store.commit(&claimed.fence, &manifest)).await {
             Ok(committed) => {
                 self.lineage.parent = Some(committed.reference);
-                if let Err(error) = claimed.store.gc(&claimed.fence, *retention).await {
+                if let Err(error) = claimed.store.gc_of(&claimed.fence, retention, live).await {
                     self.warn(format!("old checkpoints stay: {error}"));
                 }
                 CoordinatorMessage::Committed(step)
@@ -404,10 +425,13 @@ async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(operation: impl
 /// The newest checkpoint whose manifest is right and whose objects are all there; their bytes are hashed by the ranks that
 /// read them. Where objects are not as they should be, the listing is asked for again: one that
 /// is old names what has been collected since, and not what took its place.
-async fn newest(store: &CheckpointStore, below: Option<StepsCompleted>) -> Result<Option<Restorable>, StoreError> {
+async fn newest(
+    store: &CheckpointStore,
+    wanted: impl Fn(StepsCompleted) -> bool,
+) -> Result<Option<Restorable>, StoreError> {
     let mut tries = 1;
     loop {
-        match patiently(|| store.newest_valid(below)).await {
+        match patiently(|| store.newest_valid_where(&wanted)).await {
             Err(error @ StoreError::Corrupt { .. }) if tries < LISTING_TRIES_MAX => {
                 tracing::warn!(tries, "{error}");
                 tokio::time::sleep(Duration::from_millis(STORE_RETRY_WAIT_MS << (tries - 1))).await;

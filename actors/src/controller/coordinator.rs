@@ -29,6 +29,7 @@ use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{BeginPlan, FromRank, Member, StepLine, ToRank};
+use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
 use tokio::time::Instant;
@@ -242,9 +243,7 @@ impl CoordinatorState {
         self.peers = Some(peers);
         self.heads = heads;
         let now_ms = self.now_ms();
-        if stop_of(self.arguments.ledger.decisions()).is_some() {
-            self.hear_end()?;
-        }
+        self.hear_decisions()?;
         let effects = self.arguments.machine.start(now_ms, &lives);
         self.act(effects)
     }
@@ -257,10 +256,12 @@ impl CoordinatorState {
         }
     }
 
-    /// The last step, as far as decisions say.
-    fn hear_end(&mut self) -> Result<(), ActorProcessingErr> {
-        let stop = stop_of(self.arguments.ledger.decisions());
-        let step = stop.map(|step| StepsCompleted(step.0));
+    /// The last step and the rollbacks, as far as decisions say.
+    fn hear_decisions(&mut self) -> Result<(), ActorProcessingErr> {
+        let decisions = self.arguments.ledger.decisions();
+        let step = stop_of(decisions).map(|step| StepsCompleted(step.0));
+        let rollbacks = Rollbacks::of(decisions);
+        self.event(Event::GoesBack { rollbacks })?;
         self.event(Event::EndsAt { step })
     }
 
@@ -315,10 +316,11 @@ impl CoordinatorState {
                 }
                 Effect::Send { members, message } => self.send(members, &message)?,
                 Effect::Begin { plan } => self.begin(Arc::unwrap_or_clone(plan))?,
-                Effect::FindCheckpoint { below } => {
-                    self.arguments.tracker.on_locating();
+                Effect::FindCheckpoint { below, rollbacks } => {
+                    self.arguments.tracker.on_locating(rollbacks.clone());
                     self.syncing.clear();
-                    self.peers()?.checkpointer.cast(CheckpointerMessage::Locate { below })?;
+                    let locate = CheckpointerMessage::Locate { below, rollbacks };
+                    self.peers()?.checkpointer.cast(locate)?;
                 }
                 Effect::Note(incident) => self.note(incident)?,
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
@@ -683,7 +685,7 @@ impl CoordinatorState {
         let effects = self.arguments.ledger.on_written(step);
         if self.arguments.ledger.decides(step) {
             // Before ranks hear of it, so that none can have ended by it unexpected.
-            self.hear_end()?;
+            self.hear_decisions()?;
         }
         self.record(effects)?;
         self.ask_for_checkpoint(step)?;
@@ -720,6 +722,7 @@ impl CoordinatorState {
             generation: self.arguments.machine.generation(),
             shards,
             head: Box::new(head),
+            rollbacks: self.arguments.machine.acted(),
             decisions: decisions.filter(|decision| decision.line <= step).cloned().collect(),
         };
         self.peers()?.checkpointer.cast(commit)?;

@@ -16,6 +16,7 @@ use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::data::decision::{Decision, DecisionKind, expected_end};
 use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::message::Member;
+use tarazed_protocol::rollback::Rollback;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
 use tokio::time::Instant;
@@ -296,6 +297,14 @@ impl ObservatoryState {
                 self.event("checkpoint_refuted", &json!({"of_step": step, "cause": diagnosis}));
                 self.notify(Notice::Warning(format!(
                     "the checkpoint of step {step} is passed over for an older one: {diagnosis}"
+                )));
+            }
+            Incident::RolledBack { rollback } => {
+                let Rollback { at, to } = rollback;
+                self.event("rolled_back", &json!({"at": at, "to": to}));
+                self.notify(Notice::Warning(format!(
+                    "rolled back: step {} goes on from the state after step {to}; what was trained on since is skipped",
+                    at.completed()
                 )));
             }
             Incident::StateLost { shards_missing } => {

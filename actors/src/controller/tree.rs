@@ -208,7 +208,9 @@ impl Tree {
             retention: Retention {
                 last: config.checkpoint.keep_last,
                 every_steps: config.checkpoint.keep_every_steps,
+                back_to: None,
             },
+            reach_steps: tarazed_protocol::rollback::reach_steps(&config),
             coordinator: coordinator.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, checkpointer_arguments, parent.clone())

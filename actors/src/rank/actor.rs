@@ -3,7 +3,7 @@
 //! - **SUP-2** Messages of an older generation than the newest heard of are dropped.
 //! - **SUP-4** The device thread does the work; this actor can abort it at any time.
 
-use super::feeder::{self, Feed, FeederMessage};
+use super::feeder::{self, FeederMessage};
 use super::root::RootMessage;
 use super::shard::{OnDevice, OptimizerShard, Saving, ShardMessage};
 use super::writer::WriterMessage;
@@ -23,7 +23,7 @@ use tarazed_protocol::message::{BeginPlan, FromRank, ItemDigest, Member, StateRe
 use tarazed_protocol::placement::ShardHolder;
 use tarazed_train::StepError;
 use tarazed_train::device_thread::{Command, DeviceEvents, GenerationControl};
-use tarazed_train::feeder::{Feeder, Share};
+use tarazed_train::feeder::Feeder;
 use tarazed_train::generation::{Paused, ShardToSave};
 use tarazed_train::host::HostVisible;
 use tarazed_train::progress::Progress;
@@ -341,19 +341,12 @@ impl RankActorState {
             .iter()
             .position(|entry| entry.member == self.arguments.member)
             .ok_or("the plan's roster does not name this rank")?;
-        let feed = Feed {
-            generation: plan.generation,
-            share: Share::of(&plan, Rank(rank as u32)),
-            base: plan.base,
-            last_step: plan.last_step,
-            decided: plan.decided,
-            decisions: &plan.decisions,
-        };
         feeder::begin(
             &self.arguments.feed,
             &self.arguments.recipe,
             DecisionSchedule::of(&self.arguments.config),
-            &feed,
+            &plan,
+            Rank(rank as u32),
         )?;
         let held = |holders: &[ShardHolder]| holders.iter().any(|holder| holder.rank.index() == rank);
         let mine: Vec<OptimizerShardIndex> = (0..)

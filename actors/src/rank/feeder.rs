@@ -2,10 +2,11 @@
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
-use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_domain::{Rank, StepsCompleted};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
 use tarazed_protocol::data::decision::{Decision, DecisionSchedule};
-use tarazed_train::feeder::{Feeder, Share};
+use tarazed_protocol::message::BeginPlan;
+use tarazed_train::feeder::Feeder;
 
 pub enum FeederMessage {
     /// Lines through this one are written; their decisions.
@@ -18,25 +19,20 @@ pub enum FeederMessage {
 }
 impl ractor::Message for FeederMessage {}
 
-/// What the feeder is to prepare, as one generation's plan says.
-pub struct Feed<'a> {
-    pub generation: Generation,
-    pub share: Share,
-    pub base: StepsCompleted,
-    pub last_step: StepsCompleted,
-    pub decided: StepsCompleted,
-    pub decisions: &'a [Decision],
-}
-
 /// Points the feeder at a new generation. Called before the device thread hears of it, so that no batch of an older
 /// generation can be taken for one of the new.
 ///
 /// # Errors
 /// If the decisions do not fit the recipe: two programs differ.
-pub fn begin(feeder: &Feeder, recipe: &Recipe, schedule: DecisionSchedule, feed: &Feed<'_>) -> Result<(), String> {
-    let cursor =
-        DataCursor::restore(recipe.clone(), schedule, feed.decided, feed.decisions).map_err(|e| e.to_string())?;
-    feeder.begin(cursor, feed.generation, feed.share, feed.base.next(), feed.last_step);
+pub fn begin(
+    feeder: &Feeder,
+    recipe: &Recipe,
+    schedule: DecisionSchedule,
+    plan: &BeginPlan,
+    rank: Rank,
+) -> Result<(), String> {
+    let cursor = DataCursor::restore(recipe.clone(), schedule, plan.decided, &plan.decisions);
+    feeder.begin(cursor.map_err(|e| e.to_string())?, plan, rank);
     Ok(())
 }
 

@@ -13,6 +13,7 @@ pub mod message {
         ShardHolding, StateReport, StepLine, ToRank,
     };
     use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
+    use tarazed_protocol::rollback::Rollback;
 
     const DOMAINS: usize = 3;
 
@@ -117,6 +118,12 @@ pub mod message {
             acknowledged: StepsCompleted(3),
             decisions: Vec::new(),
             decided: StepsCompleted(3),
+            rollbacks: [Rollback {
+                at: StepIndex(9),
+                to: StepsCompleted(4),
+            }]
+            .into_iter()
+            .collect(),
             last_step: StepsCompleted(9),
             checkpoint_at_base: false,
             checkpointed: StepsCompleted(2),

@@ -15,7 +15,6 @@ use tarazed_actors::node::{ExitCause, NodeCommand, NodeError, NodeEvent, Process
 use tarazed_actors::run_folder;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_protocol::data::LoopConfig;
 use tarazed_protocol::message::{Member, ToRank};
 use tokio::sync::{Notify, mpsc};
 
@@ -423,7 +422,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         claimed: Claimed { store, fence },
         facts: world.facts.clone(),
         rules: LoopRules {
-            config: LoopConfig::of(&life.config),
+            config: world.scenario.loop_config(&life.config),
             facts: world.domains.clone(),
             bytes: Vec::new(),
             lanes: life.config.batch.lanes,
@@ -442,7 +441,8 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
             Notice::Warning(text) => {
                 shown.note(&format!("warning: {text}"));
                 // What ranks hold is given up on purpose.
-                let in_doubt = text.contains("silent data corruption") || text.contains("another state than the trace");
+                let in_doubt = ["silent data corruption", "another state than the trace", "rolled back"];
+                let in_doubt = in_doubt.iter().any(|why| text.contains(why));
                 if let Some(world) = checked.upgrade().filter(|_| in_doubt) {
                     world.losses.new_life();
                 }

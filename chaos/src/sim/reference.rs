@@ -1,28 +1,32 @@
 //! The undisturbed run: one rank, no actor, no network, no store. What any other run of the scenario must write.
+//!
+//! Where it is rolled back, it goes on from a copy of that very state, which it made when it was there: it does no step
+//! twice, and walks no way back.
 
 use super::scenario::Scenario;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::{Config, DomainConfig, SpikePolicy};
 use tarazed_domain::{
-    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepIndex, StepsCompleted,
-    WorkerId,
+    DomainIndex, Generation, Incarnation, LaneRange, LaneTree, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
 };
 use tarazed_fabric::local_mesh;
 use tarazed_kernels::CpuDevice;
+use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::DecisionSchedule;
+use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule};
 use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::data::weight_log::WeightLog;
-use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
+use tarazed_protocol::rollback::Rollback;
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
+use tarazed_train::host::HostVisible;
 use tarazed_train::state::RankState;
 use tarazed_train::waiting::Waiting;
 use tarazed_train::world::World as Ranks;
@@ -141,22 +145,14 @@ impl Reference {
     pub fn compute(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
         let config = Arc::new(scenario.config(1, paths.dir()).map_err(|e| e.to_string())?);
         let (recipe, facts) = data_of(&config);
-        let cursor = || DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| e.to_string());
+        let schedule = DecisionSchedule::of(&config);
+        let cursor = || DataCursor::new(recipe.clone(), schedule).map_err(|e| e.to_string());
         let alone = Waiting::GivingWay(Arc::new(|| panic!("nobody is there to be waited for")));
         let rules = feed_rules(scenario.lanes);
         let feeder = Feeder::with_waiting(cursor()?, rules, samples(scenario), alone.clone());
         let state = RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).map_err(|e| e.to_string())?;
         let mut state = state.with_waiting(alone);
-        let plan = plan(&config, state.shard_layout.shard_count());
         let tree = LaneTree::new(scenario.lanes);
-        let world = Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
-        feeder.begin(
-            cursor()?,
-            plan.generation,
-            Share::of(&plan, world.rank),
-            StepIndex(0),
-            plan.last_step,
-        );
         let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
         let teller = Teller {
             feeder: &feeder,
@@ -170,21 +166,40 @@ impl Reference {
                 ),
                 weights: String::new(),
                 monitor: Tsm::new(facts.clone()),
-                engine: Ate::new(&LoopConfig::of(&config), &facts),
+                engine: Ate::new(&scenario.loop_config(&config), &facts),
+                cursor: cursor()?,
                 lines: BTreeMap::new(),
                 failure: None,
             }),
         };
-        let switches = Switches::default();
-        let mut mesh = local_mesh(1, plan.generation).remove(0);
-        let mut means = Means {
-            fabric: &mut mesh,
-            feeder: &feeder,
-            source: &NoStore,
-            switches: &switches,
-            reporter: &teller,
-        };
-        generation::run(&mut state, &world, &plan, &mut means).map_err(|e| e.to_string())?;
+        let mut copies = Copies::default();
+        let mut written = StepsCompleted(0);
+        while written < StepsCompleted(scenario.steps) {
+            let decisions = teller.told().ledger.decisions().to_vec();
+            let mut plan = plan(&config, state.shard_layout.shard_count(), written, &decisions);
+            plan.state = teller.told().ledger.state_at(plan.base);
+            let boundaries = scenario.rollback_boundaries().filter(|boundary| *boundary > written);
+            plan.last_step = boundaries.min().unwrap_or(plan.last_step).min(plan.last_step);
+            let world =
+                Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
+            let known =
+                DataCursor::restore(recipe.clone(), schedule, written, &decisions).map_err(|e| e.to_string())?;
+            feeder.begin(known, &plan, world.rank);
+            let mut mesh = local_mesh(1, plan.generation).remove(0);
+            let mut means = Means {
+                fabric: &mut mesh,
+                feeder: &feeder,
+                source: &copies,
+                switches: &Switches::default(),
+                reporter: &teller,
+            };
+            let paused = generation::run(&mut state, &world, &plan, &mut means).map_err(|e| e.to_string())?;
+            if paused.step <= written {
+                return Err(format!("the undisturbed run stands still at step {written}"));
+            }
+            written = paused.step;
+            copies.keep(&state, written)?;
+        }
         let told = teller.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
         match told.failure {
             Some(failure) => Err(failure),
@@ -196,8 +211,20 @@ impl Reference {
     }
 }
 
-/// One rank that holds everything and begins from the seed.
-fn plan(config: &Config, shard_count: usize) -> BeginPlan {
+/// One rank that holds everything, as it stands where the trace is written through a line; or as it stood where a decision
+/// says so.
+fn plan(config: &Config, shard_count: usize, written: StepsCompleted, decisions: &[Decision]) -> BeginPlan {
+    let at = written.next();
+    let back = decisions.iter().find_map(|decision| match decision.kind {
+        DecisionKind::Rollback { to, .. } if decision.effective == at => Some(to),
+        _ => None,
+    });
+    let base = back.unwrap_or(written);
+    let origin = match back {
+        _ if base == StepsCompleted(0) => ShardOrigin::Initialise,
+        Some(_) => ShardOrigin::Restore,
+        None => ShardOrigin::Keep,
+    };
     let member = Member {
         worker: WorkerId(0),
         incarnation: Incarnation(0),
@@ -206,21 +233,19 @@ fn plan(config: &Config, shard_count: usize) -> BeginPlan {
         start: 0,
         end: config.batch.lanes,
     };
-    let holder = ShardHolder {
-        rank: Rank(0),
-        origin: ShardOrigin::Initialise,
-    };
+    let holder = ShardHolder { rank: Rank(0), origin };
     BeginPlan {
-        generation: Generation(1),
+        generation: Generation(1 + written.0),
         roster: vec![RosterEntry { member, lanes }],
         addresses: Addresses::from_iter([""]),
-        base: StepsCompleted(0),
+        base,
         outcome: None,
         shards: Placement::same(shard_count, &[holder]),
-        restore: None,
-        acknowledged: StepsCompleted(0),
+        restore: back.map(Copies::name),
+        acknowledged: written,
         decisions: Vec::new(),
-        decided: StepsCompleted(0),
+        decided: written,
+        rollbacks: back.map(|to| Rollback { at, to }).into_iter().collect(),
         last_step: StepsCompleted(config.run.steps),
         checkpoint_at_base: false,
         checkpointed: StepsCompleted(0),
@@ -235,6 +260,7 @@ struct Told {
     weights: String,
     monitor: Tsm,
     engine: Ate,
+    cursor: DataCursor,
     lines: BTreeMap<StepsCompleted, String>,
     failure: Option<String>,
 }
@@ -254,7 +280,11 @@ impl Told {
                 LedgerEffect::Decide(line) => {
                     self.monitor.learn(&self.ledger.data_changes());
                     let signals = self.monitor.on_line(&line).map_err(|e| e.to_string())?;
-                    let decisions = self.engine.on_line(&line, &signals);
+                    let mut decisions = self.engine.on_line(&line, &signals);
+                    self.cursor
+                        .complete(line.step, &mut decisions)
+                        .map_err(|e| e.to_string())?;
+                    self.cursor.record(line.step, &decisions).map_err(|e| e.to_string())?;
                     effects.extend(self.ledger.on_decided(line.step, decisions));
                 }
                 LedgerEffect::Write(line) => {
@@ -280,7 +310,7 @@ impl Reporter<CpuDevice> for Teller<'_> {
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 
     fn line(&self, line: StepLine) {
-        let mut told = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = self.told();
         if let Err(failure) = told.line(self.feeder, &line) {
             told.failure.get_or_insert(failure);
         }
@@ -289,16 +319,46 @@ impl Reporter<CpuDevice> for Teller<'_> {
     fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}
 }
 
-struct NoStore;
+impl Teller<'_> {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
-impl ShardSource for NoStore {
+/// Master weights and both moments of every shard, at each boundary at which the run was stopped.
+#[derive(Default)]
+struct Copies(BTreeMap<(StepsCompleted, OptimizerShardIndex), [Vec<f32>; 3]>);
+
+impl Copies {
+    fn name(step: StepsCompleted) -> RestoreFrom {
+        RestoreFrom {
+            step,
+            manifest_key: String::new(),
+            length: 0,
+            blake3: [0; 32],
+        }
+    }
+
+    fn keep(&mut self, state: &RankState<CpuDevice>, step: StepsCompleted) -> Result<(), String> {
+        for (&index, shard) in &state.shards {
+            let shard = shard.read();
+            let buffers = [&shard.master, &shard.first_moment, &shard.second_moment];
+            let copies = state.device.copies(buffers).map_err(|e| e.to_string())?;
+            self.0.insert((step, index), copies.map(|copy| copy.to_vec()));
+        }
+        Ok(())
+    }
+}
+
+impl ShardSource for Copies {
     fn read(
         &self,
-        _: &RestoreFrom,
-        _: OptimizerShardIndex,
+        from: &RestoreFrom,
+        shard: OptimizerShardIndex,
         _: &std::sync::atomic::AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
-        Err(StepError::Restore("the undisturbed run restores nothing".to_owned()))
+        let copy = self.0.get(&(from.step, shard)).cloned();
+        copy.ok_or_else(|| StepError::Restore(format!("the undisturbed run made no copy at step {}", from.step)))
     }
 }
 

@@ -6,8 +6,14 @@
 use super::random::Random;
 use std::fmt::Write as _;
 use std::path::Path;
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{BatchRamp, Config, ConfigError};
+use tarazed_protocol::data::LoopConfig;
 
+/// `mixture.interval_steps` and `mixture.start_steps`.
+const DECISION_INTERVAL_STEPS: u64 = 4;
+/// `mixture.lag_steps`.
+const DECISION_LAG_STEPS: u64 = 3;
 /// Lines before the bounds of a spike are known, and a few more: runs that skip spikes are longer than this.
 const SPIKE_STEPS_MIN: u64 = 80;
 /// `batch.sequences_per_lane`.
@@ -117,6 +123,9 @@ pub struct Scenario {
     pub stop_tokens: Option<u64>,
     /// `batch.ramp`.
     pub ramp: Option<BatchRamp>,
+    /// Rollbacks: the line on which each is decided, and the state to go back to. One into what an earlier one has left
+    /// behind is not decided.
+    pub rollbacks: Vec<(u64, u64)>,
     /// `fault.timeout_ms`.
     pub timeout_ms: u64,
     /// One lane's forward and backward (milliseconds).
@@ -161,7 +170,9 @@ impl Scenario {
         if wrong_update {
             faults.retain(|fault| fault.spares_steps());
         }
-        Self {
+        let mut backs = Random::of(seed, "rollbacks", 0);
+        let rolls_back = backs.chance(0.3);
+        let mut scenario = Self {
             seed,
             lanes,
             ranks,
@@ -187,7 +198,34 @@ impl Scenario {
             wrong_update,
             fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
             fault_phase_ms: random.between(500, 6_000),
+            rollbacks: Vec::new(),
+        };
+        let points = (1..=scenario.steps / DECISION_INTERVAL_STEPS).map(|point| point * DECISION_INTERVAL_STEPS);
+        let points = points.filter(|_| rolls_back && backs.chance(0.4));
+        let points: Vec<u64> = points.collect();
+        scenario.rollbacks = points
+            .into_iter()
+            .map(|line| (line, backs.between(0, line - 1)))
+            .collect();
+        scenario
+    }
+
+    /// The closed loop of a run with this config: with the scenario's rollbacks.
+    #[must_use]
+    pub fn loop_config(&self, config: &Config) -> LoopConfig {
+        let pairs = self.rollbacks.iter();
+        LoopConfig {
+            rehearsed: pairs
+                .map(|&(line, to)| (StepsCompleted(line), StepsCompleted(to)))
+                .collect(),
+            ..LoopConfig::of(config)
         }
+    }
+
+    /// Counts at which a rollback acts or to which it goes back, if it is decided at all.
+    pub fn rollback_boundaries(&self) -> impl Iterator<Item = StepsCompleted> {
+        let boundaries = |&(line, to): &(u64, u64)| [line + DECISION_LAG_STEPS, to];
+        self.rollbacks.iter().flat_map(boundaries).map(StepsCompleted)
     }
 
     /// Whether a kind of fault happens.
@@ -248,9 +286,9 @@ decay_steps = 0
 final_fraction = 0.1
 [mixture]
 controller = "{controller}"
-start_steps = 4
-interval_steps = 4
-lag_steps = 3
+start_steps = {DECISION_INTERVAL_STEPS}
+interval_steps = {DECISION_INTERVAL_STEPS}
+lag_steps = {DECISION_LAG_STEPS}
 [[data.domains]]
 name = "one"
 path = "one"
@@ -289,10 +327,11 @@ restart_backoff_ms = 20
 
     /// Sections that only some runs have.
     fn policy(&self) -> String {
-        let mut text = String::new();
+        // Where persons may decide, the lines of decisions are as long as rollbacks need them.
+        let mut text = format!("[policy]\npersons = {}\n", !self.rollbacks.is_empty());
         // Writing to a string does not fail.
         if self.skips_spikes {
-            let _ = writeln!(text, "[policy]\nspikes = \"skip\"");
+            let _ = writeln!(text, "spikes = \"skip\"");
         }
         if let Some(tokens) = self.stop_tokens {
             let _ = writeln!(text, "[policy.stop]\ntokens = {tokens}");
@@ -351,6 +390,7 @@ mod tests {
             ("spikes", with(|s| s.skips_spikes), 8..40),
             ("stop", with(|s| s.stop_tokens.is_some()), 25..80),
             ("ramp", with(|s| s.ramp.is_some()), 25..80),
+            ("rollback", with(|s| !s.rollbacks.is_empty()), 25..80),
         ] {
             assert!(range.contains(&count), "{name}: {count} of 200 seeds");
         }

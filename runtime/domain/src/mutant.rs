@@ -53,6 +53,8 @@ mutants! {
     OutcomeKept,
     /// Whoever is one step behind counts as a holder, reduced gradient or not (STEP-1).
     StaleHolder,
+    /// State that a rollback has left behind counts as held.
+    DeadStateKept,
     /// Primary and replica of a shard are not compared (DET-3).
     ReplicasUncompared,
     /// State that changed by itself is believed (DET-3).

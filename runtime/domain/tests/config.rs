@@ -459,7 +459,6 @@ fn contradictions_of_the_loop_name_their_key() {
             "evaluation.interval_steps",
         ),
         (vec!["mixture.reference={web = 2.0}".into()], "mixture.reference"),
-        (vec!["policy.spikes=\"rollback_and_skip\"".into()], "policy.spikes"),
         (vec!["policy.decay_on_plateau=true".into()], "policy.decay_on_plateau"),
         (vec!["policy.stop.heldout_loss=-1.0".into()], "policy.stop.heldout_loss"),
         (

@@ -6,6 +6,7 @@
 //! A checkpoint overtaken by a newer whole one, or one whose rank died while it wrote, is given up; its objects are
 //! garbage for the collector. It does no I/O.
 
+use crate::rollback::Rollbacks;
 use std::collections::{BTreeMap, BTreeSet};
 use tarazed_domain::{Generation, Mutant, OptimizerShardIndex, StepsCompleted};
 
@@ -58,12 +59,14 @@ pub struct CheckpointTracker {
     begun: BTreeSet<StepsCompleted>,
     open: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, StoredShard>>,
     failed: BTreeSet<StepsCompleted>,
+    /// What these have left behind is not to be saved any more.
+    rollbacks: Rollbacks,
 }
 
 impl CheckpointTracker {
     /// A tracker for checkpoints of `shard_count` shards; `written` is the newest trace line.
     #[must_use]
-    pub const fn new(shard_count: usize, written: StepsCompleted) -> Self {
+    pub fn new(shard_count: usize, written: StepsCompleted) -> Self {
         Self {
             shard_count,
             written,
@@ -74,12 +77,14 @@ impl CheckpointTracker {
             begun: BTreeSet::new(),
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
+            rollbacks: Rollbacks::default(),
         }
     }
 
-    /// The checkpoint to restore from is being looked for.
-    pub fn on_locating(&mut self) {
+    /// The checkpoint to restore from is being looked for, where these rollbacks have acted.
+    pub fn on_locating(&mut self, rollbacks: Rollbacks) {
         self.locating = true;
+        self.rollbacks = rollbacks;
     }
 
     /// The run goes on from this checkpoint (or from the seed): later ones are made anew.
@@ -120,6 +125,9 @@ impl CheckpointTracker {
         if generation < self.generation || self.failed.contains(&step) {
             return; // given up already
         }
+        if !self.rollbacks.is_live(step) {
+            return;
+        }
         if self.committed.is_none_or(|committed| committed < step) {
             self.begun.insert(step);
         }
@@ -140,6 +148,9 @@ impl CheckpointTracker {
     ) -> Vec<CheckpointEffect> {
         if shard.index() >= self.shard_count || self.newest.is_some_and(|newest| step <= newest) {
             return Vec::new();
+        }
+        if !self.rollbacks.is_live(step) {
+            return Vec::new(); // stored late, by a rank that had begun before it was rolled back
         }
         self.open.entry(step).or_default().insert(shard, stored);
         self.settle()
@@ -206,6 +217,8 @@ impl CheckpointTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rollback::Rollback;
+    use tarazed_domain::StepIndex;
 
     fn stored(name: &str) -> StoredShard {
         StoredShard {
@@ -333,11 +346,30 @@ mod tests {
         assert_eq!(save(&mut tracker, 20), 1);
     }
 
+    /// What a rollback has left behind is no checkpoint any more, however late its shards are stored.
+    #[test]
+    fn a_state_that_is_left_behind_is_not_saved() {
+        let mut tracker = CheckpointTracker::new(1, StepsCompleted(20));
+        let back = Rollback {
+            at: StepIndex(20),
+            to: StepsCompleted(12),
+        };
+        tracker.on_locating([back].into_iter().collect());
+        tracker.on_restored(Some(StepsCompleted(10)));
+        tracker.on_saving(Generation(1), StepsCompleted(20));
+        assert!(!tracker.is_under_way(StepsCompleted(20)));
+        for (step, commits) in [(20, 0), (13, 0), (12, 1), (21, 0)] {
+            let saved = tracker.on_shard_saved(StepsCompleted(step), OptimizerShardIndex(0), stored("a"));
+            assert_eq!(saved.len(), commits, "of step {step}");
+        }
+        assert_eq!(tracker.on_line_written(StepsCompleted(21)).len(), 1);
+    }
+
     /// STEP-5: what is being restored from cannot be overtaken meanwhile; a late loss of a former life spoils nothing.
     #[test]
     fn nothing_is_committed_while_a_checkpoint_is_looked_for() {
         let mut tracker = CheckpointTracker::new(1, StepsCompleted(20));
-        tracker.on_locating();
+        tracker.on_locating(Rollbacks::default());
         let saved = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
         assert_eq!(saved, []);
         tracker.on_restored(Some(StepsCompleted(10)));

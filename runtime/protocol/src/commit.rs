@@ -4,11 +4,13 @@
 //! - **STEP-2** A step is committed if any surviving rank passed its barrier; by STEP-1 every survivor then holds its
 //!   reduced gradients, and the one that passed hands the outcome to the rest. If none passed, it is redone.
 //!
-//! The rule sees only what survivors report; it does not know time, and a redone step gives the same bits.
+//! The rule sees what survivors report and which rollbacks have acted; it does not know time, and a redone step gives the
+//! same bits. What a rollback has left behind counts as not held.
 
 use crate::message::{BarrierOutcome, Member, ShardHolding, StateReport};
+use crate::rollback::Rollbacks;
 use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{Incarnation, Mutant, OptimizerShardIndex, StepsCompleted, WorkerId};
+use tarazed_domain::{Incarnation, Mutant, OptimizerShardIndex, StepIndex, StepsCompleted, WorkerId};
 
 /// What the survivors can go on from.
 #[derive(Clone, PartialEq, Debug)]
@@ -31,12 +33,12 @@ pub enum Resolution {
 
 /// Applies STEP-2 to the survivors' reports.
 #[must_use]
-pub fn resolve(shard_count: usize, reports: &BTreeMap<Member, StateReport>) -> Resolution {
+pub fn resolve(shard_count: usize, rollbacks: &Rollbacks, reports: &BTreeMap<Member, StateReport>) -> Resolution {
     let mut survey = Survey::default();
     for (&member, report) in reports {
         survey.hear(member, &report.shards, report.passed.clone());
     }
-    match survey.resolve(shard_count) {
+    match survey.resolve(shard_count, rollbacks) {
         Ok(Agreement { base, outcome, holders }) => {
             let holders = (0..shard_count).map(|shard| holders.of(shard).to_vec()).collect();
             Resolution::Continue { base, outcome, holders }
@@ -90,9 +92,9 @@ impl Holders {
 struct Claim {
     member: Member,
     shard: OptimizerShardIndex,
-    /// It has the reduced gradient of the step after its state.
-    ahead: bool,
     state: StepsCompleted,
+    /// It has the reduced gradient that leads to this count.
+    reduced: Option<StepsCompleted>,
 }
 
 /// Distinct outcomes that are compared with a new one. All that passed a barrier were given the same, so there are few;
@@ -118,8 +120,8 @@ impl Survey {
         self.claims.extend(shards.iter().map(|holding| Claim {
             member,
             shard: holding.shard,
-            ahead: holding.reduced == Some(holding.state.next().completed()),
             state: holding.state,
+            reduced: holding.reduced,
         }));
         let Some(outcome) = passed else { return };
         let known = self.outcomes.iter().rev().take(OUTCOMES_COMPARED_MAX);
@@ -149,9 +151,23 @@ impl Survey {
         &self.answered
     }
 
+    /// Whether anybody holds anything that these rollbacks have left behind.
+    pub(crate) fn holds_dead(&mut self, rollbacks: &Rollbacks) -> bool {
+        self.answered();
+        self.claims.iter().any(|claim| !rollbacks.is_live(claim.state))
+    }
+
     /// The rule. An error names the shards without a usable copy.
-    pub(crate) fn resolve(&mut self, shard_count: usize) -> Result<Agreement, Vec<OptimizerShardIndex>> {
+    pub(crate) fn resolve(
+        &mut self,
+        shard_count: usize,
+        rollbacks: &Rollbacks,
+    ) -> Result<Agreement, Vec<OptimizerShardIndex>> {
         let in_order = self.answered().is_sorted();
+        if !Mutant::DeadStateKept.is_on() {
+            self.claims.retain(|claim| rollbacks.is_live(claim.state));
+            self.passed.retain(|&(_, at)| rollbacks.is_live(self.outcomes[at].step));
+        }
         let step_of = |at: usize| self.outcomes[at].step;
         let stood = self.claims.iter().map(|claim| claim.state);
         let passed = self.passed.iter().map(|&(_, at)| step_of(at));
@@ -164,10 +180,11 @@ impl Survey {
             .map(|&(_, at)| self.outcomes[at].clone());
 
         // A shard that the layout does not have is not there, whoever says so.
+        let before = base.0.checked_sub(1).map(|step| rollbacks.start_of(StepIndex(step)));
         let usable = self.claims.iter().filter(|claim| {
             let stands = claim.state == base;
-            let can_finish = claim.state.next().completed() == base
-                && (claim.ahead || Mutant::StaleHolder.is_on())
+            let can_finish = Some(claim.state) == before
+                && (claim.reduced == Some(base) || Mutant::StaleHolder.is_on())
                 && outcome.is_some();
             claim.shard.index() < shard_count && (stands || can_finish)
         });
@@ -283,7 +300,7 @@ mod tests {
                 .collect();
             let covered = (0..4).all(|s| !dead[s] || !dead[(s + 1) % 4]);
             let survivor_passed = (0..4).any(|w| !dead[w] && progress[w] >= Reached::Passed);
-            match resolve(4, &reports) {
+            match resolve(4, &Rollbacks::default(), &reports) {
                 Resolution::Continue { base, outcome, holders } => {
                     prop_assert!(covered);
                     prop_assert_eq!(base, StepsCompleted(if survivor_passed { 10 } else { 9 }));
@@ -371,7 +388,7 @@ mod tests {
             let kept: BTreeMap<Member, StateReport> =
                 kept.into_iter().filter(|(_, (_, stays))| *stays).map(|(member, (report, _))| (member, report)).collect();
             let expected = resolve_plainly(3, &kept);
-            let found = match survey.resolve(3) {
+            let found = match survey.resolve(3, &Rollbacks::default()) {
                 Ok(Agreement { base, outcome, holders }) => {
                     let holders = (0..3).map(|shard| holders.of(shard).to_vec()).collect();
                     Resolution::Continue { base, outcome, holders }
@@ -379,7 +396,7 @@ mod tests {
                 Err(missing) => Resolution::Restore { missing },
             };
             prop_assert_eq!(&found, &expected);
-            prop_assert_eq!(resolve(3, &kept), expected);
+            prop_assert_eq!(resolve(3, &Rollbacks::default(), &kept), expected);
             prop_assert_eq!(survey.answered().len(), kept.len());
         }
     }
@@ -388,18 +405,23 @@ mod tests {
     fn a_lost_shard_means_restore_and_names_it() {
         let reports = BTreeMap::from([(member(0), report(&[0, 1], Reached::Updated))]);
         assert_eq!(
-            resolve(3, &reports),
+            resolve(3, &Rollbacks::default(), &reports),
             Resolution::Restore {
                 missing: vec![OptimizerShardIndex(2)]
             }
         );
-        assert!(matches!(resolve(1, &BTreeMap::new()), Resolution::Restore { .. }));
+        assert!(matches!(
+            resolve(1, &Rollbacks::default(), &BTreeMap::new()),
+            Resolution::Restore { .. }
+        ));
     }
 
     #[test]
     fn a_shard_that_the_layout_does_not_have_is_ignored() {
         let reports = BTreeMap::from([(member(0), report(&[0, 1, 77], Reached::Updated))]);
-        assert!(matches!(resolve(2, &reports), Resolution::Continue { holders, .. } if holders.len() == 2));
+        assert!(
+            matches!(resolve(2, &Rollbacks::default(), &reports), Resolution::Continue { holders, .. } if holders.len() == 2)
+        );
     }
 
     #[test]
@@ -407,7 +429,7 @@ mod tests {
         let mut stale = report(&[0], Reached::Reducing);
         stale.shards[0].state = StepsCompleted(7);
         let reports = BTreeMap::from([(member(0), stale), (member(1), report(&[0, 1], Reached::Updated))]);
-        let Resolution::Continue { holders, .. } = resolve(2, &reports) else {
+        let Resolution::Continue { holders, .. } = resolve(2, &Rollbacks::default(), &reports) else {
             panic!("shard 0 lives on worker 1")
         };
         assert_eq!(holders[0], vec![member(1)]);

@@ -19,6 +19,8 @@
 //!   that cannot answer is killed. A pair that cannot hear each other shows by what they wait for: one is replaced.
 //! - Survivors never wait for a replacement: it is admitted at a later step boundary (DESIGN.md section 6). A spare is there
 //!   already, and takes part from the next generation on.
+//! - A rollback is a pause at its boundary. Once the line of that boundary is written, what all hold is dead: the state that
+//!   is gone back to is restored and made as after a loss, and the same generation goes on behind the boundary.
 //! - A world that shrinks keeps those who leave for one more generation, without shards, so that the others copy from them.
 //!
 //! The machine knows no clock: `now_ms` comes with each event. It sends nothing: effects say what should be sent.
@@ -42,6 +44,7 @@ use crate::commit::{Agreement, Holders, Survey};
 use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom};
 use crate::placement::Placement;
 use crate::restart::RestartLimiter;
+use crate::rollback::Rollbacks;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tarazed_domain::{Generation, Incarnation, Mutant, Rank, StepsCompleted, WorkerId};
@@ -161,6 +164,8 @@ pub struct Coordinator {
     stop: Option<u64>,
     /// A decision ends the run with this count.
     ends_at: Option<StepsCompleted>,
+    /// In force, acted or not.
+    rollbacks: Rollbacks,
     /// The run halts with this once its last checkpoint exists.
     verdict: Option<(u8, String)>,
     /// Causes of generations that ended without a line since the last one that wrote one (SUP-3).
@@ -194,6 +199,13 @@ impl Coordinator {
         self.ends_at.map_or(configured, |step| step.min(configured))
     }
 
+    /// Rollbacks that have acted: the line before their step is written, and the run does not end with it.
+    #[must_use]
+    pub fn acted(&self) -> Rollbacks {
+        let before_end = StepsCompleted(self.last_step().0.saturating_sub(1));
+        self.rollbacks.acted(self.written.min(before_end))
+    }
+
     /// A machine for a run whose trace is written through `written`, and whose previous controller ended with
     /// `generation`.
     #[must_use]
@@ -216,6 +228,7 @@ impl Coordinator {
             begun: false,
             stop: None,
             ends_at: None,
+            rollbacks: Rollbacks::default(),
             verdict: None,
             fruitless,
             refused_count: 0,

@@ -10,6 +10,7 @@
 //! | [`sharder`] | which worker holds which optimizer shard (DESIGN.md section 4); [`placement`] is what it says |
 //! | [`restart`] | whether a dead worker or actor is started again (SUP-3) |
 //! | [`ledger`] | which trace lines are written and which are only checked (STEP-3, STEP-5, DET-3) |
+//! | [`rollback`] | which states training goes on from where it was rolled back |
 //! | [`checkpoint`] | when a checkpoint is whole and may be committed (CKPT-1) |
 //! | [`schedule`] | when a checkpoint is due by the clock, also after Young and Daly |
 //! | [`data`] | samples, mixture, signals and decisions (DATA-1, DATA-2, LOOP-1) |
@@ -24,6 +25,7 @@ pub mod ledger;
 pub mod message;
 pub mod placement;
 pub mod restart;
+pub mod rollback;
 pub mod schedule;
 pub mod sharder;
 pub mod trace;

@@ -6,6 +6,7 @@
 use crate::data::decision::Decision;
 use crate::data::trajectory::Moments;
 use crate::placement::Placement;
+use crate::rollback::Rollbacks;
 use rkyv::{Archive, Deserialize, Serialize};
 use tarazed_domain::{
     Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepsCompleted, WorkerId,
@@ -235,6 +236,9 @@ pub struct BeginPlan {
     pub decisions: Vec<Decision>,
     /// Decisions are known through this line.
     pub decided: StepsCompleted,
+    /// Rollbacks that have acted: from which state each step goes on. One that is only decided ends the generation at its
+    /// boundary.
+    pub rollbacks: Rollbacks,
     /// Run to this count, checkpoint, and pause.
     pub last_step: StepsCompleted,
     /// Save the base itself first: the run ends there.
@@ -263,6 +267,12 @@ impl BeginPlan {
         }
         if !self.shards.is_sound(ranks) {
             return Err(Malformed(format!("a plan whose shards are not on its {ranks} ranks")));
+        }
+        if !self.rollbacks.is_live(self.base) {
+            return Err(Malformed(format!(
+                "a plan that begins from step {}, which a rollback has left behind",
+                self.base
+            )));
         }
         Ok(())
     }

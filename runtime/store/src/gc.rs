@@ -8,6 +8,8 @@
 //! step is not above that of the newest commit behind this fence, and it was written before that commit (times are the
 //! store's own, compared with each other only; steps are committed in order within a generation).
 //!
+//! A run that was rolled back has checkpoints of states that it does not go on from. They count for nothing in what is kept.
+//!
 //! Where places of the chain are lost, a pin or a commit may be hidden there: what is older than the damage is kept.
 
 use crate::Fence;
@@ -33,6 +35,9 @@ pub struct Retention {
     pub last: u32,
     /// The first one at or after every multiple of this step; 0 for none.
     pub every_steps: u64,
+    /// And the newest good one at or before this step, with the first one behind it, which takes its place where the next
+    /// collections name later steps.
+    pub back_to: Option<StepsCompleted>,
 }
 
 impl Retention {
@@ -42,6 +47,7 @@ impl Retention {
         Self {
             last: count,
             every_steps: 0,
+            back_to: None,
         }
     }
 
@@ -139,6 +145,20 @@ impl CheckpointStore {
     /// [`StoreError::Fenced`] if another controller claimed the store: nothing was deleted. Else by cause; what was left
     /// is collected next time.
     pub async fn gc(&self, fence: &Fence, retention: Retention) -> Result<GcReport, StoreError> {
+        self.gc_of(fence, retention, |_| true).await
+    }
+
+    /// The same for a run that goes on from none but the `live` steps: those of others are kept where they are pinned, or
+    /// until there are enough of the live ones.
+    ///
+    /// # Errors
+    /// As [`Self::gc`].
+    pub async fn gc_of(
+        &self,
+        fence: &Fence,
+        retention: Retention,
+        live: impl Fn(StepsCompleted) -> bool,
+    ) -> Result<GcReport, StoreError> {
         let chain = self.chain().await?;
         let judgement = chain.judge();
         self.check_fence(fence, &judgement)?;
@@ -146,7 +166,7 @@ impl CheckpointStore {
         let listing = self.listing().await?;
         let horizon = self.horizon(&judgement, &mut report);
         let (doomed, mut needed) = self
-            .sort_commits(&judgement, &listing, retention, horizon, &mut report)
+            .sort_commits(&judgement, &listing, (retention, &live), horizon, &mut report)
             .await?;
         // First what needs no record: on a full disk that makes room for the record.
         let mut garbage = self.garbage_of_retired(&judgement, &listing, &needed).await?;
@@ -222,14 +242,17 @@ impl CheckpointStore {
         &self,
         judgement: &Judgement,
         listing: &Listing,
-        retention: Retention,
+        (retention, live): (Retention, &impl Fn(StepsCompleted) -> bool),
         horizon: u64,
         report: &mut GcReport,
     ) -> Result<(Vec<Doomed>, Needed), StoreError> {
         let (mut doomed, mut needed) = (Vec::<Doomed>::new(), Needed::default());
-        let mut good = 0;
-        let references = judgement.commits().filter_map(Standing::reference);
-        let firsts = retention.firsts(references.map(|reference| reference.step));
+        let (mut good, mut back_to) = (0, retention.back_to);
+        let steps = judgement.commits().filter_map(Standing::reference).map(|it| it.step);
+        let steps: Vec<StepsCompleted> = steps.filter(|step| live(*step)).collect();
+        let mut firsts = retention.firsts(steps.iter().copied());
+        let behind = |oldest| steps.iter().copied().filter(|step| *step > oldest).min();
+        firsts.extend(back_to.and_then(behind));
         let named: Vec<(&Standing, CommitRef, &String)> = judgement
             .commits()
             .filter_map(|standing| Some((standing, standing.reference()?, manifest_of(&standing.record)?.0)))
@@ -245,13 +268,16 @@ impl CheckpointStore {
             let kept = retention.last.max(1) as usize - usize::from(Mutant::GreedyCollector.is_on());
             let full = good >= kept && doomed.len() < RETIRED_PER_RECORD_MAX;
             let (objects, whole) = needs_of(standing, key, manifest?, listing, report);
+            let counts = whole && live(reference.step);
+            // Of those that are old enough the first one met, since the newest comes first.
+            let stays = back_to.take_if(|oldest| counts && reference.step <= *oldest).is_some() || stays;
             if full && !stays && reference.sequence >= horizon {
                 let standing = standing.clone();
                 doomed.push(Doomed { standing, objects });
                 continue;
             }
             report.kept.push(reference);
-            good += usize::from(whole);
+            good += usize::from(counts);
             needed.add(objects);
         }
         Ok((doomed, needed))

@@ -153,6 +153,17 @@ impl CheckpointStore {
         self.newest(below, Depth::Quick).await
     }
 
+    /// As [`Self::newest_valid`], of a step that is wanted.
+    ///
+    /// # Errors
+    /// As [`Self::newest_valid`].
+    pub async fn newest_valid_where(
+        &self,
+        wanted: impl Fn(StepsCompleted) -> bool,
+    ) -> Result<Option<Restorable>, StoreError> {
+        self.newest_where(Depth::Quick, wanted).await
+    }
+
     /// As [`Self::newest_valid`], but reads and hashes every byte first.
     ///
     /// # Errors

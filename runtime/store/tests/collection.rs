@@ -90,6 +90,7 @@ async fn the_first_at_or_after_each_multiple_of_a_step_stays() {
     let retention = Retention {
         last: 1,
         every_steps: 30,
+        ..Retention::last(1)
     };
     let report = store.gc(&fence, retention).await.unwrap();
     assert_eq!(
@@ -101,6 +102,70 @@ async fn the_first_at_or_after_each_multiple_of_a_step_stays() {
         steps(&store.gc(&fence, Retention::last(1)).await.unwrap().retired),
         [65, 30]
     );
+}
+
+/// A run that may be rolled back keeps one checkpoint that is old enough; what a rollback has left behind counts for nothing.
+#[tokio::test]
+async fn one_that_is_old_enough_stays_and_what_is_left_behind_goes() {
+    let objects = memory();
+    let store = open(&objects, 1);
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20, 30, 40, 50] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let back_to = |step: u64| Retention {
+        back_to: Some(StepsCompleted(step)),
+        ..Retention::last(1)
+    };
+    let report = store.gc(&fence, back_to(25)).await.unwrap();
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![50, 30, 20], vec![40, 10])
+    );
+    // Rolled back from 55 to 25: the checkpoint of 50 is newer than the one that is made on the way, and not gone on from.
+    let live = |step: StepsCompleted| step.0 <= 25 || step.0 > 55;
+    let found = store.newest_valid_where(live).await.unwrap().unwrap();
+    assert_eq!(found.manifest.step, StepsCompleted(20));
+    checkpoint(&store, &fence, 24).await;
+    let report = store.gc_of(&fence, Retention::last(2), live).await.unwrap();
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![24, 50, 30, 20], vec![])
+    );
+    checkpoint(&store, &fence, 60).await;
+    let report = store.gc_of(&fence, back_to(25), live).await.unwrap();
+    assert_eq!(
+        (steps(&report.kept), steps(&report.retired)),
+        (vec![60, 24], vec![50, 30, 20])
+    );
+    assert!(store.verify(Select::All, Depth::Full).await.unwrap().is_clean());
+    assert!(
+        store.newest_valid_where(|step| step.0 < 24).await.unwrap().is_none(),
+        "it begins from the seed"
+    );
+}
+
+/// However long the run, there is one that is old enough and not much older than that.
+#[tokio::test]
+async fn the_old_one_keeps_up_with_the_run() {
+    let (objects, reach) = (memory(), 35);
+    let store = open(&objects, 1);
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in (10..=400).step_by(10) {
+        checkpoint(&store, &fence, step).await;
+        let retention = Retention {
+            back_to: Some(StepsCompleted(step.saturating_sub(reach))),
+            ..Retention::last(1)
+        };
+        let kept = steps(&store.gc(&fence, retention).await.unwrap().kept);
+        assert!(kept.len() <= 3, "{kept:?}");
+        let old_enough = kept.iter().copied().find(|kept| kept + reach <= step);
+        let due = step >= 2 * reach + 10;
+        assert!(
+            !due || old_enough.is_some_and(|old| old + 2 * reach + 10 >= step),
+            "{kept:?}"
+        );
+    }
 }
 
 #[tokio::test]

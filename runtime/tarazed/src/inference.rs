@@ -173,7 +173,7 @@ impl Inference {
 async fn find(store: &CheckpointStore, step: Option<StepsCompleted>) -> Result<Restorable, Failure> {
     let found = match step {
         Some(step) => Some(store.at_step(step).await.map_err(checkpoint::failure)?),
-        None => store.newest_valid(None).await.map_err(checkpoint::failure)?,
+        None => checkpoint::newest_live(store).await?,
     };
     found.ok_or_else(|| {
         Failure::refused(

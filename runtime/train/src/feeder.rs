@@ -18,6 +18,7 @@ use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::data::cursor::{DataCursor, PlanError, StepPlan};
 use tarazed_protocol::data::decision::{DataChange, Decision};
 use tarazed_protocol::message::BeginPlan;
+use tarazed_protocol::rollback::Rollbacks;
 
 /// Where tokens are read.
 pub trait SampleSource: Send + Sync + 'static {
@@ -184,25 +185,23 @@ struct Want {
     generation: Generation,
     lanes: Share,
     next: StepIndex,
+    /// Those that have acted: the steps that they left behind are not fed.
+    rollbacks: Rollbacks,
     until: StepsCompleted,
 }
 
 /// What a rank is fed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Share {
+struct Share {
     /// The lanes that it computes.
-    pub own: LaneRange,
+    own: LaneRange,
     /// Those that it audits: another rank's, where there is another.
-    pub watched: LaneRange,
+    watched: LaneRange,
 }
 
 impl Share {
     /// What a rank of a plan is fed: it watches the one before it, and a lone one itself.
-    ///
-    /// # Panics
-    /// If the plan has no such rank: a programmer's error.
-    #[must_use]
-    pub fn of(plan: &BeginPlan, rank: Rank) -> Self {
+    fn of(plan: &BeginPlan, rank: Rank) -> Self {
         let before = rank.index().checked_sub(1).unwrap_or(plan.roster.len() - 1);
         Self {
             own: plan.roster[rank.index()].lanes,
@@ -285,23 +284,20 @@ impl Feeder {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on feeds its `share` of the steps from `from` to `until`; what was made for another generation is dropped.
-    pub fn begin(
-        &self,
-        cursor: DataCursor,
-        generation: Generation,
-        share: Share,
-        from: StepIndex,
-        until: StepsCompleted,
-    ) {
+    /// From now on feeds a rank's share of this plan's steps; what was made for another generation is dropped.
+    ///
+    /// # Panics
+    /// If the plan has no such rank: a programmer's error.
+    pub fn begin(&self, cursor: DataCursor, plan: &BeginPlan, rank: Rank) {
         let mut inner = self.lock();
         inner.cursor = cursor;
         inner.ready.clear();
         inner.want = Some(Want {
-            generation,
-            lanes: share,
-            next: from,
-            until,
+            generation: plan.generation,
+            lanes: Share::of(plan, rank),
+            next: plan.rollbacks.next(plan.base),
+            rollbacks: plan.rollbacks.clone(),
+            until: plan.last_step,
         });
         self.announce(inner);
     }
@@ -423,7 +419,7 @@ impl Feeder {
         let mut inner = self.lock();
         match (&mut inner.want, made) {
             (Some(want), Ok(batch)) if want.generation == generation && want.next == step => {
-                want.next = StepIndex(step.0 + 1);
+                want.next = want.rollbacks.next(step.completed());
                 inner.ready.push_back(batch);
             }
             (_, Ok(_)) => {} // made for a generation that is over

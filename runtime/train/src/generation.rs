@@ -9,6 +9,8 @@
 //! - A rank that joins is no donor before it is whole: a shard enters `state.shards` only once all of it has come.
 //! - A shard that moves away stays with its donor until everybody is whole: whoever dies in between, the donor still
 //!   reports it.
+//! - A rollback that has acted is a step that goes on from an older state, in the middle of a generation or at its base. One
+//!   that is only decided ends the generation at its boundary: that state is held by nobody.
 //! - **STEP-6** Between steps nothing waits for the controller, but where a decision due is missing or too many lines are
 //!   not acknowledged.
 
@@ -140,7 +142,7 @@ pub fn run<D: HostVisible>(
     while at.step < plan.last_step {
         wait_for_acknowledgement(state, means.switches)?;
         state.progress.enter(Phase::Feeding);
-        let Some(batch) = means.feeder.next(at.step.next(), &state.abort)? else {
+        let Some(batch) = means.feeder.next(plan.rollbacks.next(at.step), &state.abort)? else {
             // A decision ends the run here, and may have become known only behind this boundary.
             if !at.saving {
                 save(state, world, means, at.step);
@@ -148,6 +150,9 @@ pub fn run<D: HostVisible>(
             }
             break;
         };
+        if batch.directives.rollback_to.is_some_and(|to| to != at.step) {
+            break;
+        }
         let wishes = Wishes {
             pause: means.switches.pause.load(Ordering::Relaxed),
             checkpoint: means.switches.checkpoint.load(Ordering::Relaxed)

@@ -117,6 +117,7 @@ fn begin(generation: u64, base: u64, restore: Option<RestoreFrom>, address: &str
         last_step: base,
         acknowledged: base,
         restore,
+        ..Wanted::default()
     };
     let mut plan = plan(&wanted, &BTreeMap::new());
     plan.addresses = std::iter::once(address).collect();

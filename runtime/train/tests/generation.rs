@@ -374,6 +374,7 @@ fn restoring(members: Vec<Member>, from: &RestoreFrom, generation: u64, last_ste
         last_step,
         acknowledged: from.step.0,
         restore: Some(from.clone()),
+        ..Wanted::default()
     };
     plan(&wanted, &BTreeMap::new())
 }

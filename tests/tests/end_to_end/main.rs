@@ -18,6 +18,7 @@ mod kills;
 mod live_data;
 mod restart_limit;
 mod resume;
+mod rollback;
 mod status;
 mod storm;
 mod straggler;

@@ -1,5 +1,6 @@
 //! A line of `trace.jsonl`: its keys, their order, and what must agree within it.
 
+use super::back::Rollback;
 use crate::json::Json;
 
 /// Name and value, in the order of the config's domains.
@@ -22,6 +23,8 @@ pub struct Decision {
     pub veto: Option<u64>,
     /// Data that enter.
     pub change: Option<Change>,
+    /// Where it goes back to.
+    pub rollback: Option<Rollback>,
 }
 
 /// Domains of one data set that enter the run.
@@ -45,12 +48,13 @@ pub struct Edition {
     pub held_out_sequences: u64,
 }
 
-/// What a kind of decision does to the order of samples.
+/// What a kind of decision does to samples and states.
 #[derive(Default, PartialEq, Debug)]
 struct Effect {
     weights: Option<Vec<f64>>,
     veto: Option<u64>,
     change: Option<Change>,
+    rollback: Option<Rollback>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -236,9 +240,11 @@ fn decision(json: &Json) -> Result<Decision, String> {
         weights: effect.weights,
         veto: effect.veto,
         change: effect.change,
+        rollback: effect.rollback,
     })
 }
 
+/// What a kind of decision does: weights that it sets, the decision that it takes back, data that enter, or where it goes back to.
 fn effect(kind: &Json) -> Result<Effect, String> {
     let floats = |json: &Json| {
         json.list()?
@@ -273,8 +279,8 @@ fn effect(kind: &Json) -> Result<Effect, String> {
             };
             Ok(Effect {
                 weights: Some(floats(weights)?),
-                veto: None,
                 change: Some(change),
+                ..Effect::default()
             })
         }
         "learning_rate" => body.exactly(["factor"])?[0].float().map(|_| Effect::default()),
@@ -288,12 +294,18 @@ fn effect(kind: &Json) -> Result<Effect, String> {
         }
         "rollback" => {
             let [to, discarded] = body.exactly(["to", "discarded"])?;
-            to.count()?;
-            for samples in discarded.list()? {
+            let draws = |samples: &Json| -> Result<(u64, u64), String> {
                 let [first, count] = samples.exactly(["first", "count"])?;
-                first.count().and(count.count())?;
-            }
-            Ok(Effect::default())
+                Ok((first.count()?, count.count()?))
+            };
+            let rollback = Rollback {
+                to: to.count()?,
+                discarded: discarded.list()?.iter().map(draws).collect::<Result<_, _>>()?,
+            };
+            Ok(Effect {
+                rollback: Some(rollback),
+                ..Effect::default()
+            })
         }
         other => Err(format!("'{other}' is no decision")),
     }

@@ -5,12 +5,14 @@
 //!   step trained on those samples and no others.
 //! - Every sample of every epoch marked: none twice, none left out (DATA-1).
 //! - Every change of the data: that its data set lies in the run folder and is what the decision says.
+//! - Rollbacks: each goes back to a line whose state stands, and names the very draws that are without effect.
 //! - The data sets themselves, from the tokens' chunks up to the version that stands in `data`.
 //! - Two traces: byte for byte the same on the steps that both hold (LOOP-1, DET-1).
 //!
 //! What it does not do: it computes no loss, no learning rate and no decision; whether those are right, it cannot say. It
 //! reads no text, so whether tokens are those of the sources is the data manifest's word.
 
+mod back;
 mod batch;
 mod config;
 mod data;

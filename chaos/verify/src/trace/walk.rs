@@ -3,6 +3,7 @@
 //! The walk goes from step to step; its state is what domains have drawn and are owed, mixtures in force and to come, and
 //! one bit per sample of each domain's present epoch.
 
+use super::back::Backs;
 use super::batch::{Accounts, Mixture, places};
 use super::config::Config;
 use super::data::Domain;
@@ -76,6 +77,7 @@ pub struct Walk {
     mixtures: BTreeMap<u64, Setting>,
     /// Decisions that were taken back.
     vetoed: BTreeSet<u64>,
+    backs: Backs,
     next_step: u64,
     last_decision: u64,
 }
@@ -132,6 +134,7 @@ impl Walk {
                 },
             )]),
             vetoed: BTreeSet::new(),
+            backs: Backs::new(domains.len()),
             next_step: 0,
             last_decision: 0,
         })
@@ -253,7 +256,11 @@ impl Walk {
         let mixture = self.mixture().clone();
         let sequences = self.config.sequences(self.consumed);
         self.consumed += u64::from(sequences);
+        if let Some(problem) = self.backs.begin() {
+            findings.add(format!("step {}", self.next_step), problem);
+        }
         let counts = self.accounts.pay(&mixture, sequences);
+        self.backs.drew(&counts);
         let turn = batch_turn(self.seed, self.next_step, sequences);
         let mut hasher = blake3::Hasher::new_derive_key(DATA_CONTEXT);
         hasher.update(&self.data_version);
@@ -317,6 +324,11 @@ impl Walk {
                 let by = Some(decision.id);
                 self.mixtures.insert(decision.effective, Setting { by, mixture });
             }
+            if let Some(rollback) = &decision.rollback
+                && let Err(why) = self.backs.decide(decision.id, step, decision.effective, rollback)
+            {
+                return refuse(why);
+            }
             if let Some(which) = decision.veto
                 && let Err(why) = self.veto(which, decision.effective)
             {
@@ -335,6 +347,7 @@ impl Walk {
         if self.lasting.contains(&which) {
             return Err(format!("decision {which} changes the data, which cannot be taken back"));
         }
+        self.backs.veto(which, from)?;
         let found = self.mixtures.iter().find(|(_, setting)| setting.by == Some(which));
         let Some(step) = found.map(|(step, _)| *step) else {
             return Ok(());
@@ -522,6 +535,7 @@ pub mod tests {
             weights: Some(weights.to_vec()),
             veto: None,
             change: None,
+            rollback: None,
         };
         let (mut walk, mut findings) = (walk(), Findings::default());
         let config = config();
@@ -557,6 +571,7 @@ pub mod tests {
             weights: Some(weights.to_vec()),
             veto: None,
             change: None,
+            rollback: None,
         };
         let vetoes = |id, line, which| Decision {
             id,
@@ -565,6 +580,7 @@ pub mod tests {
             weights: None,
             veto: Some(which),
             change: None,
+            rollback: None,
         };
         let (mut walk, mut findings) = (walk(), Findings::default());
         let config = config();

@@ -1,7 +1,7 @@
 //! Checks of the closed loop's sections and of the batch ramp.
 
 use super::validate::{require, within};
-use super::{Config, ConfigError, ControllerKind, LearningRateSchedule, MixtureStage, SpikePolicy, StageStart};
+use super::{Config, ConfigError, ControllerKind, LearningRateSchedule, MixtureStage, StageStart};
 use crate::limits::{DOMAIN_WEIGHT_MAX, STEPS_MAX};
 use std::collections::BTreeSet;
 
@@ -202,12 +202,6 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
     ] {
         within(key, value, least..=STEPS_MAX, "choose a number of steps of a run")?;
     }
-    require!(
-        policy.spikes != SpikePolicy::RollbackAndSkip,
-        "policy.spikes",
-        "\"rollback_and_skip\" is decided, but ranks do not carry it out yet",
-        "choose \"skip\" or \"clip\""
-    );
     require!(
         !policy.decay_on_plateau || config.optimizer.schedule.decays_on_demand(),
         "policy.decay_on_plateau",

@@ -1,6 +1,7 @@
 //! What the membership machine hears and what it asks for.
 
 use crate::message::{BeginPlan, Dispute, DisputedItem, ItemDigest, Member, RestoreFrom, StateReport, ToRank};
+use crate::rollback::{Rollback, Rollbacks};
 use std::sync::Arc;
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
@@ -157,6 +158,11 @@ pub enum Event {
         /// Which.
         step: Option<StepsCompleted>,
     },
+    /// Rollbacks in force, acted or not. Said before any rank can have acted by a new one.
+    GoesBack {
+        /// All of them.
+        rollbacks: Rollbacks,
+    },
     /// A signal asks for a last checkpoint and an end.
     StopRequested,
     /// Time passed.
@@ -202,6 +208,8 @@ pub enum Effect {
     FindCheckpoint {
         /// Of a step before this one, whose own turned out to be bad.
         below: Option<StepsCompleted>,
+        /// Of a state that these have not left behind.
+        rollbacks: Rollbacks,
     },
     /// Something people will want to know.
     Note(Incident),
@@ -291,6 +299,11 @@ pub enum Incident {
         step: StepsCompleted,
         /// How it shows.
         diagnosis: String,
+    },
+    /// What ranks hold is left behind: the state before a step is made anew, from a checkpoint or the seed.
+    RolledBack {
+        /// Which step, and the state that it starts from.
+        rollback: Rollback,
     },
     /// The state must come from a checkpoint.
     StateLost {

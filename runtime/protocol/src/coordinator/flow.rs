@@ -129,6 +129,10 @@ impl Coordinator {
                 self.ends_at = step;
                 Vec::new()
             }
+            Event::GoesBack { rollbacks } => {
+                self.rollbacks = rollbacks;
+                Vec::new()
+            }
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
@@ -357,6 +361,7 @@ impl Coordinator {
         if !kills.is_empty() {
             return kills;
         }
+        let acted = self.acted();
         let Phase::Fencing { survey, .. } = &mut self.phase else {
             return Vec::new();
         };
@@ -382,19 +387,21 @@ impl Coordinator {
             self.phase = Phase::Locating;
             return vec![self.find_checkpoint()];
         }
-        match survey.resolve(self.options.shard_count) {
+        let left_behind = survey.holds_dead(&acted);
+        match survey.resolve(self.options.shard_count, &acted) {
             Ok(agreement) => self.begin(now_ms, agreement.into(), survivors),
             Err(missing) => {
                 if let Some((code, diagnosis)) = self.verdict.take() {
                     return self.halt(code, diagnosis);
                 }
                 self.phase = Phase::Locating;
-                vec![
-                    Effect::Note(Incident::StateLost {
+                let note = match acted.last().filter(|_| left_behind) {
+                    Some(rollback) => Incident::RolledBack { rollback },
+                    None => Incident::StateLost {
                         shards_missing: missing.len(),
-                    }),
-                    self.find_checkpoint(),
-                ]
+                    },
+                };
+                vec![Effect::Note(note), self.find_checkpoint()]
             }
         }
     }
@@ -474,10 +481,25 @@ impl Coordinator {
             effects.extend(self.save_again(now_ms));
             return effects;
         }
+        if self.rollbacks.acting_at(step).is_some() {
+            return self.go_back(now_ms);
+        }
         // A pause is no failure. Where the stop came too late for this boundary's checkpoint, the new generation begins
         // with one.
         self.fruitless.on_progress();
         self.fence(now_ms, "paused at a step boundary".to_owned(), None)
+    }
+
+    /// All stand at a boundary at which a rollback acts. What they hold leads to its line, and is needed until that is
+    /// written: then it is dead, and so it is at the fence.
+    fn go_back(&mut self, now_ms: u64) -> Vec<Effect> {
+        let Phase::Running { paused, .. } = &self.phase else {
+            return Vec::new();
+        };
+        if paused.len() < self.roster.len() || self.rollbacks.acting_at(self.written).is_none() {
+            return Vec::new();
+        }
+        self.begin_fence(now_ms, None)
     }
 
     fn on_line_written(&mut self, now_ms: u64, step: StepsCompleted) -> Vec<Effect> {
@@ -492,7 +514,9 @@ impl Coordinator {
         let roster = &self.roster;
         self.workers
             .on_progress(|member, seat| roster.get(seat).is_some_and(|(seated, _)| *seated == member));
-        self.leave_when_saved(now_ms)
+        let mut effects = self.go_back(now_ms);
+        effects.extend(self.leave_when_saved(now_ms));
+        effects
     }
 
     fn leave_when_saved(&mut self, now_ms: u64) -> Vec<Effect> {

@@ -79,6 +79,9 @@ impl Coordinator {
             addresses.push(self.workers.address(member.worker));
         }
 
+        // A dispute about a step that is not done again stays undecided.
+        let rollbacks = self.acted();
+        self.trial.take_if(|trial| !rollbacks.is_live(trial.step));
         let ends_here = ground.base >= self.last_step() || self.stop.is_some();
         let plan = BeginPlan {
             generation: self.generation,
@@ -91,6 +94,7 @@ impl Coordinator {
             acknowledged: self.written,
             decisions: Vec::new(),
             decided: self.written,
+            rollbacks,
             last_step: if self.stop.is_some() {
                 ground.base
             } else {

@@ -3,16 +3,18 @@
 
 mod ending;
 mod pace;
+mod rollback;
 mod trial;
 mod world;
 
 use super::*;
 use crate::message::{BeginPlan, Claim, Dispute, DisputedItem, ShardHolding, StateReport, ToRank};
 use crate::placement::ShardOrigin;
+use crate::rollback::Rollbacks;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tarazed_domain::limits::Timeouts;
-use tarazed_domain::{LaneTree, OptimizerShardIndex, WorkerId};
+use tarazed_domain::{LaneTree, OptimizerShardIndex, StepIndex, WorkerId};
 
 const SHARDS: usize = 6;
 const WORKERS: u32 = 4;
@@ -51,6 +53,12 @@ struct Cluster {
     now_ms: u64,
     processes: BTreeMap<u32, Process>,
     saved: Option<u64>,
+    /// Every checkpoint that there is.
+    saves: BTreeSet<u64>,
+    /// What is decided.
+    rollbacks: Rollbacks,
+    /// Where there are rollbacks: lines and checkpoints on their way to the machine, which may hear of a pause before.
+    later: VecDeque<Event>,
     lines: Vec<u64>,
     /// Newest line finished since the state was last restored.
     floor: u64,
@@ -83,6 +91,9 @@ impl Cluster {
             now_ms: 0,
             processes: BTreeMap::new(),
             saved: None,
+            saves: BTreeSet::new(),
+            rollbacks: Rollbacks::default(),
+            later: VecDeque::new(),
             lines: Vec::new(),
             floor: 0,
             end: None,
@@ -145,9 +156,14 @@ impl Cluster {
                         self.deliver(entry.member, ToRank::Begin(Box::new(BeginPlan::clone(&plan))));
                     }
                 }
-                Effect::FindCheckpoint { .. } => {
+                Effect::FindCheckpoint { rollbacks, .. } => {
                     self.floor = 0;
-                    let checkpoint = self.saved.map(|step| RestoreFrom {
+                    let mut live = self.saves.iter().rev();
+                    let found = match self.rollbacks.last() {
+                        Some(_) => live.find(|&&step| rollbacks.is_live(StepsCompleted(step))).copied(),
+                        None => self.saved,
+                    };
+                    let checkpoint = found.map(|step| RestoreFrom {
                         step: StepsCompleted(step),
                         manifest_key: "manifest".to_owned(),
                         length: 0,
@@ -205,8 +221,41 @@ impl Cluster {
                 lives: self.processes.contains_key(&worker),
             })
             .collect();
+        self.tell_rollbacks();
         let effects = self.coordinator.start(self.now_ms, &past);
         self.act(effects);
+    }
+
+    fn tell_rollbacks(&mut self) {
+        let rollbacks = self.rollbacks.clone();
+        self.coordinator.on_event(self.now_ms, Event::GoesBack { rollbacks });
+    }
+
+    /// A fact that comes from the trace or the store.
+    fn hear(&mut self, event: Event) {
+        if self.rollbacks.last().is_some() {
+            self.later.push_back(event);
+        } else {
+            self.event(event);
+        }
+    }
+
+    /// The next of these facts.
+    fn hear_later(&mut self) -> bool {
+        let Some(event) = self.later.pop_front() else {
+            return false;
+        };
+        if let Event::CheckpointCommitted { step } = &event {
+            self.saves.insert(step.0);
+        }
+        self.event(event);
+        true
+    }
+
+    /// Whether a rank of this plan stops at this count, to be rolled back.
+    fn stops_at(&self, plan: &BeginPlan, step: u64) -> bool {
+        let state = StepsCompleted(step);
+        self.rollbacks.start_of(plan.rollbacks.next(state)) != state
     }
 
     /// One rank reads its next message.
@@ -283,12 +332,14 @@ impl Cluster {
             .position(|e| e.member.worker.0 == worker)
             .expect("a member gets the plan");
         let held = std::mem::take(&mut process.shards);
+        let rollbacks = &self.rollbacks;
+        let start_of = |count: u64| rollbacks.start_of(StepIndex(count - 1)).0;
         for (shard, holders) in plan.shards.iter().enumerate() {
             for holder in holders.iter().filter(|holder| holder.rank.index() == rank) {
                 if holder.origin == ShardOrigin::Keep {
                     let (state, reduced) = held[&(shard as u32)];
                     assert!(
-                        state == base || (state + 1 == base && reduced == Some(base)),
+                        state == base || (start_of(base) == state && reduced == Some(base)),
                         "STEP-1 makes it finishable"
                     );
                     assert!(state == base || plan.outcome.as_ref().is_some_and(|o| o.step.0 == base));
@@ -318,18 +369,19 @@ impl Cluster {
             // all-gather of the hashes before it has heard everybody, so all have applied the outcome.
             self.lines.push(base);
             self.floor = base;
-            self.event(Event::LineWritten {
+            self.hear(Event::LineWritten {
                 step: StepsCompleted(base),
             });
         }
+        let stops = ends || self.stops_at(&process_plan, base);
         let Some(process) = self.processes.get_mut(&worker) else {
             return;
         };
-        if ends {
+        if stops {
             process.reached = Reached::Waiting;
             if saving {
                 self.saved = Some(base);
-                self.event(Event::LineWritten {
+                self.hear(Event::LineWritten {
                     step: StepsCompleted(base),
                 });
             }
@@ -340,7 +392,7 @@ impl Cluster {
                 saving,
             });
             if saving {
-                self.event(Event::CheckpointCommitted {
+                self.hear(Event::CheckpointCommitted {
                     step: StepsCompleted(base),
                 });
             }
@@ -365,6 +417,7 @@ impl Cluster {
             .map(|p| (p.reached, p.step, p.wish))
             .collect();
         let step = process.step;
+        let done = plan.rollbacks.next(StepsCompleted(step)).completed().0;
         let all = |needed: Reached| {
             peers.len() == plan.roster.len() && peers.iter().all(|&(r, s, _)| s > step || (s == step && r >= needed))
         };
@@ -384,7 +437,7 @@ impl Cluster {
         match next {
             Reached::Entered => {
                 process.wish = process.asked;
-                process.shards.values_mut().for_each(|shard| shard.1 = Some(step + 1));
+                process.shards.values_mut().for_each(|shard| shard.1 = Some(done));
             }
             Reached::Passed => {
                 // The barrier gathers everybody's wishes, so all that pass it agree on them.
@@ -392,34 +445,40 @@ impl Cluster {
                     .iter()
                     .fold((false, false), |all, &(_, _, wish)| (all.0 || wish.0, all.1 || wish.1));
                 process.wish = given;
-                process.passed = step + 1;
+                process.passed = done;
             }
-            Reached::Updated => process.shards.values_mut().for_each(|shard| shard.0 = step + 1),
+            Reached::Updated => {
+                let from = self.rollbacks.start_of(StepIndex(done - 1)).0;
+                for shard in process.shards.values_mut() {
+                    assert_eq!(shard.0, from, "step {done} goes on from the state that is decided");
+                    shard.0 = done;
+                }
+            }
             _ => {
-                process.step = step + 1;
+                process.step = done;
                 let first = plan.roster[0].member == member;
                 let (pause, checkpoint) = process.wish;
-                let saving = checkpoint || (step + 1).is_multiple_of(5) || step + 1 == LAST;
+                let saving = checkpoint || done.is_multiple_of(5) || done == LAST;
                 if first {
-                    self.lines.push(step + 1);
-                    self.floor = step + 1;
-                    self.event(Event::LineWritten {
-                        step: StepsCompleted(step + 1),
+                    self.lines.push(done);
+                    self.floor = done;
+                    self.hear(Event::LineWritten {
+                        step: StepsCompleted(done),
                     });
                     if saving {
-                        self.saved = Some(step + 1);
-                        self.event(Event::CheckpointCommitted {
-                            step: StepsCompleted(step + 1),
+                        self.saved = Some(done);
+                        self.hear(Event::CheckpointCommitted {
+                            step: StepsCompleted(done),
                         });
                     }
                 }
-                if pause || step + 1 == LAST {
+                if pause || done == LAST || self.stops_at(&plan, done) {
                     let process = self.processes.get_mut(&worker).expect("looked up above");
                     process.reached = Reached::Waiting;
                     let event = Event::Paused {
                         member,
                         generation: plan.generation,
-                        step: StepsCompleted(step + 1),
+                        step: StepsCompleted(done),
                         saving,
                     };
                     self.event(event);
@@ -472,26 +531,7 @@ proptest! {
     #[test]
     fn any_kills_in_any_order_end_in_the_same_lines(acts in acts()) {
         let mut cluster = Cluster::new();
-        for act in acts {
-            match act {
-                Act::Advance(worker) => cluster.advance(worker),
-                Act::Read(worker) => cluster.read(worker),
-                Act::Kill(worker) => cluster.kill(worker),
-                Act::Resize(ranks) => cluster.event(Event::Resize { ranks }),
-                Act::TakeOver => if cluster.end.is_none() { cluster.take_over(); },
-                Act::Fact => if let Some(event) = cluster.pending.pop_front() { cluster.event(event) },
-            }
-        }
-        // Liveness: left alone, it ends.
-        for _ in 0..20_000 {
-            if cluster.end.is_some() { break; }
-            while let Some(event) = cluster.pending.pop_front() { cluster.event(event); }
-            for worker in 0..SLOTS {
-                cluster.read(worker);
-                cluster.advance(worker);
-            }
-            cluster.event(Event::Tick);
-        }
+        cluster.live_through(acts);
         prop_assert_eq!(&cluster.end, &Some(Effect::Done { code: 0 }), "phase {:?}", cluster.coordinator.phase);
         let lines: BTreeSet<u64> = cluster.lines.iter().copied().collect();
         prop_assert_eq!(lines, (1..=LAST).collect::<BTreeSet<u64>>());
@@ -499,9 +539,37 @@ proptest! {
 }
 
 impl Cluster {
+    /// What is done to it; then, left alone, it must come to its end.
+    fn live_through(&mut self, acts: Vec<Act>) {
+        for act in acts {
+            match act {
+                Act::Advance(worker) => self.advance(worker),
+                Act::Read(worker) => self.read(worker),
+                Act::Kill(worker) => self.kill(worker),
+                Act::Resize(ranks) => self.event(Event::Resize { ranks }),
+                Act::TakeOver if self.end.is_none() => self.take_over(),
+                Act::TakeOver => {}
+                Act::Fact if self.hear_later() => {}
+                Act::Fact => {
+                    if let Some(event) = self.pending.pop_front() {
+                        self.event(event);
+                    }
+                }
+            }
+        }
+        for _ in 0..20_000 {
+            if self.end.is_some() {
+                break;
+            }
+            self.settle(1);
+            self.event(Event::Tick);
+        }
+    }
+
     /// Lets everything that waits happen, so many times.
     fn settle(&mut self, rounds: usize) {
         for _ in 0..rounds {
+            while self.hear_later() {}
             while let Some(event) = self.pending.pop_front() {
                 self.event(event);
             }

@@ -150,7 +150,10 @@ impl Coordinator {
 
     pub(super) fn find_checkpoint(&mut self) -> Effect {
         self.distrusted = false;
-        Effect::FindCheckpoint { below: self.refuted }
+        Effect::FindCheckpoint {
+            below: self.refuted,
+            rollbacks: self.acted(),
+        }
     }
 }
 

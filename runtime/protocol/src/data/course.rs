@@ -13,6 +13,7 @@
 use super::decision::{DataChange, Decision, DecisionId, DecisionKind, DomainEdition, SpikeBounds, check_weights};
 use super::permutation::SEQUENCES_MAX;
 use super::stats::LossSum;
+use crate::rollback::{Rollback, Rollbacks};
 use std::collections::BTreeSet;
 use tarazed_domain::config::Language;
 use tarazed_domain::limits::DOMAINS_MAX;
@@ -293,6 +294,9 @@ impl Course {
             Some((other, ..)) if *other >= decision.effective => {
                 Err(format!("training goes back at step {other} already"))
             }
+            _ if !self.rollbacks().is_live(to) => Err(format!(
+                "it goes back to the state after {to} steps, which an earlier rollback has left behind"
+            )),
             _ => Ok(()),
         }
     }
@@ -398,9 +402,11 @@ impl Course {
         self.decay.map(|(step, _)| step)
     }
 
-    /// Rollbacks, by the step at which they act, with the steps in the state gone back to.
-    pub fn rollbacks(&self) -> impl ExactSizeIterator<Item = (StepIndex, StepsCompleted)> {
-        self.rollbacks.iter().map(|(at, to, _)| (*at, *to))
+    /// All rollbacks, those that have not acted yet, too.
+    #[must_use]
+    pub fn rollbacks(&self) -> Rollbacks {
+        let rollback = |&(at, to, _): &(StepIndex, StepsCompleted, DecisionId)| Rollback { at, to };
+        self.rollbacks.iter().map(rollback).collect()
     }
 
     /// What a step must know.
@@ -410,7 +416,10 @@ impl Course {
             rate_factor: self.rates.at(step).value,
             decay_from: self.decay(),
             bounds: self.bounds_at(step),
-            rollback_to: self.rollbacks().find(|(at, _)| *at == step).map(|(_, to)| to),
+            rollback_to: self
+                .rollbacks()
+                .acting_at(StepsCompleted(step.0))
+                .map(|rollback| rollback.to),
         }
     }
 }

@@ -30,8 +30,9 @@ pub mod trajectory;
 pub mod weight_log;
 
 use serde::{Deserialize, Serialize};
-use tarazed_domain::StepIndex;
+use std::collections::BTreeMap;
 use tarazed_domain::config::{BatchSchedule, Config, Language, LearningRateSchedule, MixtureConfig, PolicyConfig};
+use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// What the signals and the controller know of a domain before the run: config and data version, nothing measured.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -59,6 +60,9 @@ pub struct LoopConfig {
     pub batch: BatchSchedule,
     /// Tokens of one sequence.
     pub context_tokens: u64,
+    /// Rollbacks to be decided whatever the loss does, by the decision point's line, with the state that is gone back to: for
+    /// rehearsals. No config asks for any.
+    pub rehearsed: BTreeMap<StepsCompleted, StepsCompleted>,
 }
 
 impl LoopConfig {
@@ -71,6 +75,7 @@ impl LoopConfig {
             rate: config.optimizer.schedule.clone(),
             batch: config.batch_schedule(),
             context_tokens: config.model.context as u64,
+            rehearsed: BTreeMap::new(),
         }
     }
 

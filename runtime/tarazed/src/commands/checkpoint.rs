@@ -11,10 +11,12 @@ use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::data::decision::Decision;
+use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
-    CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Retention, Select, StoreError, VerifyReport,
-    WriterId,
+    CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Restorable, Retention, Select, StoreError,
+    VerifyReport, WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
@@ -96,18 +98,19 @@ pub fn run(command: &Command) -> Result<Exit, Failure> {
 async fn act(command: &Command) -> Result<Exit, Failure> {
     match command {
         Command::Ls { store, json } => {
-            let list = open(store).await?.list().await.map_err(failure)?;
+            let store = open(store).await?;
+            let list = store.list().await.map_err(failure)?;
             if *json {
                 print_json(&list)?
             } else {
-                print(&table(&list))?
+                print(&table(&list, &rollbacks(&store, &list).await?))?
             }
         }
         Command::Show { store, step } => {
             let store = open(store).await?;
             let found = match step {
                 Some(step) => store.at_step(StepsCompleted(*step)).await.map_err(failure)?,
-                None => store.newest_valid(None).await.map_err(failure)?.ok_or_else(|| {
+                None => newest_live(&store).await?.ok_or_else(|| {
                     Failure::refused(
                         store.location(),
                         "holds no valid checkpoint",
@@ -160,6 +163,7 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
             let retention = Retention {
                 last: *keep_last,
                 every_steps: *keep_every_steps,
+                back_to: None,
             };
             return collect(store, retention, *claim).await;
         }
@@ -177,7 +181,10 @@ async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit,
     }
     let store = open(store).await?;
     let fence = store.claim(Generation(0)).await.map_err(failure)?;
-    let report = store.gc(&fence, retention).await.map_err(failure)?;
+    let list = store.list().await.map_err(failure)?;
+    let rollbacks = rollbacks(&store, &list).await?;
+    let live = |step| rollbacks.is_live(step);
+    let report = store.gc_of(&fence, retention, live).await.map_err(failure)?;
     for warning in &report.warnings {
         eprintln!("tarazed: {warning}");
     }
@@ -189,6 +196,33 @@ async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit,
         render::bytes(report.deleted_bytes)
     ))?;
     Ok(Exit::Done)
+}
+
+/// The newest valid checkpoint of a state that the run goes on from.
+pub(crate) async fn newest_live(store: &CheckpointStore) -> Result<Option<Restorable>, Failure> {
+    let list = store.list().await.map_err(failure)?;
+    let rollbacks = rollbacks(store, &list).await?;
+    let live = |step| rollbacks.is_live(step);
+    store.newest_valid_where(live).await.map_err(failure)
+}
+
+/// Rollbacks that have acted, as far as checkpoints know: by the decisions in the one that is furthest on.
+async fn rollbacks(store: &CheckpointStore, list: &[CheckpointSummary]) -> Result<Rollbacks, Failure> {
+    let committed = list.iter().filter(|it| it.state == CheckpointState::Committed);
+    let mut steps: Vec<StepsCompleted> = committed.map(|it| it.reference.step).collect();
+    steps.sort_unstable();
+    steps.dedup();
+    for step in steps.into_iter().rev() {
+        match store.at_step(step).await {
+            Ok(found) => {
+                let decisions: Vec<Decision> = serde_json::from_slice(&found.manifest.decisions).unwrap_or_default();
+                return Ok(Rollbacks::of(&decisions).acted(step));
+            }
+            Err(error @ StoreError::Retry { .. }) => return Err(failure(error)),
+            Err(_) => {} // whoever needs it says what is wrong with it
+        }
+    }
+    Ok(Rollbacks::default())
 }
 
 /// Opens the store of a run folder, or the store itself.
@@ -253,13 +287,14 @@ fn judge(report: &VerifyReport) -> Result<Exit, Failure> {
     ))
 }
 
-fn table(list: &[CheckpointSummary]) -> String {
+fn table(list: &[CheckpointSummary], rollbacks: &Rollbacks) -> String {
     let mut text = format!(
         "{:>10} {:>10} {:>7} {:>9}  {:<10} pinned\n",
         "step", "generation", "shards", "size", "state"
     );
     for checkpoint in list {
         let state = match checkpoint.state {
+            CheckpointState::Committed if !rollbacks.is_live(checkpoint.reference.step) => "abandoned",
             CheckpointState::Committed => "committed",
             CheckpointState::Retired => "retired",
         };

@@ -20,9 +20,10 @@ use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::decision::{DataChange, DecisionSchedule};
 use tarazed_protocol::message::{BeginPlan, Member, RestoreFrom, RosterEntry, StateReport, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
+use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::sharder;
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 use tarazed_train::generation::{self, Means, Paused, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::host::HostVisible;
 use tarazed_train::snapshot::UploadTicket;
@@ -191,9 +192,7 @@ impl<D: HostVisible + Clone> Node<D> {
         let world = World::new(plan, self.member, tree, self.state.shard_layout).unwrap();
         let recipe = cursor(&config).0;
         let cursor = DataCursor::restore(recipe, DecisionSchedule::of(&config), plan.decided, &plan.decisions).unwrap();
-        let share = Share::of(plan, world.rank);
-        self.feeder
-            .begin(cursor, plan.generation, share, plan.base.next(), plan.last_step);
+        self.feeder.begin(cursor, plan, world.rank);
         self.state.abort = Arc::clone(&self.abort);
         let recorder = Recorder {
             device: self.state.device.clone(),
@@ -346,7 +345,16 @@ impl ShardSource for Checkpoint {
 
 /// What survivors agree on; nothing if a shard has no copy left.
 pub fn agreed(reports: &BTreeMap<Member, StateReport>, shard_count: usize) -> Option<Resolution> {
-    match commit::resolve(shard_count, reports) {
+    agreed_after(&Rollbacks::default(), reports, shard_count)
+}
+
+/// The same, where these rollbacks have acted.
+pub fn agreed_after(
+    rollbacks: &Rollbacks,
+    reports: &BTreeMap<Member, StateReport>,
+    shard_count: usize,
+) -> Option<Resolution> {
+    match commit::resolve(shard_count, rollbacks, reports) {
         agreed @ Resolution::Continue { .. } => Some(agreed),
         Resolution::Restore { .. } => None,
     }
@@ -365,6 +373,8 @@ pub struct Wanted {
     pub last_step: u64,
     pub acknowledged: u64,
     pub restore: Option<RestoreFrom>,
+    /// Those that have acted.
+    pub rollbacks: Rollbacks,
 }
 
 /// A plan, as the membership machine makes it: from what survivors hold, else from a checkpoint or the seed.
@@ -376,7 +386,7 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         ..
     } = wanted;
     let shard_count = Node::new(0).state.shard_layout.shard_count();
-    let (base, outcome, holders) = match agreed(reports, shard_count) {
+    let (base, outcome, holders) = match agreed_after(&wanted.rollbacks, reports, shard_count) {
         Some(Resolution::Continue { base, outcome, holders }) => (base, outcome, holders),
         _ => {
             let base = restore.as_ref().map_or(StepsCompleted(0), |from| from.step);
@@ -418,6 +428,7 @@ pub fn plan(wanted: &Wanted, reports: &BTreeMap<Member, StateReport>) -> BeginPl
         acknowledged: StepsCompleted(wanted.acknowledged),
         decisions: Vec::new(),
         decided: base,
+        rollbacks: wanted.rollbacks.clone(),
         last_step: StepsCompleted(wanted.last_step),
         checkpoint_at_base: false,
         checkpointed: StepsCompleted(0),

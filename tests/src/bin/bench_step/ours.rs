@@ -22,7 +22,7 @@ use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
-use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, Share, StepBatch};
+use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, StepBatch};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::state::RankState;
 use tarazed_train::step::{Wishes, run_step};
@@ -70,13 +70,11 @@ impl Ours {
         let count = tokens.len() as u64;
         feeder.begin(
             cursor(&config, count)?,
-            GENERATION,
-            Share {
-                own: lanes,
-                watched: lanes,
+            &BeginPlan {
+                last_step: StepsCompleted(count),
+                ..plan
             },
-            StepIndex(0),
-            StepsCompleted(count),
+            Rank(0),
         );
         let batches = (0..count).map(|step| feeder.next(StepIndex(step), &AtomicBool::new(false)));
         Ok(Self {
@@ -178,6 +176,7 @@ fn plan(lanes: LaneRange, shard_count: usize) -> BeginPlan {
         acknowledged: StepsCompleted(0),
         decisions: Vec::new(),
         decided: StepsCompleted(0),
+        rollbacks: Rollbacks::default(),
         last_step: StepsCompleted(0),
         checkpoint_at_base: false,
         checkpointed: StepsCompleted(0),

@@ -257,7 +257,7 @@ fn asked_below(cluster: &mut Cluster) -> Option<StepsCompleted> {
                 report: StateReport::default(),
             };
             for effect in cluster.coordinator.on_event(cluster.now_ms, event) {
-                if let Effect::FindCheckpoint { below: asked } = effect {
+                if let Effect::FindCheckpoint { below: asked, .. } = effect {
                     below = asked;
                 }
             }

@@ -13,6 +13,7 @@ use super::super::LoopConfig;
 use super::super::course::Course;
 use super::super::decision::{DecisionKind, DecisionSchedule, DiscardedSamples, SpikeBounds};
 use super::super::signals::{DIVERGENCE_LINES, DIVERGENCE_REFERENCE_LINES, Signals};
+use std::collections::BTreeMap;
 use tarazed_domain::config::{PolicyConfig, SpikePolicy};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
@@ -33,6 +34,7 @@ pub(super) struct Policy {
     config: PolicyConfig,
     stop_at: Option<StepIndex>,
     interval_steps: u64,
+    rehearsed: BTreeMap<StepsCompleted, StepsCompleted>,
     spoken: Vec<Rule>,
 }
 
@@ -42,6 +44,7 @@ impl Policy {
             stop_at: config.policy.stop.tokens.map(|tokens| config.step_after_tokens(tokens)),
             interval_steps: config.mixture.interval_steps,
             config: config.policy.clone(),
+            rehearsed: config.rehearsed.clone(),
             spoken: Vec::new(),
         }
     }
@@ -55,53 +58,50 @@ impl Policy {
         schedule: &DecisionSchedule,
     ) -> Vec<Proposal> {
         let effective = schedule.effective(line);
+        let rehearsed = self.rehearsed.get(&line).map(|&to| (to, "a rehearsal".to_owned()));
         let spikes = match self.config.spikes {
             SpikePolicy::Clip => None,
             SpikePolicy::Skip => {
                 bounds(signals, course.domains_at(effective)).map(|(kind, reason)| (kind, effective, reason))
             }
-            SpikePolicy::RollbackAndSkip => self
-                .rollback(line, signals, course, effective)
-                .map(|(kind, reason)| (kind, effective, reason)),
+            SpikePolicy::RollbackAndSkip => None,
         };
+        let back = rehearsed.or_else(|| self.rollback(line, signals, course));
+        let back = back.map(|(to, reason)| (rollback_to(to, course.domains_at(effective)), effective, reason));
+        let spikes = spikes.or(back);
         let mut proposals: Vec<Proposal> = spikes.into_iter().collect();
         proposals.extend(self.stop(line, signals, course, effective));
         proposals.extend(self.decay(signals, course, effective));
         proposals
     }
 
-    fn rollback(
-        &self,
-        line: StepsCompleted,
-        signals: &Signals,
-        course: &Course,
-        effective: StepIndex,
-    ) -> Option<(DecisionKind, String)> {
+    /// The state to go back to, and why.
+    fn rollback(&self, line: StepsCompleted, signals: &Signals, course: &Course) -> Option<(StepsCompleted, String)> {
+        if self.config.spikes != SpikePolicy::RollbackAndSkip {
+            return None;
+        }
         let divergence = signals.divergence?;
         let before = course.rollbacks();
-        if before.len() >= self.config.rollbacks_max as usize {
+        if before.count() >= self.config.rollbacks_max as usize {
             return None;
         }
         // The lines compared must all be of the time since the last one.
         let settled = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
         if before
             .last()
-            .is_some_and(|(at, _)| line.0 < at.0.saturating_add(settled))
+            .is_some_and(|last| line.0 < last.at.0.saturating_add(settled))
         {
             return None;
         }
         let grain = self.config.rollback_grain_steps.max(1);
         let calm = divergence.since.0.saturating_sub(self.config.rollback_margin_steps);
-        let to = calm - calm % grain;
-        let kind = DecisionKind::Rollback {
-            to: StepsCompleted(to),
-            discarded: vec![DiscardedSamples { first: 0, count: 0 }; course.domains_at(effective)],
-        };
+        // Not into what an earlier one left behind: then to the state before that once more, with other data.
+        let to = before.newest_live(StepsCompleted(calm - calm % grain));
         let reason = format!(
             "diverged since line {}: loss {:.4} above the {:.4} of before",
             divergence.since, divergence.rise, divergence.before
         );
-        (to > 0).then_some((kind, reason))
+        (to > StepsCompleted(0)).then_some((to, reason))
     }
 
     fn stop(
@@ -150,6 +150,14 @@ impl Policy {
         self.spoken.push(Rule::DecayOnPlateau);
         let notice = StepIndex(effective.0.saturating_add(self.interval_steps));
         Some((DecisionKind::Decay, notice, "the loss is on a plateau".to_owned()))
+    }
+}
+
+/// What it discards is the data cursor's to say.
+fn rollback_to(to: StepsCompleted, domain_count: usize) -> DecisionKind {
+    DecisionKind::Rollback {
+        to,
+        discarded: vec![DiscardedSamples { first: 0, count: 0 }; domain_count],
     }
 }
 

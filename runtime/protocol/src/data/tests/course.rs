@@ -150,6 +150,27 @@ fn contradictions_are_refused_with_their_reason() {
     assert_eq!(rates, [1.0, 0.5]);
 }
 
+/// Nobody can go back to what an earlier rollback has left behind; to the same state again, or further, everybody can.
+#[test]
+fn a_rollback_goes_back_to_a_state_that_stands() {
+    let mut course = course();
+    let back = |id: u64, line: u64, to: u64| {
+        let kind = DecisionKind::Rollback {
+            to: StepsCompleted(to),
+            discarded: vec![DiscardedSamples { first: 0, count: 1 }; 2],
+        };
+        decision(id, line, line + 8, kind)
+    };
+    course.adopt(&back(1, 200, 100)).unwrap();
+    for dead in [101, 208] {
+        let reason = course.clone().adopt(&back(2, 250, dead)).unwrap_err();
+        assert!(reason.contains("left behind"), "{reason}");
+    }
+    for live in [0, 60, 100, 209] {
+        course.clone().adopt(&back(2, 250, live)).unwrap();
+    }
+}
+
 /// A step is judged by what was expected of its own domains: the dear domain alone is no spike, a raised loss is one.
 #[test]
 fn bounds_judge_the_residual_and_the_norm() {

@@ -16,6 +16,7 @@ use super::decision::{Decision, DecisionAuthor, DecisionId, DecisionKind, Decisi
 use super::signals::{Signals, Tsm};
 use super::{DomainFacts, LoopConfig};
 use crate::trace::{DomainLoss, DomainMap, TraceLine};
+use std::collections::BTreeMap;
 use tarazed_domain::config::{
     BatchSchedule, ControllerKind, Language, LearningRateSchedule, MixtureConfig, PolicyConfig,
 };
@@ -74,6 +75,7 @@ pub fn mixture_loop(mixture: &MixtureConfig) -> LoopConfig {
         rate: LearningRateSchedule::Constant { warmup_steps: 0 },
         batch: BatchSchedule::fixed(32),
         context_tokens: CONTEXT_TOKENS,
+        rehearsed: BTreeMap::new(),
     }
 }
 
