@@ -625,6 +625,7 @@ pub mod tests {
                 version: "0a".repeat(32),
                 editions,
             }),
+            rollback: None,
         }
     }
 
@@ -693,6 +694,7 @@ pub mod tests {
             weights: None,
             veto: Some(which),
             change: None,
+            rollback: None,
         };
         assert!(
             walk.decide(&config, 8, &[veto(1)])

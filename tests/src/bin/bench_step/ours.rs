@@ -21,6 +21,7 @@ use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::decision::DecisionSchedule;
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
+use tarazed_protocol::rollback::Rollbacks;
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, StepBatch};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
