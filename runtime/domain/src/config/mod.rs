@@ -20,7 +20,7 @@ pub use refine::{
     RefineConfig,
 };
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
+    BatchConfig, CheckpointConfig, ClusterCollective, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
     DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig,
     RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
