@@ -4,9 +4,7 @@
 
 use std::sync::Arc;
 use tarazed_kernels::cuda::nccl::recording::{Call, RecordingNccl, RecordingWorld};
-use tarazed_kernels::cuda::nccl::{
-    Communicator, CommunicatorError, Direction, Fault, Nccl, State, Transfer, UniqueId,
-};
+use tarazed_kernels::cuda::nccl::{Communicator, CommunicatorError, Direction, Fault, Nccl, State, Transfer, UniqueId};
 use tarazed_kernels::cuda::recording::RecordingDriver;
 use tarazed_kernels::cuda::{CudaBuffer, CudaDevice};
 use tarazed_kernels::{Device, Precision};
@@ -132,7 +130,12 @@ fn a_group_is_ended_whichever_call_of_it_fails() {
             panic!("{error}")
         };
         assert_eq!((error.fault, error.call), (Fault::System, zero.library.asked()[number]));
-        let ends = zero.library.asked().iter().filter(|call| **call == "ncclGroupEnd").count();
+        let ends = zero
+            .library
+            .asked()
+            .iter()
+            .filter(|call| **call == "ncclGroupEnd")
+            .count();
         assert_eq!(ends, ended, "{number}");
         zero.communicator.abort().unwrap();
         assert_eq!(zero.library.left(), Vec::<String>::new(), "{number}");

@@ -18,7 +18,7 @@ const PREFIX: &[u8] = b"TARAZED_RANK_";
 /// NCCL's sources and documentation, never tried.
 pub(super) fn sharing_gpus(worker: WorkerId) -> [(&'static str, String); 6] {
     [
-        ("NCCL_HOSTID", format!("tarazed-worker-{worker}")),
+        ("NCCL_HOSTID", format!("tarazed-worker-{}", worker.0)),
         ("NCCL_NET", "Socket".to_owned()),
         ("NCCL_SOCKET_IFNAME", "lo".to_owned()),
         ("NCCL_NVLS_ENABLE", "0".to_owned()),

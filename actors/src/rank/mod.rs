@@ -267,7 +267,9 @@ async fn serve(
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda { count } => {
             let device = device::open(args.worker % count)?;
-            work.start(&tree, device, |sockets, device| device::data_plane(&config, sockets, device))?;
+            work.start(&tree, device, |sockets, device| {
+                device::data_plane(&config, sockets, device)
+            })?;
         }
     }
     let home = Home {

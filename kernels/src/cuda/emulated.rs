@@ -190,7 +190,10 @@ impl EmulatedDriver {
     #[must_use]
     pub fn peek(&self, from: Address, bytes: usize) -> Vec<u8> {
         let state = self.state();
-        assert!(state.holds(from.0, bytes), "{bytes} bytes at {from:?} are not allocated");
+        assert!(
+            state.holds(from.0, bytes),
+            "{bytes} bytes at {from:?} are not allocated"
+        );
         // SAFETY: the range is allocated, and stays so while the state is locked.
         unsafe { std::slice::from_raw_parts(from.0 as *const u8, bytes) }.to_vec()
     }
@@ -201,7 +204,11 @@ impl EmulatedDriver {
     /// If it is not allocated.
     pub fn poke(&self, to: Address, bytes: &[u8]) {
         let state = self.state();
-        assert!(state.holds(to.0, bytes.len()), "{} bytes at {to:?} are not allocated", bytes.len());
+        assert!(
+            state.holds(to.0, bytes.len()),
+            "{} bytes at {to:?} are not allocated",
+            bytes.len()
+        );
         // SAFETY: the range is allocated, and stays so while the state is locked; `bytes` is the caller's own memory.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
     }

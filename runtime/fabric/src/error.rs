@@ -38,7 +38,9 @@ impl CommunicatorFault {
             Self::Peer => "a peer is gone or hangs; reconfigure",
             Self::System => "reconfigure; look at limits on files, locked and shared memory (`/dev/shm`) if it recurs",
             Self::Process => "this process must be replaced",
-            Self::Usage => "set cluster.collective to \"sockets\", or give each rank a GPU of its own and the same NCCL",
+            Self::Usage => {
+                "set cluster.collective to \"sockets\", or give each rank a GPU of its own and the same NCCL"
+            }
         }
     }
 }

@@ -83,7 +83,9 @@ fn sockets(size: usize, generation: Generation) -> Vec<SocketMesh> {
 fn meshes(hosts: &[Host], limits: Limits) -> Vec<Mesh> {
     let id = hosts[0].library.unique_id().unwrap();
     each(sockets(hosts.len(), fresh_generation()), |rank, sockets| {
-        connect(sockets, &hosts[rank], &id, &timeouts()).unwrap().with_limits(limits)
+        connect(sockets, &hosts[rank], &id, &timeouts())
+            .unwrap()
+            .with_limits(limits)
     })
 }
 
@@ -181,7 +183,9 @@ fn patterns() -> impl Strategy<Value = (usize, Limits, Vec<Vec<Message>>)> {
             group_calls,
             call_bytes,
         };
-        let rounds = rounds.into_iter().map(|round| round.into_iter().map(&mut named).collect());
+        let rounds = rounds
+            .into_iter()
+            .map(|round| round.into_iter().map(&mut named).collect());
         (size, limits, rounds.collect())
     })
 }
@@ -280,7 +284,8 @@ fn a_failure_at_every_call_leaves_nothing_behind() {
         let fences: Vec<AbortHandle> = sockets.iter().map(Collective::abort_handle).collect();
         let outcomes = each(sockets, |rank, sockets| {
             let outcome = life(sockets, &hosts[rank], &format!("host {rank}"));
-            if outcome.is_err() {
+            // Rank 1 fails only because of rank 0, and may do so before that has come back.
+            if rank == 0 && outcome.is_err() {
                 fences.iter().for_each(AbortHandle::abort);
             }
             outcome
@@ -330,7 +335,9 @@ fn an_abort_ends_a_connection_that_does_not_come_about() {
     let library = hosts[0].library.clone();
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| connect(zero, &hosts[0], &id, &timeouts()).map(|_| ()));
-        until("the connection began", || library.asked().contains(&"ncclCommInitRankConfig"));
+        until("the connection began", || {
+            library.asked().contains(&"ncclCommInitRankConfig")
+        });
         handle.abort();
         assert_eq!(thread.join().unwrap(), Err(FabricError::Aborted { generation }));
     });
@@ -374,7 +381,9 @@ fn an_abort_ends_a_group_and_its_memory_is_given_back() {
     let hosts = hosts(&world, 2);
     let meshes = meshes(&hosts, Limits::default());
     let generation = meshes[0].generation();
-    let ended = stuck(&world, &hosts, meshes, |handles| handles.iter().for_each(AbortHandle::abort));
+    let ended = stuck(&world, &hosts, meshes, |handles| {
+        handles.iter().for_each(AbortHandle::abort)
+    });
     for (mut mesh, outcome) in ended {
         let aborted = Err(FabricError::Aborted { generation });
         assert_eq!(outcome, aborted);
@@ -416,13 +425,19 @@ fn an_abort_that_hangs_costs_the_process_and_frees_nothing() {
         connect(sockets, &hosts[rank], &id, &hasty).unwrap()
     });
     world.hang_aborts(true);
-    let ended = stuck(&world, &hosts, meshes, |handles| handles.iter().for_each(AbortHandle::abort));
+    let ended = stuck(&world, &hosts, meshes, |handles| {
+        handles.iter().for_each(AbortHandle::abort)
+    });
     for ((_, outcome), host) in ended.iter().zip(&hosts) {
         let error = outcome.clone().unwrap_err();
         assert_eq!(error.remedy(), Remedy::Replace, "{error}");
         assert!(error.to_string().contains("within 50 ms"), "{error}");
         assert_eq!(error.peer(), None, "a peer is not to blame for it");
-        let kept = host.driver.left().into_iter().filter(|what| what == "8 bytes of device memory");
+        let kept = host
+            .driver
+            .left()
+            .into_iter()
+            .filter(|what| what == "8 bytes of device memory");
         assert_eq!(kept.count(), 2);
     }
     drop(ended);
@@ -491,10 +506,10 @@ fn a_peer_that_dies_in_a_group_is_named() {
                 (mesh, outcome)
             });
             until("it waits", || library.asked().contains(&"ncclGroupEnd"));
+            drop(victim);
             if told_by_nccl {
                 library.fail_communicators(Fault::Peer);
             }
-            drop(victim);
             let (mesh, outcome) = sending.join().unwrap();
             assert_eq!(outcome.unwrap_err().peer(), Some(Rank(2)));
             let outcome = waiting.join().unwrap();
@@ -513,7 +528,9 @@ fn a_remote_error_without_a_death_blames_nobody() {
     let hosts = hosts(&world, 2);
     let meshes = meshes(&hosts, Limits::default());
     let ended = stuck(&world, &hosts, meshes, |_| {
-        hosts.iter().for_each(|host| host.library.fail_communicators(Fault::Peer));
+        hosts
+            .iter()
+            .for_each(|host| host.library.fail_communicators(Fault::Peer));
     });
     for (_, outcome) in &ended {
         let error = outcome.clone().unwrap_err();

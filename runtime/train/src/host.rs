@@ -11,8 +11,8 @@ use std::ops::Range;
 use tarazed_domain::Rank;
 use tarazed_fabric::{Collective, DeviceReceive, DeviceSend, Receive, Send, Tag};
 use tarazed_kernels::cuda::driver::Driver;
-use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
 use tarazed_kernels::cuda::table::Element;
+use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
 use tarazed_kernels::{CpuBuffer, CpuDevice, CpuStream, Device, DeviceError, View, ViewMut};
 
 /// Where elements are to arrive: ranges of a buffer, ascending and apart.

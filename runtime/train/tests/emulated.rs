@@ -104,22 +104,28 @@ fn a_newcomer_and_a_restore_do_not_show() {
 fn nccl_meshes(plan: &BeginPlan, device: &Emulated) -> Vec<(NcclMesh<EmulatedDriver>, RecordingNccl)> {
     let world = RecordingWorld::new();
     let ip = "127.0.0.1".parse().unwrap();
-    let listeners: Vec<Listener> = plan.roster.iter().map(|_| Listener::bind(&Transport::Tcp { ip }).unwrap()).collect();
+    let listeners: Vec<Listener> = plan
+        .roster
+        .iter()
+        .map(|_| Listener::bind(&Transport::Tcp { ip }).unwrap())
+        .collect();
     let roster: Vec<String> = listeners.iter().map(Listener::address).collect();
     let id = RecordingNccl::new(&world, device.clone()).unique_id().unwrap();
     let timeouts = Timeouts::derive(120_000);
     let connect = |(rank, listener): (u32, &Listener)| {
         let abort = AbortHandle::new(plan.generation).unwrap();
         let token = [7; 32];
-        let sockets =
-            connect_mesh(listener, plan.generation, Rank(rank), &roster, token, &timeouts, &abort).unwrap();
+        let sockets = connect_mesh(listener, plan.generation, Rank(rank), &roster, token, &timeouts, &abort).unwrap();
         let library = RecordingNccl::new(&world, device.clone());
         let mesh = NcclMesh::connect(sockets, device, Arc::new(library.clone()), &id, &timeouts).unwrap();
         (mesh, library)
     };
     std::thread::scope(|scope| {
         let connect = &connect;
-        let threads: Vec<_> = (0..).zip(&listeners).map(|rank| scope.spawn(move || connect(rank))).collect();
+        let threads: Vec<_> = (0..)
+            .zip(&listeners)
+            .map(|rank| scope.spawn(move || connect(rank)))
+            .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
@@ -139,7 +145,9 @@ fn device_memory_over_nccl_or_over_the_host_gives_the_same_bits() {
                 meshes.iter_mut().for_each(|mesh| mesh.retire().unwrap());
                 for library in libraries {
                     let calls = library.take();
-                    let sent = calls.iter().any(|call| matches!(call, Call::Send(_, bytes) if *bytes > 0));
+                    let sent = calls
+                        .iter()
+                        .any(|call| matches!(call, Call::Send(_, bytes) if *bytes > 0));
                     assert!(sent, "rank sent nothing over NCCL: {calls:?}");
                     assert_eq!(library.left(), Vec::<String>::new());
                 }

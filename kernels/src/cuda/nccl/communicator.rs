@@ -116,12 +116,17 @@ impl<D: Driver> Communicator<D> {
     /// # Panics
     /// If there are more than [`GROUP_CALLS_MAX`], one is empty, too long or outside its memory: the caller cuts messages.
     pub fn start(&mut self, transfers: &[Transfer]) -> Result<(), CommunicatorError> {
-        assert!(transfers.len() <= GROUP_CALLS_MAX, "{} calls in a group", transfers.len());
+        assert!(
+            transfers.len() <= GROUP_CALLS_MAX,
+            "{} calls in a group",
+            transfers.len()
+        );
         let id = self.id();
         self.context.ask(OPERATION, Driver::make_current)?;
         self.library.group_start()?;
         // Before the first call names it.
-        self.in_flight.extend(transfers.iter().map(|transfer| transfer.span.clone()));
+        self.in_flight
+            .extend(transfers.iter().map(|transfer| transfer.span.clone()));
         let asked = transfers.iter().try_for_each(|transfer| self.ask(id, transfer));
         // Also where a call failed.
         let ended = self.library.group_end();

@@ -153,13 +153,7 @@ pub trait Nccl: Send + Sync + 'static {
     ///
     /// # Errors
     /// A [`NcclError`].
-    fn init(
-        &self,
-        id: &UniqueId,
-        ranks: u32,
-        rank: u32,
-        made: &mut Option<CommunicatorId>,
-    ) -> Result<(), NcclError>;
+    fn init(&self, id: &UniqueId, ranks: u32, rank: u32, made: &mut Option<CommunicatorId>) -> Result<(), NcclError>;
 
     /// How far it is, or why it failed.
     ///

@@ -189,13 +189,7 @@ impl Nccl for RealNccl {
         Ok(UniqueId(id.0.map(|byte| byte as u8)))
     }
 
-    fn init(
-        &self,
-        id: &UniqueId,
-        ranks: u32,
-        rank: u32,
-        made: &mut Option<CommunicatorId>,
-    ) -> Result<(), NcclError> {
+    fn init(&self, id: &UniqueId, ranks: u32, rank: u32, made: &mut Option<CommunicatorId>) -> Result<(), NcclError> {
         let mut config = RawConfig::non_blocking(self.version);
         let mut communicator: Comm = std::ptr::null_mut();
         let id = RawUniqueId(id.0.map(|byte| byte as c_char));
@@ -252,7 +246,14 @@ impl Nccl for RealNccl {
         // promise.
         self.check("ncclSend", unsafe {
             let send = self.functions.send;
-            send(pointer(from.0), bytes, BYTE, to, pointer(communicator.0), pointer(stream.0))
+            send(
+                pointer(from.0),
+                bytes,
+                BYTE,
+                to,
+                pointer(communicator.0),
+                pointer(stream.0),
+            )
         })
     }
 
@@ -268,7 +269,14 @@ impl Nccl for RealNccl {
         // SAFETY: as in `send`.
         self.check("ncclRecv", unsafe {
             let receive = self.functions.receive;
-            receive(pointer(to.0), bytes, BYTE, from, pointer(communicator.0), pointer(stream.0))
+            receive(
+                pointer(to.0),
+                bytes,
+                BYTE,
+                from,
+                pointer(communicator.0),
+                pointer(stream.0),
+            )
         })
     }
 

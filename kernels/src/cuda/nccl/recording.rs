@@ -282,7 +282,10 @@ impl RecordingNccl {
     pub fn left(&self) -> Vec<String> {
         let group = self.log().group.as_ref().map(|_| "an open group".to_owned());
         let world = self.world.lock();
-        let mine = world.members.iter().filter(|(_, m)| Arc::ptr_eq(&m.memory, &self.memory));
+        let mine = world
+            .members
+            .iter()
+            .filter(|(_, m)| Arc::ptr_eq(&m.memory, &self.memory));
         mine.map(|(id, _)| format!("{id:?}")).chain(group).collect()
     }
 
@@ -311,7 +314,10 @@ impl RecordingNccl {
         let mut world = self.world.lock();
         let member = world.member(half.communicator);
         assert!(peer < member.ranks && peer != member.rank, "no peer {peer}");
-        assert!(member.seen_ready && !member.finalized, "asked for more before it was ready");
+        assert!(
+            member.seen_ready && !member.finalized,
+            "asked for more before it was ready"
+        );
         Ok(())
     }
 
@@ -363,13 +369,7 @@ impl Nccl for RecordingNccl {
         Ok(UniqueId(id))
     }
 
-    fn init(
-        &self,
-        id: &UniqueId,
-        ranks: u32,
-        rank: u32,
-        made: &mut Option<CommunicatorId>,
-    ) -> Result<(), NcclError> {
+    fn init(&self, id: &UniqueId, ranks: u32, rank: u32, made: &mut Option<CommunicatorId>) -> Result<(), NcclError> {
         let entered = self.enter("ncclCommInitRankConfig");
         let mut world = self.world.lock();
         world.handles += 1;
@@ -439,7 +439,16 @@ impl Nccl for RecordingNccl {
         stream: StreamId,
     ) -> Result<(), NcclError> {
         let at = from;
-        self.half(true, to, stream, Half { communicator, at, bytes })
+        self.half(
+            true,
+            to,
+            stream,
+            Half {
+                communicator,
+                at,
+                bytes,
+            },
+        )
     }
 
     unsafe fn receive(
@@ -451,7 +460,16 @@ impl Nccl for RecordingNccl {
         stream: StreamId,
     ) -> Result<(), NcclError> {
         let at = to;
-        self.half(false, from, stream, Half { communicator, at, bytes })
+        self.half(
+            false,
+            from,
+            stream,
+            Half {
+                communicator,
+                at,
+                bytes,
+            },
+        )
     }
 
     fn finalize(&self, communicator: CommunicatorId) -> Result<(), NcclError> {
@@ -464,9 +482,14 @@ impl Nccl for RecordingNccl {
     }
 
     fn destroy(&self, communicator: CommunicatorId) -> Result<(), NcclError> {
-        let entered = self.enter("ncclCommDestroy").map(|mut log| log.calls.push(Call::Destroy));
+        let entered = self
+            .enter("ncclCommDestroy")
+            .map(|mut log| log.calls.push(Call::Destroy));
         let mut world = self.world.lock();
-        assert!(world.member(communicator).finalized, "destroyed before it was finalised");
+        assert!(
+            world.member(communicator).finalized,
+            "destroyed before it was finalised"
+        );
         world.remove(communicator);
         entered
     }

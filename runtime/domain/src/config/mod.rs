@@ -20,9 +20,9 @@ pub use refine::{
     RefineConfig,
 };
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterCollective, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
-    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, OptimizerConfig,
-    RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
+    BatchConfig, CheckpointConfig, ClusterCollective, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig,
+    DecayShape, DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig,
+    OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;

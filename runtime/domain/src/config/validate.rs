@@ -1,6 +1,8 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{ClusterCollective, ClusterDevice, ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule};
+use super::{
+    ClusterCollective, ClusterDevice, ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule,
+};
 use crate::limits::*;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;

@@ -51,7 +51,8 @@ impl Offer {
                 bytes[5..REASON_AT].copy_from_slice(place);
             }
             Self::Without { because } => {
-                let length = because.floor_char_boundary(REASON_BYTES_MAX);
+                let ends = because.char_indices().map(|(start, letter)| start + letter.len_utf8());
+                let length = ends.take_while(|&end| end <= REASON_BYTES_MAX).last().unwrap_or(0);
                 bytes[REASON_AT] = length as u8;
                 bytes[REASON_AT + 1..][..length].copy_from_slice(&because.as_bytes()[..length]);
             }

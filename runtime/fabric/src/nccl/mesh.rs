@@ -32,7 +32,6 @@ const UNIQUE_ID_ITEM: u64 = 2;
 const ANNOUNCED_BYTES: usize = 1 + 3 * size_of::<u64>();
 
 /// What a rank has for NCCL.
-#[derive(Clone)]
 pub struct DeviceMeans<D: Driver> {
     /// Where it computes.
     pub device: CudaDevice<D>,
@@ -296,7 +295,10 @@ impl<D: Driver> NcclMesh<D> {
     fn move_memory(&mut self, sends: &[DeviceSend], receives: &[DeviceReceive]) -> Result<(), FabricError> {
         let (own, size) = (self.sockets.rank(), self.sockets.world_size());
         for peer in sends.iter().map(|s| s.to).chain(receives.iter().map(|r| r.from)) {
-            assert!(peer.index() < size && peer != own, "rank {peer} in a world of {size}, from {own}");
+            assert!(
+                peer.index() < size && peer != own,
+                "rank {peer} in a world of {size}, from {own}"
+            );
         }
         announce(&mut self.sockets, sends, receives)?;
         let leaving = sends.iter().map(|send| Message {

@@ -97,36 +97,45 @@ mod tests {
         })
     }
 
-    /// Plays the rounds of all ranks as a device does: each rank waits in its present round for its peers. Returns what each
-    /// pair moved, in order.
-    fn play(mut plans: Vec<Vec<Vec<Transfer>>>) -> BTreeMap<(u32, u32), (Vec<usize>, Vec<usize>)> {
-        let mut moved: BTreeMap<(u32, u32), (Vec<usize>, Vec<usize>)> = BTreeMap::new();
-        plans.iter_mut().for_each(|plan| plan.reverse());
-        while plans.iter().any(|plan| !plan.is_empty()) {
-            let mut done = 0;
-            let present: Vec<Vec<Transfer>> = plans.iter().map(|p| p.last().cloned().unwrap_or_default()).collect();
-            for (rank, plan) in (0..).zip(&mut plans) {
-                let with = |peer: u32, ours: Direction| {
-                    let theirs = present[peer as usize].iter();
-                    theirs.filter(|t| t.peer == rank && t.direction != ours).count()
+    type Moved = BTreeMap<(u32, u32), (Vec<usize>, Vec<usize>)>;
+
+    /// Plays the rounds of all ranks as devices do: a rank leaves a round when its peers have asked for their ends of all
+    /// that it has asked for so far. Returns what each pair moved, in order.
+    fn play(plans: &[Vec<Vec<Transfer>>]) -> Moved {
+        let mut at = vec![0; plans.len()];
+        let asked = |at: &[usize], rank: u32, peer: u32, direction: Direction| {
+            let rounds = plans[rank as usize].iter().take(at[rank as usize] + 1);
+            let transfers = rounds.flatten().filter(|t| t.peer == peer && t.direction == direction);
+            transfers.count()
+        };
+        while (0..plans.len()).any(|rank| at[rank] < plans[rank].len()) {
+            let before = at.clone();
+            for rank in 0..plans.len() {
+                let Some(round) = plans[rank].get(at[rank]) else {
+                    continue;
                 };
-                let mine = &present[rank as usize];
+                let own = rank as u32;
                 let met = |t: &Transfer| {
-                    let same = mine.iter().filter(|o| o.peer == t.peer && o.direction == t.direction);
-                    same.count() == with(t.peer, t.direction)
+                    let other = match t.direction {
+                        Direction::Send => Direction::Receive,
+                        Direction::Receive => Direction::Send,
+                    };
+                    asked(&at, t.peer, own, other) >= asked(&at, own, t.peer, t.direction)
                 };
-                if !mine.is_empty() && mine.iter().all(met) {
-                    for t in mine {
-                        match t.direction {
-                            Direction::Send => moved.entry((rank, t.peer)).or_default().0.push(t.bytes),
-                            Direction::Receive => moved.entry((t.peer, rank)).or_default().1.push(t.bytes),
-                        }
-                    }
-                    plan.pop();
-                    done += 1;
+                if round.iter().all(met) {
+                    at[rank] += 1;
                 }
             }
-            assert!(done > 0, "nobody can go on");
+            assert!(at != before, "nobody can go on");
+        }
+        let mut moved = Moved::new();
+        for (own, plan) in (0..).zip(plans) {
+            for t in plan.iter().flatten() {
+                match t.direction {
+                    Direction::Send => moved.entry((own, t.peer)).or_default().0.push(t.bytes),
+                    Direction::Receive => moved.entry((t.peer, own)).or_default().1.push(t.bytes),
+                }
+            }
         }
         moved
     }
@@ -157,7 +166,7 @@ mod tests {
                     prop_assert!((1..=limits.call_bytes).contains(&t.bytes) && t.offset + t.bytes <= t.span.bytes());
                 }
             }
-            let moved = play(plans);
+            let moved = play(&plans);
             for from in 0..size {
                 for to in 0..size {
                     let messages = pattern.iter().filter(|m| (m.0, m.1) == (from, to));
@@ -178,10 +187,13 @@ mod tests {
         let span = buffer.span(0..1);
         let size = GROUP_CALLS_MAX + 10;
         let others = || (0..size as u32).filter(|&rank| rank != 5).map(Rank);
-        let messages = [Direction::Send, Direction::Receive].map(|direction| {
-            others().map(move |peer| (peer, direction))
+        let messages =
+            [Direction::Send, Direction::Receive].map(|direction| others().map(move |peer| (peer, direction)));
+        let messages = messages.into_iter().flatten().map(|(peer, direction)| Message {
+            peer,
+            direction,
+            span: &span,
         });
-        let messages = messages.into_iter().flatten().map(|(peer, direction)| Message { peer, direction, span: &span });
         let rounds = rounds(Rank(5), size, Limits::default(), messages);
         assert_eq!(rounds.iter().map(Vec::len).sum::<usize>(), 2 * (size - 1));
         assert!(rounds.iter().all(|round| round.len() <= GROUP_CALLS_MAX));
