@@ -16,7 +16,7 @@ use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule};
+use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule, expected_end};
 use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
@@ -174,8 +174,11 @@ impl Reference {
         };
         let mut copies = Copies::default();
         let mut written = StepsCompleted(0);
-        while written < StepsCompleted(scenario.steps) {
+        loop {
             let decisions = teller.told().ledger.decisions().to_vec();
+            if written >= expected_end(&decisions, None, StepsCompleted(scenario.steps)) {
+                break;
+            }
             let mut plan = plan(&config, state.shard_layout.shard_count(), written, &decisions);
             plan.state = teller.told().ledger.state_at(plan.base);
             let boundaries = scenario.rollback_boundaries().filter(|boundary| *boundary > written);

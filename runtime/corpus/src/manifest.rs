@@ -20,7 +20,8 @@ pub(crate) const SCHEMA: u32 = 1;
 pub struct DataManifest {
     /// Schema version.
     pub schema: u32,
-    /// BLAKE3 (hex) of this manifest with this field empty: equal versions mean equal tokens, tokenizer and figures.
+    /// BLAKE3 (hex) of this manifest with this field empty and without those of the domains: equal versions mean equal tokens,
+    /// tokenizer and figures.
     pub version: String,
     /// BLAKE3 (hex) of the inputs: sources, domain list, tokenizer settings, held-out fraction, program. Names the folder.
     pub recipe: String,
@@ -214,6 +215,10 @@ impl DataManifest {
     pub(crate) fn compute_version(&self) -> String {
         let mut bare = self.clone();
         bare.version = String::new();
+        // They follow from what the sources' hashes say, decide nothing, and older programs do not write them.
+        for domain in &mut bare.domains {
+            domain.version = None;
+        }
         // A struct of strings, numbers and enum-keyed maps always has a JSON form.
         let text = serde_json::to_vec(&bare).unwrap_or_default();
         blake3::hash(&text).to_hex().to_string()
