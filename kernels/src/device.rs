@@ -11,7 +11,7 @@ use crate::hash::BlockHash;
 use tarazed_domain::BlockIndex;
 
 /// A device that could not do its work.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum DeviceError {
     /// Reconfigure: the memory is not there.
     #[error(

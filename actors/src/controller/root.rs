@@ -179,7 +179,11 @@ fn folder_identity(paths: &RunPaths) -> [u64; 2] {
 
 /// What rank processes take from their config besides the run's identity: ranks that follow others cannot train together.
 fn rules_of_ranks(config: &Config) -> String {
-    let rules = format!("{:?} {:?} {:?}", config.fault, config.checkpoint, config.monitor);
+    let collective = config.cluster.collective;
+    let rules = format!(
+        "{:?} {:?} {:?} {collective:?}",
+        config.fault, config.checkpoint, config.monitor
+    );
     blake3::hash(rules.as_bytes()).to_string()
 }
 
@@ -265,6 +269,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let address = dialed(&config, &hub);
     let spec = LaunchSpec {
         tenure: Some(tenure.clone()),
+        share_gpus: config.cluster.share_gpus,
         ..launch_spec(program, &paths, &prepared, &address, &sockets.path, &text)
     };
     let in_charge = InCharge {
@@ -441,6 +446,7 @@ fn launch_spec(
         shown_as: program,
         args: args.into_iter().chain(more).collect(),
         env: vec![(TOKEN_VARIABLE.into(), token.into())],
+        share_gpus: false,
         log_dir: paths.logs(),
         registry: paths.ranks(),
         tenure: None,

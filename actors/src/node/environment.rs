@@ -5,12 +5,27 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use tarazed_domain::WorkerId;
 
 const ACCESS_KEY: &str = "AWS_ACCESS_KEY_ID";
 const SECRET_KEY: &str = "AWS_SECRET_ACCESS_KEY";
 const PROFILE: &str = "AWS_PROFILE";
 const SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
 const PREFIX: &[u8] = b"TARAZED_RANK_";
+
+/// What lets NCCL connect a worker with others on the same GPU, for tests: up to 2.29 it tells hosts apart by `NCCL_HOSTID` and
+/// refuses one GPU twice on one host; from 2.30 it can be asked. Small kernels, so that those of all ranks run at once. From
+/// NCCL's sources and documentation, never tried.
+pub(super) fn sharing_gpus(worker: WorkerId) -> [(&'static str, String); 6] {
+    [
+        ("NCCL_HOSTID", format!("tarazed-worker-{}", worker.0)),
+        ("NCCL_NET", "Socket".to_owned()),
+        ("NCCL_SOCKET_IFNAME", "lo".to_owned()),
+        ("NCCL_NVLS_ENABLE", "0".to_owned()),
+        ("NCCL_MAX_CTAS", "2".to_owned()),
+        ("NCCL_MULTI_RANK_GPU_ENABLE", "1".to_owned()),
+    ]
+}
 
 /// Changes to an inherited environment; no value removes a variable.
 pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> Vec<(OsString, Option<OsString>)> {
@@ -42,6 +57,14 @@ pub(super) fn changes(inherited: impl Iterator<Item = (OsString, OsString)>) -> 
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+
+    #[test]
+    fn workers_that_share_a_gpu_look_like_different_hosts() {
+        let [one, two] = [1, 2].map(|worker| sharing_gpus(WorkerId(worker)));
+        assert_ne!(one[0], two[0]);
+        assert_eq!(one[0].0, "NCCL_HOSTID");
+        assert_eq!(one[1..], two[1..]);
+    }
 
     #[test]
     fn ranks_get_what_is_meant_for_them_and_nothing_else_of_it() {

@@ -48,6 +48,8 @@ pub struct LaunchSpec {
     pub args: Vec<OsString>,
     /// Variables added to the inherited environment, in which `TARAZED_RANK_NAME` is `NAME` for ranks.
     pub env: Vec<(OsString, OsString)>,
+    /// They may share GPUs (`cluster.share_gpus`).
+    pub share_gpus: bool,
     /// Output goes to `worker-N.log` in here, after that of earlier incarnations. Created if missing.
     pub log_dir: PathBuf,
     /// Who was started is written down in here, for an agent that comes after this one. Created if missing.

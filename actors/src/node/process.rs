@@ -77,6 +77,9 @@ impl Process {
         write_down(&entry)?;
         let log_again = log.try_clone().map_err(program("duplicate its log"))?;
         let mut command = Command::new(&spec.program);
+        if spec.share_gpus {
+            command.envs(environment::sharing_gpus(worker));
+        }
         for (name, value) in environment::changes(std::env::vars_os()) {
             match value {
                 Some(value) => command.env(name, value),

@@ -18,6 +18,7 @@ fn shell(script: &str, folder: &Path) -> LaunchSpec {
         shown_as: "/bin/sh".into(),
         args: vec!["-c".into(), script.into(), "sh".into()],
         env: vec![("TARAZED_TEST".into(), "set".into())],
+        share_gpus: false,
         log_dir: folder.join("logs"),
         registry: folder.join("ranks"),
         tenure: None,

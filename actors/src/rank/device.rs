@@ -6,12 +6,18 @@ use tarazed_kernels::{CpuDevice, Device};
 #[cfg(feature = "cuda")]
 use {
     super::RankError,
+    std::sync::Arc,
+    tarazed_domain::config::ClusterCollective,
+    tarazed_fabric::nccl::DeviceMeans,
+    tarazed_fabric::nccl::agreement::host_identity,
     tarazed_kernels::cuda::CudaDevice,
     tarazed_kernels::cuda::cubin::CubinCache,
     tarazed_kernels::cuda::driver::Absence,
+    tarazed_kernels::cuda::nccl::{Nccl, RealNccl},
     tarazed_kernels::cuda::peak::dense_bf16_flops_per_s,
     tarazed_kernels::cuda::real::{self, RealDriver},
     tarazed_kernels::cuda::shapes,
+    tarazed_train::device_thread::{DataPlane, DeviceSockets, Sockets},
 };
 
 /// A device that was asked for and is not to be had: reconfigure.
@@ -181,6 +187,27 @@ fn cubins() -> CubinCache {
 pub(super) fn open(ordinal: u32) -> Result<CudaDevice<RealDriver>, RankError> {
     let driver = RealDriver::open(ordinal, cubins()).map_err(|e| RankError::because("device")(&e))?;
     CudaDevice::new(driver).map_err(|e| RankError::because("device")(&e))
+}
+
+/// The data plane of a rank on a CUDA device.
+#[cfg(feature = "cuda")]
+pub(super) fn data_plane(config: &Config, sockets: Sockets, device: &CudaDevice<RealDriver>) -> Box<dyn DataPlane> {
+    let required = match config.cluster.collective {
+        // It takes no part in the ranks' agreement; all of them have the same config.
+        ClusterCollective::Sockets => return Box::new(sockets),
+        ClusterCollective::Auto => false,
+        ClusterCollective::Nccl => true,
+    };
+    let means = DeviceMeans {
+        device: device.clone(),
+        library: RealNccl::open().map(|library| -> Arc<dyn Nccl> { Arc::new(library) }),
+        host: host_identity(),
+    };
+    Box::new(DeviceSockets {
+        sockets,
+        means,
+        required,
+    })
 }
 
 #[cfg(test)]

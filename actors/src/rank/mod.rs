@@ -34,7 +34,7 @@ use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
 use tarazed_protocol::data::decision::{DataChange, DecisionSchedule};
 use tarazed_protocol::message::Member;
-use tarazed_train::device_thread::{DeviceThread, Sockets};
+use tarazed_train::device_thread::{DataPlane, DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 pub use tarazed_train::harm::Harm;
 use tarazed_train::host::HostVisible;
@@ -207,14 +207,20 @@ struct DeviceWork {
 }
 
 impl DeviceWork {
-    fn start<D: HostVisible + Clone>(self, tree: &RankTree, device: D) -> Result<(), RankError> {
+    fn start<D: HostVisible + Clone>(
+        self,
+        tree: &RankTree,
+        device: D,
+        data_plane: impl FnOnce(Sockets, &D) -> Box<dyn DataPlane>,
+    ) -> Result<(), RankError> {
+        let data_plane = data_plane(self.data_plane, &device);
         let events = tree.device_events_with(&device, self.memory_hint.clone());
         let state = RankState::new(self.config, device, self.progress)
             .map_err(|e| RankError::because("device")(&explained(&e, &self.memory_hint)))?;
         tree.start_device(DeviceThread {
             state: state.harmed(self.harm),
             member: self.member,
-            data_plane: Box::new(self.data_plane),
+            data_plane,
             feeder: self.feeder,
             source: Box::new(self.source),
             events,
@@ -279,9 +285,14 @@ async fn serve(
         memory_hint: (args.memory_hint)(&config),
     };
     match DeviceChoice::of(&config).map_err(|e| RankError::because("device")(&e))? {
-        DeviceChoice::Cpu => work.start(&tree, CpuDevice::new())?,
+        DeviceChoice::Cpu => work.start(&tree, CpuDevice::new(), |sockets, _| Box::new(sockets))?,
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda { count } => work.start(&tree, device::open(args.worker % count)?)?,
+        DeviceChoice::Cuda { count } => {
+            let device = device::open(args.worker % count)?;
+            work.start(&tree, device, |sockets, device| {
+                device::data_plane(&config, sockets, device)
+            })?;
+        }
     }
     let home = Home {
         paths,

@@ -56,6 +56,9 @@ handles! {
 pub struct DeviceFacts {
     /// Its product name.
     pub name: String,
+    /// Where it sits on its host (PCI domain, bus and device), e.g. `0000:1b:00`: what two processes compare to learn whether
+    /// they share it. It decides no number.
+    pub bus_id: String,
     /// Compute capability, e.g. (9, 0).
     pub capability: (u32, u32),
     /// Streaming multiprocessors.
@@ -304,10 +307,17 @@ pub trait Driver: Send + Sync + 'static {
     /// What is known of the device.
     fn facts(&self) -> &DeviceFacts;
 
-    /// Memory as it stands.
+    /// Makes the device the current one of the calling thread, for libraries that stand beside the driver and ask which it
+    /// is; every other call here does so by itself.
     ///
     /// # Errors
     /// As every call: a [`DriverError`].
+    fn make_current(&self) -> Result<(), DriverError>;
+
+    /// Memory as it stands.
+    ///
+    /// # Errors
+    /// A [`DriverError`].
     fn memory(&self) -> Result<MemoryState, DriverError>;
 
     /// A queue that waits for no other.
@@ -327,6 +337,12 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// A [`DriverError`], also of earlier work.
     fn synchronize(&self, stream: StreamId) -> Result<(), DriverError>;
+
+    /// Whether all that stands in a queue is done; does not wait. Tells of work that failed late.
+    ///
+    /// # Errors
+    /// A [`DriverError`], also of earlier work.
+    fn is_idle(&self, stream: StreamId) -> Result<bool, DriverError>;
 
     /// An event. It counts as done until it is recorded.
     ///

@@ -155,6 +155,7 @@ impl EmulatedDriver {
         let parallelism = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let facts = DeviceFacts {
             name: "emulator".to_owned(),
+            bus_id: "emulator".to_owned(),
             capability: (9, 0),
             multiprocessors: parallelism as u32,
             memory_bytes: usize::MAX,
@@ -180,6 +181,36 @@ impl EmulatedDriver {
     /// this was last asked. Counted for the whole process: every driver has the same emulator.
     pub fn take_bank_conflicts(&self) -> u64 {
         self.emulator.bank_conflicts()
+    }
+
+    /// Bytes of device memory.
+    ///
+    /// # Panics
+    /// If they are not allocated.
+    #[must_use]
+    pub fn peek(&self, from: Address, bytes: usize) -> Vec<u8> {
+        let state = self.state();
+        assert!(
+            state.holds(from.0, bytes),
+            "{bytes} bytes at {from:?} are not allocated"
+        );
+        // SAFETY: the range is allocated, and stays so while the state is locked.
+        unsafe { std::slice::from_raw_parts(from.0 as *const u8, bytes) }.to_vec()
+    }
+
+    /// Overwrites device memory, as a kernel would.
+    ///
+    /// # Panics
+    /// If it is not allocated.
+    pub fn poke(&self, to: Address, bytes: &[u8]) {
+        let state = self.state();
+        assert!(
+            state.holds(to.0, bytes.len()),
+            "{} bytes at {to:?} are not allocated",
+            bytes.len()
+        );
+        // SAFETY: the range is allocated, and stays so while the state is locked; `bytes` is the caller's own memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -365,6 +396,10 @@ impl Driver for EmulatedDriver {
         &self.facts
     }
 
+    fn make_current(&self) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     fn memory(&self) -> Result<MemoryState, DriverError> {
         let used = self.state().memory.values().sum::<usize>();
         Ok(MemoryState {
@@ -384,6 +419,10 @@ impl Driver for EmulatedDriver {
 
     fn synchronize(&self, _: StreamId) -> Result<(), DriverError> {
         Ok(())
+    }
+
+    fn is_idle(&self, _: StreamId) -> Result<bool, DriverError> {
+        Ok(true)
     }
 
     fn create_event(&self) -> Result<EventId, DriverError> {

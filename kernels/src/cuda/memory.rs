@@ -4,6 +4,9 @@ use super::context::Context;
 use super::driver::{Address, Driver, Severity};
 use super::table::Element;
 use crate::device::DeviceError;
+use std::any::Any;
+use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -99,8 +102,58 @@ impl<D: Driver> CudaBuffer<D> {
     }
 }
 
-impl<D: Driver> std::fmt::Debug for CudaBuffer<D> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+/// A range of device memory, of any driver's, that stays allocated as long as this or a clone of it lives: what is handed to a
+/// data plane, whose work goes on after a call has returned.
+#[derive(Clone)]
+pub struct DeviceSpan {
+    address: Address,
+    bytes: usize,
+    _memory: Arc<dyn Any + Send + Sync>,
+}
+
+impl DeviceSpan {
+    /// Where it begins.
+    #[must_use]
+    pub const fn address(&self) -> Address {
+        self.address
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl fmt::Debug for DeviceSpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceSpan({} bytes at {:#x})", self.bytes, self.address.0)
+    }
+}
+
+impl<D: Driver> CudaBuffer<D> {
+    /// Elements of it as bytes, as they are stored. Whoever writes there must be alone: the borrow ends with this call.
+    ///
+    /// # Panics
+    /// If the range does not lie within the buffer.
+    #[must_use]
+    pub fn span(&self, range: Range<usize>) -> DeviceSpan {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "elements {range:?} in a buffer of {}",
+            self.len
+        );
+        let width = self.element.bytes();
+        DeviceSpan {
+            address: self.memory.address().further(range.start * width),
+            bytes: range.len() * width,
+            _memory: Arc::clone(&self.memory) as Arc<dyn Any + Send + Sync>,
+        }
+    }
+}
+
+impl<D: Driver> fmt::Debug for CudaBuffer<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CudaBuffer({} elements, {:?})", self.len, self.element)
     }
 }

@@ -7,6 +7,7 @@
 //!                     ├─ EmulatedDriver   the kernels on the host, thread by thread                 feature `emulator`
 //!                     └─ RecordingDriver  writes calls down, fails where it is told to           for tests
 //! ```
+//! Beside it, [`nccl`] moves device memory between processes, over a seam of the same kind.
 //!
 //! Kernels are CUDA C++ in `kernels/cuda/`; [`table`] says what each takes and how it is launched. Working precision is
 //! bf16, full is f32.
@@ -30,6 +31,7 @@ pub mod gemm;
 pub mod graph;
 mod memory;
 pub mod peak;
+pub mod nccl;
 #[cfg(feature = "cuda")]
 pub mod real;
 pub mod recording;
@@ -40,5 +42,5 @@ mod stream;
 pub mod table;
 
 pub use device::CudaDevice;
-pub use memory::{CudaBuffer, CudaTokens};
+pub use memory::{CudaBuffer, CudaTokens, DeviceSpan};
 pub use stream::{CudaStream, STAGING_BYTES};

@@ -157,6 +157,12 @@ fn facts_of(device: sys::CUdevice) -> Result<DeviceFacts, DriverError> {
     })?;
     Ok(DeviceFacts {
         name: name.into_owned(),
+        bus_id: format!(
+            "{:04x}:{:02x}:{:02x}",
+            attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+        ),
         capability: (
             attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
@@ -347,6 +353,10 @@ impl Driver for RealDriver {
         &self.facts
     }
 
+    fn make_current(&self) -> Result<(), DriverError> {
+        self.enter()
+    }
+
     fn memory(&self) -> Result<MemoryState, DriverError> {
         self.enter()?;
         let (mut free_bytes, mut total_bytes) = (0, 0);
@@ -386,6 +396,15 @@ impl Driver for RealDriver {
         check("cuStreamSynchronize", unsafe {
             sys::cuStreamSynchronize(handle(stream.0))
         })
+    }
+
+    fn is_idle(&self, stream: StreamId) -> Result<bool, DriverError> {
+        self.enter()?;
+        // SAFETY: the stream came from `create_stream`.
+        match unsafe { sys::cuStreamQuery(handle(stream.0)) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check("cuStreamQuery", code).map(|()| true),
+        }
     }
 
     fn create_event(&self) -> Result<EventId, DriverError> {

@@ -26,6 +26,8 @@ const BASE: u64 = 0x7000_0000_0000;
 pub enum Call {
     /// A kernel made ready.
     Load(&'static str),
+    /// [`Driver::make_current`]
+    MakeCurrent,
     /// [`Driver::memory`]
     Memory,
     /// [`Driver::create_stream`]
@@ -34,6 +36,8 @@ pub enum Call {
     DestroyStream(StreamId),
     /// [`Driver::synchronize`]
     Synchronize(StreamId),
+    /// [`Driver::is_idle`]
+    IsIdle(StreamId),
     /// [`Driver::create_event`]
     CreateEvent(EventId),
     /// [`Driver::destroy_event`]
@@ -102,6 +106,8 @@ struct State {
     memory: BTreeMap<u64, Vec<u8>>,
     pinned: BTreeMap<usize, usize>,
     streams: BTreeSet<StreamId>,
+    /// Streams with work of others' that is not done, and the ranges that it uses.
+    busy: BTreeMap<StreamId, Vec<(Address, usize)>>,
     events: BTreeSet<EventId>,
     graphs: BTreeMap<GraphId, Vec<Call>>,
     capturing: BTreeMap<StreamId, Vec<Call>>,
@@ -128,6 +134,7 @@ impl RecordingDriver {
     pub fn new() -> Self {
         let facts = DeviceFacts {
             name: "recorder".to_owned(),
+            bus_id: "recorder".to_owned(),
             capability: (9, 0),
             multiprocessors: 1,
             memory_bytes: usize::MAX,
@@ -168,6 +175,35 @@ impl RecordingDriver {
     /// If it is not allocated.
     pub fn poke(&self, to: Address, bytes: &[u8]) {
         self.lock().range(to, bytes.len()).copy_from_slice(bytes);
+    }
+
+    /// Bytes of device memory.
+    ///
+    /// # Panics
+    /// If they are not allocated.
+    #[must_use]
+    pub fn peek(&self, from: Address, bytes: usize) -> Vec<u8> {
+        self.lock().range(from, bytes).to_vec()
+    }
+
+    /// Work that this driver was not asked for stands in a queue and uses these ranges, until [`RecordingDriver::settle`].
+    /// Until then none of them may be freed, nobody may wait for the queue, and it may not be given back: a real driver would
+    /// wait, perhaps for ever.
+    ///
+    /// # Panics
+    /// If the queue is not there or a range is not allocated.
+    pub fn occupy(&self, stream: StreamId, ranges: &[(Address, usize)]) {
+        let mut state = self.lock();
+        assert!(state.streams.contains(&stream), "{stream:?} is not there");
+        for &(at, bytes) in ranges {
+            let _ = state.range(at, bytes);
+        }
+        state.busy.entry(stream).or_default().extend_from_slice(ranges);
+    }
+
+    /// What a queue was occupied by is done.
+    pub fn settle(&self, stream: StreamId) {
+        self.lock().busy.remove(&stream);
     }
 
     /// Everything that was not given back, in words; empty where all was.
@@ -275,6 +311,11 @@ impl State {
         self.calls.push(call);
     }
 
+    /// A real driver waits here for work that may never end.
+    fn idle(&self, stream: StreamId, what: &str) {
+        assert!(!self.busy.contains_key(&stream), "{stream:?} is {what} with work in it");
+    }
+
     /// A wait or a change of memory: a real driver ends a capture by it.
     fn outside_capture(&self, stream: StreamId, what: &str) {
         assert!(!self.capturing.contains_key(&stream), "{what} in a capture");
@@ -284,6 +325,13 @@ impl State {
 impl Driver for RecordingDriver {
     fn facts(&self) -> &DeviceFacts {
         &self.facts
+    }
+
+    fn make_current(&self) -> Result<(), DriverError> {
+        let mut state = self.lock();
+        state.enter("make_current")?;
+        state.calls.push(Call::MakeCurrent);
+        Ok(())
     }
 
     fn memory(&self) -> Result<MemoryState, DriverError> {
@@ -308,6 +356,7 @@ impl Driver for RecordingDriver {
     fn destroy_stream(&self, stream: StreamId) -> Result<(), DriverError> {
         let mut state = self.lock();
         assert!(state.streams.remove(&stream), "{stream:?} is given back twice");
+        state.idle(stream, "given back");
         state.capturing.remove(&stream);
         state.enter("destroy_stream")?;
         state.calls.push(Call::DestroyStream(stream));
@@ -318,9 +367,19 @@ impl Driver for RecordingDriver {
         let mut state = self.lock();
         assert!(state.streams.contains(&stream), "{stream:?} is not there");
         state.outside_capture(stream, "a wait");
+        state.idle(stream, "waited for");
         state.enter("synchronize")?;
         state.calls.push(Call::Synchronize(stream));
         Ok(())
+    }
+
+    fn is_idle(&self, stream: StreamId) -> Result<bool, DriverError> {
+        let mut state = self.lock();
+        assert!(state.streams.contains(&stream), "{stream:?} is not there");
+        state.outside_capture(stream, "a question");
+        state.enter("is_idle")?;
+        state.calls.push(Call::IsIdle(stream));
+        Ok(!state.busy.contains_key(&stream))
     }
 
     fn create_event(&self) -> Result<EventId, DriverError> {
@@ -390,9 +449,14 @@ impl Driver for RecordingDriver {
 
     unsafe fn free(&self, address: Address) -> Result<(), DriverError> {
         let mut state = self.lock();
+        let Some(memory) = state.memory.remove(&address.0) else {
+            panic!("{address:?} is given back twice")
+        };
+        let freed = address.0..address.0 + memory.len() as u64;
+        let mut used = state.busy.values().flatten();
         assert!(
-            state.memory.remove(&address.0).is_some(),
-            "{address:?} is given back twice"
+            !used.any(|(at, _)| freed.contains(&at.0)),
+            "{address:?} is given back while work uses it"
         );
         state.enter("free")?;
         state.calls.push(Call::Free(address));

@@ -197,6 +197,7 @@ fn impossible_sizes_are_refused_by_key() {
         ),
         (&["cluster.ranks=4294967295"], "cluster.ranks"),
         (&["cluster.threads_per_rank=4294967295"], "cluster.threads_per_rank"),
+        (&["cluster.collective=nccl"], "cluster.collective"),
         (&["cluster.mesh_port=7000"], "cluster.mesh_port"),
         (&["cluster.control_port=7000"], "cluster.control_port"),
         (

@@ -4,7 +4,7 @@
 //! [`Collective::exchange`] progress together, so no order of them can deadlock. An all-gather is one such exchange.
 //! No arithmetic (DET-2): whoever needs a sum receives the parts and adds them in tree order.
 
-use crate::{AbortHandle, FabricError, ProgressCounter};
+use crate::{AbortHandle, DevicePlane, FabricError, ProgressCounter};
 use std::fmt;
 use std::sync::Arc;
 use tarazed_domain::{Generation, Rank};
@@ -135,6 +135,19 @@ pub trait Collective: std::marker::Send {
 
     /// Bytes moved and operations completed, for hang detection.
     fn progress(&self) -> Arc<ProgressCounter>;
+
+    /// The way of device memory, where this mesh has one: the same on all ranks. Without, memory travels through the host.
+    fn device_plane(&mut self) -> Option<&mut dyn DevicePlane> {
+        None
+    }
+
+    /// Lets go of what a mesh holds outside of this program, after its generation and before it is dropped.
+    ///
+    /// # Errors
+    /// `Communicator` if something cannot be let go of: the process must be replaced.
+    fn retire(&mut self) -> Result<(), FabricError> {
+        Ok(())
+    }
 
     /// Leaves in good order, at the end of a run: peers that still finish operations among themselves are not alarmed.
     /// A mesh that is dropped without it looks like a lost rank. Every later call returns an error.

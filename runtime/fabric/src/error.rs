@@ -13,8 +13,36 @@ pub enum Remedy {
     Reconfigure,
     /// Another try may succeed without any change of the roster.
     Retry,
+    /// This process must end and be replaced: what it holds on its device is not to be trusted, or cannot be let go of.
+    Replace,
     /// Two binaries, configs or programs disagree, or the machine refuses: a person is needed.
     Halt,
+}
+
+/// What a failed communicator of GPUs means for the ranks of it. It is over in every case.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CommunicatorFault {
+    /// A peer or the way to it is gone, and nobody says which.
+    Peer,
+    /// The system refused something, here or on a peer.
+    System,
+    /// This process is broken.
+    Process,
+    /// It can never work like this.
+    Usage,
+}
+
+impl CommunicatorFault {
+    const fn advice(self) -> &'static str {
+        match self {
+            Self::Peer => "a peer is gone or hangs; reconfigure",
+            Self::System => "reconfigure; look at limits on files, locked and shared memory (`/dev/shm`) if it recurs",
+            Self::Process => "this process must be replaced",
+            Self::Usage => {
+                "set cluster.collective to \"sockets\", or give each rank a GPU of its own and the same NCCL"
+            }
+        }
+    }
 }
 
 /// In which way received bytes were wrong.
@@ -139,6 +167,14 @@ pub enum FabricError {
         /// The last thing that went wrong.
         cause: String,
     },
+    /// The communicator of the GPUs failed.
+    #[error("data plane of the GPUs: {cause}; {}", .fault.advice())]
+    Communicator {
+        /// What it means.
+        fault: CommunicatorFault,
+        /// What went wrong.
+        cause: String,
+    },
     /// An address or a socket folder cannot be used as written.
     #[error("address {address}: {reason}")]
     Address {
@@ -167,6 +203,11 @@ impl FabricError {
                 Remedy::Reconfigure
             }
             Self::System { .. } => Remedy::Retry,
+            Self::Communicator { fault, .. } => match fault {
+                CommunicatorFault::Peer | CommunicatorFault::System => Remedy::Reconfigure,
+                CommunicatorFault::Process => Remedy::Replace,
+                CommunicatorFault::Usage => Remedy::Halt,
+            },
             Self::TagMismatch { .. } | Self::LengthMismatch { .. } | Self::Refused { .. } | Self::Address { .. } => {
                 Remedy::Halt
             }
@@ -184,7 +225,11 @@ impl FabricError {
             | Self::LengthMismatch { peer, .. }
             | Self::StaleGeneration { peer, .. }
             | Self::Refused { peer, .. } => Some(*peer),
-            Self::Aborted { .. } | Self::ConnectTimedOut { .. } | Self::Address { .. } | Self::System { .. } => None,
+            Self::Aborted { .. }
+            | Self::ConnectTimedOut { .. }
+            | Self::Communicator { .. }
+            | Self::Address { .. }
+            | Self::System { .. } => None,
         }
     }
 

@@ -103,7 +103,7 @@ impl SocketMesh {
     }
 
     /// Remembers the first error, and passes the blame for a lost peer on to those who may be waiting for this rank.
-    fn fail(&mut self, error: &FabricError) {
+    pub(crate) fn fail(&mut self, error: &FabricError) {
         if matches!(error, FabricError::Aborted { .. }) {
             return;
         }
@@ -186,6 +186,35 @@ impl SocketMesh {
             part.may_receive = hangup || ready.contains(PollFlags::IN);
             // If something is due from the peer, its stream itself will tell.
             if hangup && part.incoming.due().is_none() && link.presence() == Presence::Here {
+                link.look_at_hangup()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl SocketMesh {
+    /// Sleeps for `timeout` at most, while something else than these sockets works for this rank; nothing is due on them.
+    ///
+    /// # Errors
+    /// `Aborted`, at once; `PeerLost` if a peer hangs up.
+    pub(crate) fn watch(&mut self, timeout: Duration) -> Result<(), FabricError> {
+        let mut watched = Vec::with_capacity(self.links.len());
+        let mut fds = Vec::with_capacity(self.links.len() + 1);
+        for (rank, link) in self.links.iter().enumerate() {
+            if let Some(link) = link.as_ref().filter(|link| link.presence() == Presence::Here) {
+                watched.push(rank);
+                fds.push(PollFd::new(link, PollFlags::RDHUP));
+            }
+        }
+        let abort = self.abort.descriptor();
+        fds.push(PollFd::new(&abort, PollFlags::IN));
+        poll(&mut fds, Some(timeout))?;
+        let hung_up = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.revents().intersects(hung_up)).collect();
+        self.abort.check()?;
+        for (rank, ready) in watched.into_iter().zip(ready) {
+            if let Some(link) = self.links[rank].as_mut().filter(|_| ready) {
                 link.look_at_hangup()?;
             }
         }

@@ -15,8 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use tarazed_domain::limits::Timeouts;
 use tarazed_domain::{Generation, LaneTree, Rank, StepsCompleted};
-use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, connect_mesh};
+use tarazed_fabric::nccl::{DeviceMeans, connect_device_mesh};
+use tarazed_fabric::{AbortHandle, Collective, FabricError, Listener, SocketMesh, connect_mesh};
 use tarazed_kernels::Device;
+use tarazed_kernels::cuda::driver::Driver;
 use tarazed_protocol::message::{BeginPlan, ItemDigest, Member, StateReport, StepLine};
 
 /// Ends one generation from outside, for good.
@@ -76,6 +78,27 @@ pub struct Sockets {
     pub run_token: [u8; 32],
 }
 
+impl Sockets {
+    fn mesh(
+        &self,
+        plan: &BeginPlan,
+        rank: Rank,
+        control: &GenerationControl,
+        timeouts: &Timeouts,
+    ) -> Result<SocketMesh, FabricError> {
+        let roster: Vec<String> = plan.addresses.iter().map(str::to_owned).collect();
+        connect_mesh(
+            &self.listener,
+            plan.generation,
+            rank,
+            &roster,
+            self.run_token,
+            timeouts,
+            &control.fabric,
+        )
+    }
+}
+
 impl DataPlane for Sockets {
     fn connect(
         &mut self,
@@ -84,17 +107,30 @@ impl DataPlane for Sockets {
         control: &GenerationControl,
         timeouts: &Timeouts,
     ) -> Result<Box<dyn Collective>, FabricError> {
-        let roster: Vec<String> = plan.addresses.iter().map(str::to_owned).collect();
-        let mesh = connect_mesh(
-            &self.listener,
-            plan.generation,
-            rank,
-            &roster,
-            self.run_token,
-            timeouts,
-            &control.fabric,
-        )?;
-        Ok(Box::new(mesh))
+        Ok(Box::new(self.mesh(plan, rank, control, timeouts)?))
+    }
+}
+
+/// The data plane of ranks on CUDA devices: NCCL beside the sockets, in a generation whose ranks all have it.
+pub struct DeviceSockets<D: Driver> {
+    /// For all but device memory, and for that, too, where a rank has no NCCL.
+    pub sockets: Sockets,
+    /// What this rank has.
+    pub means: DeviceMeans<D>,
+    /// A generation without NCCL is an error.
+    pub required: bool,
+}
+
+impl<D: Driver> DataPlane for DeviceSockets<D> {
+    fn connect(
+        &mut self,
+        plan: &BeginPlan,
+        rank: Rank,
+        control: &GenerationControl,
+        timeouts: &Timeouts,
+    ) -> Result<Box<dyn Collective>, FabricError> {
+        let sockets = self.sockets.mesh(plan, rank, control, timeouts)?;
+        connect_device_mesh(sockets, &self.means, self.required, timeouts)
     }
 }
 
@@ -236,7 +272,10 @@ impl<D: HostVisible + Clone> DeviceThread<D> {
         self.state.progress.enter(Phase::Connecting);
         let timeouts: Timeouts = self.state.config.timeouts();
         generation::forget_old_course(&mut self.state, plan);
-        *mesh = None; // ours of the generation before; everybody is past it
+        // Ours of the generation before; everybody is past it.
+        if let Some(mut old) = mesh.take() {
+            old.retire()?;
+        }
         let fabric = mesh.insert(self.data_plane.connect(plan, world.rank, control, &timeouts)?);
         let reporter = GenerationReporter {
             generation: plan.generation,

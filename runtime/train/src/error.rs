@@ -1,7 +1,7 @@
 //! Why a device thread left a step, and what its caller does next.
 
 use tarazed_domain::{OptimizerShardIndex, Rank, StepsCompleted};
-use tarazed_fabric::FabricError;
+use tarazed_fabric::{CommunicatorFault, FabricError, Remedy};
 use tarazed_kernels::DeviceError;
 use tarazed_model::ModelError;
 use tarazed_protocol::message::{Dispute, DisputedItem};
@@ -120,7 +120,11 @@ impl StepError {
     /// Whether no other try can help.
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
-        matches!(self, Self::Malformed { .. })
+        match self {
+            Self::Malformed { .. } => true,
+            Self::Fabric(FabricError::Communicator { fault, .. }) => matches!(fault, CommunicatorFault::Usage),
+            _ => false,
+        }
     }
 
     /// What the device's memory was too small for, without a remedy: a plan knows which helps most.
@@ -135,10 +139,11 @@ impl StepError {
     /// Whether this process must end and be replaced.
     #[must_use]
     pub const fn is_own_fault(&self) -> bool {
-        matches!(
-            self,
-            Self::Device(_) | Self::Data(_) | Self::Restore(_) | Self::Rotten { .. }
-        )
+        match self {
+            Self::Device(_) | Self::Data(_) | Self::Restore(_) | Self::Rotten { .. } => true,
+            Self::Fabric(error) => matches!(error.remedy(), Remedy::Replace),
+            _ => false,
+        }
     }
 }
 

@@ -16,7 +16,7 @@
 
 use crate::StepError;
 use crate::feeder::Feeder;
-use crate::host::{HostVisible, Target};
+use crate::host::{Arriving, HostVisible, Leaving, Target};
 use crate::moments;
 use crate::optimizer::Shard;
 use crate::progress::Phase;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_domain::limits::{CHECKPOINTS_IN_FLIGHT_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_domain::{BlockIndex, Mutant, OptimizerShardIndex, Rank, StepIndex, StepsCompleted};
-use tarazed_fabric::{Collective, Send, Tag, TagKind};
+use tarazed_fabric::{Collective, Tag, TagKind};
 use tarazed_kernels::{Blocks, Device, ViewMut};
 use tarazed_protocol::message::{BeginPlan, DisputedItem, ItemDigest, RestoreFrom, StepLine};
 use tarazed_protocol::placement::ShardOrigin;
@@ -411,22 +411,29 @@ fn copy_shards<D: HostVisible>(
                 .into_iter()
                 .enumerate()
             {
-                let elements = state.device.outgoing(&mut state.stream, buffer, whole.clone())?;
-                leaving.push((*to, copy_tag(plan.base, *shard, part), elements));
+                leaving.push(Leaving {
+                    to: vec![*to],
+                    tag: copy_tag(plan.base, *shard, part),
+                    buffer,
+                    range: whole.clone(),
+                });
             }
         }
-        let sends: Vec<Send<'_>> = leaving.iter().map(step::send).collect();
         let mut filling: Vec<_> = arrived
             .iter_mut()
             .map(|shard: &mut Shard<D>| (shard.index(), shard.write()))
             .collect();
         let (mut targets, mut arriving) = (Vec::new(), Vec::new());
         let mine = copies.iter().filter(|(_, _, to)| *to == world.rank);
-        for ((shard, guard), &(_, donor, _)) in filling.iter_mut().zip(mine) {
+        for ((shard, guard), &(_, from, _)) in filling.iter_mut().zip(mine) {
             let state = &mut **guard;
             let parts = [&mut state.master, &mut state.first_moment, &mut state.second_moment];
             for (part, buffer) in parts.into_iter().enumerate() {
-                arriving.push((donor, copy_tag(plan.base, *shard, part)));
+                arriving.push(Arriving {
+                    from,
+                    tag: copy_tag(plan.base, *shard, part),
+                    range: targets.len(),
+                });
                 let whole = 0..world.elements(*shard).len();
                 targets.push(Target {
                     buffer,
@@ -434,7 +441,8 @@ fn copy_shards<D: HostVisible>(
                 });
             }
         }
-        step::exchange((&state.device, &mut state.stream), fabric, &sends, &arriving, targets)?;
+        let stream = &mut state.stream;
+        state.device.exchange(stream, fabric, &leaving, &arriving, targets)?;
     }
     settle(state, plan.base, arrived)
 }

@@ -1,10 +1,17 @@
-//! The way of device memory to and from the host, which is what a data plane of sockets needs.
+//! The way of device memory to other ranks: through the host, which is what a data plane of sockets needs, or as it lies, where
+//! the data plane has a way for it ([`Collective::device_plane`]).
 //!
-//! Elements travel in full precision: a receiver rounds them to its buffer's precision, as the update that made them does.
+//! Through the host, elements travel in full precision: a receiver rounds them to its buffer's precision, as the update that
+//! made them does. As it lies, memory of full precision travels in full, and working weights as the sender's update rounded
+//! them, which is how the receiver would: **no bit depends on the way.**
 
+use crate::StepError;
 use std::borrow::Cow;
 use std::ops::Range;
+use tarazed_domain::Rank;
+use tarazed_fabric::{Collective, DeviceReceive, DeviceSend, Receive, Send, Tag};
 use tarazed_kernels::cuda::driver::Driver;
+use tarazed_kernels::cuda::table::Element;
 use tarazed_kernels::cuda::{CudaBuffer, CudaDevice, CudaStream};
 use tarazed_kernels::{CpuBuffer, CpuDevice, CpuStream, Device, DeviceError, View, ViewMut};
 
@@ -14,6 +21,42 @@ pub struct Target<'a, D: Device> {
     pub buffer: &'a mut D::Buffer,
     /// Elements to fill.
     pub ranges: Vec<Range<usize>>,
+}
+
+/// What leaves: elements of a buffer of full precision, to some ranks.
+pub struct Leaving<'a, D: Device> {
+    /// To whom.
+    pub to: Vec<Rank>,
+    /// What it is.
+    pub tag: Tag,
+    /// The buffer.
+    pub buffer: &'a D::Buffer,
+    /// Elements of it.
+    pub range: Range<usize>,
+}
+
+/// What arrives.
+#[derive(Clone, Copy, Debug)]
+pub struct Arriving {
+    /// From whom.
+    pub from: Rank,
+    /// What it must be.
+    pub tag: Tag,
+    /// The place of its range among those of all targets, in their order.
+    pub range: usize,
+}
+
+/// What travels within one buffer that is laid out alike on all ranks.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Who has it.
+    pub from: Rank,
+    /// Who wants it; the own rank in what arrives.
+    pub to: Vec<Rank>,
+    /// What it is.
+    pub tag: Tag,
+    /// Elements, on both sides.
+    pub range: Range<usize>,
 }
 
 /// A device whose memory a host can read and fill: in place where it is host memory, through copies where it is not.
@@ -43,11 +86,85 @@ pub trait HostVisible: Device {
     where
         Self: Sized;
 
+    /// Sends what is leaving while what is arriving goes into the targets' ranges. What two ranks have for each other is in the
+    /// same order on both. Nothing of a target counts if this fails.
+    ///
+    /// # Errors
+    /// As [`Collective::exchange`] and [`HostVisible::receive`].
+    fn exchange(
+        &self,
+        stream: &mut Self::Stream,
+        fabric: &mut dyn Collective,
+        leaving: &[Leaving<'_, Self>],
+        arriving: &[Arriving],
+        targets: Vec<Target<'_, Self>>,
+    ) -> Result<(), StepError>
+    where
+        Self: Sized,
+    {
+        through_host(self, stream, fabric, leaving, arriving, targets)
+    }
+
+    /// Sends parts of a buffer while other parts of it arrive, as they are stored, where the data plane has a way for device
+    /// memory; else does nothing and says so. The answer is the same on all ranks.
+    ///
+    /// # Errors
+    /// As [`HostVisible::exchange`].
+    fn exchange_stored(
+        &self,
+        _stream: &mut Self::Stream,
+        _fabric: &mut dyn Collective,
+        _buffer: &mut Self::Buffer,
+        _leaving: &[Shared],
+        _arriving: &[Shared],
+    ) -> Result<bool, StepError> {
+        Ok(false)
+    }
+
     /// Copies of whole buffers whose last work is done, made beside whatever other streams do: a snapshot.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`] of host memory; as [`Device::download`].
     fn copies<const N: usize>(&self, buffers: [&Self::Buffer; N]) -> Result<[CpuBuffer; N], DeviceError>;
+}
+
+/// [`HostVisible::exchange`] over any data plane.
+fn through_host<D: HostVisible>(
+    device: &D,
+    stream: &mut D::Stream,
+    fabric: &mut dyn Collective,
+    leaving: &[Leaving<'_, D>],
+    arriving: &[Arriving],
+    targets: Vec<Target<'_, D>>,
+) -> Result<(), StepError> {
+    let elements = leaving.iter().map(|part| match part.to.is_empty() {
+        true => Ok(Cow::Borrowed(&[][..])),
+        false => device.outgoing(stream, part.buffer, part.range.clone()),
+    });
+    let elements = elements.collect::<Result<Vec<_>, DeviceError>>()?;
+    let sends: Vec<Send<'_>> = leaving
+        .iter()
+        .zip(&elements)
+        .flat_map(|(part, elements)| {
+            let (tag, bytes) = (part.tag, bytemuck::cast_slice(elements));
+            part.to.iter().map(move |&to| Send { to, tag, bytes })
+        })
+        .collect();
+    device.receive(stream, targets, |slices| {
+        let mut slices: Vec<Option<&mut [f32]>> = slices.into_iter().map(Some).collect();
+        let mut receives: Vec<Receive<'_>> = Vec::with_capacity(arriving.len());
+        for part in arriving {
+            let Some(elements) = slices[part.range].take() else {
+                panic!("two messages for one range of a target")
+            };
+            receives.push(Receive {
+                from: part.from,
+                tag: part.tag,
+                bytes: bytemuck::cast_slice_mut(elements),
+            });
+        }
+        Ok(fabric.exchange(&sends, &mut receives)?)
+    })
 }
 
 /// Consecutive parts of a slice.
@@ -127,6 +244,71 @@ impl<R: Driver> HostVisible for CudaDevice<R> {
         }
         self.synchronize(stream)?;
         Ok(())
+    }
+
+    fn exchange(
+        &self,
+        stream: &mut CudaStream<R>,
+        fabric: &mut dyn Collective,
+        leaving: &[Leaving<'_, Self>],
+        arriving: &[Arriving],
+        targets: Vec<Target<'_, Self>>,
+    ) -> Result<(), StepError> {
+        let Some(plane) = fabric.device_plane() else {
+            return through_host(self, stream, fabric, leaving, arriving, targets);
+        };
+        // What is sent is made then, and nobody uses what is to be filled.
+        self.synchronize(stream)?;
+        let whole = |buffer: &CudaBuffer<R>| assert_eq!(buffer.element(), Element::F32, "as it lies on all ranks");
+        let mut sends = Vec::new();
+        for part in leaving {
+            whole(part.buffer);
+            let span = part.buffer.span(part.range.clone());
+            sends.extend(part.to.iter().map(|&to| DeviceSend {
+                to,
+                tag: part.tag,
+                span: span.clone(),
+            }));
+        }
+        let mut spans = Vec::new();
+        for target in &targets {
+            whole(target.buffer);
+            spans.extend(target.ranges.iter().map(|range| target.buffer.span(range.clone())));
+        }
+        let receives = arriving.iter().map(|part| DeviceReceive {
+            from: part.from,
+            tag: part.tag,
+            span: spans[part.range].clone(),
+        });
+        Ok(plane.exchange_memory(&sends, &receives.collect::<Vec<_>>())?)
+    }
+
+    fn exchange_stored(
+        &self,
+        stream: &mut CudaStream<R>,
+        fabric: &mut dyn Collective,
+        buffer: &mut CudaBuffer<R>,
+        leaving: &[Shared],
+        arriving: &[Shared],
+    ) -> Result<bool, StepError> {
+        let Some(plane) = fabric.device_plane() else {
+            return Ok(false);
+        };
+        self.synchronize(stream)?;
+        let sends = leaving.iter().flat_map(|part| {
+            part.to.iter().map(|&to| DeviceSend {
+                to,
+                tag: part.tag,
+                span: buffer.span(part.range.clone()),
+            })
+        });
+        let receives = arriving.iter().map(|part| DeviceReceive {
+            from: part.from,
+            tag: part.tag,
+            span: buffer.span(part.range.clone()),
+        });
+        plane.exchange_memory(&sends.collect::<Vec<_>>(), &receives.collect::<Vec<_>>())?;
+        Ok(true)
     }
 
     fn copies<const N: usize>(&self, buffers: [&CudaBuffer<R>; N]) -> Result<[CpuBuffer; N], DeviceError> {

@@ -15,17 +15,16 @@ use crate::StepError;
 use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
 use crate::harm::{self, Moment};
-use crate::host::{HostVisible, Target};
+use crate::host::{Arriving, HostVisible, Leaving, Shared, Target};
 use crate::moments;
 use crate::progress::Phase;
 use crate::state::{RankState, StepFacts};
 use crate::world::World;
-use std::borrow::Cow;
 use std::ops::Range;
 use std::time::Instant;
 use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
-use tarazed_fabric::{Collective, Receive, Send, Tag, TagKind};
+use tarazed_fabric::{Collective, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, DeviceError, Precision, View, ViewMut};
 use tarazed_protocol::data::course::Directives;
 use tarazed_protocol::data::stats::LaneStats;
@@ -289,16 +288,35 @@ fn exchange_partials<D: HostVisible>(
     for rank in world.others() {
         for shard in world.primaries_of(rank) {
             for (ordinal, (_, buffer)) in lanes.nodes.iter().enumerate() {
-                let elements = device.outgoing(stream, buffer, world.elements(shard))?;
-                leaving.push((rank, partial_tag(step, shard, ordinal), elements));
+                leaving.push(Leaving {
+                    to: vec![rank],
+                    tag: partial_tag(step, shard, ordinal),
+                    buffer,
+                    range: world.elements(shard),
+                });
             }
         }
     }
-    let sends: Vec<Send<'_>> = leaving.iter().map(send).collect();
     // Staging buffers hold the own primary shards one after another.
     let lengths = world.primaries_of(world.rank).map(|shard| world.elements(shard).len());
     let ranges = consecutive(lengths);
-    let shards = ranges.len();
+    let mut arriving = Vec::new();
+    // From one rank all nodes of a shard come before the next shard, as that rank sends them.
+    for (position, shard) in world.primaries_of(world.rank).enumerate() {
+        let mut ordinal = 0;
+        for (index, &(from, _)) in sources.iter().enumerate() {
+            ordinal = if index > 0 && sources[index - 1].0 == from {
+                ordinal + 1
+            } else {
+                0
+            };
+            arriving.push(Arriving {
+                from,
+                tag: partial_tag(step, shard, ordinal),
+                range: index * ranges.len() + position,
+            });
+        }
+    }
     let targets = staged
         .iter_mut()
         .map(|buffer| Target {
@@ -306,63 +324,7 @@ fn exchange_partials<D: HostVisible>(
             ranges: ranges.clone(),
         })
         .collect();
-    device.receive(stream, targets, |slices| {
-        let mut slices: Vec<Option<&mut [f32]>> = slices.into_iter().map(Some).collect();
-        let mut receives = Vec::new();
-        // From one rank all nodes of a shard come before the next shard, as that rank sends them.
-        for (position, shard) in world.primaries_of(world.rank).enumerate() {
-            let mut ordinal = 0;
-            for (index, &(rank, _)) in sources.iter().enumerate() {
-                ordinal = if index > 0 && sources[index - 1].0 == rank {
-                    ordinal + 1
-                } else {
-                    0
-                };
-                if let Some(elements) = slices[index * shards + position].take() {
-                    receives.push(Receive {
-                        from: rank,
-                        tag: partial_tag(step, shard, ordinal),
-                        bytes: bytemuck::cast_slice_mut(elements),
-                    });
-                }
-            }
-        }
-        Ok(fabric.exchange(&sends, &mut receives)?)
-    })
-}
-
-/// What leaves for a rank.
-pub(crate) type Leaving<'a> = (Rank, Tag, Cow<'a, [f32]>);
-
-/// As the data plane takes it.
-pub(crate) fn send<'a>((to, tag, elements): &'a Leaving<'_>) -> Send<'a> {
-    Send {
-        to: *to,
-        tag: *tag,
-        bytes: bytemuck::cast_slice(elements),
-    }
-}
-
-/// Sends all of `sends` while what is `arriving` goes into the targets' ranges, in the order of both.
-pub(crate) fn exchange<D: HostVisible>(
-    (device, stream): (&D, &mut D::Stream),
-    fabric: &mut dyn Collective,
-    sends: &[Send<'_>],
-    arriving: &[(Rank, Tag)],
-    targets: Vec<Target<'_, D>>,
-) -> Result<(), StepError> {
-    device.receive(stream, targets, |slices| {
-        let mut receives: Vec<Receive<'_>> = arriving
-            .iter()
-            .zip(slices)
-            .map(|(&(from, tag), elements)| Receive {
-                from,
-                tag,
-                bytes: bytemuck::cast_slice_mut(elements),
-            })
-            .collect();
-        Ok(fabric.exchange(sends, &mut receives)?)
-    })
+    device.exchange(stream, fabric, &leaving, &arriving, targets)
 }
 
 /// Ranges of these lengths, one behind the other.
@@ -430,24 +392,27 @@ fn forward_to_replicas<D: HostVisible>(
         let tag = Tag::new(TagKind::ReducedGradient, step.0, u64::from(shard.0));
         let whole = 0..world.elements(shard).len();
         if world.primary(shard) == world.rank {
-            let elements = state.device.outgoing(&mut state.stream, held.reduced(), whole)?;
-            leaving.push((world.replicas(shard), tag, elements));
+            leaving.push(Leaving {
+                to: world.replicas(shard).to_vec(),
+                tag,
+                buffer: held.reduced(),
+                range: whole,
+            });
         } else {
-            arriving.push((world.primary(shard), tag));
+            arriving.push(Arriving {
+                from: world.primary(shard),
+                tag,
+                range: targets.len(),
+            });
             targets.push(Target {
                 buffer: held.reduced_mut(),
                 ranges: vec![whole],
             });
         }
     }
-    let sends: Vec<Send<'_>> = leaving
-        .iter()
-        .flat_map(|(replicas, tag, elements)| {
-            let (tag, bytes) = (*tag, bytemuck::cast_slice(elements));
-            replicas.iter().map(move |&to| Send { to, tag, bytes })
-        })
-        .collect();
-    exchange((&state.device, &mut state.stream), fabric, &sends, &arriving, targets)?;
+    state
+        .device
+        .exchange(&mut state.stream, fabric, &leaving, &arriving, targets)?;
     for (_, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         held.mark_reduced(step);
     }
@@ -722,51 +687,53 @@ fn exchange_weights<D: HostVisible>(
     fabric: &mut dyn Collective,
     step: StepsCompleted,
 ) -> Result<(), StepError> {
+    let tag = |shard: OptimizerShardIndex| Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
+    let published = |shard| Shared {
+        from: world.primary(shard),
+        to: world.others().filter(|&rank| !world.holds(rank, shard)).collect(),
+        tag: tag(shard),
+        range: world.elements(shard),
+    };
+    let mine: Vec<Shared> = world.primaries_of(world.rank).map(published).collect();
+    let missing = world.shards.shards().filter(|&shard| !world.holds(world.rank, shard));
+    let missing: Vec<Shared> = missing.map(published).collect();
+    // A primary's own working weights are what a receiver would round its masters to.
+    let (stream, weights) = (&mut state.stream, &mut state.weights);
+    if state.device.exchange_stored(stream, fabric, weights, &mine, &missing)? {
+        return Ok(());
+    }
+
     // What is sent are the master weights; a receiver rounds them to working weights, as the update does on a holder.
     let guards: Vec<_> = world
         .primaries_of(world.rank)
-        .map(|shard| (shard, state.shards[&shard].read()))
+        .map(|shard| state.shards[&shard].read())
         .collect();
-    let mut leaving = Vec::new();
-    for (shard, guard) in &guards {
-        let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
-        let to: Vec<Rank> = world.others().filter(|&rank| !world.holds(rank, *shard)).collect();
-        if !to.is_empty() {
-            let whole = 0..world.elements(*shard).len();
-            let elements = state.device.outgoing(&mut state.stream, &guard.master, whole)?;
-            leaving.push((to, tag, elements));
-        }
-    }
-    let sends: Vec<Send<'_>> = leaving
-        .iter()
-        .flat_map(|(ranks, tag, elements)| {
-            let (tag, bytes) = (*tag, bytemuck::cast_slice(elements));
-            ranks.iter().map(move |&to| Send { to, tag, bytes })
+    let leaving: Vec<Leaving<'_, D>> = mine
+        .into_iter()
+        .zip(&guards)
+        .map(|(part, guard)| Leaving {
+            to: part.to,
+            tag: part.tag,
+            buffer: &guard.master,
+            range: 0..part.range.len(),
         })
         .collect();
-    let missing: Vec<OptimizerShardIndex> = world
-        .shards
-        .shards()
-        .filter(|&shard| !world.holds(world.rank, shard))
+    let arriving: Vec<Arriving> = missing
+        .iter()
+        .enumerate()
+        .map(|(range, part)| Arriving {
+            from: part.from,
+            tag: part.tag,
+            range,
+        })
         .collect();
     let target = Target {
         buffer: &mut state.weights,
-        ranges: missing.iter().map(|&shard| world.elements(shard)).collect(),
+        ranges: missing.into_iter().map(|part| part.range).collect(),
     };
-    let arriving: Vec<(Rank, Tag)> = missing
-        .iter()
-        .map(|&shard| {
-            let tag = Tag::new(TagKind::WorkingWeights, step.0, u64::from(shard.0));
-            (world.primary(shard), tag)
-        })
-        .collect();
-    exchange(
-        (&state.device, &mut state.stream),
-        fabric,
-        &sends,
-        &arriving,
-        vec![target],
-    )
+    state
+        .device
+        .exchange(&mut state.stream, fabric, &leaving, &arriving, vec![target])
 }
 
 /// BLAKE3 over the step and all block hashes in block order (STEP-4).

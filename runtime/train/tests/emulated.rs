@@ -8,11 +8,17 @@ mod common;
 use common::{Checkpoint, NoStore, Node, Outcome, Wanted, member, meshes, plan, reports, run};
 use std::collections::BTreeMap;
 use std::path::Path;
-use tarazed_domain::StepsCompleted;
+use std::sync::Arc;
+use tarazed_domain::limits::Timeouts;
+use tarazed_domain::{Rank, StepsCompleted};
+use tarazed_fabric::nccl::NcclMesh;
+use tarazed_fabric::{AbortHandle, Collective, Listener, Transport, connect_mesh};
 use tarazed_kernels::CpuDevice;
 use tarazed_kernels::cuda::CudaDevice;
 use tarazed_kernels::cuda::emulated::EmulatedDriver;
-use tarazed_protocol::message::StepLine;
+use tarazed_kernels::cuda::nccl::Nccl;
+use tarazed_kernels::cuda::nccl::recording::{Call, RecordingNccl, RecordingWorld};
+use tarazed_protocol::message::{BeginPlan, StepLine};
 use tarazed_train::host::HostVisible;
 
 type Emulated = CudaDevice<EmulatedDriver>;
@@ -92,4 +98,69 @@ fn a_newcomer_and_a_restore_do_not_show() {
     let rest = lines(&run(&mut alone, &restored, &mut meshes(&restored), &checkpoint));
     let expected: Lines = whole.into_iter().filter(|(step, _)| step.0 > 2).collect();
     assert_eq!(rest, expected, "one rank went on from a checkpoint of two");
+}
+
+/// Meshes over sockets and a recording NCCL, each with its library.
+fn nccl_meshes(plan: &BeginPlan, device: &Emulated) -> Vec<(NcclMesh<EmulatedDriver>, RecordingNccl)> {
+    let world = RecordingWorld::new();
+    let ip = "127.0.0.1".parse().unwrap();
+    let listeners: Vec<Listener> = plan
+        .roster
+        .iter()
+        .map(|_| Listener::bind(&Transport::Tcp { ip }).unwrap())
+        .collect();
+    let roster: Vec<String> = listeners.iter().map(Listener::address).collect();
+    let id = RecordingNccl::new(&world, device.clone()).unique_id().unwrap();
+    let timeouts = Timeouts::derive(120_000);
+    let connect = |(rank, listener): (u32, &Listener)| {
+        let abort = AbortHandle::new(plan.generation).unwrap();
+        let token = [7; 32];
+        let sockets = connect_mesh(listener, plan.generation, Rank(rank), &roster, token, &timeouts, &abort).unwrap();
+        let library = RecordingNccl::new(&world, device.clone());
+        let mesh = NcclMesh::connect(sockets, device, Arc::new(library.clone()), &id, &timeouts).unwrap();
+        (mesh, library)
+    };
+    std::thread::scope(|scope| {
+        let connect = &connect;
+        let threads: Vec<_> = (0..)
+            .zip(&listeners)
+            .map(|rank| scope.spawn(move || connect(rank)))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Two ranks, then a third that copies from them; sums, replicas, working weights and copies all travel.
+#[test]
+fn device_memory_over_nccl_or_over_the_host_gives_the_same_bits() {
+    let device = device();
+    let play = |over_nccl: bool| {
+        let (mut seen, mut nodes, mut held) = (Lines::new(), Vec::new(), BTreeMap::new());
+        for (generation, workers, last_step) in [(1, 2, 2), (2, 3, 4)] {
+            nodes.extend((nodes.len() as u32..workers).map(|worker| Node::on(worker, device.clone())));
+            let plan = plan(&wanted(generation, workers, last_step), &held);
+            let outcomes = if over_nccl {
+                let (mut meshes, libraries): (Vec<_>, Vec<_>) = nccl_meshes(&plan, &device).into_iter().unzip();
+                let outcomes = run(&mut nodes, &plan, &mut meshes, &NoStore);
+                meshes.iter_mut().for_each(|mesh| mesh.retire().unwrap());
+                for library in libraries {
+                    let calls = library.take();
+                    let sent = calls
+                        .iter()
+                        .any(|call| matches!(call, Call::Send(_, bytes) if *bytes > 0));
+                    assert!(sent, "rank sent nothing over NCCL: {calls:?}");
+                    assert_eq!(library.left(), Vec::<String>::new());
+                }
+                outcomes
+            } else {
+                run(&mut nodes, &plan, &mut meshes(&plan), &NoStore)
+            };
+            held = reports(&outcomes);
+            seen.extend(lines(&outcomes));
+        }
+        seen
+    };
+    let over_host = play(false);
+    assert_eq!(over_host.len(), 4);
+    assert_eq!(play(true), over_host);
 }

@@ -20,8 +20,8 @@ pub use refine::{
     RefineConfig,
 };
 pub use sections::{
-    BatchConfig, CheckpointConfig, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig, DecayShape,
-    DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, MonitorConfig,
+    BatchConfig, CheckpointConfig, ClusterCollective, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig,
+    DecayShape, DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, MonitorConfig,
     OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 

@@ -531,6 +531,20 @@ pub enum ClusterDevice {
     Cuda,
 }
 
+/// What carries the memory of CUDA devices between ranks. Small messages, and everything between ranks on processors, go over
+/// [`ClusterTransport`] whatever this says; it decides no number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClusterCollective {
+    /// NCCL in a generation whose ranks all have it and a GPU of their own, else sockets.
+    #[default]
+    Auto,
+    /// Sockets, through the host.
+    Sockets,
+    /// NCCL; a generation in which a rank has none, or shares its GPU, is an error.
+    Nccl,
+}
+
 /// `[cluster]`: placement, which decides no number, but for `device`: the device's type is part of what a run's numbers
 /// follow from, and is declared where it changes (DET-4).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -544,6 +558,10 @@ pub struct ClusterConfig {
     pub threads_per_rank: u32,
     /// What ranks compute on. Worker k takes the CUDA device of number k modulo their count.
     pub device: ClusterDevice,
+    /// What carries the memory of CUDA devices between ranks.
+    pub collective: ClusterCollective,
+    /// Lets several ranks on one GPU use NCCL, which refuses them otherwise: slow, and meant for tests.
+    pub share_gpus: bool,
     /// Sockets of the data plane and of the control plane.
     pub transport: ClusterTransport,
     /// Worker k's data plane listens at this TCP port plus k; 0 for ports that the system chooses.
@@ -563,6 +581,8 @@ impl Default for ClusterConfig {
             spares: 0,
             threads_per_rank: 1,
             device: ClusterDevice::Cpu,
+            collective: ClusterCollective::Auto,
+            share_gpus: false,
             transport: ClusterTransport::Unix,
             mesh_port: 0,
             mesh_advertise_port: 0,

@@ -1,6 +1,8 @@
 //! Checks of sizes and relations; each refusal names its key and its remedy.
 
-use super::{ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule};
+use super::{
+    ClusterCollective, ClusterDevice, ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule,
+};
 use crate::limits::*;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -237,6 +239,12 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         1..=THREADS_PER_RANK_MAX,
         "choose at most the cores that a rank has to itself",
     )?;
+    require!(
+        c.collective != ClusterCollective::Nccl || c.device != ClusterDevice::Cpu,
+        "cluster.collective",
+        "\"nccl\" moves the memory of CUDA devices, and cluster.device is \"cpu\"".to_owned(),
+        "set cluster.device = \"cuda\", or leave cluster.collective out"
+    );
     ports(config)
 }
 

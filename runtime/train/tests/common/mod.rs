@@ -447,10 +447,10 @@ pub fn meshes(plan: &BeginPlan) -> Vec<Mortal> {
 
 /// Runs one generation with one thread for each node, in the order of the roster. All meshes stay open to its end, as
 /// those of living ranks do.
-pub fn run<D: HostVisible + Clone>(
+pub fn run<D: HostVisible + Clone, M: Collective>(
     nodes: &mut [Node<D>],
     plan: &BeginPlan,
-    meshes: &mut [Mortal],
+    meshes: &mut [M],
     source: &dyn ShardSource,
 ) -> Vec<Outcome> {
     assert_eq!(nodes.len(), plan.roster.len(), "one node for each rank");
