@@ -30,8 +30,8 @@ mod event;
 pub mod gemm;
 pub mod graph;
 mod memory;
-pub mod peak;
 pub mod nccl;
+pub mod peak;
 #[cfg(feature = "cuda")]
 pub mod real;
 pub mod recording;

@@ -21,8 +21,8 @@ pub use refine::{
 };
 pub use sections::{
     BatchConfig, CheckpointConfig, ClusterCollective, ClusterConfig, ClusterDevice, ClusterTransport, DataConfig,
-    DecayShape, DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig, MonitorConfig,
-    OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
+    DecayShape, DomainConfig, EvaluationConfig, FaultConfig, Language, LearningRateSchedule, ModelConfig,
+    MonitorConfig, OptimizerConfig, RunConfig, SourceFormat, TelemetryConfig, TokenizerConfig,
 };
 
 use crate::limits::Timeouts;
