@@ -54,7 +54,8 @@ impl<D: Driver> DeviceMeans<D> {
 
 /// Takes sockets that were just connected, agrees with all ranks on what carries device memory, and sets it up. Every rank of
 /// the generation calls this, with or without NCCL; where all of them have it, the mesh offers a [`DevicePlane`]. `required`
-/// is the same on all: without NCCL it is an error then, and not a line in the log.
+/// is the same on all: without NCCL the mesh comes back failed then, and its first call says why. Its sockets stay open, since
+/// others may still wait for offers, and a rank that hangs up would look lost to them.
 ///
 /// # Errors
 /// As [`Collective::exchange`]; `Communicator`.
@@ -74,10 +75,11 @@ pub fn connect_device_mesh<D: Driver>(
     let library = match agree(&offers).and(means.library.as_ref().map_err(ToString::to_string)) {
         Ok(library) => Arc::clone(library),
         Err(because) if required => {
-            return Err(FabricError::Communicator {
+            sockets.fail(&FabricError::Communicator {
                 fault: CommunicatorFault::Usage,
                 cause: format!("NCCL is asked for (cluster.collective), and not all ranks can use it: {because}"),
             });
+            return Ok(Box::new(sockets));
         }
         Err(because) => {
             if sockets.rank() == Rank(0) {
