@@ -537,9 +537,9 @@ pub enum ClusterDevice {
 #[serde(rename_all = "snake_case")]
 pub enum ClusterCollective {
     /// NCCL in a generation whose ranks all have it and a GPU of their own, else sockets.
-    #[default]
     Auto,
-    /// Sockets, through the host.
+    /// Sockets, through the host. The default until a GPU has run NCCL for us.
+    #[default]
     Sockets,
     /// NCCL; a generation in which a rank has none, or shares its GPU, is an error.
     Nccl,
@@ -581,7 +581,7 @@ impl Default for ClusterConfig {
             spares: 0,
             threads_per_rank: 1,
             device: ClusterDevice::Cpu,
-            collective: ClusterCollective::Auto,
+            collective: ClusterCollective::default(),
             share_gpus: false,
             transport: ClusterTransport::Unix,
             mesh_port: 0,
