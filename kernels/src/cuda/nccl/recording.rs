@@ -247,13 +247,13 @@ impl RecordingNccl {
         }
     }
 
-    fn log(&self) -> MutexGuard<'_, Log> {
+    fn locked(&self) -> MutexGuard<'_, Log> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets the call of this number fail, counted from 0 and from the rank's first call on, without states.
     pub fn fail(&self, number: usize, fault: Fault) {
-        self.log().fails = Some((number, fault));
+        self.locked().fails = Some((number, fault));
     }
 
     /// Lets every communicator of this rank fail by itself, as [`Nccl::state`] tells.
@@ -268,19 +268,19 @@ impl RecordingNccl {
     /// The names of all calls so far, in order; failed ones too, states not.
     #[must_use]
     pub fn asked(&self) -> Vec<&'static str> {
-        self.log().asked.clone()
+        self.locked().asked.clone()
     }
 
     /// Takes the calls since the last time; failed ones are not among them.
     #[must_use]
     pub fn take(&self) -> Vec<Call> {
-        std::mem::take(&mut self.log().calls)
+        std::mem::take(&mut self.locked().calls)
     }
 
     /// Everything of this rank's that was not given back or ended, in words; empty where all was.
     #[must_use]
     pub fn left(&self) -> Vec<String> {
-        let group = self.log().group.as_ref().map(|_| "an open group".to_owned());
+        let group = self.locked().group.as_ref().map(|_| "an open group".to_owned());
         let world = self.world.lock();
         let mine = world
             .members
@@ -291,7 +291,7 @@ impl RecordingNccl {
 
     /// Counts a call, and fails it where it is to fail.
     fn enter(&self, name: &'static str) -> Result<MutexGuard<'_, Log>, NcclError> {
-        let mut log = self.log();
+        let mut log = self.locked();
         let number = log.asked.len();
         log.asked.push(name);
         match log.fails {
@@ -421,7 +421,7 @@ impl Nccl for RecordingNccl {
     }
 
     fn group_end(&self) -> Result<(), NcclError> {
-        let halves = self.log().group.take();
+        let halves = self.locked().group.take();
         let Some(halves) = halves else {
             panic!("the end of no group")
         };

@@ -5,7 +5,7 @@
 //! nothing happens; and one with a single process, which all others are compared with, line by line (DET-1). Ranks exchange
 //! over sockets, through the host.
 //!
-//! Times are wall-clock, from just before the signal to what the run's own files say, looked at every [`LOOK_EVERY`]. They are
+//! Times are wall-clock, from just before the signal to what the run's own files say, looked at every `LOOK_EVERY`. They are
 //! reported beside their bounds, and fail nothing: a shared machine may be slow.
 
 use super::{CheckFailed, VISIBLE_VARIABLE};
