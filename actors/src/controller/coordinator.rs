@@ -356,7 +356,8 @@ impl CoordinatorState {
             ..
         } = &incident
         {
-            self.arguments.tracker.on_generation(*generation, *base);
+            let acted = self.arguments.machine.acted();
+            self.arguments.tracker.on_generation(*generation, *base, acted);
             self.arguments.schedule.on_generation(members.len() as u32);
             let placed = SharderMessage::Placed {
                 members: members.clone(),

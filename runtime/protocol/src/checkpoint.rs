@@ -112,8 +112,9 @@ impl CheckpointTracker {
     }
 
     /// A new generation begins: those at work on older checkpoints may be gone.
-    pub fn on_generation(&mut self, generation: Generation, base: StepsCompleted) {
+    pub fn on_generation(&mut self, generation: Generation, base: StepsCompleted, rollbacks: Rollbacks) {
         self.generation = generation;
+        self.rollbacks = rollbacks;
         self.failed.clear();
         // The base may be saved once more; its old objects are replaced as they come.
         self.open.retain(|&step, _| step <= base);
@@ -277,7 +278,7 @@ mod tests {
         );
         tracker.on_commit_failed(StepsCompleted(30));
         assert!(!tracker.is_under_way(StepsCompleted(30)));
-        tracker.on_generation(Generation(2), StepsCompleted(35));
+        tracker.on_generation(Generation(2), StepsCompleted(35), Rollbacks::default());
         assert!(
             !tracker.is_under_way(StepsCompleted(40)),
             "its step is to be done again"
@@ -373,7 +374,7 @@ mod tests {
         let saved = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
         assert_eq!(saved, []);
         tracker.on_restored(Some(StepsCompleted(10)));
-        tracker.on_generation(Generation(5), StepsCompleted(10));
+        tracker.on_generation(Generation(5), StepsCompleted(10), Rollbacks::default());
         assert_eq!(
             tracker.on_shard_lost(Generation(4), StepsCompleted(20), "old".into(), false),
             []

@@ -23,28 +23,27 @@ struct Standing {
 #[derive(Default)]
 pub struct Backs {
     standing: Vec<Standing>,
-    domains: usize,
-    /// Sequences of every domain in every step so far, step by step.
-    counts: Vec<u32>,
+    /// Sequences of each domain that there was, step by step.
+    counts: Vec<Box<[u32]>>,
 }
 
 impl Backs {
-    pub fn new(domains: usize) -> Self {
-        Self {
-            domains,
-            ..Self::default()
-        }
-    }
-
-    /// Takes over a rollback decided on this line that acts at the step `at`, counted from 0.
-    pub fn decide(&mut self, decision: u64, line: u64, at: u64, rollback: &Rollback) -> Result<(), String> {
+    /// Takes over a rollback decided on this line that acts at the step `at`, counted from 0, at which there are so many domains.
+    pub fn decide(
+        &mut self,
+        decision: u64,
+        line: u64,
+        at: u64,
+        rollback: &Rollback,
+        domains: usize,
+    ) -> Result<(), String> {
         let to = rollback.to;
         if to >= line {
             return Err(format!("it goes back to step {to}, which is not before line {line}"));
         }
-        if rollback.discarded.len() != self.domains {
+        if rollback.discarded.len() != domains {
             let named = rollback.discarded.len();
-            return Err(format!("it names draws of {named} domains, not of {}", self.domains));
+            return Err(format!("it names draws of {named} domains, not of {domains}"));
         }
         if let Some(last) = self.standing.last().filter(|last| last.at >= at) {
             return Err(format!("it acts at step {at}, and an earlier one at step {}", last.at));
@@ -79,16 +78,19 @@ impl Backs {
 
     /// The next step is about to draw; says what is wrong with the rollback that acts at it, if one does.
     pub fn begin(&self) -> Option<String> {
-        let step = self.steps();
+        let step = self.counts.len() as u64;
         let back = self.standing.iter().find(|back| back.at == step)?;
         let Rollback { to, discarded } = &back.rollback;
         let drawn = |steps: u64, domain: usize| -> u64 {
-            let before = self.counts.chunks_exact(self.domains).take(steps as usize);
-            before.map(|counts| u64::from(counts[domain])).sum()
+            let before = self.counts.iter().take(steps as usize);
+            // Of a domain that came later nothing was drawn before.
+            before
+                .filter_map(|counts| counts.get(domain))
+                .map(|&count| u64::from(count))
+                .sum()
         };
-        (0..self.domains).find_map(|domain| {
+        discarded.iter().enumerate().find_map(|(domain, &said)| {
             let (first, end) = (drawn(*to, domain), drawn(step, domain));
-            let said = discarded[domain];
             (said != (first, end - first)).then(|| {
                 format!(
                     "decision {} says that of domain {domain} {} draws from {} on have no effect; they are {} from {first} on",
@@ -103,11 +105,7 @@ impl Backs {
 
     /// What a step drew.
     pub fn drew(&mut self, counts: &[u32]) {
-        self.counts.extend_from_slice(counts);
-    }
-
-    fn steps(&self) -> u64 {
-        (self.counts.len() / self.domains.max(1)) as u64
+        self.counts.push(counts.into());
     }
 }
 
@@ -130,26 +128,44 @@ mod tests {
             ([(4, 6), (2, 2)], false),
             ([(3, 6), (2, 3)], false),
         ] {
-            let mut backs = Backs::new(2);
+            let mut backs = Backs::default();
             (0..4).for_each(|_| backs.drew(&[2, 1]));
-            backs.decide(7, 4, 5, &back(2, &discarded)).unwrap();
+            backs.decide(7, 4, 5, &back(2, &discarded), 2).unwrap();
             assert_eq!(backs.begin(), None, "it acts later");
             backs.drew(&[2, 1]);
             assert_eq!(backs.begin().is_none(), good, "{discarded:?}");
         }
     }
 
+    /// A domain that comes between the decision and its step, or between the state gone back to and that step.
+    #[test]
+    fn domains_that_came_later_have_drawn_nothing_before() {
+        for (third, good) in [((0, 5), true), ((0, 4), false), ((1, 5), false)] {
+            let mut backs = Backs::default();
+            (0..4).for_each(|_| backs.drew(&[2, 1]));
+            assert!(backs.decide(7, 4, 5, &back(2, &[(4, 6), (2, 3)]), 3).is_err());
+            backs.decide(7, 4, 5, &back(2, &[(4, 6), (2, 3), third]), 3).unwrap();
+            backs.drew(&[2, 1, 5]);
+            assert_eq!(backs.begin().is_none(), good, "{third:?}");
+        }
+    }
+
     #[test]
     fn a_rollback_goes_to_a_state_that_stands() {
-        let mut backs = Backs::new(1);
+        let mut backs = Backs::default();
         let none = [(0, 0)];
         let refused = |backs: &mut Backs, line, at, to, part: &str| {
-            let why = backs.decide(9, line, at, &back(to, &none)).unwrap_err();
+            let why = backs.decide(9, line, at, &back(to, &none), 1).unwrap_err();
             assert!(why.contains(part), "{why}");
         };
         refused(&mut backs, 8, 10, 8, "not before line 8");
-        assert!(backs.decide(9, 8, 10, &back(2, &[])).unwrap_err().contains("0 domains"));
-        backs.decide(1, 8, 10, &back(5, &none)).unwrap();
+        assert!(
+            backs
+                .decide(9, 8, 10, &back(2, &[]), 1)
+                .unwrap_err()
+                .contains("0 domains")
+        );
+        backs.decide(1, 8, 10, &back(5, &none), 1).unwrap();
         refused(&mut backs, 8, 10, 5, "an earlier one at step 10");
         for dead in [6, 10] {
             refused(&mut backs, 16, 18, dead, "decision 1 has left behind");
@@ -157,11 +173,11 @@ mod tests {
         backs.veto(3, 12).unwrap();
         assert!(backs.veto(1, 11).unwrap_err().contains("already"));
         for live in [5, 11, 0] {
-            let mut backs = Backs::new(1);
-            backs.decide(1, 8, 10, &back(5, &none)).unwrap();
-            backs.decide(2, 16, 18, &back(live, &none)).unwrap();
+            let mut backs = Backs::default();
+            backs.decide(1, 8, 10, &back(5, &none), 1).unwrap();
+            backs.decide(2, 16, 18, &back(live, &none), 1).unwrap();
         }
         backs.veto(1, 10).unwrap();
-        backs.decide(2, 16, 18, &back(6, &none)).unwrap();
+        backs.decide(2, 16, 18, &back(6, &none), 1).unwrap();
     }
 }

@@ -134,7 +134,7 @@ impl Walk {
                 },
             )]),
             vetoed: BTreeSet::new(),
-            backs: Backs::new(domains.len()),
+            backs: Backs::default(),
             next_step: 0,
             last_decision: 0,
         })
@@ -324,10 +324,14 @@ impl Walk {
                 let by = Some(decision.id);
                 self.mixtures.insert(decision.effective, Setting { by, mixture });
             }
-            if let Some(rollback) = &decision.rollback
-                && let Err(why) = self.backs.decide(decision.id, step, decision.effective, rollback)
-            {
-                return refuse(why);
+            if let Some(rollback) = &decision.rollback {
+                let domains = self.domains_at(decision.effective);
+                let decided = self
+                    .backs
+                    .decide(decision.id, step, decision.effective, rollback, domains);
+                if let Err(why) = decided {
+                    return refuse(why);
+                }
             }
             if let Some(which) = decision.veto
                 && let Err(why) = self.veto(which, decision.effective)

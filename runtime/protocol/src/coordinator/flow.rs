@@ -410,6 +410,10 @@ impl Coordinator {
         if !matches!(self.phase, Phase::Locating) {
             return Vec::new();
         }
+        // The line before a rollback's step may have been written since it was looked for: then it may be one left behind.
+        if checkpoint.as_ref().is_some_and(|from| !self.acted().is_live(from.step)) {
+            return vec![self.find_checkpoint()];
+        }
         if checkpoint.is_none()
             && let Some(halt) = self.nothing_to_restore()
         {

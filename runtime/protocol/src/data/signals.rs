@@ -322,6 +322,8 @@ impl Tsm {
                         *known = facts;
                         state.smoothed = Smoothed::default();
                         state.tokens_before = state.tokens;
+                        // Its level is another, which is neither a divergence nor the end of one plateau.
+                        self.mixture_free.clear();
                     }
                     _ => {
                         self.facts.push(facts);

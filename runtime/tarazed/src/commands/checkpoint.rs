@@ -216,7 +216,8 @@ async fn rollbacks(store: &CheckpointStore, list: &[CheckpointSummary]) -> Resul
         match store.at_step(step).await {
             Ok(found) => {
                 let decisions: Vec<Decision> = serde_json::from_slice(&found.manifest.decisions).unwrap_or_default();
-                return Ok(Rollbacks::of(&decisions).acted(step));
+                // One that would act right behind it did so only if the run went on from there, which a later one would show.
+                return Ok(Rollbacks::of(&decisions).acted(StepsCompleted(step.0.saturating_sub(1))));
             }
             Err(error @ StoreError::Retry { .. }) => return Err(failure(error)),
             Err(_) => {} // whoever needs it says what is wrong with it

@@ -210,7 +210,15 @@ struct Asked<'a> {
 
 impl Asked<'_> {
     fn is(&self, decision: &Decision) -> bool {
-        (&decision.kind, &decision.by, decision.reason.as_str()) == (&self.kind, &self.by, self.reason)
+        let is_kind = match (&decision.kind, &self.kind) {
+            // Domains that come after its step have no place in a mixture; they were asked for with nothing, or it was refused.
+            (DecisionKind::Mixture { weights }, DecisionKind::Mixture { weights: asked }) => {
+                let (both, later) = asked.split_at(weights.len().min(asked.len()));
+                weights == both && later.iter().all(|weight| *weight == 0.0)
+            }
+            (kind, asked) => kind == asked,
+        };
+        is_kind && (&decision.by, decision.reason.as_str()) == (&self.by, self.reason)
     }
 }
 
@@ -394,6 +402,39 @@ mod tests {
         let mut tail = Tail::at_end(path.clone()).expect("a trace");
         std::fs::write(&path, "not a line\n").expect("written");
         assert!(tail.find(StepsCompleted(1)).is_err());
+    }
+
+    /// A domain that comes later is left out of a mixture that acts before it.
+    #[test]
+    fn a_mixture_is_known_without_later_domains() {
+        let mixture = |weights: &[f64]| DecisionKind::Mixture {
+            weights: weights.to_vec(),
+        };
+        let by = DecisionAuthor::Person("ada".to_owned());
+        let asked = Asked {
+            kind: mixture(&[1.0, 2.0, 0.0]),
+            by: by.clone(),
+            reason: "a test",
+        };
+        let decided = |kind: DecisionKind, reason: &str| Decision {
+            id: tarazed_protocol::data::decision::DecisionId(1),
+            line: StepsCompleted(8),
+            effective: StepIndex(12),
+            kind,
+            by: by.clone(),
+            reason: reason.to_owned(),
+        };
+        assert!(asked.is(&decided(mixture(&[1.0, 2.0]), "a test")));
+        assert!(asked.is(&decided(mixture(&[1.0, 2.0, 0.0]), "a test")));
+        for (kind, reason) in [
+            (mixture(&[1.0]), "a test"),
+            (mixture(&[1.0, 3.0]), "a test"),
+            (mixture(&[1.0, 2.0, 0.0, 0.0]), "a test"),
+            (mixture(&[1.0, 2.0]), "another"),
+            (DecisionKind::Pin, "a test"),
+        ] {
+            assert!(!asked.is(&decided(kind.clone(), reason)), "{kind:?} {reason}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Roll back and skip: ranks that are taken back to an older state, whatever happens meanwhile.
 
 use super::*;
+use crate::message::RestoreFrom;
 use crate::rollback::Rollback;
 
 impl Cluster {
@@ -76,6 +77,39 @@ fn what_is_held_is_dead_only_once_its_line_is_written() {
     assert_eq!((plan.base.0, plan.rollbacks.count()), (4, 0));
     cluster.settle(200);
     assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+}
+
+/// The line that kills a state may be written while a checkpoint of that state is on its way as the answer.
+#[test]
+fn a_checkpoint_that_is_left_behind_meanwhile_is_not_restored() {
+    let mut cluster = Cluster::rolled_back(&[(4, 2)]);
+    let found = |step| {
+        Some(RestoreFrom {
+            step: StepsCompleted(step),
+            manifest_key: "a key".to_owned(),
+            length: 1,
+            blake3: [0; 32],
+        })
+    };
+    let machine = &mut cluster.coordinator;
+    machine.phase = Phase::Locating;
+    machine.written = StepsCompleted(4);
+    let generation = machine.generation();
+    for dead in [3, 4] {
+        let effects = machine.on_event(
+            0,
+            Event::Located {
+                checkpoint: found(dead),
+            },
+        );
+        let again = matches!(&effects[..], [Effect::FindCheckpoint { rollbacks, .. }] if rollbacks.count() == 1);
+        assert!(again && matches!(machine.phase, Phase::Locating), "{effects:?}");
+    }
+    assert_eq!(machine.generation(), generation);
+    let effects = machine.on_event(0, Event::Located { checkpoint: found(2) });
+    let again = |effect: &Effect| matches!(effect, Effect::FindCheckpoint { .. });
+    assert!(!effects.iter().any(again), "{effects:?}");
+    assert!(machine.generation() > generation);
 }
 
 /// A rollback whose step is not run any more changes nothing.

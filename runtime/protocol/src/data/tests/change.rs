@@ -225,6 +225,26 @@ fn text_is_looked_for_where_it_came_from() {
     assert_eq!(of(13, 0), ((None, 0), (None, 0)));
 }
 
+/// Another text is at another level: that is no divergence, as the same rise would be without a word.
+#[test]
+fn another_text_is_no_divergence() {
+    for is_said in [true, false] {
+        let level = |wiki: f64| {
+            [("web", 0.6, 2.0), ("wiki", 0.4, wiki)]
+                .map(|(name, weight, at)| law(name, weight, 1_000_000, at, 0.0, 0.2))
+        };
+        let mut world = World::new(level(2.0).to_vec(), &MixtureConfig::default());
+        world.run(600);
+        if is_said {
+            let wiki = edition("wiki", 1, 0, 1_000_000);
+            world.tsm.learn(&[change(1, 592, 600, &[wiki], &[0.6, 0.4])]);
+        }
+        world.laws = level(4.0).to_vec();
+        let diverged = (0..200).filter(|_| world.step(|_| ()).divergence.is_some()).count();
+        assert_eq!(diverged == 0, is_said, "{diverged} of 200 lines");
+    }
+}
+
 /// The order of an edition is its own, and its samples are part of the promise.
 #[test]
 fn digests_after_a_change_are_pinned() {
