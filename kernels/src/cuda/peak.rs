@@ -1,7 +1,8 @@
 //! Peak rates of known devices: what utilisation is a share of. A device that is not listed has no known peak, and no
 //! utilisation is said of it.
 
-/// Dense bf16 products with f32 sums, by the driver's product name, in TFLOP/s. Sources, all NVIDIA:
+/// Dense bf16 products with f32 sums, by the driver's product name, in TFLOP/s. Sources, all NVIDIA, as others quote them (of
+/// their own text only a table that has 312 for the A100, and a rounded 1,000 for the H100 before its clocks were known, was seen):
 /// "H100 Tensor Core GPU Architecture" (whitepaper, 2022), table of H100 SXM5: 989.4 dense, 1,978.9 with sparsity;
 /// "H200 Tensor Core GPU" (data sheet, 2024), SXM: 1,979 with sparsity, the same chip and clocks;
 /// "A100 Tensor Core GPU Architecture" (whitepaper, 2020) and data sheet, SXM and PCIe: 312 dense.
