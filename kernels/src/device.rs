@@ -344,6 +344,18 @@ pub struct HeadLoss {
     pub gradient_scale: f32,
 }
 
+/// Rows of logits at least, however large the vocabulary; chunks are whole multiples of it where they can be.
+const HEAD_ROWS_MIN: usize = 64;
+
+/// Rows of one chunk of a head over `rows` rows, where `logits_elements` are made at a time: as few chunks as that allows, and
+/// all about as long, so that none is a matrix product of a few rows.
+#[must_use]
+pub fn head_rows(logits_elements: usize, vocabulary: usize, rows: usize) -> usize {
+    let most = (logits_elements / vocabulary.max(1)).max(HEAD_ROWS_MIN);
+    let even = rows.div_ceil(rows.div_ceil(most).max(1));
+    even.next_multiple_of(HEAD_ROWS_MIN).min(most).min(rows.max(1))
+}
+
 /// One AdamW update (Loshchilov and Hutter 2019, arXiv 1711.05101), in PyTorch's order of operations.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct AdamwStep {
@@ -405,6 +417,10 @@ pub trait Device: Send + Sync + 'static {
 
     /// What DET-4 compares: devices with the same name give the same bits.
     fn device_type(&self) -> String;
+
+    /// Elements of logits that a head makes at a time. It decides how the head's weight gradient is cut into sums, so it is
+    /// part of the device's numbers: see [`head_rows`].
+    fn logits_elements(&self) -> usize;
 
     /// A stream for one thread.
     ///

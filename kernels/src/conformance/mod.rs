@@ -64,6 +64,14 @@ pub enum ConformanceError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Several kernels are wrong: the first fault of each.
+    #[error("{}", several(.0))]
+    Several(Vec<Self>),
+}
+
+fn several(faults: &[ConformanceError]) -> String {
+    let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    format!("{} kernels: {}", faults.len(), texts.join("; "))
 }
 
 /// The largest error of one kernel, as a share of its bound.
@@ -75,24 +83,45 @@ pub struct Measured {
     pub share: f64,
 }
 
+type Check<D> = fn(&mut Bench<'_, D>) -> Result<(), ConformanceError>;
+
 /// Runs every check, with inputs drawn from `seed`. `unit_roundoff` is that of the device's working precision.
 ///
 /// # Errors
-/// The first [`ConformanceError`].
+/// The first fault of each kernel that has one; a device that fails ends the suite.
 pub fn run<D: Device>(device: &D, unit_roundoff: f64, seed: u64) -> Result<Vec<Measured>, ConformanceError> {
     let mut bench = Bench::new(device, unit_roundoff, seed)?;
-    checks::gemm(&mut bench)?;
-    checks::rms_norm(&mut bench)?;
-    checks::rope(&mut bench)?;
-    checks::attention(&mut bench)?;
-    checks::swiglu(&mut bench)?;
-    checks::embedding(&mut bench)?;
-    checks::cross_entropy(&mut bench)?;
-    checks::head_loss(&mut bench)?;
-    checks::additions(&mut bench)?;
-    checks::square_sums(&mut bench)?;
-    checks::adamw(&mut bench)?;
-    Ok(bench.measured)
+    let suite: [Check<D>; 11] = [
+        checks::gemm,
+        checks::rms_norm,
+        checks::rope,
+        checks::attention,
+        checks::swiglu,
+        checks::embedding,
+        checks::cross_entropy,
+        checks::head_loss,
+        checks::additions,
+        checks::square_sums,
+        checks::adamw,
+    ];
+    let mut faults = Vec::new();
+    for check in suite {
+        match check(&mut bench) {
+            Ok(()) => {}
+            // A shape that a device does not take says nothing of its other kernels; a lost device ends them all.
+            Err(fault @ ConformanceError::Device(DeviceError::Unsupported { .. })) => faults.push(fault),
+            Err(lost @ ConformanceError::Device(_)) => {
+                faults.push(lost);
+                break;
+            }
+            Err(fault) => faults.push(fault),
+        }
+    }
+    match faults.len() {
+        0 => Ok(bench.measured),
+        1 => Err(faults.remove(0)),
+        _ => Err(ConformanceError::Several(faults)),
+    }
 }
 
 /// Numbers from a counter (SplitMix64).

@@ -95,6 +95,9 @@ type In<'a> = View<'a, CpuBuffer>;
 type Out<'a> = ViewMut<'a, CpuBuffer>;
 type Done = Result<(), DeviceError>;
 
+/// Elements of logits made at a time: what stays in a processor's caches.
+pub const LOGITS_ELEMENTS: usize = 1 << 20;
+
 impl Device for CpuDevice {
     type Buffer = CpuBuffer;
     type Tokens = Vec<u32>;
@@ -102,6 +105,10 @@ impl Device for CpuDevice {
 
     fn device_type(&self) -> String {
         "cpu-f32".to_owned()
+    }
+
+    fn logits_elements(&self) -> usize {
+        LOGITS_ELEMENTS
     }
 
     fn stream(&self) -> Result<CpuStream, DeviceError> {

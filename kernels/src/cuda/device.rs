@@ -15,6 +15,9 @@ use crate::device::*;
 use crate::hash::BlockHash;
 use std::sync::Arc;
 
+/// Elements of logits made at a time, 1 GiB of them: each chunk of rows reads and writes the head's whole gradient, so there
+/// should be few.
+pub const LOGITS_ELEMENTS: usize = 1 << 29;
 /// Bytes of a token id.
 const TOKEN_BYTES: usize = size_of::<u32>();
 /// Sums of one block hash.
@@ -242,6 +245,10 @@ impl<D: Driver> Device for CudaDevice<D> {
 
     fn device_type(&self) -> String {
         self.facts().device_type()
+    }
+
+    fn logits_elements(&self) -> usize {
+        LOGITS_ELEMENTS
     }
 
     fn stream(&self) -> Result<CudaStream<D>, DeviceError> {

@@ -155,7 +155,7 @@ pub(super) fn product<D: Driver>(
     ];
     // SAFETY: the plan is this driver's; each operand was checked to lie within its buffer, or lies in scratch of its size,
     // and is aligned; buffers wait for the device before they are freed, and C is borrowed exclusively.
-    unsafe { stream.product(&plan, call.alpha, operands) }?;
+    unsafe { stream.product(&plan, &key, call.alpha, operands) }?;
     if operands[2] == addresses[2] {
         return Ok(());
     }

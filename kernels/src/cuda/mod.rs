@@ -32,6 +32,7 @@ pub mod graph;
 mod memory;
 pub mod nccl;
 pub mod peak;
+mod profile;
 #[cfg(feature = "cuda")]
 pub mod real;
 pub mod recording;
@@ -41,6 +42,7 @@ pub mod snapshot;
 mod stream;
 pub mod table;
 
-pub use device::CudaDevice;
+pub use device::{CudaDevice, LOGITS_ELEMENTS};
 pub use memory::{CudaBuffer, CudaTokens, DeviceSpan};
+pub use profile::Spent;
 pub use stream::{CudaStream, STAGING_BYTES};

@@ -7,9 +7,10 @@
 //! While a capture is under way (`graph`) nothing may wait or allocate: such calls are refused.
 
 use super::context::Context;
-use super::driver::{Address, Driver, GEMM_WORKSPACE_BYTES, GemmPlan, GraphId, StreamId};
+use super::driver::{Address, Driver, GEMM_WORKSPACE_BYTES, GemmKey, GemmPlan, GraphId, StreamId};
 use super::event::Event;
 use super::memory::{Allocation, Pinned};
+use super::profile::{Profile, Spent};
 use super::table::{Launch, Value};
 use crate::device::DeviceError;
 use std::sync::Arc;
@@ -89,6 +90,8 @@ pub struct CudaStream<D: Driver> {
     scratch: [Option<Arc<Allocation<D>>>; SCRATCH_KINDS],
     /// What the work recorded so far uses; none while nothing is recorded.
     captured: Option<Vec<Arc<Allocation<D>>>>,
+    /// None while nobody wants to know where the time goes.
+    profile: Option<Profile<D>>,
 }
 
 impl<D: Driver> CudaStream<D> {
@@ -106,7 +109,31 @@ impl<D: Driver> CudaStream<D> {
             workspace: None,
             scratch: std::array::from_fn(|_| None),
             captured: None,
+            profile: None,
         })
+    }
+
+    /// From now on, each operation's time is taken.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`]; [`DeviceError::Unsupported`] in a capture.
+    pub fn begin_profile(&mut self) -> Result<(), DeviceError> {
+        self.refuse_in_capture("profile")?;
+        self.profile = Some(Profile::new(&self.context, self.id())?);
+        Ok(())
+    }
+
+    /// Where the time went since [`CudaStream::begin_profile`], most first. Waits for the stream.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`].
+    pub fn end_profile(&mut self) -> Result<Vec<Spent>, DeviceError> {
+        self.profile.take().map_or_else(|| Ok(Vec::new()), Profile::finish)
+    }
+
+    /// Names the operation asked for last, where its time is taken.
+    fn mark(&mut self, what: impl FnOnce() -> String) -> Result<(), DeviceError> {
+        self.profile.as_mut().map_or(Ok(()), |profile| profile.mark(what()))
     }
 
     /// Shared with the device.
@@ -194,7 +221,8 @@ impl<D: Driver> CudaStream<D> {
         // promise.
         self.context.ask(operation, |driver| unsafe {
             driver.launch(self.id(), kernel, launch, arguments)
-        })
+        })?;
+        self.mark(|| launch.entry.name.to_owned())
     }
 
     /// A planned matrix product.
@@ -207,6 +235,7 @@ impl<D: Driver> CudaStream<D> {
     pub(super) unsafe fn product(
         &mut self,
         plan: &GemmPlan,
+        key: &GemmKey,
         alpha: f32,
         operands: [Address; 3],
     ) -> Result<(), DeviceError> {
@@ -219,6 +248,15 @@ impl<D: Driver> CudaStream<D> {
         // after another.
         self.context.ask("gemm", |driver| unsafe {
             driver.gemm(self.id(), plan, alpha, operands, workspace)
+        })?;
+        self.mark(|| {
+            let transposed = |yes: bool| if yes { "'" } else { "" };
+            let accumulate = if key.accumulate { ", added" } else { "" };
+            let of = [transposed(key.a_transposed), transposed(key.b_transposed)];
+            format!(
+                "product {} x {} x {} (A{}, B{}{accumulate})",
+                key.m, key.n, key.k, of[0], of[1]
+            )
         })
     }
 
@@ -247,9 +285,12 @@ impl<D: Driver> CudaStream<D> {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: the caller's promise.
-        self.context
-            .ask("zero", |driver| unsafe { driver.set_bytes(self.id(), to, 0, bytes) })
+        let set = |driver: &D| {
+            // SAFETY: the caller's promise.
+            unsafe { driver.set_bytes(self.id(), to, 0, bytes) }
+        };
+        self.context.ask("zero", set)?;
+        self.mark(|| "zero".to_owned())
     }
 
     /// Copies bytes on the device.
@@ -266,7 +307,8 @@ impl<D: Driver> CudaStream<D> {
         // SAFETY: the caller's promise.
         self.context.ask("copy", |driver| unsafe {
             driver.copy_on_device(self.id(), to, from, bytes)
-        })
+        })?;
+        self.mark(|| "copy".to_owned())
     }
 
     /// Waits until no copy uses the staging buffer.
@@ -307,6 +349,7 @@ impl<D: Driver> CudaStream<D> {
             self.context.ask(OPERATION, |driver| unsafe {
                 driver.copy_to_device(self.id(), to.further(start), from, piece)
             })?;
+            self.mark(|| "copy to the device".to_owned())?;
             self.staged.record(OPERATION, self.id())?;
             self.in_flight = InFlight::Upload;
         }
@@ -338,6 +381,7 @@ impl<D: Driver> CudaStream<D> {
             self.context.ask(operation, |driver| unsafe {
                 driver.copy_to_host(self.id(), to, from.further(start), piece)
             })?;
+            self.mark(|| "copy to the host".to_owned())?;
             self.synchronize(operation)?;
             // SAFETY: the stream is idle.
             take(start, unsafe { &self.staging.as_slice()[..piece] });

@@ -21,4 +21,4 @@ mod workspace;
 pub use initial::initialise;
 pub use layout::parameter_layout;
 pub use model::{Model, ModelError};
-pub use workspace::Workspace;
+pub use workspace::{Workspace, logits_rows};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tarazed_domain::ParameterLayout;
 use tarazed_domain::config::ModelConfig;
 use tarazed_kernels::{
-    Attention, Device, DeviceError, Embedding, Gemm, HeadLoss, Norm, Precision, Rope, View, ViewMut,
+    Attention, Device, DeviceError, Embedding, Gemm, HeadLoss, Norm, Precision, Rope, View, ViewMut, head_rows,
 };
 
 /// A pass that gave no result.
@@ -33,12 +33,6 @@ impl ModelError {
         Self::Input { cause, remedy }
     }
 }
-
-/// Elements of logits to hold at a time, at least [`HEAD_ROWS_MIN`] rows. With the vocabulary it decides how the head's
-/// weight gradient is cut into sums, so it is part of the numbers.
-const HEAD_LOGITS_MAX: usize = 1 << 20;
-/// Rows of logits at least, however large the vocabulary.
-const HEAD_ROWS_MIN: usize = 64;
 
 /// Aquila2 on one device. It holds no weights; they are passed to each pass.
 pub struct Model<D: Device> {
@@ -109,9 +103,9 @@ impl<D: Device> Model<D> {
         &self.device
     }
 
-    /// Rows of logits made at a time.
-    fn head_rows(&self) -> usize {
-        (HEAD_LOGITS_MAX / self.config.vocabulary).max(HEAD_ROWS_MIN)
+    /// Rows of logits made at a time in a pass over `rows` rows.
+    fn head_rows(&self, rows: usize) -> usize {
+        head_rows(self.device.logits_elements(), self.config.vocabulary, rows)
     }
 
     /// Memory for passes of at most `sequences` sequences, one for each compute thread.
@@ -119,7 +113,7 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// [`ModelError::Device`] with the size that did not fit.
     pub fn workspace(&self, sequences: usize) -> Result<Workspace<D>, ModelError> {
-        Ok(Workspace::new(&self.device, &self.config, sequences, self.head_rows())?)
+        Ok(Workspace::new(&self.device, &self.config, sequences)?)
     }
 
     /// Makes every matrix product of passes over `sequences` sequences ready. Shorter micro-batches, which evaluations and a
@@ -136,7 +130,7 @@ impl<D: Device> Model<D> {
 
     /// The products of a pass over so many rows, forward and backward, each with its result's precision.
     fn products(&self, rows: usize) -> Vec<(Gemm, Precision)> {
-        let (c, head_rows) = (&self.config, self.head_rows().min(rows));
+        let (c, head_rows) = (&self.config, self.head_rows(rows));
         let attention = self.attention(Shape {
             sequences: 1,
             length: c.context,
@@ -495,7 +489,7 @@ impl<D: Device> Model<D> {
             rows: shape.rows(),
             width: self.config.hidden,
             vocabulary: self.config.vocabulary,
-            chunk_rows: self.head_rows(),
+            chunk_rows: self.head_rows(shape.rows()),
             gradient_scale: gradients.as_ref().map_or(0.0, |(_, scale)| *scale),
         };
         let gradients = gradients.map(|(gradients, _)| {

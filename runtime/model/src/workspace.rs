@@ -1,7 +1,7 @@
 //! Activations and scratch of one compute thread, allocated once.
 
 use tarazed_domain::config::ModelConfig;
-use tarazed_kernels::{Device, DeviceError, Precision};
+use tarazed_kernels::{Device, DeviceError, Precision, head_rows};
 
 /// What the backward pass needs of one layer.
 pub(crate) struct Activations<D: Device> {
@@ -57,14 +57,19 @@ pub struct Workspace<D: Device> {
     pub(crate) scratch: Scratch<D>,
 }
 
+/// Rows of logits that a workspace for passes over at most `sequences` sequences holds, on a device that makes
+/// `logits_elements` at a time: fewer sequences may be cut into longer chunks.
+#[must_use]
+pub fn logits_rows(logits_elements: usize, config: &ModelConfig, sequences: usize) -> usize {
+    let rows = |sequences: usize| head_rows(logits_elements, config.vocabulary, sequences * config.context);
+    // The forward pass of a text under way makes one row.
+    (1..=sequences).map(rows).max().unwrap_or(1)
+}
+
 impl<D: Device> Workspace<D> {
-    pub(crate) fn new(
-        device: &D,
-        config: &ModelConfig,
-        sequences: usize,
-        head_rows: usize,
-    ) -> Result<Self, DeviceError> {
+    pub(crate) fn new(device: &D, config: &ModelConfig, sequences: usize) -> Result<Self, DeviceError> {
         let rows = sequences * config.context;
+        let longest = logits_rows(device.logits_elements(), config, sequences);
         let working = |width: usize| device.alloc(rows * width, Precision::Working);
         let full = |width: usize| device.alloc(rows * width, Precision::Full);
         let (hidden, ffn) = (config.hidden, config.ffn);
@@ -104,7 +109,7 @@ impl<D: Device> Workspace<D> {
                 normed_gradient: working(hidden)?,
                 gradient: working(hidden)?,
                 qkv_gradient: working(qkv)?,
-                logits: device.alloc(head_rows.min(rows) * config.vocabulary, Precision::Working)?,
+                logits: device.alloc(longest * config.vocabulary, Precision::Working)?,
             },
         })
     }

@@ -63,7 +63,8 @@ mod checks {
     use super::Args;
     use crate::exit::{Exit, Failure};
     use crate::gpu_check::{
-        CheckFailed, Extent, VISIBLE_VARIABLE, bench, check, determinism, processes, timing, visible_alone,
+        CheckFailed, Extent, VISIBLE_VARIABLE, bench, check, conclude, determinism, keep, processes, timing,
+        visible_alone,
     };
     use crate::output::print;
     use serde_json::{Value, json};
@@ -94,14 +95,9 @@ mod checks {
         // Before anything that takes long: a report that cannot say what it is of is of no use.
         let build = build(Path::new(THIS_PROGRAM))?;
         let bench = bench_sizes(args)?;
-        let (mut report, mut failed) = check(&device, &extent);
-        if failed.is_none()
-            && let Err(failure) = more(args, &device, &bench, &mut report)
-        {
-            report["passed"] = json!(false);
-            report["failure"] = json!(failure.to_string());
-            failed = Some(failure);
-        }
+        let (mut report, mut failures) = check(&device, &extent);
+        more(args, &device, &bench, &mut report, &mut failures);
+        conclude(&mut report, &failures);
         report["build_blake3"] = json!(build);
         report["commit_of_the_working_directory"] = json!(commit());
         report["version"] = json!(env!("CARGO_PKG_VERSION"));
@@ -110,17 +106,16 @@ mod checks {
         report["cubins"] = json!(cubins.collect::<Vec<_>>());
         let path = args.out.join(file_name(&device.facts().name, &build));
         write(&path, &format!("{report:#}\n"))?;
-        match failed {
-            None => {
-                print(&format!("every check passed; see {}\n", path.display()))?;
-                Ok(Exit::Done)
-            }
-            Some(failure) => Err(Failure::halted(
-                "gpu-check",
-                failure,
-                format!("do not train on this device; the report is {}", path.display()),
-            )),
+        if failures.is_empty() {
+            print(&format!("every check passed; see {}\n", path.display()))?;
+            return Ok(Exit::Done);
         }
+        let texts: Vec<String> = failures.iter().map(ToString::to_string).collect();
+        Err(Failure::halted(
+            "gpu-check",
+            texts.join("; "),
+            format!("do not train on this device; the report is {}", path.display()),
+        ))
     }
 
     /// What to time; configs and script are looked at before anything that takes long.
@@ -137,7 +132,6 @@ mod checks {
             ));
         }
         Ok(bench::Sizes {
-            configs: args.bench.clone(),
             micro_batches: args.bench_micro_batches as usize,
             rounds: args.bench_rounds as usize,
             peer,
@@ -150,27 +144,37 @@ mod checks {
         visible_alone(seen.as_deref(), args.device)
     }
 
-    /// What follows the device's own checks, where they passed.
+    /// What follows the device's own checks.
     fn more(
         args: &Args,
         device: &CudaDevice<RealDriver>,
         bench: &bench::Sizes,
         report: &mut Value,
-    ) -> Result<(), CheckFailed> {
+        failures: &mut Vec<CheckFailed>,
+    ) {
         if !args.skip_processes {
             let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
             let sizes = processes::Sizes {
                 visible: Some(visible(args)),
                 ..processes::Sizes::standard()
             };
-            report["processes"] = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes)?;
-            // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
-            let _ = std::fs::remove_dir_all(&folder);
+            let found = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes);
+            if found.is_ok() {
+                // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
+                let _ = std::fs::remove_dir_all(&folder);
+            }
+            keep(report, failures, "processes", found);
         }
-        if !bench.configs.is_empty() {
-            report["bench"] = bench::measure(device, bench)?;
+        let mut timed = Vec::new();
+        for config in &args.bench {
+            match bench::measure(device, bench, config) {
+                Ok(found) => timed.push(found),
+                Err(failure) => failures.push(failure),
+            }
         }
-        Ok(())
+        if !timed.is_empty() {
+            report["bench"] = json!(timed);
+        }
     }
 
     fn write(path: &Path, text: &str) -> Result<(), Failure> {

@@ -24,8 +24,6 @@ use tarazed_model::{Model, Workspace, flops, initialise, parameter_layout};
 /// What is timed.
 #[derive(Clone, Debug)]
 pub struct Sizes {
-    /// Configs, of which shape, micro-batch and optimizer are read.
-    pub configs: Vec<PathBuf>,
     /// Micro-batches of a step.
     pub micro_batches: usize,
     /// Steps that count, of each side; as many before them do not.
@@ -45,19 +43,11 @@ fn failed(cause: impl std::fmt::Display) -> CheckFailed {
     CheckFailed::because(CHECK)(cause)
 }
 
-/// Times each config.
+/// Times one config's step, then looks once where its time goes.
 ///
 /// # Errors
 /// A config that does not load, the device's, a peer that breaks off or computes another model.
-pub fn measure<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes) -> Result<Value, CheckFailed> {
-    let mut results = Vec::new();
-    for path in &sizes.configs {
-        results.push(measure_one(device, sizes, path)?);
-    }
-    Ok(json!(results))
-}
-
-fn measure_one<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) -> Result<Value, CheckFailed> {
+pub fn measure<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) -> Result<Value, CheckFailed> {
     let config = Config::load(path, &[]).map_err(failed)?;
     let mut ours = Ours::new(device, &config, sizes.micro_batches)?;
     let mut peer = match &sizes.peer {
@@ -112,7 +102,7 @@ fn measure_one<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) ->
     Ok(json!({
         "config": path.display().to_string(), "parameters": ours.layout.parameter_count(),
         "tokens_per_step": ours.tokens_per_step, "micro_batches": sizes.micro_batches, "rounds": sizes.rounds,
-        "ours": our_side, "pytorch": their_side, "pytorch_time_over_ours": ratio,
+        "ours": our_side, "pytorch": their_side, "pytorch_time_over_ours": ratio, "profile": ours.profile()?,
     }))
 }
 
@@ -181,13 +171,15 @@ impl<'a, D: Driver> Ours<'a, D> {
     fn begin(&mut self) -> Result<(), DeviceError> {
         let elements = self.layout.flat_elements();
         let mut initial = vec![0.0; elements];
-        initialise(
-            &self.layout,
-            &self.config.model,
-            self.config.run.seed,
-            0..elements,
-            &mut initial,
-        );
+        let (layout, config) = (&self.layout, self.config);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = elements.div_ceil(threads);
+        std::thread::scope(|scope| {
+            for (part, out) in initial.chunks_mut(share).enumerate() {
+                let range = part * share..part * share + out.len();
+                scope.spawn(move || initialise(layout, &config.model, config.run.seed, range, out));
+            }
+        });
         let (device, stream) = (self.device, self.workspace.stream());
         device.upload(stream, &initial, ViewMut::from(&mut self.weights))?;
         let [master, first, second] = &mut self.state;
@@ -199,6 +191,18 @@ impl<'a, D: Driver> Ours<'a, D> {
         let parts = [&*master, &*first, &*second].map(View::from);
         device.block_hashes(stream, blocks, parts[0], parts[1], parts[2], &mut self.hashes)?;
         device.synchronize(stream)
+    }
+
+    /// Where one more step's time goes, operation by operation.
+    fn profile(&mut self) -> Result<Value, CheckFailed> {
+        self.workspace.stream().begin_profile().map_err(failed)?;
+        let (wall_ms, _) = self.step()?;
+        let spent = self.workspace.stream().end_profile().map_err(failed)?;
+        let operations: Vec<Value> = spent
+            .iter()
+            .map(|spent| json!({"what": spent.what, "calls": spent.calls, "ms": spent.milliseconds}))
+            .collect();
+        Ok(json!({"wall_ms": wall_ms, "operations": operations}))
     }
 
     /// One update: milliseconds by the wall's clock, and the mean token loss before it.
@@ -374,10 +378,8 @@ mod tests {
     /// 2 x 300 x 16, a layer of 2 x 16² + 2 x 16 x 8 + 3 x 16 x 16 + 2 x 16, and a norm of 16.
     const PARAMETERS: usize = 9_600 + 512 + 256 + 768 + 32 + 16;
 
-    /// A config, and a peer that speaks the script's words: the parameters and the loss that it is told.
+    /// A peer that speaks the script's words: the parameters and the loss that it is told.
     fn sizes(folder: &Path, peer: Option<(usize, &str)>) -> Sizes {
-        let config = folder.join("bench.toml");
-        std::fs::write(&config, CONFIG).expect("written");
         let peer = peer.map(|(parameters, loss)| {
             let script = folder.join("peer.sh");
             let text = format!(
@@ -388,7 +390,6 @@ mod tests {
             (PathBuf::from("/bin/sh"), script)
         });
         Sizes {
-            configs: vec![config],
             micro_batches: 3,
             rounds: 2,
             peer,
@@ -398,14 +399,16 @@ mod tests {
 
     fn measured(peer: Option<(usize, &str)>) -> Result<Value, CheckFailed> {
         let folder = tempfile::tempdir().expect("a folder");
+        let config = folder.path().join("bench.toml");
+        std::fs::write(&config, CONFIG).expect("written");
         let device = CudaDevice::new(RecordingDriver::new()).expect("a device");
-        measure(&device, &sizes(folder.path(), peer))
+        measure(&device, &sizes(folder.path(), peer), &config)
     }
 
     /// The recorder computes nothing: its loss is zero.
     #[test]
     fn both_sides_are_timed_and_set_against_each_other() {
-        let report = &measured(Some((PARAMETERS, "0.0"))).expect("runs")[0];
+        let report = measured(Some((PARAMETERS, "0.0"))).expect("runs");
         assert_eq!(
             (&report["parameters"], &report["tokens_per_step"]),
             (&json!(PARAMETERS), &json!(48))
@@ -415,11 +418,21 @@ mod tests {
         let ours = report["ours"]["ms_median"].as_f64().expect("a time");
         assert_eq!(report["pytorch_time_over_ours"], 500.0 / ours);
         assert!(report["ours"]["mfu_percent"].is_null(), "no known peak: {report}");
+        // Each operation of a step is in its profile: of three micro-batches, and one update in two runs of blocks.
+        let operations = report["profile"]["operations"].as_array().expect("a list");
+        let calls = |what: &str| {
+            operations
+                .iter()
+                .find(|spent| spent["what"] == what)
+                .map(|spent| &spent["calls"])
+        };
+        assert_eq!(calls("attention_32"), Some(&json!(3)), "{report}");
+        assert_eq!(calls("adamw"), Some(&json!(2)), "{report}");
     }
 
     #[test]
     fn without_a_python_the_report_says_so() {
-        let report = &measured(None).expect("runs")[0];
+        let report = measured(None).expect("runs");
         assert!(
             report["ours"]["ms_median"].as_f64().is_some_and(|ms| ms > 0.0),
             "{report}"

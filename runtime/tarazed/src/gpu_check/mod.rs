@@ -1,8 +1,8 @@
 //! Whether a GPU computes what it must, the same each time, and how fast: what `tarazed gpu-check` finds out.
 //!
 //! Checks are generic over the device, so that they run, and fail where they must, without a GPU, too. Nothing is said of a
-//! check that did not run: the report holds what ran, and the first failure ends it. What each of its keys means:
-//! docs/FORMATS.md.
+//! check that did not pass: the report holds what did, and lists the failures. Each check runs whatever became of those before
+//! it, so that one call on a machine that is hard to come by tells all. What each of its keys means: docs/FORMATS.md.
 
 pub mod bench;
 pub mod determinism;
@@ -59,8 +59,8 @@ pub struct Extent {
     pub timing: timing::Sizes,
 }
 
-/// Checks a device. Returns the report, and the failure that ended it if one did.
-pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Option<CheckFailed>) {
+/// Checks a device. Returns the report, and what failed.
+pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Vec<CheckFailed>) {
     let facts = device.facts();
     let mut report = json!({
         "device": {
@@ -70,17 +70,38 @@ pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Opti
             "driver_version": facts.driver_version,
         },
     });
-    let failed = run(device, extent, &mut report).err();
-    report["passed"] = json!(failed.is_none());
-    if let Some(failure) = &failed {
-        report["failure"] = json!(failure.to_string());
+    let mut failures = Vec::new();
+    let parts = [
+        ("conformance", conform(device, &extent.seeds)),
+        ("determinism", determinism::check(device, &extent.determinism)),
+        ("timings", timing::measure(device, &extent.timing)),
+    ];
+    for (key, part) in parts {
+        keep(&mut report, &mut failures, key, part);
     }
-    (report, failed)
+    report["matrix_product_plans"] = plans(device);
+    (report, failures)
 }
 
-fn run<D: Driver>(device: &CudaDevice<D>, extent: &Extent, report: &mut Value) -> Result<(), CheckFailed> {
+/// Puts what a check found into the report, or its failure to the others.
+pub fn keep(report: &mut Value, failures: &mut Vec<CheckFailed>, key: &str, found: Result<Value, CheckFailed>) {
+    match found {
+        Ok(found) => report[key] = found,
+        Err(failure) => failures.push(failure),
+    }
+}
+
+/// The report's last words: whether all passed, and what did not.
+pub fn conclude(report: &mut Value, failures: &[CheckFailed]) {
+    report["passed"] = json!(failures.is_empty());
+    if !failures.is_empty() {
+        report["failures"] = json!(failures.iter().map(ToString::to_string).collect::<Vec<_>>());
+    }
+}
+
+fn conform<D: Driver>(device: &CudaDevice<D>, seeds: &[u64]) -> Result<Value, CheckFailed> {
     let mut suites = Vec::new();
-    for &seed in &extent.seeds {
+    for &seed in seeds {
         let measured =
             conformance::run(device, BF16_UNIT_ROUNDOFF, seed).map_err(CheckFailed::because("conformance"))?;
         let kernels: Vec<Value> = measured
@@ -88,10 +109,12 @@ fn run<D: Driver>(device: &CudaDevice<D>, extent: &Extent, report: &mut Value) -
             .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share}))
             .collect();
         suites.push(json!({"seed": seed, "kernels": kernels}));
-        report["conformance"] = json!(suites);
     }
-    report["determinism"] = determinism::check(device, &extent.determinism)?;
-    report["timings"] = timing::measure(device, &extent.timing)?;
+    Ok(json!(suites))
+}
+
+/// The matrix products planned so far.
+fn plans<D: Driver>(device: &CudaDevice<D>) -> Value {
     let plans: Vec<Value> = device
         .plans()
         .iter()
@@ -101,8 +124,7 @@ fn run<D: Driver>(device: &CudaDevice<D>, extent: &Extent, report: &mut Value) -
             })
         })
         .collect();
-    report["matrix_product_plans"] = json!(plans);
-    Ok(())
+    json!(plans)
 }
 
 #[cfg(test)]
@@ -126,21 +148,23 @@ mod tests {
         assert_eq!(visible_alone(Some("GPU-0a1b"), 0), "GPU-0a1b");
     }
 
-    /// A device that computes nothing fails the first check, and the report says nothing of the others.
+    /// A device that computes nothing fails where something is compared; each of its kernels is named, and what could be found
+    /// out all the same stands in the report.
     #[test]
     fn a_device_that_computes_nothing_does_not_pass() {
         let device = CudaDevice::new(RecordingDriver::new()).expect("a device");
-        let (report, failed) = check(&device, &extent());
-        assert_eq!(failed.expect("fails").check, "conformance");
-        assert_eq!(report["passed"], json!(false));
-        assert!(
-            report["failure"]
-                .as_str()
-                .is_some_and(|text| text.starts_with("conformance: gemm"))
-        );
-        for absent in ["conformance", "determinism", "timings"] {
-            assert!(report[absent].is_null(), "{report}");
+        let (mut report, failures) = check(&device, &extent());
+        assert_eq!(failures[0].check, "conformance");
+        for kernel in ["gemm", "norm", "attention", "swiglu", "adamw"] {
+            assert!(failures[0].cause.contains(kernel), "{}", failures[0]);
         }
+        assert!(
+            report["conformance"].is_null() && report["timings"].is_array(),
+            "{report}"
+        );
+        conclude(&mut report, &failures);
+        assert_eq!(report["passed"], json!(false));
+        assert_eq!(report["failures"].as_array().map(Vec::len), Some(failures.len()));
         assert_eq!(report["device"]["name"], json!("recorder"));
     }
 
@@ -150,17 +174,12 @@ mod tests {
         let device = CudaDevice::new(recorder.clone()).expect("a device");
         // In the midst of the first check, before its result is looked at.
         recorder.fail(recorder.asked().len() + 3, Severity::Sticky);
-        let (report, failed) = check(&device, &extent());
+        let (report, failures) = check(&device, &extent());
         assert!(
-            failed
-                .expect("fails")
-                .to_string()
-                .contains("CUDA_ERROR_ILLEGAL_ADDRESS")
+            failures
+                .iter()
+                .all(|failure| failure.cause.contains("CUDA_ERROR_ILLEGAL_ADDRESS"))
         );
-        assert!(
-            report["failure"]
-                .as_str()
-                .is_some_and(|text| text.contains("CUDA_ERROR_ILLEGAL_ADDRESS"))
-        );
+        assert_eq!(failures.len(), 3, "a lost device passes nothing more: {report}");
     }
 }

@@ -9,9 +9,9 @@ use tarazed_domain::layout::{ParameterLayout, ShardLayout};
 use tarazed_kernels::cuda::STAGING_BYTES;
 use tarazed_kernels::cuda::driver::GEMM_WORKSPACE_BYTES;
 use tarazed_kernels::cuda::table::norm_partials;
+use tarazed_kernels::{cpu, cuda};
+use tarazed_model::logits_rows;
 
-/// Logits that the head holds at once, in elements, and its least number of rows.
-const LOGITS: (u64, u64) = (1 << 20, 64);
 /// Driver context, libraries and communicator buffers of one GPU, in bytes. Assumed, not computed.
 const GPU_CONTEXT_BYTES: u64 = 2_500_000_000;
 /// Program, threads' stacks and sockets of one rank process, in bytes. Assumed, not computed.
@@ -266,7 +266,12 @@ fn working_terms(config: &Config, shares: &Shares, on_gpu: bool) -> Vec<Term> {
         layer_statistics(model),
         temporary_elements(model),
     );
-    let rows = (LOGITS.0 / vocabulary).max(LOGITS.1).min(tokens);
+    let logits = if on_gpu {
+        cuda::LOGITS_ELEMENTS
+    } else {
+        cpu::LOGITS_ELEMENTS
+    };
+    let rows = logits_rows(logits, model, config.batch.micro_batch_sequences as usize) as u64;
     let fixed = if on_gpu { GPU_CONTEXT_BYTES } else { PROCESS_BYTES };
     vec![
         Term {
