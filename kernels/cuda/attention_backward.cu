@@ -151,8 +151,9 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         factors[m][0] = factors[m][1] = shape.scale;
         ones[m][0] = ones[m][1] = 1.0f;
     }
-    store_rows<M, D>(key_sums, factors, keys, own, shape.keys(qkv_gradient, sequence, kv_head), first_key, shape.context);
-    store_rows<M, D>(value_sums, ones, values, own, shape.values(qkv_gradient, sequence, kv_head), first_key,
+    using Own = Share<D, T, false>;
+    store_rows<Own, D>(key_sums, factors, keys, shape.keys(qkv_gradient, sequence, kv_head), first_key, shape.context);
+    store_rows<Own, D>(value_sums, ones, values, shape.values(qkv_gradient, sequence, kv_head), first_key,
                      shape.context);
 }
 
@@ -256,7 +257,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
     float factors[M][2];
 #pragma unroll
     for (u32 m = 0; m < M; ++m) factors[m][0] = factors[m][1] = shape.scale;
-    store_rows<M, D>(sums, factors, queries, own, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
+    store_rows<Share<D, T, false>, D>(sums, factors, queries, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
 }
 
 KERNEL(attention_keys_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
