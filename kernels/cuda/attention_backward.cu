@@ -149,8 +149,9 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         ones[m][0] = ones[m][1] = 1.0f;
     }
     const AttentionShape to = shape.group() == 1 ? shape : shape.of_key_heads(shape.heads);
-    store_rows<M, D>(key_sums, factors, keys, own, to.keys(gradient, sequence, head), first_key, shape.context);
-    store_rows<M, D>(value_sums, ones, values, own, to.values(gradient, sequence, head), first_key, shape.context);
+    using Own = Share<D, T, false>;
+    store_rows<Own, D>(key_sums, factors, keys, to.keys(gradient, sequence, head), first_key, shape.context);
+    store_rows<Own, D>(value_sums, ones, values, to.values(gradient, sequence, head), first_key, shape.context);
 }
 
 // Sums of the gradients that a group's query heads made for its keys and values, in the heads' order. One block of threads for each
@@ -274,7 +275,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
     float factors[M][2];
 #pragma unroll
     for (u32 m = 0; m < M; ++m) factors[m][0] = factors[m][1] = shape.scale;
-    store_rows<M, D>(sums, factors, queries, own, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
+    store_rows<Share<D, T, false>, D>(sums, factors, queries, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
 }
 
 KERNEL(attention_keys_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,

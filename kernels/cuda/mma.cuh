@@ -1,7 +1,12 @@
 // Tiles of bf16 in shared memory and their products on the tensor cores.
 //
-// A tile has rows of `D` elements, D = 32, 64 or 128, in pieces of 16 bytes. Piece p of row r lies at place p ^ swizzle(r), so
-// that the eight rows that one phase of `ldmatrix` reads lie in different banks.
+// A tile has rows of `D` elements, D = 32, 64 or 128, in pieces of 16 bytes. Eight rows of 64 elements are a panel of 1024 bytes:
+// piece p of row r lies at place p ^ (r % 8) of the row's 128 bytes, so that the eight rows that one phase of `ldmatrix` reads
+// lie in different banks. That is also the layout that PTX ISA, "wgmma", calls swizzled by 128 bytes. Rows of 128 elements
+// have two panels, one behind the other; rows of 32 are half as long and have a swizzle of their own.
+//
+// Products are of warps, by `mma.sync`, or of groups of four warps, by `wgmma`, which reads tiles from shared memory itself.
+// Only Hopper has the latter; heads of 32 elements stay with the former there, too.
 //
 // Fragments are those of PTX ISA, "mma.m16n8k16": with g = lane / 4 and t = lane % 4, a lane holds of C rows g and g + 8,
 // columns 2t and 2t + 1, as c[0], c[1] (row g) and c[2], c[3] (row g + 8). Two neighbouring C tiles, rounded to bf16, are
@@ -20,16 +25,48 @@ template <u32 COLUMNS> using Accumulators = float[COLUMNS / FRAGMENT_COLUMNS][4]
 // The same values as A fragments.
 template <u32 COLUMNS> using Weights = u32[COLUMNS / FRAGMENT_TERMS][4];
 
+constexpr u32 PANEL_ROWS = 8;
+constexpr u32 PANEL_COLUMNS = 64;
+constexpr u32 PANEL_BYTES = 1024;
+
 template <u32 D> struct Tile {
     static constexpr u32 PIECES = D / CHUNK;
     u8* memory;
 
-    static DEVICE u32 swizzle(u32 row) { return D == 32 ? (row / 2) % 4 : row % 8; }
+    DEVICE u8* piece(u32 row, u32 index) const {
+        if constexpr (D < PANEL_COLUMNS) {
+            return memory + row * (D * 2) + (index ^ (row / 2 % PIECES)) * 16;
+        } else {
+            constexpr u32 PANELS = D / PANEL_COLUMNS;
+            const u32 panel = row / PANEL_ROWS * (PANELS - 1) + index / 8;
+            return memory + panel * PANEL_BYTES + row * 128 + (index ^ row) % 8 * 16;
+        }
+    }
 
-    DEVICE u8* piece(u32 row, u32 index) const { return memory + row * (D * 2) + (index ^ swizzle(row)) * 16; }
+    // Where row `row` begins, the first of a panel.
+    DEVICE u8* panel(u32 row) const { return memory + bytes(row); }
 
     // The bytes of `rows` rows.
     static DEVICE constexpr u32 bytes(u32 rows) { return rows * D * 2; }
+};
+
+// Whether products of tiles D wide are those of groups of warps.
+template <u32 D> constexpr bool MULTIPLIES_IN_GROUPS = GROUP_PRODUCTS && D >= PANEL_COLUMNS;
+
+// How the rows that a block owns are shared among its warps: each has `FRAGMENTS` fragments of 16 rows.
+template <u32 D, typename Tiling, bool GROUPED_ = MULTIPLIES_IN_GROUPS<D>> struct Share {
+    static constexpr bool GROUPED = GROUPED_;
+    static constexpr u32 FRAGMENTS = Tiling::FRAGMENTS;
+    // Warps that multiply together.
+    static constexpr u32 WARPS = GROUPED ? 4 : 1;
+    // From one fragment of a warp to its next, and rows of the warps that multiply together.
+    static constexpr u32 STEP = WARPS * FRAGMENT_ROWS;
+    static constexpr u32 ROWS = FRAGMENTS * STEP;
+
+    // The first of the rows of the warps that this one multiplies with.
+    static DEVICE u32 first() { return Tiling::WARPS == WARPS ? 0 : warp_of_block() / WARPS * ROWS; }
+    // The first row of this warp's fragment `m`.
+    static DEVICE u32 fragment(u32 m) { return first() + m * STEP + warp_of_block() % WARPS * FRAGMENT_ROWS; }
 };
 
 // Rows of one head in global memory: row r begins at from + r · stride and has `head_dim` elements.
@@ -52,12 +89,17 @@ DEVICE void gather_piece(u8* to, const bf16* from, u32 length) {
         const u32 low = 2 * i < length ? from[2 * i].bits : 0, high = 2 * i + 1 < length ? from[2 * i + 1].bits : 0;
         words[i] = low | high << 16;
     }
-    *reinterpret_cast<u32x4*>(to) = u32x4{words[0], words[1], words[2], words[3]};
+    store_shared(to, u32x4{words[0], words[1], words[2], words[3]});
+}
+
+// Waits for this thread's copies, all but those of the `PENDING` newest groups: behind a barrier they are there for everybody.
+template <int PENDING = 0> DEVICE void finish_copies() {
+    copy_async_wait<PENDING>();
+    if constexpr (GROUP_PRODUCTS) publish_to_products();
 }
 
 // Starts to load rows `first` to `first + ROWS` (of `limit` there are) into a tile; rows and columns that are not there become
-// zeros. All `THREADS` threads take part. The tile is whole for a thread once it waited for its copies, and for the others
-// behind a barrier after that.
+// zeros. All `THREADS` threads take part. The tile is whole behind `finish_copies` and a barrier.
 template <u32 D, u32 ROWS, u32 THREADS>
 DEVICE void load_tile(Tile<D> tile, HeadRows<const bf16> rows, u32 first, u32 limit) {
     constexpr u32 PIECES = Tile<D>::PIECES;
@@ -139,6 +181,36 @@ DEVICE void multiply_weights(Accumulators<D> (&c)[M], const Weights<TERMS> (&wei
     }
 }
 
+// The names by which group products know panels of shared memory (PTX ISA, "wgmma", matrix descriptors, swizzled by 128 bytes).
+// `leading` is from the first 64 columns of a transposed operand to the next, `stride` from eight rows to the next.
+DEVICE u64 describe(const u8* panel, u32 leading, u32 stride) {
+    const u64 swizzled_by_128 = 1;
+    return (shared_address(panel) >> 4) | static_cast<u64>(leading >> 4) << 16 | static_cast<u64>(stride >> 4) << 32 |
+           swizzled_by_128 << 62;
+}
+
+// Starts c = left · rightᵀ for the 64 rows of a group from row `row` on; right has `COLUMNS` rows, both are D wide.
+template <u32 COLUMNS, u32 D>
+DEVICE void start_transposed(Accumulators<COLUMNS>& c, Tile<D> left, u32 row, Tile<D> right) {
+    const u64 a = describe(left.panel(row), 0, Tile<D>::bytes(PANEL_ROWS));
+    const u64 b = describe(right.memory, 0, Tile<D>::bytes(PANEL_ROWS));
+#pragma unroll
+    for (u32 term = 0; term < D; term += FRAGMENT_TERMS) {
+        const u32 at = term / PANEL_COLUMNS * PANEL_BYTES + term % PANEL_COLUMNS * 2;
+        multiply_group(c, a + (at >> 4), b + (at >> 4), term > 0);
+    }
+}
+
+// Starts c += weights · right; right has `TERMS` rows of D columns.
+template <u32 TERMS, u32 D>
+DEVICE void start_weights(Accumulators<D>& c, const Weights<TERMS>& weights, Tile<D> right) {
+    const u64 b = describe(right.memory, PANEL_BYTES, Tile<D>::bytes(PANEL_ROWS));
+#pragma unroll
+    for (u32 term = 0; term < TERMS; term += FRAGMENT_TERMS) {
+        multiply_group(c, weights[term / FRAGMENT_TERMS], b + (Tile<D>::bytes(term) >> 4));
+    }
+}
+
 // Rounds C tiles to A fragments.
 template <u32 COLUMNS> DEVICE void round_weights(const Accumulators<COLUMNS>& c, Weights<COLUMNS>& to) {
 #pragma unroll
@@ -161,21 +233,26 @@ template <u32 M, u32 COLUMNS> DEVICE void clear(Accumulators<COLUMNS> (&c)[M]) {
     }
 }
 
-// Writes `M` row fragments of this warp, each row times its factor, through the warp's own rows of a tile (from `row` on, which
-// nobody reads any more) to rows `first + row` on of global memory. factors[m][0] is that of row g, factors[m][1] of row g + 8.
-template <u32 M, u32 D>
-DEVICE void store_rows(const Accumulators<D> (&c)[M], const float (&factors)[M][2], Tile<D> tile, u32 row,
-                       HeadRows<bf16> to, u32 first, u32 limit) {
-    constexpr u32 PIECES = Tile<D>::PIECES;
+// Writes a warp's fragments, each row times its factor, through the warp's own rows of a tile to rows `first` on of global memory.
+// Nobody reads the tile any more. factors[m][0] is that of row g, factors[m][1] of row g + 8.
+template <typename Share, u32 D>
+DEVICE void store_rows(const Accumulators<D> (&c)[Share::FRAGMENTS], const float (&factors)[Share::FRAGMENTS][2],
+                       Tile<D> tile, HeadRows<bf16> to, u32 first, u32 limit) {
+    constexpr u32 PIECES = Tile<D>::PIECES, M = Share::FRAGMENTS;
     const u32 lane = lane_of_warp();
-    sync_warp();
+    if constexpr (Share::GROUPED) {
+        sync_block();
+    } else {
+        sync_warp();
+    }
 #pragma unroll
     for (u32 m = 0; m < M; ++m) {
+        const u32 row = Share::fragment(m);
 #pragma unroll
         for (u32 n = 0; n < D / FRAGMENT_COLUMNS; ++n) {
 #pragma unroll
             for (u32 half = 0; half < 2; ++half) {
-                u8* at = tile.piece(row + m * FRAGMENT_ROWS + half * 8 + lane / 4, n) + lane % 4 * 4;
+                u8* at = tile.piece(row + half * 8 + lane / 4, n) + lane % 4 * 4;
                 const float factor = factors[m][half];
                 *reinterpret_cast<u32*>(at) = pack_bf16(c[m][n][2 * half] * factor, c[m][n][2 * half + 1] * factor);
             }
@@ -184,7 +261,8 @@ DEVICE void store_rows(const Accumulators<D> (&c)[M], const float (&factors)[M][
     sync_warp();
     const bool aligned = to.aligned();
     for (u32 index = lane; index < M * FRAGMENT_ROWS * PIECES; index += WARP) {
-        const u32 line = row + index / PIECES, piece = index % PIECES;
+        const u32 number = index / PIECES, piece = index % PIECES;
+        const u32 line = Share::fragment(number / FRAGMENT_ROWS) + number % FRAGMENT_ROWS;
         if (first + line >= limit || piece * CHUNK >= to.head_dim) continue;
         const u8* from = tile.piece(line, piece);
         bf16* at = to.row(first + line) + piece * CHUNK;

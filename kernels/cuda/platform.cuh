@@ -17,7 +17,16 @@ typedef unsigned long long u64;
 // An entry point, the threads of its largest block, and the blocks that one multiprocessor must be able to hold.
 #define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 #define SHARED __shared__
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+// Begins where the swizzled tiles that `multiply_group` reads may begin.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
+
+// Whether this is for an architecture with products of groups of four warps (`wgmma`). Only `sm_90a` has them: neither the cards
+// before it nor those after it do.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool GROUP_PRODUCTS = true;
+#else
+constexpr bool GROUP_PRODUCTS = false;
+#endif
 
 // Brain float: the upper half of an f32.
 struct bf16 {
@@ -91,6 +100,9 @@ DEVICE void store_words(void* to, u32x2 words) {
                  : "memory");
 }
 
+// Stores 16 bytes to shared memory.
+DEVICE void store_shared(void* to, u32x4 words) { *static_cast<u32x4*>(to) = words; }
+
 // Starts to copy 16 bytes from global to shared memory, past the first-level cache; zeros where `present` is false.
 // PTX ISA, "cp.async".
 DEVICE void copy_async_16(void* to, const void* from, bool present) {
@@ -132,6 +144,75 @@ DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// What follows is for architectures with GROUP_PRODUCTS only.
+
+// Makes what this thread wrote to shared memory, or copied there and waited for, visible to the group products of all who pass a
+// barrier with it afterwards.
+DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders a group's registers before its products: needed where any of those that they read or add to were written.
+DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes a batch of the group's products.
+DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `PENDING` of the group's newest batches are under way.
+template <int PENDING> DEVICE void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The compiler moves no use of these registers across this line, in either direction.
+template <u32 N> DEVICE void hold_in_place(float (&c)[N][4]) {
+#pragma unroll
+    for (u32 n = 0; n < N; ++n) {
+        asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
+    }
+}
+
+template <u32 N> DEVICE void hold_in_place(u32 (&a)[N][4]) {
+#pragma unroll
+    for (u32 n = 0; n < N; ++n) {
+        asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+    }
+}
+
+#define GROUP_C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define GROUP_C4(n) GROUP_C1(n), GROUP_C1(n + 1), GROUP_C1(n + 2), GROUP_C1(n + 3)
+#define GROUP_C8(n) GROUP_C4(n), GROUP_C4(n + 4)
+#define GROUP_C16(n) GROUP_C8(n), GROUP_C8(n + 8)
+#define GROUP_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define GROUP_LIST_32                                                                                                  \
+    GROUP_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define GROUP_LIST_64                                                                                                  \
+    GROUP_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "  \
+                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Starts c = a · bᵀ, or c += a · bᵀ if `add`: the four warps of a group have 16 rows each of a and c, a: 64×16, b: N×16, both of
+// bf16 in shared memory, where their rows' terms are neighbours; `describe` made their names. c is whole after the wait for the
+// batch. Fragments of c are those of `multiply_add`. PTX ISA, "wgmma.mma_async".
+#define GROUP_SHARED(N, LIST, C, A, B, ADD)                                                                            \
+    DEVICE void multiply_group(float (&c)[N / 8][4], u64 a, u64 b, bool add) {                                         \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, " A ", " B                  \
+                     ", add, 1, 1, 0, 0;\n}"                                                                           \
+                     : C(0)                                                                                            \
+                     : "l"(a), "l"(b), "r"(static_cast<u32>(add)));                                                    \
+    }
+GROUP_SHARED(32, GROUP_LIST_16, GROUP_C4, "%16", "%17", "%18")
+GROUP_SHARED(64, GROUP_LIST_32, GROUP_C8, "%32", "%33", "%34")
+
+// Starts c += a · b, a: 64×16 in registers, in fragments of `multiply_add`; b: 16×N in shared memory, where the columns of each of
+// its 16 terms are neighbours. a must keep its values until the wait for the batch.
+#define GROUP_WEIGHTS(N, LIST, C, A, B)                                                                                \
+    DEVICE void multiply_group(float (&c)[N / 8][4], const u32 (&a)[4], u64 b) {                                       \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, {" A "}, " B                \
+                     ", 1, 1, 1, 1;"                                                                                   \
+                     : C(0)                                                                                            \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+    }
+GROUP_WEIGHTS(64, GROUP_LIST_32, GROUP_C8, "%32, %33, %34, %35", "%36")
+GROUP_WEIGHTS(128, GROUP_LIST_64, GROUP_C16, "%64, %65, %66, %67", "%68")
 
 #endif
 

@@ -21,6 +21,16 @@ fn device() -> CudaDevice<EmulatedDriver> {
     CudaDevice::new(driver).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// The sources as they are for every architecture, and as they are for Hopper.
+fn devices() -> [CudaDevice<EmulatedDriver>; 2] {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let hopper = EmulatedDriver::hopper(folder).unwrap_or_else(|error| panic!("{error}"));
+    [
+        device(),
+        CudaDevice::new(hopper).unwrap_or_else(|error| panic!("{error}")),
+    ]
+}
+
 /// A seed that is new each time; a failure prints it.
 fn fresh() -> u64 {
     std::hash::RandomState::new().build_hasher().finish()
@@ -28,16 +38,18 @@ fn fresh() -> u64 {
 
 #[test]
 fn the_cuda_device_conforms_in_every_order() {
-    let (device, fresh) = (device(), fresh());
-    for (order, seed) in [(0, 1), (1, 2), (fresh, fresh)] {
-        device.driver().set_order(order);
-        match conformance::run(&device, BF16_UNIT_ROUNDOFF, seed) {
-            Ok(measured) => {
-                for kernel in measured {
-                    println!("order {order:20} {:40} {:.3} of its bound", kernel.kernel, kernel.share);
+    let fresh = fresh();
+    for (number, device) in devices().iter().enumerate() {
+        for (order, seed) in [(0, 1), (1, 2), (fresh, fresh)] {
+            device.driver().set_order(order);
+            match conformance::run(device, BF16_UNIT_ROUNDOFF, seed) {
+                Ok(measured) => {
+                    for kernel in measured {
+                        println!("order {order:20} {:40} {:.3} of its bound", kernel.kernel, kernel.share);
+                    }
                 }
+                Err(error) => panic!("device {number}, order {order}: {error}"),
             }
-            Err(error) => panic!("order {order}: {error}"),
         }
     }
 }
@@ -314,17 +326,19 @@ fn update<D: Device>(
 /// DET-1, DET-2: neither the order in which blocks and threads run nor where tensors lie decides a bit.
 #[test]
 fn neither_order_nor_address_decides_a_bit() {
-    let (device, seed) = (device(), fresh());
-    let expected = everything(&device, 0, seed);
-    // Odd orders run each warp as far as it gets, even ones from 2 on mix the warps.
-    for (order, offset) in [(1, 0), (2, 8), (seed | 3, 5), (0, 1)] {
-        device.driver().set_order(order);
-        for (made, expected) in everything(&device, offset, seed).iter().zip(&expected) {
-            assert!(
-                made == expected,
-                "{}: other bits in order {order} at offset {offset}, seed {seed}",
-                expected.0
-            );
+    let seed = fresh();
+    for device in devices() {
+        let expected = everything(&device, 0, seed);
+        // Odd orders run each warp as far as it gets, even ones from 2 on mix the warps.
+        for (order, offset) in [(1, 0), (2, 8), (seed | 3, 5), (0, 1)] {
+            device.driver().set_order(order);
+            for (made, expected) in everything(&device, offset, seed).iter().zip(&expected) {
+                assert!(
+                    made == expected,
+                    "{}: other bits in order {order} at offset {offset}, seed {seed}",
+                    expected.0
+                );
+            }
         }
     }
 }
@@ -492,7 +506,7 @@ fn relative_error(ours: &[f32], expected: &[f32], least: f64) -> f64 {
 fn attention_of_any_shape_agrees_with_the_cpu_s() {
     let seed = fresh();
     let mut shapes = Random::new(seed);
-    let device = device();
+    let devices = devices();
     for number in 0..24 {
         let kv_heads = 1 + shapes.below(3);
         let call = Attention {
@@ -503,18 +517,20 @@ fn attention_of_any_shape_agrees_with_the_cpu_s() {
             head_dim: 2 + shapes.below(127),
         };
         let offset = shapes.below(9);
-        device.driver().set_order(shapes.bits());
-        let ours = attention_outputs(&mut Lab::new(device.clone(), seed, offset), &call);
         let expected = attention_outputs(&mut Lab::new(CpuDevice::new(), seed, offset), &call);
-        // A log-sum-exp may be zero, and its error is that of the scores.
-        for ((ours, expected), (bound, least)) in
-            ours.iter().zip(&expected).zip([(3e-3, 0.0), (1e-6, 1.0), (5e-3, 0.0)])
-        {
-            let error = relative_error(ours, expected, least);
-            assert!(
-                error <= bound,
-                "{call:?}, offset {offset}, seed {seed}: {error:e} beyond {bound:e}"
-            );
+        for device in &devices {
+            device.driver().set_order(shapes.bits());
+            let ours = attention_outputs(&mut Lab::new(device.clone(), seed, offset), &call);
+            // A log-sum-exp may be zero, and its error is that of the scores.
+            for ((ours, expected), (bound, least)) in
+                ours.iter().zip(&expected).zip([(3e-3, 0.0), (1e-6, 1.0), (5e-3, 0.0)])
+            {
+                let error = relative_error(ours, expected, least);
+                assert!(
+                    error <= bound,
+                    "{call:?}, offset {offset}, seed {seed}: {error:e} beyond {bound:e}"
+                );
+            }
         }
     }
 }
@@ -602,15 +618,17 @@ fn summing<D: Device>(lab: &mut Lab<D>) -> Outputs {
 #[test]
 fn sums_agree_with_the_cpu_s_within_their_bounds() {
     let seed = fresh();
-    let ours = summing(&mut Lab::new(device(), seed, 5));
     let expected = summing(&mut Lab::new(CpuDevice::new(), seed, 5));
-    let mut beyond = Vec::new();
-    for ((name, bound, ours), (_, _, expected)) in ours.iter().zip(&expected) {
-        let error = relative_error(ours, expected, 0.0);
-        println!("{name:28} relative error {error:.2e}, bound {bound:.1e}");
-        if error > *bound {
-            beyond.push(name);
+    for device in devices() {
+        let ours = summing(&mut Lab::new(device, seed, 5));
+        let mut beyond = Vec::new();
+        for ((name, bound, ours), (_, _, expected)) in ours.iter().zip(&expected) {
+            let error = relative_error(ours, expected, 0.0);
+            println!("{name:28} relative error {error:.2e}, bound {bound:.1e}");
+            if error > *bound {
+                beyond.push(name);
+            }
         }
+        assert!(beyond.is_empty(), "beyond their bounds: {beyond:?}, seed {seed}");
     }
-    assert!(beyond.is_empty(), "beyond their bounds: {beyond:?}, seed {seed}");
 }

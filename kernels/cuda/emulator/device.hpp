@@ -23,6 +23,13 @@ typedef unsigned long long u64;
 #define SHARED static __attribute__((section("emulated_shared")))
 #define DYNAMIC_SHARED(name) u8* const name = emulator::dynamic_shared()
 
+// Sources are compiled twice: as for an architecture with products of groups of warps, and as for the others.
+#ifdef TARAZED_GROUP_PRODUCTS
+constexpr bool GROUP_PRODUCTS = true;
+#else
+constexpr bool GROUP_PRODUCTS = false;
+#endif
+
 struct bf16 {
     u16 bits;
 };
@@ -53,7 +60,26 @@ u8* dynamic_shared();
 void sync_block(const Site& site);
 
 // What the lanes of a warp do together.
-enum class Together { Sync, Shuffle, Vote, LoadMatrices, LoadMatricesTransposed, MultiplyAdd };
+enum class Together {
+    Sync,
+    Shuffle,
+    Vote,
+    LoadMatrices,
+    LoadMatricesTransposed,
+    MultiplyAdd,
+    BeginProducts,
+    MultiplyGroup,
+    CommitProducts,
+    WaitForProducts
+};
+
+// One product of a group of warps: its operands' descriptors, or `weights` in the place of the first.
+struct GroupProduct {
+    u64 a, b;
+    const u32* weights;
+    u32 columns;
+    bool add;
+};
 
 // One lane's operands: what it gives, where it wants its result, and a number.
 struct Operands {
@@ -62,6 +88,10 @@ struct Operands {
     u64 number;
 };
 void together(Together what, const Operands& operands, const Site& site);
+
+u32 shared_address(const void* pointer);
+void store_shared(void* to, const void* words);
+void publish();
 
 void copy_async(void* to, const void* from, bool present);
 void copy_async_commit();
@@ -128,6 +158,9 @@ inline void atomic_add(u64* to, u64 value) { *to += value; }
 inline void store_words(void* to, u32x4 words) { *static_cast<u32x4*>(to) = words; }
 inline void store_words(void* to, u32x2 words) { *static_cast<u32x2*>(to) = words; }
 
+inline u32 shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+inline void store_shared(void* to, u32x4 words) { emulator::store_shared(to, &words); }
+
 inline void copy_async_16(void* to, const void* from, bool present) { emulator::copy_async(to, from, present); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int PENDING> inline void copy_async_wait() { emulator::copy_async_wait(PENDING); }
@@ -145,4 +178,35 @@ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1,
                          const emulator::Site& site = emulator::Site::current()) {
     const u32 b[2] = {b0, b1};
     emulator::together(emulator::Together::MultiplyAdd, {{a, b}, c, 0}, site);
+}
+
+inline void publish_to_products() { emulator::publish(); }
+
+inline void begin_products(const emulator::Site& site = emulator::Site::current()) {
+    emulator::together(emulator::Together::BeginProducts, {}, site);
+}
+
+inline void commit_products(const emulator::Site& site = emulator::Site::current()) {
+    emulator::together(emulator::Together::CommitProducts, {}, site);
+}
+
+template <int PENDING> inline void wait_for_products(const emulator::Site& site = emulator::Site::current()) {
+    emulator::together(emulator::Together::WaitForProducts, {{}, nullptr, PENDING}, site);
+}
+
+template <u32 N> inline void hold_in_place(float (&)[N][4]) {}
+template <u32 N> inline void hold_in_place(u32 (&)[N][4]) {}
+
+template <u32 N>
+inline void multiply_group(float (&c)[N][4], u64 a, u64 b, bool add,
+                           const emulator::Site& site = emulator::Site::current()) {
+    const emulator::GroupProduct product = {a, b, nullptr, 8 * N, add};
+    emulator::together(emulator::Together::MultiplyGroup, {{&product}, c, 0}, site);
+}
+
+template <u32 N>
+inline void multiply_group(float (&c)[N][4], const u32 (&a)[4], u64 b,
+                           const emulator::Site& site = emulator::Site::current()) {
+    const emulator::GroupProduct product = {0, b, a, 8 * N, true};
+    emulator::together(emulator::Together::MultiplyGroup, {{&product}, c, 0}, site);
 }

@@ -2,8 +2,9 @@
 // a GPU.
 //
 // What it reports as an error of the launch: a barrier or a warp's operation that not all reach, or reach from different places;
-// a thread that ends with copies under way; operands that an instruction would not take (alignment, shared memory); a block larger
-// than a kernel's bound. What makes wrong numbers, for the tests to see: shared memory is poisoned with NaN before each
+// a thread that ends with copies or a group's products under way; operands that an instruction would not take (alignment, shared
+// memory, descriptors); a group's product of what was not published to it, without the fence before it, or with registers that
+// changed meanwhile; a block larger than a kernel's bound. What makes wrong numbers, for the tests to see: shared memory is poisoned with NaN before each
 // block, the target of an asynchronous copy until its thread has waited; threads and blocks run in any wanted order, so
 // what depends on it differs. Accesses outside of dynamic shared memory fault, and the handler names kernel and thread.
 
@@ -75,6 +76,7 @@ Place place;
 namespace {
 
 constexpr u32 LANES = 32;
+constexpr u32 GROUP_WARPS = 4;
 constexpr u8 POISON = 0xFF;
 
 // A copy that was asked for and has not been waited for.
@@ -95,6 +97,29 @@ struct Thread {
     Site site;
     std::vector<Copy> copies;
     u64 groups = 0;
+    // Pieces of 16 bytes of shared memory that it wrote since it last published.
+    std::vector<u32> written;
+};
+
+// A warp's share of a group's product that was started and not waited for. Nothing is done before the wait: so it shows where
+// operands change too early, or a result is used.
+struct Product {
+    GroupProduct what;
+    float* c[LANES];
+    const u32* at[LANES];
+    u32 weights[LANES][4];
+    u64 batch;
+};
+
+// What one of a group's warps did: all four must do the same.
+struct Step {
+    Together what;
+    Site site;
+    u64 a, b;
+};
+
+struct Group {
+    std::vector<Step> steps;
 };
 
 struct Warp {
@@ -102,6 +127,11 @@ struct Warp {
     Together what{};
     Site site;
     Operands operands[LANES];
+    std::vector<Product> products;
+    u64 batches = 0;
+    // Steps of its group's that it has done, and whether a fence stands before its next product.
+    std::size_t steps = 0;
+    bool begun = false;
 };
 
 // Shared memory whose ends are guarded by pages that may not be touched.
@@ -124,14 +154,19 @@ class Shared {
         bytes_ = bytes;
     }
 
-    // A GPU's dynamic shared memory begins at a multiple of 16 at least, and ends here at the guard.
-    u8* begin() const { return first_ + MOST - (bytes_ + 15) / 16 * 16; }
+    // A GPU's dynamic shared memory begins at a multiple of 16 at least, of 1024 where products of groups need it, and ends here
+    // at the guard or as near to it as that allows.
+    static constexpr std::size_t ALIGNMENT = GROUP_PRODUCTS ? 1024 : 16;
+    u8* begin() const { return first_ + MOST - (bytes_ + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+    // Where an address in the 256 KiB that descriptors can name is, and the other way round.
+    u8* at(u32 address) const { return first_ + address; }
+    u32 address(const void* at) const { return static_cast<u32>(static_cast<const u8*>(at) - first_); }
     bool holds(const void* at, std::size_t bytes) const {
         const auto* byte = static_cast<const u8*>(at);
         return byte >= begin() && byte + bytes <= first_ + MOST;
     }
     void poison() {
-        if (bytes_ > 0) std::memset(begin(), POISON, (bytes_ + 15) / 16 * 16);
+        if (bytes_ > 0) std::memset(begin(), POISON, static_cast<std::size_t>(first_ + MOST - begin()));
     }
 
   private:
@@ -151,7 +186,10 @@ struct Engine {
     Execution scheduler;
     std::vector<std::unique_ptr<Thread>> threads;
     std::vector<Warp> warps;
+    std::vector<Group> groups;
     Shared shared;
+    // For each piece of 16 bytes of shared memory, whether what is there was published to products of groups.
+    std::vector<bool> unpublished = std::vector<bool>(Shared::MOST / 16);
     Thread* running = nullptr;
     const Kernel* kernel = nullptr;
     void** arguments = nullptr;
@@ -193,6 +231,10 @@ void yield() {
     std::abort();
 }
 
+u32 number_of(const Index& index, const Index& size) { return index.x + size.x * (index.y + size.y * index.z); }
+
+Warp& warp_of(const Thread& thread) { return engine().warps[number_of(thread.index, place.threads) / LANES]; }
+
 // What every fibre runs.
 void body() {
 #ifdef __SANITIZE_ADDRESS__
@@ -201,6 +243,7 @@ void body() {
     Engine& e = engine();
     e.kernel->invoke(e.arguments);
     if (!e.running->copies.empty()) fail("ended with asynchronous copies under way");
+    if (!warp_of(*e.running).products.empty()) fail("ended with a group's products under way");
     e.running->state = State::Done;
     ++e.done;
     yield();
@@ -278,6 +321,142 @@ void multiply(Warp& warp) {
     }
 }
 
+// An operand of a group's product in shared memory, as PTX ISA, "wgmma", has it for swizzling by 128 bytes. In units of bytes the
+// canonical layouts are, of an operand whose terms are neighbours, rows ((8, n)) : ((128, stride)) and of one whose
+// rows or columns are, columns ((128, n)) : ((1, leading)) and terms ((8, 2)) : ((128, stride)); then bits 4 to 6 of an address are
+// changed by bits 7 to 9.
+class SharedOperand {
+  public:
+    explicit SharedOperand(u64 descriptor)
+        : base_(field(descriptor, 0)), leading_(field(descriptor, 16)), stride_(field(descriptor, 32)) {
+        constexpr u64 fields = 0x3FFFull | 0x3FFFull << 16 | 0x3FFFull << 32 | 1ull << 62;
+        if ((descriptor & ~fields) != 0 || (descriptor >> 62) != 1) fail("a descriptor not of tiles swizzled by 128 bytes");
+        if (base_ / 128 % 8 != 0) fail("a descriptor of a tile that does not begin at a multiple of 1024 bytes");
+    }
+
+    // Terms `8 · piece` to `8 · piece + 8` of a row.
+    void row(u32 row, u32 piece, float (&to)[8]) const {
+        load(base_ + row / 8 * stride_ + row % 8 * 128 + piece * 16, to);
+    }
+
+    // Columns `8 · piece` to `8 · piece + 8` of a term.
+    void term(u32 term, u32 piece, float (&to)[8]) const {
+        load(base_ + term / 8 * stride_ + term % 8 * 128 + piece / 8 * leading_ + piece % 8 * 16, to);
+    }
+
+  private:
+    static u32 field(u64 descriptor, u32 from) { return static_cast<u32>(descriptor >> from & 0x3FFF) << 4; }
+
+    static void load(u32 address, float (&to)[8]) {
+        address ^= (address >> 7 & 7) << 4;
+        const u8* at = engine().shared.at(address);
+        if (address + 16 > Shared::MOST || !engine().shared.holds(at, 16)) {
+            fail("a group's product reads outside of dynamic shared memory");
+        }
+        if (engine().unpublished[address / 16]) fail("a group's product reads what was not published to it");
+        u16 elements[8];
+        std::memcpy(elements, at, sizeof elements);
+        for (u32 i = 0; i < 8; ++i) to[i] = to_float(bf16{elements[i]});
+    }
+
+    u32 base_, leading_, stride_;
+};
+
+// A warp's 16 rows of a group's product. A and C are of the fragments of `multiply`, N / 8 of them beside each other.
+void multiply_rows(const Product& product, u32 first_row) {
+    const GroupProduct& what = product.what;
+    const SharedOperand right(what.b);
+    static float a[16][16], b[16][256];
+    if (what.weights == nullptr) {
+        const SharedOperand left(what.a);
+        for (u32 row = 0; row < 16; ++row) {
+            for (u32 piece = 0; piece < 2; ++piece) {
+                float terms[8];
+                left.row(first_row + row, piece, terms);
+                std::memcpy(a[row] + 8 * piece, terms, sizeof terms);
+            }
+        }
+        for (u32 column = 0; column < what.columns; ++column) {
+            for (u32 piece = 0; piece < 2; ++piece) {
+                float terms[8];
+                right.row(column, piece, terms);
+                for (u32 i = 0; i < 8; ++i) b[8 * piece + i][column] = terms[i];
+            }
+        }
+    } else {
+        for (u32 lane = 0; lane < LANES; ++lane) {
+            const u32 g = lane / 4, t = lane % 4;
+            const u32(&words)[4] = product.weights[lane];
+            if (std::memcmp(words, product.at[lane], sizeof words) != 0) {
+                fail("the registers of a group's product changed before the wait for it");
+            }
+            for (u32 i = 0; i < 4; ++i) {
+                for (u32 half = 0; half < 2; ++half) a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = half_of(words[i], half);
+            }
+        }
+        for (u32 term = 0; term < 16; ++term) {
+            for (u32 piece = 0; piece < what.columns / 8; ++piece) {
+                float columns[8];
+                right.term(term, piece, columns);
+                std::memcpy(b[term] + 8 * piece, columns, sizeof columns);
+            }
+        }
+    }
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const u32 g = lane / 4, t = lane % 4;
+        for (u32 n = 0; n < what.columns / 8; ++n) {
+            for (u32 i = 0; i < 4; ++i) {
+                float& c = product.c[lane][4 * n + i];
+                double sum = what.add ? c : 0.0;
+                for (u32 k = 0; k < 16; ++k) sum += static_cast<double>(a[g + i / 2 * 8][k]) * b[k][8 * n + 2 * t + i % 2];
+                c = static_cast<float>(sum);
+            }
+        }
+    }
+}
+
+// Whether the other warps of the group did the same, as far as they got.
+void step(Warp& warp, u64 a, u64 b) {
+    Engine& e = engine();
+    const auto number = static_cast<std::size_t>(&warp - e.warps.data());
+    if (e.warps.size() % GROUP_WARPS != 0) fail("a group of fewer than four warps multiplies");
+    Group& group = e.groups[number / GROUP_WARPS];
+    const Step own = {warp.what, warp.site, a, b};
+    if (warp.steps == group.steps.size()) group.steps.push_back(own);
+    const Step& first = group.steps[warp.steps++];
+    if (first.what != own.what || !same(first.site, own.site) || first.a != a || first.b != b) {
+        fail("warps of a group diverge: " + text(own.site) + " meets " + text(first.site));
+    }
+}
+
+void start_product(Warp& warp) {
+    const auto& what = *static_cast<const GroupProduct*>(warp.operands[0].in[0]);
+    step(warp, what.a, what.b);
+    if (!warp.begun) fail("a group's product without a fence before it");
+    Product& product = warp.products.emplace_back();
+    product.what = what;
+    product.batch = warp.batches;
+    for (u32 lane = 0; lane < LANES; ++lane) {
+        const auto& own = *static_cast<const GroupProduct*>(warp.operands[lane].in[0]);
+        if (own.a != what.a || own.b != what.b || own.add != what.add) fail("lanes have other operands of a group's product");
+        product.c[lane] = static_cast<float*>(warp.operands[lane].out);
+        product.at[lane] = own.weights;
+        if (own.weights != nullptr) std::memcpy(product.weights[lane], own.weights, sizeof product.weights[lane]);
+    }
+}
+
+void wait_for_products(Warp& warp) {
+    const u64 pending = warp.operands[0].number;
+    step(warp, pending, 0);
+    warp.begun = false;
+    const auto first_row = static_cast<u32>((&warp - engine().warps.data()) % GROUP_WARPS) * 16;
+    const auto due = [&](const Product& product) { return product.batch + pending < warp.batches; };
+    for (const Product& product : warp.products) {
+        if (due(product)) multiply_rows(product, first_row);
+    }
+    std::erase_if(warp.products, due);
+}
+
 void perform(Warp& warp) {
     switch (warp.what) {
     case Together::Sync:
@@ -292,10 +471,18 @@ void perform(Warp& warp) {
         return load(warp, true);
     case Together::MultiplyAdd:
         return multiply(warp);
+    case Together::BeginProducts:
+        warp.begun = true;
+        return step(warp, 0, 0);
+    case Together::MultiplyGroup:
+        return start_product(warp);
+    case Together::CommitProducts:
+        ++warp.batches;
+        return step(warp, 0, 0);
+    case Together::WaitForProducts:
+        return wait_for_products(warp);
     }
 }
-
-u32 number_of(const Index& index, const Index& size) { return index.x + size.x * (index.y + size.y * index.z); }
 
 // The order in which a block's threads run, and how many of them take turns before the next have theirs.
 struct Schedule {
@@ -307,7 +494,9 @@ struct Schedule {
 bool run_block(const Schedule& schedule) {
     Engine& e = engine();
     e.at_barrier = e.done = 0;
-    std::fill(e.warps.begin(), e.warps.end(), Warp{});
+    e.warps.assign(e.warps.size(), Warp{});
+    e.groups.assign((e.warps.size() + GROUP_WARPS - 1) / GROUP_WARPS, Group{});
+    e.unpublished.assign(e.unpublished.size(), false);
     std::memset(__start_emulated_shared, POISON, static_cast<std::size_t>(__stop_emulated_shared - __start_emulated_shared));
     e.shared.poison();
     for (u32 number : schedule.order) {
@@ -315,6 +504,7 @@ bool run_block(const Schedule& schedule) {
         thread.state = State::Ready;
         thread.copies.clear();
         thread.groups = 0;
+        thread.written.clear();
         const Index& size = place.threads;
         thread.index = {number % size.x, number / size.x % size.y, number / size.x / size.y};
         thread.stack->begin(thread.execution, body);
@@ -345,6 +535,14 @@ bool run_block(const Schedule& schedule) {
         e.error = std::string(e.kernel->name) + ", block " + text(place.block) + ": " + std::to_string(e.done) + " of " +
                   std::to_string(e.count) + " threads ended, " + std::to_string(e.at_barrier) +
                   " wait at a barrier, and none can go on; one waits at " + waiting;
+        return false;
+    }
+    for (const Warp& warp : e.warps) {
+        const auto number = static_cast<std::size_t>(&warp - e.warps.data());
+        if (warp.steps == e.groups[number / GROUP_WARPS].steps.size()) continue;
+        e.error = std::string(e.kernel->name) + ", block " + text(place.block) +
+                  ": not all warps of a group came to its product at " +
+                  text(e.groups[number / GROUP_WARPS].steps[warp.steps].site);
         return false;
     }
     return true;
@@ -513,6 +711,28 @@ void together(Together what, const Operands& operands, const Site& site) {
     for (u32 lane = 0; lane < LANES; ++lane) e.threads[first + lane]->state = State::Ready;
 }
 
+u32 shared_address(const void* pointer) { return engine().shared.address(pointer); }
+
+// Notes that the running thread wrote 16 bytes of shared memory.
+void written(const void* at) {
+    Engine& e = engine();
+    if (!GROUP_PRODUCTS || !e.shared.holds(at, 16)) return;
+    const u32 piece = e.shared.address(at) / 16;
+    e.unpublished[piece] = true;
+    e.running->written.push_back(piece);
+}
+
+void store_shared(void* to, const void* words) {
+    std::memcpy(to, words, 16);
+    written(to);
+}
+
+void publish() {
+    Engine& e = engine();
+    for (u32 piece : e.running->written) e.unpublished[piece] = false;
+    e.running->written.clear();
+}
+
 void copy_async(void* to, const void* from, bool present) {
     Engine& e = engine();
     if (!e.shared.holds(to, 16)) fail("cp.async writes outside of dynamic shared memory");
@@ -535,6 +755,7 @@ void copy_async_wait(u32 pending) {
         } else {
             std::memset(copy.to, 0, 16);
         }
+        written(copy.to);
     }
     std::erase_if(self->copies, due);
 }

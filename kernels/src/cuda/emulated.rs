@@ -151,7 +151,19 @@ impl EmulatedDriver {
     /// # Errors
     /// [`EmulatorError`] where there is no C++20 compiler.
     pub fn new(folder: &Path) -> Result<Self, EmulatorError> {
-        let emulator = Emulator::load(folder)?;
+        Self::load(folder, false)
+    }
+
+    /// The same with the sources as they are for Hopper, which has matrix products of groups of warps.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn hopper(folder: &Path) -> Result<Self, EmulatorError> {
+        Self::load(folder, true)
+    }
+
+    fn load(folder: &Path, hopper: bool) -> Result<Self, EmulatorError> {
+        let emulator = Emulator::load(folder, hopper)?;
         let parallelism = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let facts = DeviceFacts {
             name: "emulator".to_owned(),

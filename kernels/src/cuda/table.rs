@@ -697,9 +697,9 @@ impl AttentionTiles {
         rows * self.head_dim * Element::Bf16.bytes() as u32
     }
 
-    /// Shared memory of the forward kernel: queries, one tile of keys, one of values.
+    /// Shared memory of the forward kernel: queries, one tile of values, two of keys.
     const fn forward_bytes(&self) -> u32 {
-        self.rows(self.forward[1] + 2 * self.forward[2])
+        self.rows(self.forward[1] + 3 * self.forward[2])
     }
 
     /// Shared memory of the keys' gradient: keys, values, two tiles of queries and of output gradients, and of their

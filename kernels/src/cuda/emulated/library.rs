@@ -19,6 +19,8 @@ const FLAGS: [&str; 8] = [
     "-fvisibility=hidden",
     "-DTARAZED_EMULATOR",
 ];
+/// And besides for sources as they are for Hopper.
+const HOPPER_FLAG: &str = "-DTARAZED_GROUP_PRODUCTS";
 /// More flags from the environment, separated by blanks, e.g. `-fsanitize=address`.
 const MORE_FLAGS: &str = "TARAZED_EMULATOR_FLAGS";
 /// The compiler's name where `CXX` says no other.
@@ -91,15 +93,18 @@ fn sources() -> PathBuf {
 }
 
 impl Emulator {
-    /// Compiles into `folder` where the same sources were not compiled before, and loads.
-    pub fn load(folder: &Path) -> Result<Self, EmulatorError> {
+    /// Compiles into `folder` where the same sources were not compiled before, as they are for Hopper or for the others, and
+    /// loads.
+    pub fn load(folder: &Path, hopper: bool) -> Result<Self, EmulatorError> {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| COMPILER.to_owned());
-        let path = folder.join(format!("emulator-{:016x}.so", digest(&compiler)?));
+        let mut flags = more_flags();
+        flags.extend(hopper.then(|| HOPPER_FLAG.to_owned()));
+        let path = folder.join(format!("emulator-{:016x}.so", digest(&compiler, &flags)?));
         {
             // Threads of one process wait for each other's compilation instead of making it again.
             let _one = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
             if !path.exists() {
-                compile(&compiler, &path)?;
+                compile(&compiler, &flags, &path)?;
             }
         }
         let failed = |cause| EmulatorError::Load {
@@ -181,9 +186,9 @@ fn more_flags() -> Vec<String> {
 }
 
 /// Names what is compiled: all sources, flags, compiler.
-fn digest(compiler: &str) -> Result<u64, EmulatorError> {
+fn digest(compiler: &str, more: &[String]) -> Result<u64, EmulatorError> {
     let mut hasher = DefaultHasher::new();
-    (compiler, FLAGS, more_flags()).hash(&mut hasher);
+    (compiler, FLAGS, more).hash(&mut hasher);
     for source in SOURCES.iter().copied().chain(&HEADERS) {
         source.text.hash(&mut hasher);
     }
@@ -196,7 +201,7 @@ fn digest(compiler: &str) -> Result<u64, EmulatorError> {
 }
 
 /// Compiles beside `path`, then renames: several processes may do so at once.
-fn compile(compiler: &str, path: &Path) -> Result<(), EmulatorError> {
+fn compile(compiler: &str, more: &[String], path: &Path) -> Result<(), EmulatorError> {
     let file = |cause| EmulatorError::File {
         path: path.to_owned(),
         cause,
@@ -207,7 +212,7 @@ fn compile(compiler: &str, path: &Path) -> Result<(), EmulatorError> {
     let own = path.with_extension(format!("{}.so", std::process::id()));
     let output = Command::new(compiler)
         .args(FLAGS)
-        .args(more_flags())
+        .args(more)
         .arg("-I")
         .arg(sources())
         .arg(sources().join("emulator/emulator.cpp"))

@@ -302,9 +302,7 @@ impl CublasLt {
                 return Ok((offer.algo, offer.workspaceSize, format!("{attributes:?}")));
             }
         }
-        Err(refused(format!(
-            "{count} offers, none whose sums have one order"
-        )))
+        Err(refused(format!("{count} offers, none whose sums have one order")))
     }
 
     /// Runs a planned product.
