@@ -43,6 +43,8 @@ struct AttentionShape {
     u32 context, heads, kv_heads, head_dim;
     float scale;
 
+    // Rows that hold nothing but so many heads' keys and values.
+    DEVICE AttentionShape of_key_heads(u32 count) const { return {context, 0, count, head_dim, scale}; }
     DEVICE u32 group() const { return heads / kv_heads; }
     DEVICE u32 qkv_stride() const { return (heads + 2 * kv_heads) * head_dim; }
     DEVICE u32 out_stride() const { return heads * head_dim; }

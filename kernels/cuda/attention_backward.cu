@@ -4,29 +4,31 @@
 //
 // With P the weights, dO the output's gradient and delta the rows' dot product of O and dO:
 //   dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - delta),  dQ = scale · dS K,  dK = scale · dSᵀ Q.
-// Keys and values of a group are read by several query heads: their block of threads goes through these in order.
+// Keys and values of a group are read by several query heads. Each of these has a block of threads of its own, or a model with few
+// key heads would keep few of a device's multiprocessors busy; a kernel of its own then adds a group's gradients in order.
 
 #include "attention.cuh"
 
-// One warp for each token and head.
+// Lanes for each token and head: one for each chunk of the longest head. Eight where they are enough.
+DEVICE u32 delta_lanes(u32 head_dim) { return head_dim <= 8 * CHUNK ? 8 : 16; }
+
+// Some lanes of a warp for each token and head.
 KERNEL(attention_delta, 256, 1)(const bf16* out, const bf16* out_gradient, float* delta, u32 context, u32 heads,
                                 u32 head_dim) {
-    const u32 token = blockIdx.x * (blockDim.x / WARP) + warp_of_block(), head = blockIdx.y, sequence = blockIdx.z;
-    if (token >= context) return;
+    const u32 lanes = delta_lanes(head_dim), chunk = threadIdx.x % lanes;
+    const u32 token = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes, head = blockIdx.y, sequence = blockIdx.z;
     const AttentionShape shape = {context, heads, heads, head_dim, 1.0f};
-    const HeadRows<const bf16> rows = shape.outputs(out, sequence, head);
-    const HeadRows<const bf16> slopes = shape.outputs(out_gradient, sequence, head);
     float dot = 0.0f;
-    for (u32 chunk = lane_of_warp(); chunk < chunks_of(head_dim); chunk += WARP) {
+    if (token < context && chunk < chunks_of(head_dim)) {
         const u32 length = chunk_length(head_dim, chunk);
         float value[CHUNK], slope[CHUNK];
-        load_chunk(rows.row(token) + chunk * CHUNK, length, value);
-        load_chunk(slopes.row(token) + chunk * CHUNK, length, slope);
+        load_chunk(shape.outputs(out, sequence, head).row(token) + chunk * CHUNK, length, value);
+        load_chunk(shape.outputs(out_gradient, sequence, head).row(token) + chunk * CHUNK, length, slope);
 #pragma unroll
         for (u32 i = 0; i < CHUNK; ++i) dot = fused(value[i], slope[i], dot);
     }
-    dot = warp_sum(dot);
-    if (lane_of_warp() == 0) delta[shape.statistics(sequence, head) + token] = dot;
+    for (u32 distance = lanes / 2; distance > 0; distance /= 2) dot += shuffle_xor(dot, distance);
+    if (token < context && chunk == 0) delta[shape.statistics(sequence, head) + token] = dot;
 }
 
 // scores = rows · columnsᵀ and slopes = slope_rows · slope_columnsᵀ, for a warp's own rows. Where groups multiply these are under
@@ -115,12 +117,12 @@ DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS]
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
     Accumulators<QUERIES> scores[M], slopes[M];
     Weights<QUERIES> weights[M], weight_slopes[M];
+    const bool masked = first_key + Own::fragment(M - 1) + FRAGMENT_ROWS > query + 1;
     start_both<Own, QUERIES, D>(scores, keys, tile.queries, slopes, values, tile.slopes);
 #pragma unroll
     for (u32 m = 0; m < M; ++m) {
         const u32 key = first_key + Own::fragment(m);
         wait_for_both<Own>(scores[m], slopes[m]);
-        const bool masked = key + FRAGMENT_ROWS > query + 1;
         weigh_keys<QUERIES>(scores[m], slopes[m], tile.statistics, key, query, masked, scale_log2);
         round_weights<QUERIES>(scores[m], weights[m]);
         round_weights<QUERIES>(slopes[m], weight_slopes[m]);
@@ -145,15 +147,16 @@ DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS]
             hold_in_place(weight_slopes[m]);
         }
     } else {
-        multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
         multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
+        multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
     }
 }
 
-// Gradients of a block of keys and values, over all queries of their group that see them.
+// Gradients of a block of keys and values, over all queries of one head that see them: to the columns of keys and values, or where
+// other heads read the same ones, to this head's columns of `gradient`, rows of [keys of all query heads | values of all].
 template <u32 D>
 DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
-                           bf16* qkv_gradient, const AttentionShape& shape) {
+                           bf16* gradient, const AttentionShape& shape) {
     using T = typename Tilings<D>::Keys;
     using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
@@ -164,39 +167,34 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
     float* statistics = reinterpret_cast<float*>(passing + Tile<D>::bytes(4 * QUERIES));
     // Two, in turn: one arrives while the other is used.
     const auto tile = [&](u32 index) -> QueryTile<D, QUERIES> {
-        u8* from = passing + (index % 2) * Tile<D>::bytes(2 * QUERIES);
+        u8* from = dynamic + Tile<D>::bytes(2 * T::OWN) + (index % 2) * Tile<D>::bytes(2 * QUERIES);
         return {{from}, {from + Tile<D>::bytes(QUERIES)}, statistics + (index % 2) * 2 * QUERIES};
     };
 
     // The first keys are seen by most queries: they begin first, as they come.
-    const u32 first_key = blockIdx.x * T::OWN, kv_head = blockIdx.y, sequence = blockIdx.z;
-    const u32 end = (kv_head + 1) * shape.group();
-    const auto start = [&](u32 index, u32 head, u32 query) {
+    const u32 first_key = blockIdx.x * T::OWN, head = blockIdx.y, kv_head = head / shape.group(), sequence = blockIdx.z;
+    const auto start = [&](u32 index, u32 query) {
         load_queries<D, QUERIES, T::THREADS>(tile(index), qkv, out_gradient, log_sum_exp, delta, shape, head, query);
     };
     load_tile<D, T::OWN, T::THREADS>(keys, shape.keys(qkv, sequence, kv_head), first_key, shape.context);
     load_tile<D, T::OWN, T::THREADS>(values, shape.values(qkv, sequence, kv_head), first_key, shape.context);
-    start(0, kv_head * shape.group(), first_key);
+    start(first_key / QUERIES, first_key);
     copy_async_commit();
 
     Accumulators<D> key_sums[M], value_sums[M];
     clear<M, D>(key_sums);
     clear<M, D>(value_sums);
-    // Head by head, and in each from the first query that sees one of these keys to the last.
-    u32 head = kv_head * shape.group(), query = first_key;
-    for (u32 index = 0; head < end; ++index) {
+    // From the first query that sees one of these keys to the last.
+    for (u32 query = first_key; query < shape.context; query += QUERIES) {
+        const u32 index = query / QUERIES;
         finish_copies();
         // Everybody's part of this tile is here, and everybody is done with the one before, whose place is taken now.
         sync_block();
-        const bool last = query + QUERIES >= shape.context;
-        const u32 next = last ? first_key : query + QUERIES;
-        head += last ? 1 : 0;
-        if (head < end) start(index + 1, head, next);
+        if (query + QUERIES < shape.context) start(index + 1, query + QUERIES);
         copy_async_commit();
         if (first_key + Own::first() < query + QUERIES) {
             add_queries<D>(key_sums, value_sums, keys, values, tile(index), first_key, query, shape.scale * LOG2_E);
         }
-        query = next;
     }
     float factors[M][2], ones[M][2];
 #pragma unroll
@@ -204,9 +202,30 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         factors[m][0] = factors[m][1] = shape.scale;
         ones[m][0] = ones[m][1] = 1.0f;
     }
-    store_rows<Own, D>(key_sums, factors, keys, shape.keys(qkv_gradient, sequence, kv_head), first_key, shape.context);
-    store_rows<Own, D>(value_sums, ones, values, shape.values(qkv_gradient, sequence, kv_head), first_key,
-                     shape.context);
+    const AttentionShape to = shape.group() == 1 ? shape : shape.of_key_heads(shape.heads);
+    store_rows<Own, D>(key_sums, factors, keys, to.keys(gradient, sequence, head), first_key, shape.context);
+    store_rows<Own, D>(value_sums, ones, values, to.values(gradient, sequence, head), first_key, shape.context);
+}
+
+// Sums of the gradients that a group's query heads made for its keys and values, in the heads' order. One block of threads for each
+// row of tokens.
+KERNEL(attention_group_sums, 256, 1)(const bf16* of_heads, bf16* qkv_gradient, u32 heads, u32 kv_heads, u32 head_dim) {
+    const AttentionShape shape = {1, heads, kv_heads, head_dim, 1.0f}, from = shape.of_key_heads(heads);
+    const u32 chunks = chunks_of(head_dim), group = shape.group();
+    const bf16* row = of_heads + static_cast<u64>(blockIdx.x) * from.qkv_stride();
+    bf16* to = qkv_gradient + static_cast<u64>(blockIdx.x) * shape.qkv_stride() + shape.out_stride();
+    // Keys' heads, then values': both rows have them in this order.
+    for (u32 index = threadIdx.x; index < 2 * kv_heads * chunks; index += blockDim.x) {
+        const u32 kv_head = index / chunks, chunk = index % chunks, length = chunk_length(head_dim, chunk);
+        float sum[CHUNK] = {};
+        for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            float term[CHUNK];
+            load_chunk(row + head * head_dim + chunk * CHUNK, length, term);
+#pragma unroll
+            for (u32 i = 0; i < CHUNK; ++i) sum[i] += term[i];
+        }
+        store_chunk(to + kv_head * head_dim + chunk * CHUNK, length, sum);
+    }
 }
 
 // A row fragment's statistics: rows g and g + 8.
@@ -338,18 +357,18 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
 }
 
 KERNEL(attention_keys_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
-                                  bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
-    attention_keys<32>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+                                  bf16* gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<32>(qkv, out_gradient, log_sum_exp, delta, gradient, {context, heads, kv_heads, head_dim, scale});
 }
 
 KERNEL(attention_keys_64, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
-                                  bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
-    attention_keys<64>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+                                  bf16* gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<64>(qkv, out_gradient, log_sum_exp, delta, gradient, {context, heads, kv_heads, head_dim, scale});
 }
 
 KERNEL(attention_keys_128, 256, 1)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
-                                   bf16* qkv_gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
-    attention_keys<128>(qkv, out_gradient, log_sum_exp, delta, qkv_gradient, {context, heads, kv_heads, head_dim, scale});
+                                   bf16* gradient, u32 context, u32 heads, u32 kv_heads, u32 head_dim, float scale) {
+    attention_keys<128>(qkv, out_gradient, log_sum_exp, delta, gradient, {context, heads, kv_heads, head_dim, scale});
 }
 
 KERNEL(attention_queries_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,

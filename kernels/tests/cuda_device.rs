@@ -178,6 +178,7 @@ fn attention_is_launched_as_the_table_says() {
             table::attention_delta(&call).unwrap(),
             table::attention_keys(&call).unwrap(),
             table::attention_queries(&call).unwrap(),
+            table::attention_group_sums(&call).unwrap(),
         ];
         assert_eq!(launches(&calls), expected);
         let values = values(&calls);
@@ -185,8 +186,13 @@ fn attention_is_launched_as_the_table_says() {
         assert_eq!(values[0][3..7], shape);
         assert_eq!(values[0][7], Value::F32(call.scale()));
         assert_eq!(values[1][2], values[2][3], "both gradients read the dot products");
-        assert_eq!(values[2], values[3], "keys and queries write parts of one tensor");
-        assert_eq!(values[2][4], pointer(&rig, &gradient, 0));
+        assert_eq!(values[2][4], values[4][0], "what the heads of a group leave is added");
+        let gradient = pointer(&rig, &gradient, 0);
+        assert_eq!(
+            [&values[3][4], &values[4][1]],
+            [&gradient; 2],
+            "sums and queries write parts of one tensor"
+        );
     }
 }
 

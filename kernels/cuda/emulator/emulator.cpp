@@ -598,6 +598,7 @@ const Kernel KERNELS[] = {
     ENTRY(attention_forward, attention_64),
     ENTRY(attention_forward, attention_128),
     ENTRY(attention_backward, attention_delta),
+    ENTRY(attention_backward, attention_group_sums),
     ENTRY(attention_backward, attention_keys_32),
     ENTRY(attention_backward, attention_keys_64),
     ENTRY(attention_backward, attention_keys_128),

@@ -470,18 +470,36 @@ impl<D: Driver> Device for CudaDevice<D> {
             .address(delta)
             .sizes(&[call.context, call.heads, call.head_dim])
             .run()?;
-        for launch in [table::attention_keys(call)?, table::attention_queries(call)?] {
-            Call::new(stream, OPERATION, launch)
+        let shared = table::head_gradient_elements(call);
+        let of_heads = match shared {
+            0 => None,
+            elements => Some(stream.scratch(Scratch::HeadGradients, elements * Element::Bf16.bytes())?),
+        };
+        let passes = [
+            (table::attention_keys(call)?, of_heads),
+            (table::attention_queries(call)?, None),
+        ];
+        for (launch, scratch) in passes {
+            let call_so_far = Call::new(stream, OPERATION, launch)
                 .tensor(qkv, qkv_len)
                 .tensor(out_gradient, out_len)
                 .tensor(log_sum_exp, rows)
-                .address(delta)
-                .tensor(qkv_gradient.read(), qkv_len)
+                .address(delta);
+            let with_target = match scratch {
+                Some(address) => call_so_far.address(address),
+                None => call_so_far.tensor(qkv_gradient.read(), qkv_len),
+            };
+            with_target
                 .sizes(&[call.context, call.heads, call.kv_heads, call.head_dim])
                 .factors(&[call.scale()])
                 .run()?;
         }
-        Ok(())
+        let Some(of_heads) = of_heads else { return Ok(()) };
+        Call::new(stream, OPERATION, table::attention_group_sums(call)?)
+            .address(of_heads)
+            .tensor(qkv_gradient.read(), qkv_len)
+            .sizes(&[call.heads, call.kv_heads, call.head_dim])
+            .run()
     }
 
     fn swiglu(

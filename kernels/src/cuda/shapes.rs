@@ -63,6 +63,7 @@ pub fn launches(config: &Config) -> Vec<Required> {
             table::attention_delta(&attention),
             table::attention_keys(&attention),
             table::attention_queries(&attention),
+            table::attention_group_sums(&attention),
             table::rms_norm(&norm),
             table::rope(&rope),
             table::swiglu(&table::SWIGLU, rows, model.ffn),

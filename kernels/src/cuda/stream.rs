@@ -29,11 +29,13 @@ pub(super) enum Scratch {
     GemmC,
     /// Partial sums between two launches.
     Partials,
+    /// Gradients that query heads made for keys and values that they share.
+    HeadGradients,
     /// What the host asked for: sums, hashes.
     Results,
 }
 
-const SCRATCH_KINDS: usize = 5;
+const SCRATCH_KINDS: usize = 6;
 
 /// What may still read or write the staging buffer.
 #[derive(Clone, Copy, PartialEq, Eq)]

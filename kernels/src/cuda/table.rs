@@ -409,7 +409,13 @@ entries! {
     ATTENTION_KEYS_128 = "attention_keys_128" in ATTENTION_BACKWARD [
         QKV, OUT_GRADIENT, LSE, DELTA, KEYS_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
     ];
-    /// `Device::attention_backward`, third: gradients of queries; heads of up to 32 elements.
+    /// `Device::attention_backward`, where heads are grouped: sums of what a group's query heads made for its keys and values.
+    ATTENTION_GROUP_SUMS = "attention_group_sums" in ATTENTION_BACKWARD [
+        input("of_heads", Bf16, "[sequences, context, 2 heads head_dim], scratch"),
+        output("qkv_gradient", Bf16, "as qkv; the columns of keys and values"),
+        HEADS, KV_HEADS, HEAD_DIM,
+    ];
+    /// `Device::attention_backward`, last: gradients of queries; heads of up to 32 elements.
     ATTENTION_QUERIES_32 = "attention_queries_32" in ATTENTION_BACKWARD [
         QKV, OUT_GRADIENT, LSE, DELTA, QUERIES_WRITTEN, CONTEXT, HEADS, KV_HEADS, HEAD_DIM, SCALE,
     ];
@@ -430,8 +436,13 @@ const OUT_GRADIENT: Argument = input("out_gradient", Bf16, "[sequences, context,
 const LSE: Argument = input("log_sum_exp", F32, "[sequences, heads, context]");
 const LSE_WRITTEN: Argument = output("log_sum_exp", F32, "[sequences, heads, context]");
 const DELTA: Argument = input("delta", F32, "[sequences, heads, context]");
-/// The kernels of keys and of queries write disjoint columns of one tensor, and together all of it.
-const KEYS_WRITTEN: Argument = output("qkv_gradient", Bf16, "as qkv; the columns of keys and values");
+/// The kernels of keys and of queries write disjoint columns of one tensor, and together all of it; where heads are grouped, a sum
+/// follows that of keys.
+const KEYS_WRITTEN: Argument = output(
+    "gradient",
+    Bf16,
+    "as qkv, the columns of keys and values; where heads are grouped [sequences, context, 2 heads head_dim], scratch",
+);
 const QUERIES_WRITTEN: Argument = output("qkv_gradient", Bf16, "as qkv; the columns of queries");
 const CONTEXT: Argument = u32("context", "tokens of a sequence");
 const HEADS: Argument = u32("heads", "query heads");
@@ -747,14 +758,20 @@ pub fn attention(call: &Attention) -> Result<Launch, DeviceError> {
     attention_launch(entry, call, call.heads, tiles.forward, tiles.forward_bytes())
 }
 
-/// [`ATTENTION_DELTA`]: a warp for each token and head. Its scratch holds `sequences · heads · context` elements of f32.
+/// Tokens of one head that a block of [`ATTENTION_DELTA`] has: eight lanes for each where they hold a head, else sixteen.
+const fn delta_tokens(head_dim: usize) -> usize {
+    THREADS / if head_dim <= 8 * CHUNK { 8 } else { 16 }
+}
+
+/// [`ATTENTION_DELTA`]: some lanes for each token and head. Its scratch holds `sequences · heads · context` elements of f32.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for a grid beyond the driver's limits.
 pub fn attention_delta(call: &Attention) -> Result<Launch, DeviceError> {
     let entry = &ATTENTION_DELTA;
-    let warps = THREADS / WARP;
-    let blocks = along_x(entry.name, "tokens", call.context.div_ceil(warps))?;
+    head_size("attention_backward", call)?;
+    let tokens = delta_tokens(call.head_dim);
+    let blocks = along_x(entry.name, "tokens", call.context.div_ceil(tokens))?;
     let heads = dimension(entry.name, "heads", call.heads, GRID_YZ_MAX)?;
     let sequences = dimension(entry.name, "sequences", call.sequences, GRID_YZ_MAX)?;
     Ok(Launch {
@@ -763,7 +780,7 @@ pub fn attention_delta(call: &Attention) -> Result<Launch, DeviceError> {
     })
 }
 
-/// Gradient of keys and values: one of [`ATTENTION_KEYS_32`], [`ATTENTION_KEYS_64`], [`ATTENTION_KEYS_128`].
+/// Gradient of keys and values, a block of threads for each query head: one of [`ATTENTION_KEYS_32`], [`ATTENTION_KEYS_64`], [`ATTENTION_KEYS_128`].
 ///
 /// # Errors
 /// As [`attention`].
@@ -771,7 +788,29 @@ pub fn attention_keys(call: &Attention) -> Result<Launch, DeviceError> {
     let size = head_size("attention_backward", call)?;
     let tiles = &ATTENTION_TILES[size];
     let entry = [&ATTENTION_KEYS_32, &ATTENTION_KEYS_64, &ATTENTION_KEYS_128][size];
-    attention_launch(entry, call, call.kv_heads, tiles.keys, tiles.keys_bytes())
+    attention_launch(entry, call, call.heads, tiles.keys, tiles.keys_bytes())
+}
+
+/// [`ATTENTION_GROUP_SUMS`]: a block of threads for each token. Nothing to do where no heads are grouped.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more tokens than a grid has blocks.
+pub fn attention_group_sums(call: &Attention) -> Result<Launch, DeviceError> {
+    let entry = &ATTENTION_GROUP_SUMS;
+    let rows = if call.heads == call.kv_heads { 0 } else { call.rows() };
+    let rows = along_x(entry.name, "tokens", rows)?;
+    let chunks = 2 * call.kv_heads * call.head_dim.div_ceil(CHUNK);
+    Ok(line(entry, rows, threads(chunks, THREADS)))
+}
+
+/// Elements of the scratch in which query heads of a group leave their gradients of keys and values; none where no heads are
+/// grouped.
+#[must_use]
+pub const fn head_gradient_elements(call: &Attention) -> usize {
+    if call.heads == call.kv_heads {
+        return 0;
+    }
+    call.rows() * 2 * call.heads * call.head_dim
 }
 
 /// Gradient of queries: one of [`ATTENTION_QUERIES_32`], [`ATTENTION_QUERIES_64`], [`ATTENTION_QUERIES_128`].

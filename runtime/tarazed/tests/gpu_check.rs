@@ -15,6 +15,7 @@ fn several_processes_with_one_killed_leave_the_trace_of_one() {
         steps: 3,
         patience: Duration::from_secs(300),
         visible: None,
+        nccl: Err("not on processors".to_owned()),
     };
     let program = Path::new(env!("CARGO_BIN_EXE_tarazed"));
     let report = check(program, folder.path(), &sizes).unwrap_or_else(|failure| panic!("{failure}"));
@@ -24,6 +25,7 @@ fn several_processes_with_one_killed_leave_the_trace_of_one() {
         "{report}"
     );
     assert_eq!(report["same_traces"].as_array().map(Vec::len), Some(4), "{report}");
+    assert_eq!(report["killed_over_nccl"], "not run: not on processors");
     for (run, bound_ms) in [("killed", 10_000), ("killed_with_a_spare", 2_000)] {
         let times = &report[run];
         // Times are reported, not required.

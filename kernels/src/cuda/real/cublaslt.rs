@@ -1,9 +1,10 @@
 //! cuBLASLt: one pinned algorithm for each shape of matrix product (DET-2).
 //!
 //! The algorithm is the first that the library's heuristic offers under fixed limits: 16-byte alignment, one size of
-//! workspace, and no reduction between blocks of threads (`CUBLASLT_REDUCTION_SCHEME_NONE`), so each sum is one chain that
-//! the kernel's tiles alone decide. The heuristic is a function of library version, device and shape; the first two are
-//! part of the device's type.
+//! workspace, and where a long sum is cut between blocks of threads, its parts are kept apart in the workspace, in f32, and added
+//! by a launch of their own (`CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`): the algorithm decides each sum's order, and no block's haste
+//! does. Schemes that add in place are not taken. The heuristic is a function of library version, device and shape; the first
+//! two are part of the device's type.
 
 use super::handle;
 use crate::cuda::driver::{
@@ -142,8 +143,8 @@ impl Limits {
             (&raw const workspace).cast(),
             size_of::<u64>(),
         )?;
-        // A mask of allowed schemes: none of them.
-        let schemes = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u32;
+        // A mask of allowed schemes, besides none.
+        let schemes = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         set(
             Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
             (&raw const schemes).cast(),
@@ -296,14 +297,12 @@ impl CublasLt {
             let attributes = Attributes::read(&offer.algo)?;
             if offer.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS
                 && offer.workspaceSize <= GEMM_WORKSPACE_BYTES
-                && attributes.is_one_chain()
+                && attributes.has_one_order()
             {
                 return Ok((offer.algo, offer.workspaceSize, format!("{attributes:?}")));
             }
         }
-        Err(refused(format!(
-            "{count} offers, none without a reduction between blocks"
-        )))
+        Err(refused(format!("{count} offers, none whose sums have one order")))
     }
 
     /// Runs a planned product.
@@ -399,8 +398,10 @@ impl Attributes {
         })
     }
 
-    /// No sum is cut between blocks of threads.
-    const fn is_one_chain(&self) -> bool {
-        self.reduction == sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_NONE as u64 && self.split_k <= 1
+    /// No sum is cut between blocks of threads, or its parts are added by a launch of their own.
+    const fn has_one_order(&self) -> bool {
+        use sys::cublasLtReductionScheme_t as Scheme;
+        let whole = self.reduction == Scheme::CUBLASLT_REDUCTION_SCHEME_NONE as u64 && self.split_k <= 1;
+        whole || self.reduction == Scheme::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u64
     }
 }

@@ -166,6 +166,7 @@ fn blocks_keep_the_bounds_of_their_kernels() {
         launches.extend([attention(&call), attention_keys(&call), attention_queries(&call)]);
         if head_dim == 32 {
             launches.push(attention_delta(&call));
+            launches.push(attention_group_sums(&Attention { heads: 2, ..call }));
         }
     }
     assert_eq!(launches.len(), ENTRIES.len());
@@ -214,7 +215,7 @@ proptest::proptest! {
             assert!(cover(attention(&call).unwrap().grid[0], tiles.forward[1] as usize, tokens));
             assert!(cover(attention_keys(&call).unwrap().grid[0], tiles.keys[1] as usize, tokens));
             assert!(cover(attention_queries(&call).unwrap().grid[0], tiles.queries[1] as usize, tokens));
-            assert!(cover(attention_delta(&call).unwrap().grid[0], THREADS / WARP, tokens));
+            assert!(cover(attention_delta(&call).unwrap().grid[0], delta_tokens(head_dim), tokens));
         }
     }
 }

@@ -74,6 +74,7 @@ mod checks {
     use tarazed_domain::config::Config;
     use tarazed_kernels::cuda::CudaDevice;
     use tarazed_kernels::cuda::cubin::CubinCache;
+    use tarazed_kernels::cuda::nccl::{Nccl, RealNccl, version_text};
     use tarazed_kernels::cuda::real::RealDriver;
 
     pub fn run(args: &Args) -> Result<Exit, Failure> {
@@ -156,7 +157,7 @@ mod checks {
             let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
             let sizes = processes::Sizes {
                 visible: Some(visible(args)),
-                ..processes::Sizes::standard()
+                ..processes::Sizes::standard(nccl())
             };
             let found = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes);
             if found.is_ok() {
@@ -175,6 +176,12 @@ mod checks {
         if !timed.is_empty() {
             report["bench"] = json!(timed);
         }
+    }
+
+    /// Version of the NCCL that ranks would load, or why they could not.
+    fn nccl() -> Result<String, String> {
+        let library = RealNccl::open().map_err(|absence| absence.to_string())?;
+        Ok(version_text(library.version()))
     }
 
     fn write(path: &Path, text: &str) -> Result<(), Failure> {

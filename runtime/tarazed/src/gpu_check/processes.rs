@@ -3,7 +3,8 @@
 //!
 //! Four runs of one small config: two in which a rank is killed by SIGKILL, the second with a spare held ready; one in which
 //! nothing happens; and one with a single process, which all others are compared with, line by line (DET-1). Ranks exchange
-//! over sockets, through the host.
+//! over sockets, through the host. Where NCCL is there, a fifth run exchanges over it, its ranks sharing the device, and one of
+//! them is killed.
 //!
 //! Times are wall-clock, from just before the signal to what the run's own files say, looked at every `LOOK_EVERY`. They are
 //! reported beside their bounds, and fail nothing: a shared machine may be slow.
@@ -32,23 +33,28 @@ pub struct Sizes {
     pub patience: Duration,
     /// What [`super::VISIBLE_VARIABLE`] is to be for the runs, so that all ranks share the device that is checked.
     pub visible: Option<String>,
+    /// Version of the NCCL that the run over it loads, or why there is none.
+    pub nccl: Result<String, String>,
 }
 
 impl Sizes {
     /// Three processes on the CUDA device.
     #[must_use]
-    pub const fn standard() -> Self {
+    pub fn standard(nccl: Result<String, String>) -> Self {
         Self {
             device: ClusterDevice::Cuda,
             ranks: 3,
             steps: 20,
             patience: Duration::from_secs(60),
             visible: None,
+            nccl,
         }
     }
 }
 
 const CHECK: &str = "processes";
+/// The run whose ranks exchange over NCCL, if there is one.
+const OVER_NCCL: &str = "killed-over-nccl";
 /// Between looks at a run's files; times are late by up to as much.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// From the kill to the next commit where the lost rank's process must start anew, and where a spare takes its place.
@@ -56,7 +62,7 @@ const BOUNDS_MS: [u64; 2] = [10_000, 2_000];
 /// Bytes of a run's output that are told with its failure.
 const TAIL_BYTES: usize = 2_000;
 
-/// Runs the four. `folder` is used for them, and must hold nothing.
+/// Runs them. `folder` is used for them, and must hold nothing.
 ///
 /// # Errors
 /// A run that does not come to its end, or whose trace is another's; the folder then says more.
@@ -68,11 +74,13 @@ pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Result<Value, Chec
             ranks,
             spares,
             steps,
+            over_nccl: name == OVER_NCCL,
         };
         Run::start(program, folder, &config, &plan, sizes)
     };
     let mut killed = Vec::new();
-    for (name, spares) in [("killed", 0), ("killed-with-a-spare", 1)] {
+    let over_nccl = sizes.nccl.is_ok().then_some((OVER_NCCL, 0));
+    for (name, spares) in [("killed", 0), ("killed-with-a-spare", 1)].into_iter().chain(over_nccl) {
         let mut run = start(name, sizes.ranks, spares, None)?;
         let times = kill_one(&mut run, sizes, spares)?;
         run.stop()?;
@@ -92,10 +100,22 @@ pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Result<Value, Chec
         trace.same_as(&one)?;
     }
     let [cold, warm] = [&killed[0].1, &killed[1].1];
+    let over_nccl = match (&sizes.nccl, killed.get(2)) {
+        (Ok(version), Some((_, times, _))) => {
+            let mut report = times.report(BOUNDS_MS[0]);
+            report["version"] = json!(version);
+            report
+        }
+        (absence, _) => json!(format!(
+            "not run: {}",
+            absence.as_ref().err().map_or("", String::as_str)
+        )),
+    };
     Ok(json!({
         "ranks": sizes.ranks, "steps_compared": steps, "data_plane": "sockets",
         "same_traces": ["one process", "several processes", "a rank killed", "a rank killed, with a spare"],
         "killed": cold.report(BOUNDS_MS[0]), "killed_with_a_spare": warm.report(BOUNDS_MS[1]),
+        "killed_over_nccl": over_nccl,
     }))
 }
 
@@ -205,6 +225,8 @@ struct RunPlan<'a> {
     spares: u32,
     /// Where it ends by itself.
     steps: Option<u64>,
+    /// Whether its ranks exchange over NCCL and nothing else.
+    over_nccl: bool,
 }
 
 /// A run as a process.
@@ -239,6 +261,9 @@ impl Run {
             .arg("--fresh");
         command.args(["--ranks", &plan.ranks.to_string()]);
         command.args(["--set", &format!("cluster.spares={}", plan.spares)]);
+        if plan.over_nccl {
+            command.args(["--set", "cluster.collective=nccl", "--set", "cluster.share_gpus=true"]);
+        }
         if let Some(visible) = &sizes.visible {
             command.env(VISIBLE_VARIABLE, visible);
         }
@@ -480,7 +505,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let sizes = Sizes {
             device: ClusterDevice::Cpu,
-            ..Sizes::standard()
+            ..Sizes::standard(Err("no library".to_owned()))
         };
         let refused = check(Path::new("/bin/false"), folder.path(), &sizes).expect_err("ends at once");
         assert!(refused.cause.contains("it ended with exit status: 1"), "{refused}");

@@ -8,8 +8,8 @@ use tarazed_domain::lanes::{LaneRange, LaneTree, Node, TreeFold};
 use tarazed_domain::layout::{ParameterLayout, ShardLayout};
 use tarazed_kernels::cuda::STAGING_BYTES;
 use tarazed_kernels::cuda::driver::GEMM_WORKSPACE_BYTES;
-use tarazed_kernels::cuda::table::norm_partials;
-use tarazed_kernels::{cpu, cuda};
+use tarazed_kernels::cuda::table::{head_gradient_elements, norm_partials};
+use tarazed_kernels::{Attention, cpu, cuda};
 use tarazed_model::logits_rows;
 
 /// Driver context, libraries and communicator buffers of one GPU, in bytes. Assumed, not computed.
@@ -172,7 +172,14 @@ fn gpu_terms(config: &Config, shares: &Shares) -> [Term; 3] {
     let (model, threads) = (&config.model, shares.threads);
     let tokens = config.batch.micro_batch_sequences as usize * model.context;
     let (partials, _) = norm_partials(tokens);
-    let sums = (partials * model.hidden).max(tokens * model.heads) as u64 * 4;
+    let of_heads = head_gradient_elements(&Attention {
+        sequences: config.batch.micro_batch_sequences as usize,
+        context: model.context,
+        heads: model.heads,
+        kv_heads: model.kv_heads,
+        head_dim: model.head_dim(),
+    });
+    let sums = (partials * model.hidden).max(tokens * model.heads) as u64 * 4 + of_heads as u64 * element_bytes(true);
     let workspace = GEMM_WORKSPACE_BYTES as u64;
     let streams = threads + 1;
     let (staging, n) = (STAGING_BYTES as u64, shares.parameters);

@@ -67,7 +67,7 @@ fn flops_agree_with_the_reported_utilisation() {
 
 #[test]
 fn the_7b_fits_h200_and_the_larger_ones_say_what_is_missing() {
-    for (hardware, ranks, lanes) in [("96xH200-141GB", 96, (1, 1)), ("64xH200-141GB", 64, (2, 1))] {
+    for (hardware, ranks, lanes) in [("96xH200-141GB", 96, (1, 1)), ("48xH200-141GB", 48, (2, 2))] {
         let small = plan(&shipped("aquila2-7b.toml"), &gpus(hardware)).expect("a plan");
         assert!(small.fits, "{}", render::text(&small));
         assert_eq!((small.ranks, small.lanes_per_rank), (ranks, lanes));
