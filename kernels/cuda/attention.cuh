@@ -29,8 +29,8 @@ template <> struct Tilings<32> {
 };
 template <> struct Tilings<64> {
     using Forward = Tiling<4, 128, 64>;
-    using Keys = Tiling<4, 128, 32>;
-    using Queries = Tiling<4, 128, 32>;
+    using Keys = Tiling<4, 128, 64>;
+    using Queries = Tiling<4, 128, 64>;
 };
 template <> struct Tilings<128> {
     using Forward = Tiling<4, 128, 64>;

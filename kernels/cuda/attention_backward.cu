@@ -31,50 +31,40 @@ KERNEL(attention_delta, 256, 1)(const bf16* out, const bf16* out_gradient, float
     if (token < context && chunk == 0) delta[shape.statistics(sequence, head) + token] = dot;
 }
 
-// scores = rows · columnsᵀ and slopes = slope_rows · slope_columnsᵀ, for a warp's own rows. Where groups multiply these are under
-// way only, one batch for each fragment.
-template <typename Own, u32 COLUMNS, u32 D>
-DEVICE void start_both(Accumulators<COLUMNS> (&scores)[Own::FRAGMENTS], Tile<D> rows, Tile<D> columns,
-                       Accumulators<COLUMNS> (&slopes)[Own::FRAGMENTS], Tile<D> slope_rows, Tile<D> slope_columns) {
-    constexpr u32 M = Own::FRAGMENTS;
-    if constexpr (Own::GROUPED) {
-        begin_products();
-#pragma unroll
-        for (u32 m = 0; m < M; ++m) {
-            const u32 row = Own::first() + m * Own::STEP;
-            start_transposed<COLUMNS, D>(scores[m], rows, row, columns);
-            start_transposed<COLUMNS, D>(slopes[m], slope_rows, row, slope_columns);
-            commit_products();
-        }
-    } else {
-        clear<M, COLUMNS>(scores);
-        multiply_transposed<M, COLUMNS, D>(scores, rows, Own::first(), columns);
-        clear<M, COLUMNS>(slopes);
-        multiply_transposed<M, COLUMNS, D>(slopes, slope_rows, Own::first(), slope_columns);
-    }
+// Rows of a passing tile that are multiplied at once, where each fragment of a warp has `sums` registers of sums: scores and slopes
+// of all fragments must fit beside these, and without groups fragments of the operands and their addresses, too.
+template <typename Own> DEVICE constexpr u32 part_of(u32 others, u32 sums) {
+    return Own::GROUPED && Own::FRAGMENTS * (sums + others) <= 192 ? others : 32;
 }
 
-// Waits for one fragment's, where each fragment before it has started one batch since: as many are under way as there are
-// fragments but this one.
-template <typename Own, u32 N> DEVICE void wait_for_both(float (&scores)[N][4], float (&slopes)[N][4]) {
-    if constexpr (Own::GROUPED) {
-        wait_for_products<Own::FRAGMENTS - 1>();
-        hold_in_place(scores);
-        hold_in_place(slopes);
-    }
+// scores = rows · columnsᵀ and slopes = slope_rows · slope_columnsᵀ, for a warp's own rows.
+template <typename Own, u32 COLUMNS, u32 D>
+DEVICE void multiply_both(Accumulators<COLUMNS> (&scores)[Own::FRAGMENTS], Tile<D> rows, Tile<D> columns,
+                          Accumulators<COLUMNS> (&slopes)[Own::FRAGMENTS], Tile<D> slope_rows, Tile<D> slope_columns) {
+    constexpr u32 M = Own::FRAGMENTS;
+    clear<M, COLUMNS>(scores);
+    multiply_transposed<M, COLUMNS, D>(scores, rows, Own::first(), columns);
+    clear<M, COLUMNS>(slopes);
+    multiply_transposed<M, COLUMNS, D>(slopes, slope_rows, Own::first(), slope_columns);
 }
 
 // A passing tile of queries with the gradients of their outputs and both statistics.
-template <u32 D, u32 QUERIES> struct QueryTile {
+template <u32 D> struct QueryTile {
     Tile<D> queries, slopes;
-    // Log-sum-exp in units of ln 2, then delta.
-    float* statistics;
+    // In units of ln 2.
+    float* log_sum_exp;
+    float* delta;
+
+    // The same from row `row` on.
+    DEVICE QueryTile from(u32 row) const {
+        return {{queries.panel(row)}, {slopes.panel(row)}, log_sum_exp + row, delta + row};
+    }
 };
 
 // Starts to load a tile of queries of one head, from token `query` on. A query that is not there has weight 2^(0 - inf) = 0
 // everywhere.
 template <u32 D, u32 QUERIES, u32 THREADS>
-DEVICE void load_queries(QueryTile<D, QUERIES> to, const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
+DEVICE void load_queries(QueryTile<D> to, const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp,
                          const float* delta, const AttentionShape& shape, u32 head, u32 query) {
     const u32 sequence = blockIdx.z;
     load_tile<D, QUERIES, THREADS>(to.queries, shape.queries(qkv, sequence, head), query, shape.context);
@@ -84,71 +74,76 @@ DEVICE void load_queries(QueryTile<D, QUERIES> to, const bf16* qkv, const bf16* 
     if (threadIdx.x < QUERIES) {
         const u64 at = shape.statistics(sequence, head) + token;
         const bool there = token < shape.context;
-        to.statistics[threadIdx.x] = there ? log_sum_exp[at] * LOG2_E : INFINITE;
-        to.statistics[QUERIES + threadIdx.x] = there ? delta[at] : 0.0f;
+        to.log_sum_exp[threadIdx.x] = there ? log_sum_exp[at] * LOG2_E : INFINITE;
+        to.delta[threadIdx.x] = there ? delta[at] : 0.0f;
     }
 }
 
 // From one fragment's scores and slopes, [keys, queries], to the weights P and their gradient dS, in place. `key` and `query` are
 // the first of the fragment's and of the tile's.
 template <u32 QUERIES>
-DEVICE void weigh_keys(Accumulators<QUERIES>& scores, Accumulators<QUERIES>& slopes, const float* statistics, u32 key,
-                       u32 query, bool masked, float scale_log2) {
+DEVICE void weigh_keys(Accumulators<QUERIES>& scores, Accumulators<QUERIES>& slopes, const float* log_sum_exp,
+                       const float* delta, u32 key, u32 query, bool masked, float scale_log2) {
     const u32 lane = lane_of_warp();
 #pragma unroll
     for (u32 n = 0; n < QUERIES / FRAGMENT_COLUMNS; ++n) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 row = key + i / 2 * 8 + lane / 4, column = n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
-            const float weight = exp2_fast(fused(scores[n][i], scale_log2, -statistics[column]));
+            const float weight = exp2_fast(fused(scores[n][i], scale_log2, -log_sum_exp[column]));
             scores[n][i] = masked && row > query + column ? 0.0f : weight;
-            slopes[n][i] = scores[n][i] * (slopes[n][i] - statistics[QUERIES + column]);
+            slopes[n][i] = scores[n][i] * (slopes[n][i] - delta[column]);
         }
     }
 }
 
-// One warp's share of one tile of queries, from query `query` on; `first_key` is the first of the block's.
-template <u32 D>
+// One warp's share of some queries, from query `query` on; `first_key` is the first of the block's.
+template <u32 D, u32 QUERIES>
 DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS],
                         Accumulators<D> (&value_sums)[Tilings<D>::Keys::FRAGMENTS], Tile<D> keys, Tile<D> values,
-                        QueryTile<D, Tilings<D>::Keys::OTHERS> tile, u32 first_key, u32 query, float scale_log2) {
-    using T = typename Tilings<D>::Keys;
-    using Own = Share<D, T>;
-    constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
+                        QueryTile<D> tile, u32 first_key, u32 query, float scale_log2) {
+    using Own = Share<D, typename Tilings<D>::Keys>;
+    constexpr u32 M = Own::FRAGMENTS;
     Accumulators<QUERIES> scores[M], slopes[M];
     Weights<QUERIES> weights[M], weight_slopes[M];
     const bool masked = first_key + Own::fragment(M - 1) + FRAGMENT_ROWS > query + 1;
-    start_both<Own, QUERIES, D>(scores, keys, tile.queries, slopes, values, tile.slopes);
-#pragma unroll
-    for (u32 m = 0; m < M; ++m) {
-        const u32 key = first_key + Own::fragment(m);
-        wait_for_both<Own>(scores[m], slopes[m]);
-        weigh_keys<QUERIES>(scores[m], slopes[m], tile.statistics, key, query, masked, scale_log2);
+    const auto weigh = [&](u32 m) {
+        weigh_keys<QUERIES>(scores[m], slopes[m], tile.log_sum_exp, tile.delta, first_key + Own::fragment(m), query, masked,
+                            scale_log2);
         round_weights<QUERIES>(scores[m], weights[m]);
         round_weights<QUERIES>(slopes[m], weight_slopes[m]);
-        if constexpr (Own::GROUPED) {
-            hold_in_place(value_sums[m]);
-            hold_in_place(key_sums[m]);
-            hold_in_place(weights[m]);
-            hold_in_place(weight_slopes[m]);
-            begin_products();
-            start_weights<QUERIES, D>(value_sums[m], weights[m], tile.slopes);
-            start_weights<QUERIES, D>(key_sums[m], weight_slopes[m], tile.queries);
-            commit_products();
-        }
-    }
+    };
     if constexpr (Own::GROUPED) {
-        wait_for_products<0>();
-#pragma unroll
-        for (u32 m = 0; m < M; ++m) {
+        const auto hold = [&](u32 m) {
             hold_in_place(value_sums[m]);
             hold_in_place(key_sums[m]);
             hold_in_place(weights[m]);
             hold_in_place(weight_slopes[m]);
-        }
+        };
+        overlap_products<M>(
+            [&](u32 m) {
+                const u32 row = Own::first() + m * Own::STEP;
+                start_transposed<QUERIES, D>(scores[m], keys, row, tile.queries);
+                start_transposed<QUERIES, D>(slopes[m], values, row, tile.slopes);
+            },
+            [&](u32 m) {
+                hold_in_place(scores[m]);
+                hold_in_place(slopes[m]);
+                weigh(m);
+                hold(m);
+            },
+            [&](u32 m) {
+                start_weights<QUERIES, D>(value_sums[m], weights[m], tile.slopes);
+                start_weights<QUERIES, D>(key_sums[m], weight_slopes[m], tile.queries);
+            });
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) hold(m);
     } else {
-        multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
+        multiply_both<Own, QUERIES, D>(scores, keys, tile.queries, slopes, values, tile.slopes);
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) weigh(m);
         multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
+        multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
     }
 }
 
@@ -159,16 +154,17 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
                            bf16* gradient, const AttentionShape& shape) {
     using T = typename Tilings<D>::Keys;
     using Own = Share<D, T>;
-    constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
+    constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS, PART = part_of<Own>(QUERIES, D);
     DYNAMIC_SHARED(dynamic);
     const Tile<D> keys = {dynamic};
     const Tile<D> values = {keys.memory + Tile<D>::bytes(T::OWN)};
     u8* passing = values.memory + Tile<D>::bytes(T::OWN);
     float* statistics = reinterpret_cast<float*>(passing + Tile<D>::bytes(4 * QUERIES));
     // Two, in turn: one arrives while the other is used.
-    const auto tile = [&](u32 index) -> QueryTile<D, QUERIES> {
+    const auto tile = [&](u32 index) -> QueryTile<D> {
         u8* from = dynamic + Tile<D>::bytes(2 * T::OWN) + (index % 2) * Tile<D>::bytes(2 * QUERIES);
-        return {{from}, {from + Tile<D>::bytes(QUERIES)}, statistics + (index % 2) * 2 * QUERIES};
+        float* numbers = statistics + (index % 2) * 2 * QUERIES;
+        return {{from}, {from + Tile<D>::bytes(QUERIES)}, numbers, numbers + QUERIES};
     };
 
     // The first keys are seen by most queries: they begin first, as they come.
@@ -192,8 +188,11 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         sync_block();
         if (query + QUERIES < shape.context) start(index + 1, query + QUERIES);
         copy_async_commit();
-        if (first_key + Own::first() < query + QUERIES) {
-            add_queries<D>(key_sums, value_sums, keys, values, tile(index), first_key, query, shape.scale * LOG2_E);
+#pragma unroll 1
+        for (u32 part = 0; part < QUERIES; part += PART) {
+            if (first_key + Own::first() >= query + part + PART) continue;
+            add_queries<D, PART>(key_sums, value_sums, keys, values, tile(index).from(part), first_key, query + part,
+                                         shape.scale * LOG2_E);
         }
     }
     float factors[M][2], ones[M][2];
@@ -271,40 +270,45 @@ DEVICE void weigh_queries(const Accumulators<KEYS>& scores, Accumulators<KEYS>& 
     }
 }
 
-// One warp's share of one tile of keys, from key `key` on; `first_query` is the first of the block's.
-template <u32 D>
+// One warp's share of some keys, from key `key` on; `first_query` is the first of the block's.
+template <u32 D, u32 KEYS>
 DEVICE void add_keys(Accumulators<D> (&sums)[Tilings<D>::Queries::FRAGMENTS],
                      const RowStatistics<Tilings<D>::Queries::FRAGMENTS>& rows, Tile<D> queries, Tile<D> out_slopes,
                      Tile<D> keys, Tile<D> values, u32 first_query, u32 key, float scale_log2) {
-    using T = typename Tilings<D>::Queries;
-    using Own = Share<D, T>;
-    constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
+    using Own = Share<D, typename Tilings<D>::Queries>;
+    constexpr u32 M = Own::FRAGMENTS;
     Accumulators<KEYS> scores[M], slopes[M];
     Weights<KEYS> weights[M];
-    start_both<Own, KEYS, D>(scores, queries, keys, slopes, out_slopes, values);
-#pragma unroll
-    for (u32 m = 0; m < M; ++m) {
+    const auto weigh = [&](u32 m) {
         const u32 query = first_query + Own::fragment(m);
-        wait_for_both<Own>(scores[m], slopes[m]);
         const bool masked = key + KEYS > query + 1;
         weigh_queries<KEYS>(scores[m], slopes[m], rows.log_sum_exp[m], rows.delta[m], query, key, masked, scale_log2);
         round_weights<KEYS>(slopes[m], weights[m]);
-        if constexpr (Own::GROUPED) {
-            hold_in_place(sums[m]);
-            hold_in_place(weights[m]);
-            begin_products();
-            start_weights<KEYS, D>(sums[m], weights[m], keys);
-            commit_products();
-        }
-    }
+    };
     if constexpr (Own::GROUPED) {
-        wait_for_products<0>();
-#pragma unroll
-        for (u32 m = 0; m < M; ++m) {
+        const auto hold = [&](u32 m) {
             hold_in_place(sums[m]);
             hold_in_place(weights[m]);
-        }
+        };
+        overlap_products<M>(
+            [&](u32 m) {
+                const u32 row = Own::first() + m * Own::STEP;
+                start_transposed<KEYS, D>(scores[m], queries, row, keys);
+                start_transposed<KEYS, D>(slopes[m], out_slopes, row, values);
+            },
+            [&](u32 m) {
+                hold_in_place(scores[m]);
+                hold_in_place(slopes[m]);
+                weigh(m);
+                hold(m);
+            },
+            [&](u32 m) { start_weights<KEYS, D>(sums[m], weights[m], keys); });
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) hold(m);
     } else {
+        multiply_both<Own, KEYS, D>(scores, queries, keys, slopes, out_slopes, values);
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) weigh(m);
         multiply_weights<M, KEYS, D>(sums, weights, keys);
     }
 }
@@ -315,7 +319,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
                               bf16* qkv_gradient, const AttentionShape& shape) {
     using T = typename Tilings<D>::Queries;
     using Own = Share<D, T>;
-    constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
+    constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS, PART = part_of<Own>(KEYS, D / 2);
     DYNAMIC_SHARED(dynamic);
     const Tile<D> queries = {dynamic};
     const Tile<D> out_slopes = {queries.memory + Tile<D>::bytes(T::OWN)};
@@ -345,9 +349,11 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
         sync_block();
         if (index + 1 < all) start(index + 1);
         copy_async_commit();
-        if (index * KEYS < first_query + Own::first() + Own::ROWS) {
-            add_keys<D>(sums, rows, queries, out_slopes, keys(index), values(index), first_query, index * KEYS,
-                        shape.scale * LOG2_E);
+#pragma unroll 1
+        for (u32 part = 0; part < KEYS; part += PART) {
+            if (index * KEYS + part >= first_query + Own::first() + Own::ROWS) break;
+            add_keys<D, PART>(sums, rows, queries, out_slopes, {keys(index).panel(part)}, {values(index).panel(part)},
+                                      first_query, index * KEYS + part, shape.scale * LOG2_E);
         }
     }
     float factors[M][2];

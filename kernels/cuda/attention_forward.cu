@@ -108,27 +108,17 @@ DEVICE void add_tile(Accumulators<D> (&sums)[T::FRAGMENTS], Running<T::FRAGMENTS
     Weights<KEYS> weights[M];
     if constexpr (Own::GROUPED) {
         static_assert(T::WARPS == Own::WARPS, "all warps see every tile");
-        begin_products();
-#pragma unroll
-        for (u32 m = 0; m < M; ++m) {
-            start_transposed<KEYS, D>(scores[m], queries, m * Own::STEP, keys);
-            commit_products();
-        }
-#pragma unroll
-        for (u32 m = 0; m < M; ++m) {
-            // Newer than this fragment's scores are those of the ones behind it, and the sums of the ones before it.
-            wait_for_products<M - 1>();
-            hold_in_place(scores[m]);
-            weigh<KEYS, D>(scores[m], weights[m], sums[m], running.largest[m], running.sum[m],
-                           first_query + Own::fragment(m), key, scale_log2);
-            if (m == 0) values_come();
-            hold_in_place(sums[m]);
-            hold_in_place(weights[m]);
-            begin_products();
-            start_weights<KEYS, D>(sums[m], weights[m], values);
-            commit_products();
-        }
-        wait_for_products<0>();
+        overlap_products<M>(
+            [&](u32 m) { start_transposed<KEYS, D>(scores[m], queries, m * Own::STEP, keys); },
+            [&](u32 m) {
+                hold_in_place(scores[m]);
+                weigh<KEYS, D>(scores[m], weights[m], sums[m], running.largest[m], running.sum[m],
+                               first_query + Own::fragment(m), key, scale_log2);
+                if (m == 0) values_come();
+                hold_in_place(sums[m]);
+                hold_in_place(weights[m]);
+            },
+            [&](u32 m) { start_weights<KEYS, D>(sums[m], weights[m], values); });
 #pragma unroll
         for (u32 m = 0; m < M; ++m) {
             hold_in_place(sums[m]);

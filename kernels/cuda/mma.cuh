@@ -211,6 +211,28 @@ DEVICE void start_weights(Accumulators<D>& c, const Weights<TERMS>& weights, Til
     }
 }
 
+// The order of a group's products for its row fragments, so that the tensor cores have work while weights are made. For each fragment,
+// `start` begins the products that `weigh` turns into weights, and `add` begins those of the weights.
+template <u32 FRAGMENTS, typename Start, typename Weigh, typename Add>
+DEVICE void overlap_products(Start start, Weigh weigh, Add add) {
+    begin_products();
+#pragma unroll
+    for (u32 m = 0; m < FRAGMENTS; ++m) {
+        start(m);
+        commit_products();
+    }
+#pragma unroll
+    for (u32 m = 0; m < FRAGMENTS; ++m) {
+        // Batches begun since this fragment's first: those of the fragments behind it, and the weights' of the ones before it.
+        wait_for_products<FRAGMENTS - 1>();
+        weigh(m);
+        begin_products();
+        add(m);
+        commit_products();
+    }
+    wait_for_products<0>();
+}
+
 // Rounds C tiles to A fragments.
 template <u32 COLUMNS> DEVICE void round_weights(const Accumulators<COLUMNS>& c, Weights<COLUMNS>& to) {
 #pragma unroll

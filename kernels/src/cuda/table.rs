@@ -677,8 +677,8 @@ pub const ATTENTION_TILES: [AttentionTiles; 3] = [
     AttentionTiles {
         head_dim: 64,
         forward: [4, 128, 64],
-        keys: [4, 128, 32],
-        queries: [4, 128, 32],
+        keys: [4, 128, 64],
+        queries: [4, 128, 64],
     },
     AttentionTiles {
         head_dim: 128,
