@@ -47,6 +47,14 @@ faults! {
     ALIGNMENT = "fault_alignment",
     BEYOND = "fault_beyond",
     UNKNOWN = "fault_that_there_is_not",
+    GROUP_NONE = "fault_group_none",
+    GROUP_UNPUBLISHED = "fault_group_unpublished",
+    GROUP_UNFENCED = "fault_group_unfenced",
+    GROUP_UNFINISHED = "fault_group_unfinished",
+    GROUP_WEIGHTS = "fault_group_weights",
+    GROUP_ONE_WARP = "fault_group_one_warp",
+    GROUP_BASE = "fault_group_base",
+    GROUP_EARLY = "fault_group_early",
 }
 
 fn driver() -> EmulatedDriver {
@@ -55,14 +63,23 @@ fn driver() -> EmulatedDriver {
 
 /// Runs one block; what it left, or what was wrong.
 fn run(driver: &EmulatedDriver, entry: &'static Entry) -> Result<Vec<f32>, DriverError> {
+    run_block(driver, entry, THREADS, SHARED_BYTES)
+}
+
+fn run_block(
+    driver: &EmulatedDriver,
+    entry: &'static Entry,
+    threads: u32,
+    shared_bytes: u32,
+) -> Result<Vec<f32>, DriverError> {
     let stream = driver.create_stream()?;
-    let bytes = THREADS as usize * size_of::<f32>();
+    let bytes = threads as usize * size_of::<f32>();
     let (out, host) = (driver.alloc(bytes)?, driver.alloc_pinned(bytes)?);
     let launch = Launch {
         entry,
         grid: [1, 1, 1],
-        block: [THREADS, 1, 1],
-        shared_bytes: SHARED_BYTES,
+        block: [threads, 1, 1],
+        shared_bytes,
     };
     let kernel = driver.load(entry)?;
     // SAFETY: both ranges have that many bytes, and are given back when the driver is.
@@ -70,7 +87,7 @@ fn run(driver: &EmulatedDriver, entry: &'static Entry) -> Result<Vec<f32>, Drive
         driver.set_bytes(stream, out, 0, bytes)?;
         driver.launch(stream, kernel, &launch, &[Value::Pointer(out.0)])?;
         driver.copy_to_host(stream, host.as_ptr(), out, bytes)?;
-        Ok(std::slice::from_raw_parts(host.as_ptr().cast::<f32>(), THREADS as usize).to_vec())
+        Ok(std::slice::from_raw_parts(host.as_ptr().cast::<f32>(), threads as usize).to_vec())
     }
 }
 
@@ -88,6 +105,31 @@ fn threads_that_do_not_meet_are_an_error() {
     ] {
         let error = run(&driver, entry).expect_err(entry.name).to_string();
         assert!(error.contains(expected) && error.contains(entry.name), "{error}");
+    }
+}
+
+/// Products of groups of warps: what PTX asks of who starts them.
+#[test]
+fn a_group_s_product_that_is_started_wrongly_is_an_error() {
+    let driver =
+        EmulatedDriver::hopper(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap_or_else(|error| panic!("{error}"));
+    let multiply = |entry| run_block(&driver, entry, 128, 64 * 64 * 2 + 1024);
+    for order in [0, 1, 2, 3] {
+        driver.set_order(order);
+        assert_eq!(multiply(&GROUP_NONE).unwrap(), [64.0; 128]);
+        // It is there behind the wait, and not before.
+        assert_eq!(multiply(&GROUP_EARLY).unwrap(), [0.0; 128]);
+        for (entry, expected) in [
+            (&GROUP_UNPUBLISHED, "was not published"),
+            (&GROUP_UNFENCED, "without a fence"),
+            (&GROUP_UNFINISHED, "products under way"),
+            (&GROUP_WEIGHTS, "changed before the wait"),
+            (&GROUP_ONE_WARP, "not all warps of a group"),
+            (&GROUP_BASE, "multiple of 1024 bytes"),
+        ] {
+            let error = multiply(entry).expect_err(entry.name).to_string();
+            assert!(error.contains(expected) && error.contains(entry.name), "{error}");
+        }
     }
 }
 

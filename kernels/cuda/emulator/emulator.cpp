@@ -616,6 +616,14 @@ const Kernel KERNELS[] = {
     ENTRY(faults, fault_alignment),
     ENTRY(faults, fault_beyond),
     ENTRY(faults, fault_banks),
+    ENTRY(faults, fault_group_none),
+    ENTRY(faults, fault_group_unpublished),
+    ENTRY(faults, fault_group_unfenced),
+    ENTRY(faults, fault_group_unfinished),
+    ENTRY(faults, fault_group_weights),
+    ENTRY(faults, fault_group_one_warp),
+    ENTRY(faults, fault_group_base),
+    ENTRY(faults, fault_group_early),
 };
 
 // Names the thread whose access faulted, then lets the fault take its course.

@@ -1,6 +1,6 @@
 // Kernels that are wrong on purpose, each in one way: what the emulator must notice. They are compiled for it alone.
 
-#include "../common.cuh"
+#include "../mma.cuh"
 
 // Only the first warp comes to the barrier.
 KERNEL(fault_missed_barrier, 1024, 1)(float* out) {
@@ -86,3 +86,51 @@ KERNEL(fault_banks, 1024, 1)(float* out) {
     load_matrices(rows, dynamic + lane_of_warp() % 8 * 128);
     out[threadIdx.x] = static_cast<float>(rows[0]);
 }
+
+// What follows multiplies in groups: 64 rows and 64 columns of 64 terms, all of them ones, in one tile.
+enum class Fault { None, Unpublished, Unfenced, Unfinished, Weights, OneWarp, Base, Early };
+
+template <Fault FAULT> DEVICE void multiply_wrongly(float* out) {
+    DYNAMIC_SHARED(dynamic);
+    const Tile<64> tile = {dynamic};
+    const u32 ones = pack_bf16(1.0f, 1.0f);
+    for (u32 piece = threadIdx.x; piece < 64 * 8; piece += blockDim.x) {
+        store_shared(tile.piece(piece / 8, piece % 8), u32x4{ones, ones, ones, ones});
+    }
+    if (FAULT != Fault::Unpublished) publish_to_products();
+    sync_block();
+    Accumulators<64> c[1];
+    clear<1, 64>(c);
+    Weights<64> weights;
+    for (u32 i = 0; i < 16; ++i) weights[i / 4][i % 4] = ones;
+    if (FAULT != Fault::Unfenced) begin_products();
+    if (FAULT == Fault::OneWarp && warp_of_block() == 3) return;
+    if (FAULT == Fault::Weights) {
+        start_weights<64, 64>(c[0], weights, tile);
+        commit_products();
+        weights[0][0] = 0;
+    } else {
+        start_transposed<64, 64>(c[0], tile, 0, {tile.memory + (FAULT == Fault::Base ? 128 : 0)});
+        commit_products();
+    }
+    if (FAULT == Fault::Unfinished) return;
+    if (FAULT == Fault::Early) out[threadIdx.x] = c[0][0][0];
+    wait_for_products<0>();
+    if (FAULT != Fault::Early) out[threadIdx.x] = c[0][0][0];
+}
+
+KERNEL(fault_group_none, 1024, 1)(float* out) { multiply_wrongly<Fault::None>(out); }
+// Multiplies what was stored and not published.
+KERNEL(fault_group_unpublished, 1024, 1)(float* out) { multiply_wrongly<Fault::Unpublished>(out); }
+// Multiplies without a fence for its registers.
+KERNEL(fault_group_unfenced, 1024, 1)(float* out) { multiply_wrongly<Fault::Unfenced>(out); }
+// Ends while a product is under way.
+KERNEL(fault_group_unfinished, 1024, 1)(float* out) { multiply_wrongly<Fault::Unfinished>(out); }
+// Changes a product's registers before the wait.
+KERNEL(fault_group_weights, 1024, 1)(float* out) { multiply_wrongly<Fault::Weights>(out); }
+// One warp of four stays away.
+KERNEL(fault_group_one_warp, 1024, 1)(float* out) { multiply_wrongly<Fault::OneWarp>(out); }
+// A tile that begins in the middle of the pattern.
+KERNEL(fault_group_base, 1024, 1)(float* out) { multiply_wrongly<Fault::Base>(out); }
+// Reads a result before the wait.
+KERNEL(fault_group_early, 1024, 1)(float* out) { multiply_wrongly<Fault::Early>(out); }
