@@ -31,6 +31,39 @@ KERNEL(attention_delta, 256, 1)(const bf16* out, const bf16* out_gradient, float
     if (token < context && chunk == 0) delta[shape.statistics(sequence, head) + token] = dot;
 }
 
+// scores = rows · columnsᵀ and slopes = slope_rows · slope_columnsᵀ, for a warp's own rows. Where groups multiply these are under
+// way only, one batch for each fragment.
+template <typename Own, u32 COLUMNS, u32 D>
+DEVICE void start_both(Accumulators<COLUMNS> (&scores)[Own::FRAGMENTS], Tile<D> rows, Tile<D> columns,
+                       Accumulators<COLUMNS> (&slopes)[Own::FRAGMENTS], Tile<D> slope_rows, Tile<D> slope_columns) {
+    constexpr u32 M = Own::FRAGMENTS;
+    if constexpr (Own::GROUPED) {
+        begin_products();
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) {
+            const u32 row = Own::first() + m * Own::STEP;
+            start_transposed<COLUMNS, D>(scores[m], rows, row, columns);
+            start_transposed<COLUMNS, D>(slopes[m], slope_rows, row, slope_columns);
+            commit_products();
+        }
+    } else {
+        clear<M, COLUMNS>(scores);
+        multiply_transposed<M, COLUMNS, D>(scores, rows, Own::first(), columns);
+        clear<M, COLUMNS>(slopes);
+        multiply_transposed<M, COLUMNS, D>(slopes, slope_rows, Own::first(), slope_columns);
+    }
+}
+
+// Waits for one fragment's, where each fragment before it has started one batch since: as many are under way as there are
+// fragments but this one.
+template <typename Own, u32 N> DEVICE void wait_for_both(float (&scores)[N][4], float (&slopes)[N][4]) {
+    if constexpr (Own::GROUPED) {
+        wait_for_products<Own::FRAGMENTS - 1>();
+        hold_in_place(scores);
+        hold_in_place(slopes);
+    }
+}
+
 // A passing tile of queries with the gradients of their outputs and both statistics.
 template <u32 D, u32 QUERIES> struct QueryTile {
     Tile<D> queries, slopes;
@@ -74,29 +107,49 @@ DEVICE void weigh_keys(Accumulators<QUERIES>& scores, Accumulators<QUERIES>& slo
     }
 }
 
-// One warp's share of one tile of queries.
+// One warp's share of one tile of queries, from query `query` on; `first_key` is the first of the block's.
 template <u32 D>
 DEVICE void add_queries(Accumulators<D> (&key_sums)[Tilings<D>::Keys::FRAGMENTS],
                         Accumulators<D> (&value_sums)[Tilings<D>::Keys::FRAGMENTS], Tile<D> keys, Tile<D> values,
-                        QueryTile<D, Tilings<D>::Keys::OTHERS> tile, u32 own, u32 key, u32 query, float scale_log2) {
+                        QueryTile<D, Tilings<D>::Keys::OTHERS> tile, u32 first_key, u32 query, float scale_log2) {
     using T = typename Tilings<D>::Keys;
+    using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
     Accumulators<QUERIES> scores[M], slopes[M];
-    clear<M, QUERIES>(scores);
-    multiply_transposed<M, QUERIES, D>(scores, keys, own, tile.queries);
-    clear<M, QUERIES>(slopes);
-    multiply_transposed<M, QUERIES, D>(slopes, values, own, tile.slopes);
-    const bool masked = key + T::WARP_OWN > query + 1;
     Weights<QUERIES> weights[M], weight_slopes[M];
+    const bool masked = first_key + Own::fragment(M - 1) + FRAGMENT_ROWS > query + 1;
+    start_both<Own, QUERIES, D>(scores, keys, tile.queries, slopes, values, tile.slopes);
 #pragma unroll
     for (u32 m = 0; m < M; ++m) {
-        const u32 first = key + m * FRAGMENT_ROWS;
-        weigh_keys<QUERIES>(scores[m], slopes[m], tile.statistics, first, query, masked, scale_log2);
+        const u32 key = first_key + Own::fragment(m);
+        wait_for_both<Own>(scores[m], slopes[m]);
+        weigh_keys<QUERIES>(scores[m], slopes[m], tile.statistics, key, query, masked, scale_log2);
         round_weights<QUERIES>(scores[m], weights[m]);
         round_weights<QUERIES>(slopes[m], weight_slopes[m]);
+        if constexpr (Own::GROUPED) {
+            hold_in_place(value_sums[m]);
+            hold_in_place(key_sums[m]);
+            hold_in_place(weights[m]);
+            hold_in_place(weight_slopes[m]);
+            begin_products();
+            start_weights<QUERIES, D>(value_sums[m], weights[m], tile.slopes);
+            start_weights<QUERIES, D>(key_sums[m], weight_slopes[m], tile.queries);
+            commit_products();
+        }
     }
-    multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
-    multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
+    if constexpr (Own::GROUPED) {
+        wait_for_products<0>();
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) {
+            hold_in_place(value_sums[m]);
+            hold_in_place(key_sums[m]);
+            hold_in_place(weights[m]);
+            hold_in_place(weight_slopes[m]);
+        }
+    } else {
+        multiply_weights<M, QUERIES, D>(key_sums, weight_slopes, tile.queries);
+        multiply_weights<M, QUERIES, D>(value_sums, weights, tile.slopes);
+    }
 }
 
 // Gradients of a block of keys and values, over all queries of one head that see them: to the columns of keys and values, or where
@@ -105,6 +158,7 @@ template <u32 D>
 DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
                            bf16* gradient, const AttentionShape& shape) {
     using T = typename Tilings<D>::Keys;
+    using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
     DYNAMIC_SHARED(dynamic);
     const Tile<D> keys = {dynamic};
@@ -113,33 +167,33 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
     float* statistics = reinterpret_cast<float*>(passing + Tile<D>::bytes(4 * QUERIES));
     // Two, in turn: one arrives while the other is used.
     const auto tile = [&](u32 index) -> QueryTile<D, QUERIES> {
-        u8* from = passing + (index % 2) * Tile<D>::bytes(2 * QUERIES);
+        u8* from = dynamic + Tile<D>::bytes(2 * T::OWN) + (index % 2) * Tile<D>::bytes(2 * QUERIES);
         return {{from}, {from + Tile<D>::bytes(QUERIES)}, statistics + (index % 2) * 2 * QUERIES};
     };
 
     // The first keys are seen by most queries: they begin first, as they come.
     const u32 first_key = blockIdx.x * T::OWN, head = blockIdx.y, kv_head = head / shape.group(), sequence = blockIdx.z;
-    const u32 own = warp_of_block() * T::WARP_OWN, key = first_key + own;
     const auto start = [&](u32 index, u32 query) {
         load_queries<D, QUERIES, T::THREADS>(tile(index), qkv, out_gradient, log_sum_exp, delta, shape, head, query);
     };
     load_tile<D, T::OWN, T::THREADS>(keys, shape.keys(qkv, sequence, kv_head), first_key, shape.context);
     load_tile<D, T::OWN, T::THREADS>(values, shape.values(qkv, sequence, kv_head), first_key, shape.context);
-    start(0, first_key);
+    start(first_key / QUERIES, first_key);
     copy_async_commit();
 
     Accumulators<D> key_sums[M], value_sums[M];
     clear<M, D>(key_sums);
     clear<M, D>(value_sums);
     // From the first query that sees one of these keys to the last.
-    for (u32 index = 0, query = first_key; query < shape.context; ++index, query += QUERIES) {
-        copy_async_wait<0>();
+    for (u32 query = first_key; query < shape.context; query += QUERIES) {
+        const u32 index = query / QUERIES;
+        finish_copies();
         // Everybody's part of this tile is here, and everybody is done with the one before, whose place is taken now.
         sync_block();
         if (query + QUERIES < shape.context) start(index + 1, query + QUERIES);
         copy_async_commit();
-        if (key < query + QUERIES) {
-            add_queries<D>(key_sums, value_sums, keys, values, tile(index), own, key, query, shape.scale * LOG2_E);
+        if (first_key + Own::first() < query + QUERIES) {
+            add_queries<D>(key_sums, value_sums, keys, values, tile(index), first_key, query, shape.scale * LOG2_E);
         }
     }
     float factors[M][2], ones[M][2];
@@ -149,7 +203,6 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         ones[m][0] = ones[m][1] = 1.0f;
     }
     const AttentionShape to = shape.group() == 1 ? shape : shape.of_key_heads(shape.heads);
-    using Own = Share<D, T, false>;
     store_rows<Own, D>(key_sums, factors, keys, to.keys(gradient, sequence, head), first_key, shape.context);
     store_rows<Own, D>(value_sums, ones, values, to.values(gradient, sequence, head), first_key, shape.context);
 }
@@ -182,14 +235,15 @@ template <u32 M> struct RowStatistics {
     float delta[M][2];
 };
 
-template <u32 M>
-DEVICE RowStatistics<M> load_statistics(const float* log_sum_exp, const float* delta, u64 from, u32 query, u32 context) {
-    RowStatistics<M> rows;
+template <typename Own>
+DEVICE RowStatistics<Own::FRAGMENTS> load_statistics(const float* log_sum_exp, const float* delta, u64 from, u32 query,
+                                                     u32 context) {
+    RowStatistics<Own::FRAGMENTS> rows;
 #pragma unroll
-    for (u32 m = 0; m < M; ++m) {
+    for (u32 m = 0; m < Own::FRAGMENTS; ++m) {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-            const u32 row = query + m * FRAGMENT_ROWS + half * 8 + lane_of_warp() / 4;
+            const u32 row = query + Own::fragment(m) + half * 8 + lane_of_warp() / 4;
             const bool there = row < context;
             rows.log_sum_exp[m][half] = there ? log_sum_exp[from + row] * LOG2_E : INFINITE;
             rows.delta[m][half] = there ? delta[from + row] : 0.0f;
@@ -198,37 +252,61 @@ DEVICE RowStatistics<M> load_statistics(const float* log_sum_exp, const float* d
     return rows;
 }
 
-// One warp's share of one tile of keys.
+// From one fragment's scores and slopes, [queries, keys], to the gradient dS of the weights, in the place of the slopes. `query` and
+// `key` are the first of the fragment's and of the tile's.
+template <u32 KEYS>
+DEVICE void weigh_queries(const Accumulators<KEYS>& scores, Accumulators<KEYS>& slopes, const float (&log_sum_exp)[2],
+                          const float (&delta)[2], u32 query, u32 key, bool masked, float scale_log2) {
+    const u32 lane = lane_of_warp();
+#pragma unroll
+    for (u32 n = 0; n < KEYS / FRAGMENT_COLUMNS; ++n) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 row = query + i / 2 * 8 + lane / 4;
+            const u32 column = key + n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
+            const float exponent = fused(scores[n][i], scale_log2, -log_sum_exp[i / 2]);
+            const float weight = masked && column > row ? 0.0f : exp2_fast(exponent);
+            slopes[n][i] = weight * (slopes[n][i] - delta[i / 2]);
+        }
+    }
+}
+
+// One warp's share of one tile of keys, from key `key` on; `first_query` is the first of the block's.
 template <u32 D>
 DEVICE void add_keys(Accumulators<D> (&sums)[Tilings<D>::Queries::FRAGMENTS],
                      const RowStatistics<Tilings<D>::Queries::FRAGMENTS>& rows, Tile<D> queries, Tile<D> out_slopes,
-                     Tile<D> keys, Tile<D> values, u32 own, u32 query, u32 key, float scale_log2) {
+                     Tile<D> keys, Tile<D> values, u32 first_query, u32 key, float scale_log2) {
     using T = typename Tilings<D>::Queries;
+    using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
-    const u32 lane = lane_of_warp();
     Accumulators<KEYS> scores[M], slopes[M];
-    clear<M, KEYS>(scores);
-    multiply_transposed<M, KEYS, D>(scores, queries, own, keys);
-    clear<M, KEYS>(slopes);
-    multiply_transposed<M, KEYS, D>(slopes, out_slopes, own, values);
-    const bool masked = key + KEYS > query + 1;
     Weights<KEYS> weights[M];
+    start_both<Own, KEYS, D>(scores, queries, keys, slopes, out_slopes, values);
 #pragma unroll
     for (u32 m = 0; m < M; ++m) {
-#pragma unroll
-        for (u32 n = 0; n < KEYS / FRAGMENT_COLUMNS; ++n) {
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const u32 row = query + m * FRAGMENT_ROWS + i / 2 * 8 + lane / 4;
-                const u32 column = key + n * FRAGMENT_COLUMNS + lane % 4 * 2 + i % 2;
-                const float exponent = fused(scores[m][n][i], scale_log2, -rows.log_sum_exp[m][i / 2]);
-                const float weight = masked && column > row ? 0.0f : exp2_fast(exponent);
-                slopes[m][n][i] = weight * (slopes[m][n][i] - rows.delta[m][i / 2]);
-            }
-        }
+        const u32 query = first_query + Own::fragment(m);
+        wait_for_both<Own>(scores[m], slopes[m]);
+        const bool masked = key + KEYS > query + 1;
+        weigh_queries<KEYS>(scores[m], slopes[m], rows.log_sum_exp[m], rows.delta[m], query, key, masked, scale_log2);
         round_weights<KEYS>(slopes[m], weights[m]);
+        if constexpr (Own::GROUPED) {
+            hold_in_place(sums[m]);
+            hold_in_place(weights[m]);
+            begin_products();
+            start_weights<KEYS, D>(sums[m], weights[m], keys);
+            commit_products();
+        }
     }
-    multiply_weights<M, KEYS, D>(sums, weights, keys);
+    if constexpr (Own::GROUPED) {
+        wait_for_products<0>();
+#pragma unroll
+        for (u32 m = 0; m < M; ++m) {
+            hold_in_place(sums[m]);
+            hold_in_place(weights[m]);
+        }
+    } else {
+        multiply_weights<M, KEYS, D>(sums, weights, keys);
+    }
 }
 
 // Gradients of a block of queries, over all keys that they see.
@@ -236,6 +314,7 @@ template <u32 D>
 DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
                               bf16* qkv_gradient, const AttentionShape& shape) {
     using T = typename Tilings<D>::Queries;
+    using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
     DYNAMIC_SHARED(dynamic);
     const Tile<D> queries = {dynamic};
@@ -246,7 +325,6 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
 
     const u32 first_query = (gridDim.x - 1 - blockIdx.x) * T::OWN;
     const u32 head = blockIdx.y, sequence = blockIdx.z, kv_head = head / shape.group();
-    const u32 own = warp_of_block() * T::WARP_OWN, query = first_query + own;
     const u32 seen = first_query + T::OWN < shape.context ? first_query + T::OWN : shape.context;
     const u32 all = (seen + KEYS - 1) / KEYS;
     const auto start = [&](u32 index) {
@@ -259,23 +337,23 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
     copy_async_commit();
 
     const RowStatistics<M> rows =
-        load_statistics<M>(log_sum_exp, delta, shape.statistics(sequence, head), query, shape.context);
+        load_statistics<Own>(log_sum_exp, delta, shape.statistics(sequence, head), first_query, shape.context);
     Accumulators<D> sums[M];
     clear<M, D>(sums);
     for (u32 index = 0; index < all; ++index) {
-        copy_async_wait<0>();
+        finish_copies();
         sync_block();
         if (index + 1 < all) start(index + 1);
         copy_async_commit();
-        if (index * KEYS < query + T::WARP_OWN) {
-            add_keys<D>(sums, rows, queries, out_slopes, keys(index), values(index), own, query, index * KEYS,
+        if (index * KEYS < first_query + Own::first() + Own::ROWS) {
+            add_keys<D>(sums, rows, queries, out_slopes, keys(index), values(index), first_query, index * KEYS,
                         shape.scale * LOG2_E);
         }
     }
     float factors[M][2];
 #pragma unroll
     for (u32 m = 0; m < M; ++m) factors[m][0] = factors[m][1] = shape.scale;
-    store_rows<Share<D, T, false>, D>(sums, factors, queries, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
+    store_rows<Own, D>(sums, factors, queries, shape.queries(qkv_gradient, sequence, head), first_query, shape.context);
 }
 
 KERNEL(attention_keys_32, 128, 2)(const bf16* qkv, const bf16* out_gradient, const float* log_sum_exp, const float* delta,
