@@ -160,7 +160,7 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
     using T = typename Tilings<D>::Keys;
     using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS;
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_TILES(dynamic);
     const Tile<D> keys = {dynamic};
     const Tile<D> values = {keys.memory + Tile<D>::bytes(T::OWN)};
     u8* passing = values.memory + Tile<D>::bytes(T::OWN);
@@ -316,7 +316,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
     using T = typename Tilings<D>::Queries;
     using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_TILES(dynamic);
     const Tile<D> queries = {dynamic};
     const Tile<D> out_slopes = {queries.memory + Tile<D>::bytes(T::OWN)};
     u8* passing = out_slopes.memory + Tile<D>::bytes(T::OWN);
