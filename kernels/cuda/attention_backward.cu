@@ -155,15 +155,15 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
     using T = typename Tilings<D>::Keys;
     using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, QUERIES = T::OTHERS, PART = part_of<Own>(QUERIES, D);
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_TILES(dynamic);
     const Tile<D> keys = {dynamic};
     const Tile<D> values = {keys.memory + Tile<D>::bytes(T::OWN)};
     u8* passing = values.memory + Tile<D>::bytes(T::OWN);
     float* statistics = reinterpret_cast<float*>(passing + Tile<D>::bytes(4 * QUERIES));
     // Two, in turn: one arrives while the other is used.
     const auto tile = [&](u32 index) -> QueryTile<D> {
-        u8* from = dynamic + Tile<D>::bytes(2 * T::OWN) + (index % 2) * Tile<D>::bytes(2 * QUERIES);
-        float* numbers = statistics + (index % 2) * 2 * QUERIES;
+        u8* from = passing + index % 2 * Tile<D>::bytes(2 * QUERIES);
+        float* numbers = statistics + index % 2 * (2 * QUERIES);
         return {{from}, {from + Tile<D>::bytes(QUERIES)}, numbers, numbers + QUERIES};
     };
 
@@ -192,7 +192,7 @@ DEVICE void attention_keys(const bf16* qkv, const bf16* out_gradient, const floa
         for (u32 part = 0; part < QUERIES; part += PART) {
             if (first_key + Own::first() >= query + part + PART) continue;
             add_queries<D, PART>(key_sums, value_sums, keys, values, tile(index).from(part), first_key, query + part,
-                                         shape.scale * LOG2_E);
+                                 shape.scale * LOG2_E);
         }
     }
     float factors[M][2], ones[M][2];
@@ -320,7 +320,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
     using T = typename Tilings<D>::Queries;
     using Own = Share<D, T>;
     constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS, PART = part_of<Own>(KEYS, D / 2);
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_TILES(dynamic);
     const Tile<D> queries = {dynamic};
     const Tile<D> out_slopes = {queries.memory + Tile<D>::bytes(T::OWN)};
     u8* passing = out_slopes.memory + Tile<D>::bytes(T::OWN);

@@ -144,7 +144,7 @@ template <u32 D>
 DEVICE void attention(const bf16* qkv, bf16* out, float* log_sum_exp, const AttentionShape& shape) {
     using T = typename Tilings<D>::Forward;
     constexpr u32 M = T::FRAGMENTS, KEYS = T::OTHERS;
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_TILES(dynamic);
     const Tile<D> queries = {dynamic};
     const Tile<D> values = {queries.memory + Tile<D>::bytes(T::OWN)};
     // Two, in turn: one arrives while the other is used.

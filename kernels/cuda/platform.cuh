@@ -17,8 +17,9 @@ typedef unsigned long long u64;
 // An entry point, the threads of its largest block, and the blocks that one multiprocessor must be able to hold.
 #define KERNEL(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 #define SHARED __shared__
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
 // Begins where the swizzled tiles that `multiply_group` reads may begin.
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
+#define DYNAMIC_TILES(name) extern __shared__ __align__(1024) u8 name[]
 
 // Whether this is for an architecture with products of groups of four warps (`wgmma`). Only `sm_90a` has them: neither the cards
 // before it nor those after it do.

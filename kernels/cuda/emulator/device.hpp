@@ -22,6 +22,7 @@ typedef unsigned long long u64;
 // All static shared memory lies in one section, so that it can be poisoned before each block.
 #define SHARED static __attribute__((section("emulated_shared")))
 #define DYNAMIC_SHARED(name) u8* const name = emulator::dynamic_shared()
+#define DYNAMIC_TILES(name) DYNAMIC_SHARED(name)
 
 // Sources are compiled twice: as for an architecture with products of groups of warps, and as for the others.
 #ifdef TARAZED_GROUP_PRODUCTS

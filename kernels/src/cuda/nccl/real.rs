@@ -1,7 +1,7 @@
 //! NCCL itself, loaded at run time. Nothing of it is needed to build, and its absence is an ordinary answer.
 //!
 //! The interface is C and small, so it is declared here: bindings that exist look for a library of another file name, and
-//! panic where a function is missing. **No call of this file has run against the library**: there was no GPU to run it on.
+//! panic where a function is missing. `tarazed gpu-check` runs it where the library is there.
 
 use super::*;
 use libloading::Library;

@@ -30,7 +30,7 @@ pub struct Args {
     /// Micro-batches of a timed step.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     bench_micro_batches: u32,
-    /// Timed steps of each side; as many before them do not count.
+    /// Timed steps of each side; three before them do not count.
     #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
     bench_rounds: u32,
 }
@@ -63,8 +63,8 @@ mod checks {
     use super::Args;
     use crate::exit::{Exit, Failure};
     use crate::gpu_check::{
-        CheckFailed, Extent, VISIBLE_VARIABLE, bench, check, conclude, determinism, keep, processes, timing,
-        visible_alone,
+        CheckFailed, Extent, PARTS, VISIBLE_VARIABLE, bench, conclude, describe, determinism, keep, plans, processes,
+        timing, visible_alone,
     };
     use crate::output::print;
     use serde_json::{Value, json};
@@ -96,17 +96,9 @@ mod checks {
         // Before anything that takes long: a report that cannot say what it is of is of no use.
         let build = build(Path::new(THIS_PROGRAM))?;
         let bench = bench_sizes(args)?;
-        let (mut report, mut failures) = check(&device, &extent);
-        more(args, &device, &bench, &mut report, &mut failures);
-        conclude(&mut report, &failures);
-        report["build_blake3"] = json!(build);
-        report["commit_of_the_working_directory"] = json!(commit());
-        report["version"] = json!(env!("CARGO_PKG_VERSION"));
-        let origins = device.driver().origins();
-        let cubins = origins.iter().map(|(source, origin)| format!("{source}: {origin:?}"));
-        report["cubins"] = json!(cubins.collect::<Vec<_>>());
+        let mut report = identity(&device, &build);
         let path = args.out.join(file_name(&device.facts().name, &build));
-        write(&path, &format!("{report:#}\n"))?;
+        let failures = run_all(args, &device, &extent, &bench, (&mut report, &path))?;
         if failures.is_empty() {
             print(&format!("every check passed; see {}\n", path.display()))?;
             return Ok(Exit::Done);
@@ -117,6 +109,73 @@ mod checks {
             texts.join("; "),
             format!("do not train on this device; the report is {}", path.display()),
         ))
+    }
+
+    /// What the report is of.
+    fn identity(device: &CudaDevice<RealDriver>, build: &str) -> Value {
+        let origins = device.driver().origins();
+        let cubins = origins.iter().map(|(source, origin)| format!("{source}: {origin:?}"));
+        json!({
+            "device": describe(device),
+            "build_blake3": build,
+            "commit_of_the_working_directory": commit(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "cubins": cubins.collect::<Vec<_>>(),
+        })
+    }
+
+    /// Every check, one after another. The report is written after each, so that one that is cut short is not lost.
+    fn run_all(
+        args: &Args,
+        device: &CudaDevice<RealDriver>,
+        extent: &Extent,
+        bench: &bench::Sizes,
+        (report, path): (&mut Value, &Path),
+    ) -> Result<Vec<CheckFailed>, Failure> {
+        let mut failures = Vec::new();
+        let save = |report: &mut Value, failures: &[CheckFailed], finished: bool| {
+            report["matrix_product_plans"] = plans(device);
+            conclude(report, failures, finished);
+            write(path, &format!("{report:#}\n"))
+        };
+        for part in PARTS {
+            keep(report, &mut failures, part.key(), part.run(device, extent));
+            save(report, &failures, false)?;
+        }
+        if !args.skip_processes {
+            keep(report, &mut failures, "processes", whole_runs(args));
+            save(report, &failures, false)?;
+        }
+        for config in &args.bench {
+            match bench::measure(device, bench, config) {
+                Ok(found) => append(report, "bench", found),
+                Err(failure) => failures.push(failure),
+            }
+            save(report, &failures, false)?;
+        }
+        save(report, &failures, true)?;
+        Ok(failures)
+    }
+
+    fn append(report: &mut Value, key: &str, found: Value) {
+        match report[key].as_array_mut() {
+            Some(list) => list.push(found),
+            None => report[key] = json!([found]),
+        }
+    }
+
+    fn whole_runs(args: &Args) -> Result<Value, CheckFailed> {
+        let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
+        let sizes = processes::Sizes {
+            visible: Some(visible(args)),
+            ..processes::Sizes::standard(nccl())
+        };
+        let found = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes);
+        if found.is_ok() {
+            // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
+            let _ = std::fs::remove_dir_all(&folder);
+        }
+        found
     }
 
     /// What to time; configs and script are looked at before anything that takes long.
@@ -143,39 +202,6 @@ mod checks {
     fn visible(args: &Args) -> String {
         let seen = std::env::var(VISIBLE_VARIABLE).ok();
         visible_alone(seen.as_deref(), args.device)
-    }
-
-    /// What follows the device's own checks.
-    fn more(
-        args: &Args,
-        device: &CudaDevice<RealDriver>,
-        bench: &bench::Sizes,
-        report: &mut Value,
-        failures: &mut Vec<CheckFailed>,
-    ) {
-        if !args.skip_processes {
-            let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
-            let sizes = processes::Sizes {
-                visible: Some(visible(args)),
-                ..processes::Sizes::standard(nccl())
-            };
-            let found = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes);
-            if found.is_ok() {
-                // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
-                let _ = std::fs::remove_dir_all(&folder);
-            }
-            keep(report, failures, "processes", found);
-        }
-        let mut timed = Vec::new();
-        for config in &args.bench {
-            match bench::measure(device, bench, config) {
-                Ok(found) => timed.push(found),
-                Err(failure) => failures.push(failure),
-            }
-        }
-        if !timed.is_empty() {
-            report["bench"] = json!(timed);
-        }
     }
 
     /// Version of the NCCL that ranks would load, or why they could not.

@@ -26,7 +26,7 @@ use tarazed_model::{Model, Workspace, flops, initialise, parameter_layout};
 pub struct Sizes {
     /// Micro-batches of a step.
     pub micro_batches: usize,
-    /// Steps that count, of each side; as many before them do not.
+    /// Steps that count, of each side; [`WARM_UP`] before them do not.
     pub rounds: usize,
     /// A Python with PyTorch, and the script.
     pub peer: Option<(PathBuf, PathBuf)>,
@@ -35,6 +35,8 @@ pub struct Sizes {
 }
 
 const CHECK: &str = "bench";
+/// Steps of each side that do not count: the first has algorithms to find and code to compile.
+const WARM_UP: usize = 3;
 /// By how much the two sides' first losses may differ, as a share: both begin from random weights of the same spread, and are
 /// near the logarithm of the vocabulary. More, and they are not the same model.
 const LOSS_SHARE_MAX: f64 = 0.02;
@@ -49,11 +51,13 @@ fn failed(cause: impl std::fmt::Display) -> CheckFailed {
 /// A config that does not load, the device's, a peer that breaks off or computes another model.
 pub fn measure<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) -> Result<Value, CheckFailed> {
     let config = Config::load(path, &[]).map_err(failed)?;
-    let mut ours = Ours::new(device, &config, sizes.micro_batches)?;
+    // The peer compiles at its first step, which takes long: it does so while our own model is made.
     let mut peer = match &sizes.peer {
         None => None,
         Some((python, script)) => Some(Peer::start(python, script, path, sizes)?),
     };
+    let mut ours = Ours::new(device, &config, sizes.micro_batches)?;
+    let first_of_theirs = peer.as_mut().map(Peer::first).transpose()?;
     if let Some(peer) = &peer {
         let parameters = ours.layout.parameter_count() as u64;
         if (peer.ready.parameters, peer.ready.tokens_per_step) != (parameters, ours.tokens_per_step as u64) {
@@ -66,13 +70,12 @@ pub fn measure<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) ->
         }
     }
     let (mut our_ms, mut their_ms) = (Vec::new(), Vec::new());
-    for round in 0..2 * sizes.rounds {
-        let (ms, loss) = ours.step()?;
+    let (_, first_of_ours) = ours.step()?;
+    compare_losses(first_of_ours, first_of_theirs.map(|theirs| theirs.loss))?;
+    for round in 1..WARM_UP + sizes.rounds {
+        let (ms, _) = ours.step()?;
         let theirs = peer.as_mut().map(Peer::step).transpose()?;
-        if round == 0 {
-            compare_losses(loss, theirs.as_ref().map(|theirs| theirs.loss))?;
-        }
-        if round >= sizes.rounds {
+        if round >= WARM_UP {
             our_ms.push(ms);
             their_ms.extend(theirs.map(|theirs| theirs.seconds * 1e3));
         }
@@ -327,19 +330,29 @@ impl Peer {
             answers: BufReader::new(out),
             ready,
         };
-        peer.ready = peer.answer()?;
+        peer.ask()?;
         Ok(peer)
     }
 
-    fn step(&mut self) -> Result<Step, CheckFailed> {
-        let gone = |e: std::io::Error| failed(format!("the peer is gone: {e}"));
-        if let Some(commands) = &mut self.commands {
-            commands
-                .write_all(b"step\n")
-                .and_then(|()| commands.flush())
-                .map_err(gone)?;
-        }
+    /// What it says of itself, and its first step, which it was asked for when it began.
+    fn first(&mut self) -> Result<Step, CheckFailed> {
+        self.ready = self.answer()?;
         self.answer()
+    }
+
+    fn step(&mut self) -> Result<Step, CheckFailed> {
+        self.ask()?;
+        self.answer()
+    }
+
+    /// Asks for a step.
+    fn ask(&mut self) -> Result<(), CheckFailed> {
+        let gone = |e: std::io::Error| failed(format!("the peer is gone: {e}"));
+        let Some(commands) = &mut self.commands else {
+            return Ok(());
+        };
+        let written = commands.write_all(b"step\n").and_then(|()| commands.flush());
+        written.map_err(gone)
     }
 
     fn answer<T: for<'de> Deserialize<'de>>(&mut self) -> Result<T, CheckFailed> {

@@ -59,28 +59,53 @@ pub struct Extent {
     pub timing: timing::Sizes,
 }
 
-/// Checks a device. Returns the report, and what failed.
-pub fn check<D: Driver>(device: &CudaDevice<D>, extent: &Extent) -> (Value, Vec<CheckFailed>) {
-    let facts = device.facts();
-    let mut report = json!({
-        "device": {
-            "type": device.device_type(), "name": facts.name,
-            "compute_capability": format!("{}.{}", facts.capability.0, facts.capability.1),
-            "multiprocessors": facts.multiprocessors, "memory_bytes": facts.memory_bytes,
-            "driver_version": facts.driver_version,
-        },
-    });
-    let mut failures = Vec::new();
-    let parts = [
-        ("conformance", conform(device, &extent.seeds)),
-        ("determinism", determinism::check(device, &extent.determinism)),
-        ("timings", timing::measure(device, &extent.timing)),
-    ];
-    for (key, part) in parts {
-        keep(&mut report, &mut failures, key, part);
+/// The checks of a device itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// Each kernel against its oracle.
+    Conformance,
+    /// The same bits again.
+    Determinism,
+    /// How long things take.
+    Timings,
+}
+
+/// In their order.
+pub const PARTS: [Part; 3] = [Part::Conformance, Part::Determinism, Part::Timings];
+
+impl Part {
+    /// Its key in the report.
+    #[must_use]
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Conformance => "conformance",
+            Self::Determinism => "determinism",
+            Self::Timings => "timings",
+        }
     }
-    report["matrix_product_plans"] = plans(device);
-    (report, failures)
+
+    /// What it finds.
+    ///
+    /// # Errors
+    /// What it does not pass.
+    pub fn run<D: Driver>(self, device: &CudaDevice<D>, extent: &Extent) -> Result<Value, CheckFailed> {
+        match self {
+            Self::Conformance => conform(device, &extent.seeds),
+            Self::Determinism => determinism::check(device, &extent.determinism),
+            Self::Timings => timing::measure(device, &extent.timing),
+        }
+    }
+}
+
+/// Which device it is.
+pub fn describe<D: Driver>(device: &CudaDevice<D>) -> Value {
+    let facts = device.facts();
+    json!({
+        "type": device.device_type(), "name": facts.name,
+        "compute_capability": format!("{}.{}", facts.capability.0, facts.capability.1),
+        "multiprocessors": facts.multiprocessors, "memory_bytes": facts.memory_bytes,
+        "driver_version": facts.driver_version,
+    })
 }
 
 /// Puts what a check found into the report, or its failure to the others.
@@ -91,9 +116,10 @@ pub fn keep(report: &mut Value, failures: &mut Vec<CheckFailed>, key: &str, foun
     }
 }
 
-/// The report's last words: whether all passed, and what did not.
-pub fn conclude(report: &mut Value, failures: &[CheckFailed]) {
-    report["passed"] = json!(failures.is_empty());
+/// The report's last words: whether all passed, once all have run, and what did not.
+pub fn conclude(report: &mut Value, failures: &[CheckFailed], finished: bool) {
+    report["finished"] = json!(finished);
+    report["passed"] = json!(finished && failures.is_empty());
     if !failures.is_empty() {
         report["failures"] = json!(failures.iter().map(ToString::to_string).collect::<Vec<_>>());
     }
@@ -114,7 +140,7 @@ fn conform<D: Driver>(device: &CudaDevice<D>, seeds: &[u64]) -> Result<Value, Ch
 }
 
 /// The matrix products planned so far.
-fn plans<D: Driver>(device: &CudaDevice<D>) -> Value {
+pub fn plans<D: Driver>(device: &CudaDevice<D>) -> Value {
     let plans: Vec<Value> = device
         .plans()
         .iter()
@@ -141,6 +167,14 @@ mod tests {
         }
     }
 
+    fn check(device: &CudaDevice<RecordingDriver>) -> (Value, Vec<CheckFailed>) {
+        let (mut report, mut failures) = (json!({}), Vec::new());
+        for part in PARTS {
+            keep(&mut report, &mut failures, part.key(), part.run(device, &extent()));
+        }
+        (report, failures)
+    }
+
     #[test]
     fn another_process_sees_the_device_that_is_checked() {
         assert_eq!(visible_alone(None, 2), "2");
@@ -153,7 +187,7 @@ mod tests {
     #[test]
     fn a_device_that_computes_nothing_does_not_pass() {
         let device = CudaDevice::new(RecordingDriver::new()).expect("a device");
-        let (mut report, failures) = check(&device, &extent());
+        let (mut report, failures) = check(&device);
         assert_eq!(failures[0].check, "conformance");
         for kernel in ["gemm", "norm", "attention", "swiglu", "adamw"] {
             assert!(failures[0].cause.contains(kernel), "{}", failures[0]);
@@ -162,10 +196,20 @@ mod tests {
             report["conformance"].is_null() && report["timings"].is_array(),
             "{report}"
         );
-        conclude(&mut report, &failures);
+        conclude(&mut report, &failures, true);
         assert_eq!(report["passed"], json!(false));
         assert_eq!(report["failures"].as_array().map(Vec::len), Some(failures.len()));
-        assert_eq!(report["device"]["name"], json!("recorder"));
+        assert_eq!(describe(&device)["name"], json!("recorder"));
+    }
+
+    /// A report that was cut short does not say that all passed.
+    #[test]
+    fn only_a_finished_report_passes() {
+        let mut report = json!({});
+        conclude(&mut report, &[], false);
+        assert_eq!((&report["finished"], &report["passed"]), (&json!(false), &json!(false)));
+        conclude(&mut report, &[], true);
+        assert_eq!((&report["finished"], &report["passed"]), (&json!(true), &json!(true)));
     }
 
     #[test]
@@ -174,7 +218,7 @@ mod tests {
         let device = CudaDevice::new(recorder.clone()).expect("a device");
         // In the midst of the first check, before its result is looked at.
         recorder.fail(recorder.asked().len() + 3, Severity::Sticky);
-        let (report, failures) = check(&device, &extent());
+        let (report, failures) = check(&device);
         assert!(
             failures
                 .iter()

@@ -14,7 +14,7 @@ pub fn advise(config: &Config, plan: &Plan) -> Vec<String> {
     if matches!(plan.hardware, Hardware::Gpu { .. }) {
         advice.extend(misaligned(config));
         advice.push(
-            "times on GPUs are assumptions: this version's CUDA device has not been timed, and its exchanges go through host memory"
+            "times on GPUs are assumptions: one H100 has been timed alone (docs/BENCHMARKS.md), exchanges between GPUs never"
                 .to_owned(),
         );
     }
