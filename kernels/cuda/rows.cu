@@ -1,6 +1,6 @@
 // Kernels that sum over rows or blocks: RMSNorm, cross-entropy, sums of squares.
 //
-// How a sum is cut follows from the row's width alone (DET-2): thread t of T has chunks t, t + T, ..., sums them in order, and
+// How a sum is cut follows from the shape alone (DET-2): thread t of T has chunks t, t + T, ... of a row, sums them in order, and
 // the threads' sums meet in a fixed tree. `kernels/src/cuda/table.rs` says what each kernel takes and how it is launched.
 
 #include "common.cuh"
@@ -46,6 +46,168 @@ KERNEL(rms_norm, 1024, 1)(const bf16* x, const bf16* branch, bf16* sum, const bf
         store_chunk(y + row + chunk * CHUNK, length, factors);
     }
     if (threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
+}
+
+// Chunks that a thread of rms_norm_backward has under way: one of each of four rows, or two of each of two where rows are long.
+constexpr u32 NORM_CHUNKS = 4;
+
+// What a block needs to know to go through rows of a norm's gradient.
+struct NormRows {
+    const bf16* x;
+    const float* inverse_rms;
+    const bf16* weight;
+    const bf16* y_gradient;
+    bf16* x_gradient;
+    u32 width;
+    float inverse_width;
+};
+
+// The weights of this thread's chunk `column`, which come from the cache each time.
+template <bool WHOLE> DEVICE void norm_weight(const NormRows& all, u32 column, float (&to)[CHUNK]) {
+    const u32 chunk = column * blockDim.x + threadIdx.x;
+    u32x4 words = {};
+    if (chunk < chunks_of(all.width)) {
+        words = load_words<WHOLE>(all.weight + chunk * CHUNK, chunk_length(all.width, chunk));
+    }
+    hide(words);
+    unpack(words, to);
+}
+
+// Several sums at once, each the very sum that block_sum makes.
+template <u32 COUNT> DEVICE void block_sums(float (&values)[COUNT], float (&scratch)[NORM_CHUNKS][WARP]) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+        values[i] = warp_sum(values[i]);
+        if (lane_of_warp() == 0) scratch[i][warp_of_block()] = values[i];
+    }
+    sync_block();
+    const bool there = lane_of_warp() < blockDim.x / WARP;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) values[i] = warp_sum(there ? scratch[i][lane_of_warp()] : 0.0f);
+}
+
+// A few rows' gradients, each element read once and kept as it was read; `sums` takes their shares of the weight's gradient, in the
+// rows' order. Thread t of T has chunks t and t + T. How many rows go together decides no bit.
+template <u32 ROWS, u32 COLUMNS, bool WHOLE>
+DEVICE void norm_rows(const NormRows& all, u32 row, float (&sums)[COLUMNS][CHUNK],
+                      float (&scratch)[NORM_CHUNKS][WARP]) {
+    const u32 chunks = chunks_of(all.width);
+    u32x4 x[ROWS][COLUMNS] = {}, dy[ROWS][COLUMNS] = {}, dx[ROWS][COLUMNS] = {};
+    float inverse[ROWS], dot[ROWS] = {};
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) {
+        inverse[r] = all.inverse_rms[row + r];
+#pragma unroll
+        for (u32 c = 0; c < COLUMNS; ++c) {
+            const u32 chunk = c * blockDim.x + threadIdx.x;
+            if (chunk >= chunks) continue;
+            const u64 at = static_cast<u64>(row + r) * all.width + chunk * CHUNK;
+            const u32 length = chunk_length(all.width, chunk);
+            x[r][c] = load_words<WHOLE>(all.x + at, length);
+            dy[r][c] = load_words<WHOLE>(all.y_gradient + at, length);
+        }
+    }
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        float factor[CHUNK];
+        norm_weight<WHOLE>(all, c, factor);
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            float normal[CHUNK], slope[CHUNK];
+            unpack(x[r][c], normal);
+            unpack(dy[r][c], slope);
+#pragma unroll
+            for (u32 i = 0; i < CHUNK; ++i) {
+                normal[i] *= inverse[r];
+                dot[r] = fused(slope[i] * factor[i], normal[i], dot[r]);
+                sums[c][i] = fused(slope[i], normal[i], sums[c][i]);
+            }
+        }
+    }
+    // Before the barrier, so that they arrive behind it; where they are not aligned, when they are needed.
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        const u32 chunk = c * blockDim.x + threadIdx.x;
+        if (!WHOLE || chunk >= chunks) continue;
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            const u64 at = static_cast<u64>(row + r) * all.width + chunk * CHUNK;
+            dx[r][c] = load_words<WHOLE>(all.x_gradient + at, CHUNK);
+        }
+    }
+    block_sums(dot, scratch);
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) dot[r] *= all.inverse_width;
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        const u32 chunk = c * blockDim.x + threadIdx.x;
+        if (chunk >= chunks) continue;
+        float factor[CHUNK];
+        norm_weight<WHOLE>(all, c, factor);
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            hide(x[r][c]);
+            hide(dy[r][c]);
+            hide(dx[r][c]);
+            const u64 at = static_cast<u64>(row + r) * all.width + chunk * CHUNK;
+            const u32 length = chunk_length(all.width, chunk);
+            float normal[CHUNK], slope[CHUNK], to[CHUNK];
+            unpack(x[r][c], normal);
+            unpack(dy[r][c], slope);
+            unpack(WHOLE ? dx[r][c] : load_words<WHOLE>(all.x_gradient + at, length), to);
+#pragma unroll
+            for (u32 i = 0; i < CHUNK; ++i) {
+                const float change = fused(-(normal[i] * inverse[r]), dot[r], slope[i] * factor[i]);
+                to[i] = fused(change, inverse[r], to[i]);
+            }
+            if (WHOLE) {
+                store_words(all.x_gradient + at, pack(to));
+            } else {
+                store_chunk(all.x_gradient + at, length, to);
+            }
+        }
+    }
+}
+
+// One block's run of rows, in their order. Its weight gradient grows in registers: a thread's columns are its own.
+template <u32 COLUMNS>
+DEVICE void norm_run(const NormRows& all, float* partial, u32 first, u32 end, float (&scratch)[2][NORM_CHUNKS][WARP]) {
+    constexpr u32 ROWS = NORM_CHUNKS / COLUMNS;
+    const u32 chunks = chunks_of(all.width);
+    float sums[COLUMNS][CHUNK] = {};
+    const bool whole = all.width % CHUNK == 0 && is_aligned(all.x) && is_aligned(all.weight) &&
+                       is_aligned(all.y_gradient) && is_aligned(all.x_gradient);
+    // Two halves of the scratch, in turn: one barrier for each step is then enough.
+    u32 row = first, turn = 0;
+    for (; whole && end - row >= ROWS; row += ROWS, turn ^= 1) {
+        norm_rows<ROWS, COLUMNS, true>(all, row, sums, scratch[turn]);
+    }
+    for (; row < end; ++row, turn ^= 1) {
+        norm_rows<1, COLUMNS, false>(all, row, sums, scratch[turn]);
+    }
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        const u32 chunk = c * blockDim.x + threadIdx.x;
+        if (chunk < chunks) store_chunk(partial + chunk * CHUNK, chunk_length(all.width, chunk), sums[c]);
+    }
+}
+
+// One block of threads for each run of rows. What limits it is how much is under way: each thread has twelve loads, and where rows
+// are short, several blocks share a multiprocessor, so that some load while others wait at the barrier.
+KERNEL(rms_norm_backward, 512, 1)(const bf16* x, const float* inverse_rms, const bf16* weight, const bf16* y_gradient,
+                                  bf16* x_gradient, float* partials, u32 rows, u32 rows_per_partial, u32 width) {
+    SHARED float scratch[2][NORM_CHUNKS][WARP];
+    const u32 first = blockIdx.x * rows_per_partial;
+    const u32 end = rows - first < rows_per_partial ? rows : first + rows_per_partial;
+    float* partial = partials + static_cast<u64>(blockIdx.x) * width;
+    const float inverse_width = 1.0f / static_cast<float>(width);
+    const NormRows all = {x, inverse_rms, weight, y_gradient, x_gradient, width, inverse_width};
+    const u32 columns = (chunks_of(width) + blockDim.x - 1) / blockDim.x;
+    if (columns == 1) {
+        norm_run<1>(all, partial, first, end, scratch);
+    } else {
+        norm_run<2>(all, partial, first, end, scratch);
+    }
 }
 
 // The sums of a chunk's columns in shared memory: all first quads, then all second ones, so that a warp's accesses meet every bank
@@ -109,9 +271,11 @@ DEVICE void norm_row_gradient(const bf16* x, const bf16* weight, const bf16* dy,
     }
 }
 
-// One block of threads for each run of rows, which it goes through in order. The run's weight gradient grows in shared memory.
-KERNEL(rms_norm_backward, 1024, 1)(const bf16* x, const float* inverse_rms, const bf16* weight, const bf16* y_gradient,
-                                   bf16* x_gradient, float* partials, u32 rows, u32 rows_per_partial, u32 width) {
+// As rms_norm_backward, for rows that do not fit its registers: one row at a time, and the run's weight gradient grows in shared
+// memory.
+KERNEL(rms_norm_backward_wide, 1024, 1)(const bf16* x, const float* inverse_rms, const bf16* weight,
+                                        const bf16* y_gradient, bf16* x_gradient, float* partials, u32 rows,
+                                        u32 rows_per_partial, u32 width) {
     DYNAMIC_SHARED(dynamic);
     // Two, in turn: one barrier for each row is then enough.
     SHARED float scratch[2][WARP];
@@ -137,23 +301,28 @@ KERNEL(rms_norm_backward, 1024, 1)(const bf16* x, const float* inverse_rms, cons
     }
 }
 
-// Strands that a column's partials are summed in.
-constexpr u32 STRANDS = 8;
+// Columns that a block sums: a sector of memory. And strands that it sums each of them in: a thread for each.
+constexpr u32 SECTOR = 8;
+constexpr u32 STRANDS = 64;
 
-// Column c of 32 belongs to lane c; warp w sums partials w, w + 8, ... in order, and the eight sums are added in order.
-KERNEL(rms_norm_weight_gradient, 256, 1)(const float* partials, float* weight_gradient, u32 partial_count, u32 width) {
-    SHARED float strands[STRANDS][WARP];
-    const u32 lane = lane_of_warp(), strand = warp_of_block(), column = blockIdx.x * WARP + lane;
+// Strand s sums partials s, s + 64, ... in order; a warp's four strands of a column meet in a tree, the warps' sums in order.
+KERNEL(rms_norm_weight_gradient, 512, 1)(const float* partials, float* weight_gradient, u32 partial_count, u32 width) {
+    constexpr u32 WARPS = STRANDS * SECTOR / WARP;
+    SHARED float scratch[WARPS][SECTOR];
+    const u32 own = threadIdx.x % SECTOR, column = blockIdx.x * SECTOR + own;
     float sum = 0.0f;
     if (column < width) {
-        for (u32 partial = strand; partial < partial_count; partial += STRANDS) {
+#pragma unroll 8
+        for (u32 partial = threadIdx.x / SECTOR; partial < partial_count; partial += STRANDS) {
             sum += partials[static_cast<u64>(partial) * width + column];
         }
     }
-    strands[strand][lane] = sum;
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes >= SECTOR; lanes /= 2) sum += shuffle_xor(sum, lanes);
+    if (lane_of_warp() < SECTOR) scratch[warp_of_block()][own] = sum;
     sync_block();
-    if (strand != 0 || column >= width) return;
-    for (u32 other = 1; other < STRANDS; ++other) sum += strands[other][lane];
+    if (threadIdx.x >= SECTOR || column >= width) return;
+    for (u32 warp = 1; warp < WARPS; ++warp) sum += scratch[warp][own];
     weight_gradient[column] += sum;
 }
 

@@ -128,7 +128,8 @@ fn exact(values: &[f64]) -> Vec<f32> {
 fn everything(device: &CudaDevice<EmulatedDriver>, offset: usize, seed: u64) -> Vec<(&'static str, Vec<u32>)> {
     let mut lab = Lab::new(device.clone(), seed, offset);
     let mut made = Vec::new();
-    norm_and_loss(&mut lab, &mut made);
+    norms(&mut lab, &mut made);
+    losses_and_embedding(&mut lab, &mut made);
     attention(&mut lab, &mut made);
     optimizer(&mut lab, &mut made);
     made
@@ -137,39 +138,43 @@ fn everything(device: &CudaDevice<EmulatedDriver>, offset: usize, seed: u64) -> 
 type Made = Vec<(&'static str, Vec<u32>)>;
 type EmulatedLab = Lab<CudaDevice<EmulatedDriver>>;
 
-fn norm_and_loss(lab: &mut EmulatedLab, made: &mut Made) {
-    let call = Norm {
-        rows: 43,
-        width: 1336,
-        eps: 1e-5,
-    };
-    let len = call.rows * call.width;
-    let (x, weight, dy) = (
-        lab.random(len, Working),
-        lab.random(call.width, Working),
-        lab.random(len, Working),
-    );
-    let (mut y, mut inverse) = (lab.poisoned(len, Working), lab.poisoned(call.rows, Full));
-    let (mut dx, mut dw) = (lab.random(len, Working), lab.random(call.width, Full));
-    let device = lab.device.clone();
-    let s = &mut lab.stream;
-    let to = (y.view_mut(), inverse.view_mut());
-    device
-        .rms_norm(s, &call, x.view(), None, weight.view(), to.0, to.1)
-        .unwrap();
-    let from = (x.view(), inverse.view(), weight.view(), dy.view());
-    device
-        .rms_norm_backward(s, &call, from.0, from.1, from.2, from.3, dx.view_mut(), dw.view_mut())
-        .unwrap();
-    for (name, tensor) in [
-        ("norm", &y),
-        ("inverse rms", &inverse),
-        ("norm gradient", &dx),
-        ("norm weight gradient", &dw),
-    ] {
-        made.push((name, lab.bits(tensor)));
-    }
+/// Widths of rows whose norm's gradient has one chunk for each thread, two, and many; and rows for several steps of a run.
+const NORM_SHAPES: [(usize, usize); 4] = [(43, 1336), (9, 2064), (5, 8216), (1100, 64)];
 
+fn norms(lab: &mut EmulatedLab, made: &mut Made) {
+    for (rows, width) in NORM_SHAPES {
+        let call = Norm { rows, width, eps: 1e-5 };
+        let len = call.rows * call.width;
+        let (x, weight, dy) = (
+            lab.random(len, Working),
+            lab.random(call.width, Working),
+            lab.random(len, Working),
+        );
+        let (mut y, mut inverse) = (lab.poisoned(len, Working), lab.poisoned(call.rows, Full));
+        let (mut dx, mut dw) = (lab.random(len, Working), lab.random(call.width, Full));
+        let device = lab.device.clone();
+        let s = &mut lab.stream;
+        let to = (y.view_mut(), inverse.view_mut());
+        device
+            .rms_norm(s, &call, x.view(), None, weight.view(), to.0, to.1)
+            .unwrap();
+        let from = (x.view(), inverse.view(), weight.view(), dy.view());
+        device
+            .rms_norm_backward(s, &call, from.0, from.1, from.2, from.3, dx.view_mut(), dw.view_mut())
+            .unwrap();
+        for (name, tensor) in [
+            ("norm", &y),
+            ("inverse rms", &inverse),
+            ("norm gradient", &dx),
+            ("norm weight gradient", &dw),
+        ] {
+            made.push((name, lab.bits(tensor)));
+        }
+    }
+}
+
+fn losses_and_embedding(lab: &mut EmulatedLab, made: &mut Made) {
+    let device = lab.device.clone();
     let call = CrossEntropy {
         rows: 3,
         vocabulary: 9001,

@@ -128,6 +128,8 @@ inline void atomic_add(u64* to, u64 value) { *to += value; }
 inline void store_words(void* to, u32x4 words) { *static_cast<u32x4*>(to) = words; }
 inline void store_words(void* to, u32x2 words) { *static_cast<u32x2*>(to) = words; }
 
+inline void hide(u32x4&) {}
+
 inline void copy_async_16(void* to, const void* from, bool present) { emulator::copy_async(to, from, present); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int PENDING> inline void copy_async_wait() { emulator::copy_async_wait(PENDING); }

@@ -63,7 +63,17 @@ fn gemm_call<D: Device>(bench: &mut Bench<'_, D>, call: &Gemm) -> Checked {
 }
 
 pub(super) fn rms_norm<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
-    for (rows, width) in [(1, 1), (3, 16), (5, 33), (17, 256), (40, 1000)] {
+    // Rows for several steps and several runs of the gradient's kernel, and widths for one chunk of a thread, two, and many.
+    for (rows, width) in [
+        (1, 1),
+        (3, 16),
+        (5, 33),
+        (17, 256),
+        (40, 1000),
+        (1100, 8),
+        (6, 2056),
+        (2, 8200),
+    ] {
         for with_branch in [false, true] {
             let call = Norm { rows, width, eps: 1e-5 };
             norm_call(bench, &call, with_branch)?;
