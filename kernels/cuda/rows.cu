@@ -326,20 +326,30 @@ KERNEL(rms_norm_weight_gradient, 512, 1)(const float* partials, float* weight_gr
     weight_gradient[column] += sum;
 }
 
-// Largest logit and the sum of e^(logit - largest): what two parts of a row have in common.
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr u32 TWO_MINUS_INFINITE = 0xFF80FF80u;
+
+// Chunks of a row of logits that a thread has under way.
+constexpr u32 LOGIT_CHUNKS = 4;
+
+// What two parts of a row have in common: the largest logit times log2 e, and the sum of 2^(logit · log2 e - largest). All terms of
+// a sum are measured against the very same number, which the loss takes back, so that its rounding is none of the sum's; likewise
+// the loss divides by log2 e as it is rounded here.
 struct Softmax {
     float largest, sum;
 };
 
-DEVICE float larger(float a, float b) { return a > b ? a : b; }
+// What terms are measured against. Where every logit is minus infinity they are zero against any number, and against that one they
+// would not be.
+DEVICE float base_of(float largest) { return largest == -INFINITE ? 0.0f : largest; }
 
-// Both parts' sums against the larger maximum. Symmetric, so that both lanes of an exchange have the same bits. A part without
-// logits is (-inf, 0), and the difference of two such is taken as none.
+// e^logit against `base`, by the hardware's own exponential: about two units in the last place.
+DEVICE float exponential_against(float logit, float base) { return exp2_fast(fused(logit, LOG2_E, -base)); }
+
+// Symmetric, so that both lanes of an exchange have the same bits. A part without logits is (-inf, 0).
 DEVICE Softmax merge(Softmax a, Softmax b) {
-    const float largest = larger(a.largest, b.largest);
-    const float of_a = a.largest == largest ? a.sum : a.sum * exponential(a.largest - largest);
-    const float of_b = b.largest == largest ? b.sum : b.sum * exponential(b.largest - largest);
-    return {largest, of_a + of_b};
+    const float largest = fmaxf(a.largest, b.largest), base = base_of(largest);
+    return {largest, a.sum * exp2_fast(a.largest - base) + b.sum * exp2_fast(b.largest - base)};
 }
 
 DEVICE Softmax warp_softmax(Softmax part) {
@@ -359,53 +369,114 @@ DEVICE Softmax block_softmax(Softmax part, Softmax (&scratch)[WARP]) {
     return warp_softmax(there ? scratch[lane_of_warp()] : Softmax{-INFINITE, 0.0f});
 }
 
-DEVICE Softmax softmax_chunk(Softmax part, const float (&values)[CHUNK], u32 length) {
-    float largest = part.largest;
+// A row of logits. The first `kept_chunks` of its chunks stay in shared memory when they have been read, each for the thread that read
+// it; the others have to come from the cache again.
+struct Logits {
+    bf16* row;
+    u32x4* kept;
+    u32 vocabulary, kept_chunks;
+};
+
+// Chunk `first` and the next ones of this thread; minus infinity beyond the row.
+template <bool WHOLE> DEVICE void load_logits(const Logits& logits, u32 first, bool again, u32x4 (&words)[LOGIT_CHUNKS]) {
 #pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) {
-        // `largest` stays where the value is not a number, and the sum takes it.
-        if (i < length) largest = larger(values[i], largest);
+    for (u32 i = 0; i < LOGIT_CHUNKS; ++i) {
+        const u32 chunk = first + i * blockDim.x;
+        words[i] = {TWO_MINUS_INFINITE, TWO_MINUS_INFINITE, TWO_MINUS_INFINITE, TWO_MINUS_INFINITE};
+        if (again && chunk < logits.kept_chunks) {
+            words[i] = logits.kept[chunk];
+        } else if (chunk < chunks_of(logits.vocabulary)) {
+            const bf16* from = logits.row + chunk * CHUNK;
+            words[i] = load_words<WHOLE>(from, chunk_length(logits.vocabulary, chunk), TWO_MINUS_INFINITE >> 16);
+        }
     }
-    float sum = part.largest == largest ? part.sum : part.sum * exponential(part.largest - largest);
-#pragma unroll
-    for (u32 i = 0; i < CHUNK; ++i) {
-        if (i < length) sum += exponential(values[i] - largest);
-    }
-    return {largest, sum};
 }
 
-// One block of threads for each row: once over it for maximum and sum, once more for the gradient.
-KERNEL(cross_entropy, 1024, 1)(bf16* logits, const u32* targets, float* losses, u32 vocabulary, u32 with_gradient,
-                               float gradient_scale) {
+// This thread's part of the row. The sum moves to another base once for several chunks.
+template <bool WHOLE> DEVICE Softmax part_of_row(const Logits& logits) {
+    const u32 chunks = chunks_of(logits.vocabulary);
+    Softmax part = {-INFINITE, 0.0f};
+    for (u32 first = threadIdx.x; first < chunks; first += LOGIT_CHUNKS * blockDim.x) {
+        u32x4 words[LOGIT_CHUNKS];
+        load_logits<WHOLE>(logits, first, false, words);
+        float largest = -INFINITE;
+#pragma unroll
+        for (u32 i = 0; i < LOGIT_CHUNKS; ++i) {
+            const u32 chunk = first + i * blockDim.x;
+            if (chunk < logits.kept_chunks) logits.kept[chunk] = words[i];
+            float values[CHUNK];
+            unpack(words[i], values);
+            // What is not a number is passed over here, and the sum takes it.
+#pragma unroll
+            for (u32 k = 0; k < CHUNK; ++k) largest = fmaxf(largest, values[k]);
+        }
+        largest = fmaxf(part.largest, largest * LOG2_E);
+        const float base = base_of(largest);
+        part = {largest, part.sum * exp2_fast(part.largest - base)};
+#pragma unroll
+        for (u32 i = 0; i < LOGIT_CHUNKS; ++i) {
+            if (first + i * blockDim.x >= chunks) continue;
+            float terms[CHUNK];
+            unpack(words[i], terms);
+#pragma unroll
+            for (u32 k = 0; k < CHUNK; ++k) terms[k] = exponential_against(terms[k], base);
+            part.sum += ((terms[0] + terms[1]) + (terms[2] + terms[3])) + ((terms[4] + terms[5]) + (terms[6] + terms[7]));
+        }
+    }
+    return part;
+}
+
+// The gradient of the sum's logarithm over this thread's chunks.
+template <bool WHOLE> DEVICE void store_shares(const Logits& logits, float base, float factor) {
+    const u32 chunks = chunks_of(logits.vocabulary);
+    for (u32 first = threadIdx.x; first < chunks; first += LOGIT_CHUNKS * blockDim.x) {
+        u32x4 words[LOGIT_CHUNKS];
+        load_logits<WHOLE>(logits, first, true, words);
+#pragma unroll
+        for (u32 i = 0; i < LOGIT_CHUNKS; ++i) {
+            const u32 chunk = first + i * blockDim.x;
+            if (chunk >= chunks) continue;
+            float values[CHUNK];
+            unpack(words[i], values);
+#pragma unroll
+            for (u32 k = 0; k < CHUNK; ++k) values[k] = exponential_against(values[k], base) * factor;
+            if (WHOLE) {
+                store_words(logits.row + chunk * CHUNK, pack(values));
+            } else {
+                store_chunk(logits.row + chunk * CHUNK, chunk_length(logits.vocabulary, chunk), values);
+            }
+        }
+    }
+}
+
+// One block of threads for each row: once over it for maximum and sum, once more for the gradient. Reading and the exponential's unit
+// are its limits; shared memory is for that second time, which would come from memory once rows of all blocks do not fit the cache.
+KERNEL(cross_entropy, 512, 2)(bf16* logits, const u32* targets, float* losses, u32 vocabulary, u32 kept_chunks,
+                              u32 with_gradient, float gradient_scale) {
+    DYNAMIC_SHARED(dynamic);
     SHARED Softmax scratch[WARP];
     SHARED float wanted;
     bf16* row = logits + static_cast<u64>(blockIdx.x) * vocabulary;
-    const u32 target = targets[blockIdx.x], chunks = chunks_of(vocabulary);
+    const Logits all = {row, reinterpret_cast<u32x4*>(dynamic), vocabulary, kept_chunks};
+    const bool whole = vocabulary % CHUNK == 0 && is_aligned(row);
+    const u32 target = targets[blockIdx.x];
     if (threadIdx.x == 0) wanted = target < vocabulary ? to_float(row[target]) : NOT_A_NUMBER;
-    Softmax part = {-INFINITE, 0.0f};
-    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-        const u32 length = chunk_length(vocabulary, chunk);
-        float values[CHUNK];
-        load_chunk(static_cast<const bf16*>(row + chunk * CHUNK), length, values);
-        part = softmax_chunk(part, values, length);
-    }
-    const Softmax whole = block_softmax(part, scratch);
+    const Softmax part = block_softmax(whole ? part_of_row<true>(all) : part_of_row<false>(all), scratch);
+    const float base = base_of(part.largest);
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = static_cast<float>(log(static_cast<double>(whole.sum)) +
-                                                static_cast<double>(whole.largest) - static_cast<double>(wanted));
+        const double powers = log2(static_cast<double>(part.sum)) + static_cast<double>(base);
+        losses[blockIdx.x] = static_cast<float>(powers / static_cast<double>(LOG2_E) - static_cast<double>(wanted));
     }
     if (with_gradient == 0) return;
-    const float factor = gradient_scale / whole.sum;
-    for (u32 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
-        const u32 at = chunk * CHUNK, length = chunk_length(vocabulary, chunk);
-        float values[CHUNK];
-        load_chunk(static_cast<const bf16*>(row + at), length, values);
-#pragma unroll
-        for (u32 i = 0; i < CHUNK; ++i) {
-            values[i] = exponential(values[i] - whole.largest) * factor;
-            if (at + i == target) values[i] -= gradient_scale;
-        }
-        store_chunk(row + at, length, values);
+    const float factor = gradient_scale / part.sum;
+    if (whole) {
+        store_shares<true>(all, base, factor);
+    } else {
+        store_shares<false>(all, base, factor);
+    }
+    // The target's own is written twice, by one thread, and so in this order.
+    if (target < vocabulary && threadIdx.x == target / CHUNK % blockDim.x) {
+        row[target] = to_bf16(exponential_against(wanted, base) * factor - gradient_scale);
     }
 }
 

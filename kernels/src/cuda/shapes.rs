@@ -5,7 +5,7 @@
 //! library knows: `Device::prepare_gemm` asks it when a rank opens its device.
 
 use super::table::{self, Launch};
-use crate::device::{Attention, DeviceError, Norm, Rope};
+use crate::device::{Attention, CrossEntropy, DeviceError, Norm, Rope};
 use tarazed_domain::config::{Config, ConfigError};
 
 /// A launch of a training step, and the key that decides whether it is possible.
@@ -45,6 +45,12 @@ pub fn launches(config: &Config) -> Vec<Required> {
         head_dim: model.head_dim(),
         stride: attention.qkv_width(),
     };
+    let loss = CrossEntropy {
+        rows,
+        vocabulary: model.vocabulary,
+        target_offset: 0,
+        gradient_scale: Some(1.0),
+    };
     let heads = |launch| Required::new("model.heads", model.heads, launch);
     let hidden = |launch| Required::new("model.hidden", model.hidden, launch);
     let micro_batch = |launch| Required::new("batch.micro_batch_sequences", sequences, launch);
@@ -69,7 +75,7 @@ pub fn launches(config: &Config) -> Vec<Required> {
             table::swiglu(&table::SWIGLU_BACKWARD, rows, model.ffn),
             table::embed(rows, model.hidden),
             table::embed_backward(rows, model.hidden),
-            table::cross_entropy(rows),
+            table::cross_entropy(&loss),
         ]
         .map(micro_batch),
     );

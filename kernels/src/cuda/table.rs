@@ -12,7 +12,7 @@
 //!
 //! Setting memory to zero, and copying without conversion, are the driver's own operations and have no entry.
 
-use crate::device::{Attention, DeviceError, Norm, Rope};
+use crate::device::{Attention, CrossEntropy, DeviceError, Norm, Rope};
 
 /// One translation unit; every entry in it is `extern "C"`.
 #[derive(Debug, PartialEq, Eq)]
@@ -338,6 +338,7 @@ entries! {
         input("targets", U32, "[rows]: the address of the first row's target"),
         output("losses", F32, "[rows]"),
         u32("vocabulary", "logits of a row"),
+        u32("kept_chunks", "runs of eight logits of a row that dynamic shared memory holds; see kept_chunks"),
         u32("with_gradient", "1 or 0"),
         f32("gradient_scale", "factor of the gradient"),
     ];
@@ -446,6 +447,8 @@ const SCALE: Argument = f32("scale", "factor of the scores: Attention::scale");
 
 /// Elements that one thread handles at a time, in every kernel over rows.
 const CHUNK: usize = 8;
+/// Bytes of a chunk in working precision.
+const CHUNK_BYTES: usize = CHUNK * Element::Bf16.bytes();
 /// Threads of a block of an element-wise kernel.
 const THREADS: usize = 256;
 /// Threads of a block, at most.
@@ -467,6 +470,10 @@ const NORM_PARTIALS_WANTED: usize = 256;
 /// Rows from which on a run has no need to be longer: its partial is then a sixteenth of what its rows move, and short runs
 /// keep all multiprocessors busy to the end.
 const NORM_ROWS_ENOUGH: usize = 16;
+/// Threads of a block of [`CROSS_ENTROPY`], at most.
+const LOGITS_THREADS_MAX: usize = 512;
+/// Shared memory that it keeps logits in, at most: two blocks fit a multiprocessor from A100 on, and one any supported card.
+const LOGITS_KEPT_BYTES: usize = 80 * 1024;
 /// Columns that a block of [`RMS_NORM_WEIGHT_GRADIENT`] sums.
 const SECTOR: usize = 8;
 /// Strands in which it sums each of them.
@@ -638,13 +645,30 @@ pub fn rms_norm_weight_gradient(call: &Norm) -> Result<Launch, DeviceError> {
     Ok(line(entry, blocks, (SECTOR * STRANDS) as u32))
 }
 
+/// Runs of eight logits of a row that a block of [`CROSS_ENTROPY`] keeps in shared memory between reading them and making their
+/// gradient. The rest it reads again.
+#[must_use]
+pub fn kept_chunks(call: &CrossEntropy) -> usize {
+    let chunks = call.vocabulary.div_ceil(CHUNK);
+    if call.gradient_scale.is_some() {
+        chunks.min(LOGITS_KEPT_BYTES / CHUNK_BYTES)
+    } else {
+        0
+    }
+}
+
 /// [`CROSS_ENTROPY`]: a block of threads for each row.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
-pub fn cross_entropy(rows: usize) -> Result<Launch, DeviceError> {
-    let rows = along_x(CROSS_ENTROPY.name, "rows", rows)?;
-    Ok(line(&CROSS_ENTROPY, rows, THREADS_MAX as u32))
+pub fn cross_entropy(call: &CrossEntropy) -> Result<Launch, DeviceError> {
+    let entry = &CROSS_ENTROPY;
+    let rows = along_x(entry.name, "rows", call.rows)?;
+    let threads = threads(call.vocabulary.div_ceil(CHUNK), LOGITS_THREADS_MAX);
+    Ok(Launch {
+        shared_bytes: (kept_chunks(call) * CHUNK_BYTES) as u32,
+        ..line(entry, rows, threads)
+    })
 }
 
 /// [`SQUARE_SUMS`]: a block of threads for each parameter block.
