@@ -29,17 +29,31 @@ DEVICE void unpack(u32 pair, float& low, float& high) {
     high = bits_to_float(pair & 0xFFFF0000u);
 }
 
+DEVICE void unpack(const u32x4& words, float (&to)[CHUNK]) {
+    unpack(words.x, to[0], to[1]);
+    unpack(words.y, to[2], to[3]);
+    unpack(words.z, to[4], to[5]);
+    unpack(words.w, to[6], to[7]);
+}
+
+// A chunk as it lies in memory, two elements to a word: what waits for its use takes half the registers that way. Elements beyond
+// `length` have the bits `beyond`. The caller may know that a chunk is whole and aligned: such loads have no branches, so
+// that a loop's are all under way together.
+template <bool WHOLE> DEVICE u32x4 load_words(const bf16* from, u32 length, u32 beyond = 0) {
+    if (WHOLE || (length == CHUNK && is_aligned(from))) return *reinterpret_cast<const u32x4*>(from);
+    u32 bits[CHUNK];
+#pragma unroll
+    for (u32 i = 0; i < CHUNK; ++i) bits[i] = i < length ? from[i].bits : beyond;
+    return {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16, bits[4] | bits[5] << 16, bits[6] | bits[7] << 16};
+}
+
 // A chunk of `length` elements in global memory, at most N; those beyond are zero. The fast way and the slow one give the same
 // values.
 template <u32 N> DEVICE void load_chunk(const bf16* from, u32 length, float (&to)[N]) {
     static_assert(N == CHUNK || N == QUAD);
     if (length == N && is_aligned<2 * N>(from)) {
         if constexpr (N == CHUNK) {
-            const u32x4 words = *reinterpret_cast<const u32x4*>(from);
-            unpack(words.x, to[0], to[1]);
-            unpack(words.y, to[2], to[3]);
-            unpack(words.z, to[4], to[5]);
-            unpack(words.w, to[6], to[7]);
+            unpack(*reinterpret_cast<const u32x4*>(from), to);
         } else {
             const u32x2 words = *reinterpret_cast<const u32x2*>(from);
             unpack(words.x, to[0], to[1]);
@@ -69,15 +83,18 @@ template <u32 N> DEVICE void load_chunk(const float* from, u32 length, float (&t
     for (u32 i = 0; i < N; ++i) to[i] = i < length ? from[i] : 0.0f;
 }
 
+DEVICE u32x4 pack(const float (&from)[CHUNK]) {
+    return {pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]), pack_bf16(from[4], from[5]),
+            pack_bf16(from[6], from[7])};
+}
+
 template <u32 N> DEVICE void store_chunk(bf16* to, u32 length, const float (&from)[N]) {
     static_assert(N == CHUNK || N == QUAD);
     if (length == N && is_aligned<2 * N>(to)) {
-        const u32 first = pack_bf16(from[0], from[1]), second = pack_bf16(from[2], from[3]);
         if constexpr (N == CHUNK) {
-            const u32 third = pack_bf16(from[4], from[5]), fourth = pack_bf16(from[6], from[7]);
-            store_words(to, u32x4{first, second, third, fourth});
+            store_words(to, pack(from));
         } else {
-            store_words(to, u32x2{first, second});
+            store_words(to, u32x2{pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3])});
         }
         return;
     }

@@ -104,6 +104,10 @@ DEVICE void store_words(void* to, u32x2 words) {
 // Stores 16 bytes to shared memory.
 DEVICE void store_shared(void* to, u32x4 words) { *static_cast<u32x4*>(to) = words; }
 
+// Hides from the compiler that these are the words that they were. What it made of them it then makes again where it is next
+// needed, and does not keep in twice as many registers meanwhile.
+DEVICE void hide(u32x4& words) { asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)); }
+
 // Starts to copy 16 bytes from global to shared memory, past the first-level cache; zeros where `present` is false.
 // PTX ISA, "cp.async".
 DEVICE void copy_async_16(void* to, const void* from, bool present) {

@@ -282,7 +282,7 @@ fn rows_and_tokens_are_launched_as_the_table_says() {
         table::swiglu(&table::SWIGLU_BACKWARD, 5, 40).unwrap(),
         table::embed(20, 10).unwrap(),
         table::embed_backward(20, 10).unwrap(),
-        table::cross_entropy(4).unwrap(),
+        table::cross_entropy(&entropy).unwrap(),
         long(&table::ADD_F32, 50),
         long(&table::ADD_F32, 64),
         long(&table::ADD_BF16, 9),
@@ -301,7 +301,10 @@ fn rows_and_tokens_are_launched_as_the_table_says() {
         panic!("ids are pointers")
     };
     assert_eq!(targets - first, 3 * 4, "targets begin at their offset");
-    assert_eq!(values[5][3..], [Value::U32(90), Value::U32(0), Value::F32(0.0)]);
+    assert_eq!(
+        values[5][3..],
+        [Value::U32(90), Value::U32(0), Value::U32(0), Value::F32(0.0)]
+    );
     assert_eq!(
         values[6],
         [

@@ -140,7 +140,8 @@ fn exact(values: &[f64]) -> Vec<f32> {
 fn everything(device: &CudaDevice<EmulatedDriver>, offset: usize, seed: u64) -> Vec<(&'static str, Vec<u32>)> {
     let mut lab = Lab::new(device.clone(), seed, offset);
     let mut made = Vec::new();
-    norm_and_loss(&mut lab, &mut made);
+    norms(&mut lab, &mut made);
+    losses_and_embedding(&mut lab, &mut made);
     attention(&mut lab, &mut made);
     optimizer(&mut lab, &mut made);
     made
@@ -149,56 +150,63 @@ fn everything(device: &CudaDevice<EmulatedDriver>, offset: usize, seed: u64) -> 
 type Made = Vec<(&'static str, Vec<u32>)>;
 type EmulatedLab = Lab<CudaDevice<EmulatedDriver>>;
 
-fn norm_and_loss(lab: &mut EmulatedLab, made: &mut Made) {
-    let call = Norm {
-        rows: 43,
-        width: 1336,
-        eps: 1e-5,
-    };
-    let len = call.rows * call.width;
-    let (x, weight, dy) = (
-        lab.random(len, Working),
-        lab.random(call.width, Working),
-        lab.random(len, Working),
-    );
-    let (mut y, mut inverse) = (lab.poisoned(len, Working), lab.poisoned(call.rows, Full));
-    let (mut dx, mut dw) = (lab.random(len, Working), lab.random(call.width, Full));
-    let device = lab.device.clone();
-    let s = &mut lab.stream;
-    let to = (y.view_mut(), inverse.view_mut());
-    device
-        .rms_norm(s, &call, x.view(), None, weight.view(), to.0, to.1)
-        .unwrap();
-    let from = (x.view(), inverse.view(), weight.view(), dy.view());
-    device
-        .rms_norm_backward(s, &call, from.0, from.1, from.2, from.3, dx.view_mut(), dw.view_mut())
-        .unwrap();
-    for (name, tensor) in [
-        ("norm", &y),
-        ("inverse rms", &inverse),
-        ("norm gradient", &dx),
-        ("norm weight gradient", &dw),
-    ] {
-        made.push((name, lab.bits(tensor)));
-    }
+/// Widths of rows whose norm's gradient has one chunk for each thread, two, and many; and rows for several steps of a run.
+const NORM_SHAPES: [(usize, usize); 4] = [(43, 1336), (9, 2064), (5, 8216), (1100, 64)];
 
-    let call = CrossEntropy {
-        rows: 3,
-        vocabulary: 9001,
-        target_offset: 0,
-        gradient_scale: Some(0.5),
-    };
-    let targets = lab.tokens(&[0, 9000, 4711]);
-    let (mut logits, mut losses) = (
-        lab.random(call.rows * call.vocabulary, Working),
-        lab.poisoned(call.rows, Full),
-    );
-    let to = (logits.view_mut(), losses.view_mut());
-    device
-        .cross_entropy(&mut lab.stream, &call, &targets, to.0, to.1)
-        .unwrap();
-    made.push(("loss", lab.bits(&losses)));
-    made.push(("loss gradient", lab.bits(&logits)));
+fn norms(lab: &mut EmulatedLab, made: &mut Made) {
+    for (rows, width) in NORM_SHAPES {
+        let call = Norm { rows, width, eps: 1e-5 };
+        let len = call.rows * call.width;
+        let (x, weight, dy) = (
+            lab.random(len, Working),
+            lab.random(call.width, Working),
+            lab.random(len, Working),
+        );
+        let (mut y, mut inverse) = (lab.poisoned(len, Working), lab.poisoned(call.rows, Full));
+        let (mut dx, mut dw) = (lab.random(len, Working), lab.random(call.width, Full));
+        let device = lab.device.clone();
+        let s = &mut lab.stream;
+        let to = (y.view_mut(), inverse.view_mut());
+        device
+            .rms_norm(s, &call, x.view(), None, weight.view(), to.0, to.1)
+            .unwrap();
+        let from = (x.view(), inverse.view(), weight.view(), dy.view());
+        device
+            .rms_norm_backward(s, &call, from.0, from.1, from.2, from.3, dx.view_mut(), dw.view_mut())
+            .unwrap();
+        for (name, tensor) in [
+            ("norm", &y),
+            ("inverse rms", &inverse),
+            ("norm gradient", &dx),
+            ("norm weight gradient", &dw),
+        ] {
+            made.push((name, lab.bits(tensor)));
+        }
+    }
+}
+
+fn losses_and_embedding(lab: &mut EmulatedLab, made: &mut Made) {
+    let device = lab.device.clone();
+    // Of whole runs of eight logits and not, and each longer than what shared memory keeps.
+    for vocabulary in [9001, 41_008, 50_257] {
+        let call = CrossEntropy {
+            rows: 3,
+            vocabulary,
+            target_offset: 0,
+            gradient_scale: Some(0.5),
+        };
+        let targets = lab.tokens(&[0, vocabulary as u32 - 1, 4711]);
+        let (mut logits, mut losses) = (
+            lab.random(call.rows * call.vocabulary, Working),
+            lab.poisoned(call.rows, Full),
+        );
+        let to = (logits.view_mut(), losses.view_mut());
+        device
+            .cross_entropy(&mut lab.stream, &call, &targets, to.0, to.1)
+            .unwrap();
+        made.push(("loss", lab.bits(&losses)));
+        made.push(("loss gradient", lab.bits(&logits)));
+    }
 
     let call = Embedding {
         tokens: 700,
@@ -468,6 +476,42 @@ fn an_id_beyond_the_vocabulary_makes_nan() {
         .unwrap();
     let losses = lab.get(&losses);
     assert!(losses[0].is_finite() && losses[1].is_nan(), "{losses:?}");
+}
+
+/// A logit that is not a number makes a loss that is none; minus infinity is a probability of zero, even where a thread meets
+/// nothing else.
+#[test]
+fn logits_that_are_no_numbers_show_in_their_row_alone() {
+    for offset in [0, 5] {
+        let mut lab = Lab::new(device(), 4, offset);
+        let call = CrossEntropy {
+            rows: 4,
+            vocabulary: 9000,
+            target_offset: 0,
+            gradient_scale: Some(1.0),
+        };
+        let targets = lab.tokens(&[1, 1, 1, 8999]);
+        let mut values = vec![f32::NEG_INFINITY; call.rows * call.vocabulary];
+        let mut rows = values.chunks_exact_mut(call.vocabulary);
+        let mut row = || rows.next().unwrap();
+        // Two logits; one that is no number among thousands; infinity; none at all.
+        row()[1..3].copy_from_slice(&[-90.0, -90.0]);
+        let second = row();
+        second.fill(-3.0);
+        second[7000] = f32::NAN;
+        row()[5] = f32::INFINITY;
+        let (mut logits, mut losses) = (lab.put(&values, Working), lab.poisoned(call.rows, Full));
+        let to = (logits.view_mut(), losses.view_mut());
+        lab.device
+            .cross_entropy(&mut lab.stream, &call, &targets, to.0, to.1)
+            .unwrap();
+        let losses = lab.get(&losses);
+        assert!((losses[0] - std::f32::consts::LN_2).abs() < 1e-6, "{losses:?}");
+        assert!(losses[1..].iter().all(|loss| loss.is_nan()), "{losses:?}");
+        let gradient = &lab.get(&logits)[..call.vocabulary];
+        assert_eq!(gradient[..4], [0.0, -0.5, 0.5, 0.0]);
+        assert!(gradient[4..].iter().all(|&slope| slope == 0.0));
+    }
 }
 
 /// Name, bound on the relative error, values.

@@ -161,6 +161,7 @@ inline void store_words(void* to, u32x2 words) { *static_cast<u32x2*>(to) = word
 
 inline u32 shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 inline void store_shared(void* to, u32x4 words) { emulator::store_shared(to, &words); }
+inline void hide(u32x4&) {}
 
 inline void copy_async_16(void* to, const void* from, bool present) { emulator::copy_async(to, from, present); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }

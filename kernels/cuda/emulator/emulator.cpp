@@ -589,6 +589,7 @@ const Kernel KERNELS[] = {
     ENTRY(pointwise, embed_backward),
     ENTRY(rows, rms_norm),
     ENTRY(rows, rms_norm_backward),
+    ENTRY(rows, rms_norm_backward_wide),
     ENTRY(rows, rms_norm_weight_gradient),
     ENTRY(rows, cross_entropy),
     ENTRY(rows, square_sums),

@@ -63,7 +63,17 @@ fn gemm_call<D: Device>(bench: &mut Bench<'_, D>, call: &Gemm) -> Checked {
 }
 
 pub(super) fn rms_norm<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
-    for (rows, width) in [(1, 1), (3, 16), (5, 33), (17, 256), (40, 1000)] {
+    // Rows for several steps and several runs of the gradient's kernel, and widths for one chunk of a thread, two, and many.
+    for (rows, width) in [
+        (1, 1),
+        (3, 16),
+        (5, 33),
+        (17, 256),
+        (40, 1000),
+        (1100, 8),
+        (6, 2056),
+        (2, 8200),
+    ] {
         for with_branch in [false, true] {
             let call = Norm { rows, width, eps: 1e-5 };
             norm_call(bench, &call, with_branch)?;
@@ -265,7 +275,8 @@ pub(super) fn embedding<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
 }
 
 pub(super) fn cross_entropy<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
-    for (rows, vocabulary) in [(1, 1), (3, 16), (5, 77), (9, 1000)] {
+    // The last rows are longer than what a device may keep of one, one of them of whole runs of eight.
+    for (rows, vocabulary) in [(1, 1), (3, 16), (5, 77), (9, 1000), (2, 41_008), (1, 50_257)] {
         for gradient_scale in [None, Some(0.125), Some(3.0)] {
             let call = CrossEntropy {
                 rows,

@@ -580,11 +580,11 @@ impl<D: Driver> Device for CudaDevice<D> {
         losses: Out<'_, D>,
     ) -> Done {
         let with_gradient = usize::from(call.gradient_scale.is_some());
-        Call::new(stream, "cross_entropy", table::cross_entropy(call.rows)?)
+        Call::new(stream, "cross_entropy", table::cross_entropy(call)?)
             .tensor(logits.read(), call.rows * call.vocabulary)
             .tokens(targets, call.target_offset, call.rows)
             .tensor(losses.read(), call.rows)
-            .sizes(&[call.vocabulary, with_gradient])
+            .sizes(&[call.vocabulary, table::kept_chunks(call), with_gradient])
             .factors(&[call.gradient_scale.unwrap_or(0.0)])
             .run()
     }

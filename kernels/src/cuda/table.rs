@@ -12,7 +12,7 @@
 //!
 //! Setting memory to zero, and copying without conversion, are the driver's own operations and have no entry.
 
-use crate::device::{Attention, DeviceError, Norm, Rope};
+use crate::device::{Attention, CrossEntropy, DeviceError, Norm, Rope};
 
 /// One translation unit; every entry in it is `extern "C"`.
 #[derive(Debug, PartialEq, Eq)]
@@ -319,15 +319,11 @@ entries! {
     ];
     /// `Device::rms_norm_backward`, first stage: the input's gradient, and one partial of the weight's for each run of rows.
     RMS_NORM_BACKWARD = "rms_norm_backward" in ROWS [
-        input("x", Bf16, "[rows, width]"),
-        input("inverse_rms", F32, "[rows]"),
-        input("weight", Bf16, "[width]"),
-        input("y_gradient", Bf16, "[rows, width]"),
-        update("x_gradient", Bf16, "[rows, width]; added to"),
-        output("partials", F32, "[partials, width], scratch; see norm_partials"),
-        u32("rows", "rows"),
-        u32("rows_per_partial", "rows of each run; see norm_partials"),
-        u32("width", "columns"),
+        NORM_X, INVERSE_RMS, NORM_WEIGHT, Y_GRADIENT, X_GRADIENT, PARTIALS, ROW_COUNT, ROWS_PER_PARTIAL, WIDTH,
+    ];
+    /// As above, rows of more than 8,192 elements.
+    RMS_NORM_BACKWARD_WIDE = "rms_norm_backward_wide" in ROWS [
+        NORM_X, INVERSE_RMS, NORM_WEIGHT, Y_GRADIENT, X_GRADIENT, PARTIALS, ROW_COUNT, ROWS_PER_PARTIAL, WIDTH,
     ];
     /// `Device::rms_norm_backward`, second stage: the partials' sums, in order, onto the weight's gradient.
     RMS_NORM_WEIGHT_GRADIENT = "rms_norm_weight_gradient" in ROWS [
@@ -342,6 +338,7 @@ entries! {
         input("targets", U32, "[rows]: the address of the first row's target"),
         output("losses", F32, "[rows]"),
         u32("vocabulary", "logits of a row"),
+        u32("kept_chunks", "runs of eight logits of a row that dynamic shared memory holds; see kept_chunks"),
         u32("with_gradient", "1 or 0"),
         f32("gradient_scale", "factor of the gradient"),
     ];
@@ -429,6 +426,15 @@ entries! {
     ];
 }
 
+const NORM_X: Argument = input("x", Bf16, "[rows, width]");
+const INVERSE_RMS: Argument = input("inverse_rms", F32, "[rows]");
+const NORM_WEIGHT: Argument = input("weight", Bf16, "[width]");
+const Y_GRADIENT: Argument = input("y_gradient", Bf16, "[rows, width]");
+const X_GRADIENT: Argument = update("x_gradient", Bf16, "[rows, width]; added to");
+const PARTIALS: Argument = output("partials", F32, "[partials, width], scratch; see norm_partials");
+const ROW_COUNT: Argument = u32("rows", "rows");
+const ROWS_PER_PARTIAL: Argument = u32("rows_per_partial", "rows of each run; see norm_partials");
+const WIDTH: Argument = u32("width", "columns");
 const QKV: Argument = input("qkv", Bf16, "[sequences, context, (heads + 2 · kv_heads) · head_dim]");
 const OUT: Argument = input("out", Bf16, "[sequences, context, heads · head_dim]");
 const OUT_WRITTEN: Argument = output("out", Bf16, "[sequences, context, heads · head_dim]");
@@ -452,6 +458,8 @@ const SCALE: Argument = f32("scale", "factor of the scores: Attention::scale");
 
 /// Elements that one thread handles at a time, in every kernel over rows.
 const CHUNK: usize = 8;
+/// Bytes of a chunk in working precision.
+const CHUNK_BYTES: usize = CHUNK * Element::Bf16.bytes();
 /// Threads of a block of an element-wise kernel.
 const THREADS: usize = 256;
 /// Threads of a block, at most.
@@ -460,10 +468,27 @@ const THREADS_MAX: usize = 1024;
 const WARP: usize = 32;
 /// Elements of a parameter block that one block of threads updates.
 const OPTIMIZER_TILE: usize = 8192;
-/// Runs of rows that a norm's weight gradient is cut into, at most.
-const NORM_PARTIALS_MAX: usize = 256;
-/// Rows of a run, at least.
-const NORM_ROWS_MIN: usize = 4;
+/// Chunks that a thread of [`RMS_NORM_BACKWARD`] has under way: one of each of four rows, or two of each of two.
+const NORM_CHUNKS: usize = 4;
+/// Threads for a row of which each has one chunk, at most: beyond, two chunks and half the threads leave room for a second block.
+const NORM_THREADS_ONE_CHUNK: usize = 256;
+/// Threads of its blocks, at most.
+const NORM_THREADS_MAX: usize = 512;
+/// Runs of rows that a norm's weight gradient is cut into, at most; each costs a row of f32 written and read.
+const NORM_PARTIALS_MAX: usize = 2048;
+/// Runs that there should be before they grow longer than [`NORM_CHUNKS`] rows: about two for each multiprocessor of a large card.
+const NORM_PARTIALS_WANTED: usize = 256;
+/// Rows from which on a run has no need to be longer: its partial is then a sixteenth of what its rows move, and short runs
+/// keep all multiprocessors busy to the end.
+const NORM_ROWS_ENOUGH: usize = 16;
+/// Threads of a block of [`CROSS_ENTROPY`], at most.
+const LOGITS_THREADS_MAX: usize = 512;
+/// Shared memory that it keeps logits in, at most: two blocks fit a multiprocessor from A100 on, and one any supported card.
+const LOGITS_KEPT_BYTES: usize = 80 * 1024;
+/// Columns that a block of [`RMS_NORM_WEIGHT_GRADIENT`] sums.
+const SECTOR: usize = 8;
+/// Strands in which it sums each of them.
+const STRANDS: usize = 64;
 /// Dynamic shared memory that every supported card (compute capability 8.0 on) gives a block.
 pub const SHARED_BYTES_MAX: u32 = 99 * 1024;
 /// Elements of a row whose norm has a gradient, at most: its weight gradient grows in shared memory, whole chunks of it.
@@ -572,20 +597,25 @@ pub fn rms_norm(call: &Norm) -> Result<Launch, DeviceError> {
 /// `partials · width` elements of f32. There is no partial without a row.
 #[must_use]
 pub const fn norm_partials(rows: usize) -> (usize, usize) {
-    let most = rows.div_ceil(NORM_ROWS_MIN);
-    let wanted = if most < NORM_PARTIALS_MAX {
-        most
+    let wanted = rows.div_ceil(NORM_PARTIALS_WANTED);
+    let enough = if wanted < NORM_ROWS_ENOUGH {
+        wanted
     } else {
-        NORM_PARTIALS_MAX
+        NORM_ROWS_ENOUGH
     };
-    if wanted == 0 {
-        return (0, NORM_ROWS_MIN);
-    }
-    let rows_each = rows.div_ceil(wanted);
+    let least = rows.div_ceil(NORM_PARTIALS_MAX);
+    let rows_each = if least > enough { least } else { enough };
+    // As many as a step of the kernel takes together, where rows are short.
+    let rows_each = if rows == 0 {
+        NORM_CHUNKS
+    } else {
+        rows_each.next_multiple_of(NORM_CHUNKS)
+    };
     (rows.div_ceil(rows_each), rows_each)
 }
 
-/// [`RMS_NORM_BACKWARD`]; its weight gradient grows in shared memory.
+/// [`RMS_NORM_BACKWARD`], or [`RMS_NORM_BACKWARD_WIDE`], whose weight gradient grows in shared memory: a block of threads for each
+/// run of rows.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for rows of more than 25,344 elements.
@@ -603,31 +633,53 @@ pub fn rms_norm_backward(call: &Norm) -> Result<Launch, DeviceError> {
             ),
         });
     }
-    let shared_bytes = (elements * size_of::<f32>()) as u32;
-    let threads = threads(call.width.div_ceil(CHUNK), THREADS_MAX);
+    let chunks = call.width.div_ceil(CHUNK);
+    if chunks <= NORM_THREADS_ONE_CHUNK {
+        return Ok(line(entry, partials, threads(chunks, NORM_THREADS_ONE_CHUNK)));
+    }
+    if chunks <= 2 * NORM_THREADS_MAX {
+        return Ok(line(entry, partials, threads(chunks.div_ceil(2), NORM_THREADS_MAX)));
+    }
     Ok(Launch {
-        shared_bytes,
-        ..line(entry, partials, threads)
+        shared_bytes: (elements * size_of::<f32>()) as u32,
+        ..line(&RMS_NORM_BACKWARD_WIDE, partials, threads(chunks, THREADS_MAX))
     })
 }
 
-/// [`RMS_NORM_WEIGHT_GRADIENT`]: 32 columns for each block of 32 · 8 threads.
+/// [`RMS_NORM_WEIGHT_GRADIENT`]: eight columns for each block of 8 · 64 threads.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for more columns than a grid has blocks.
 pub fn rms_norm_weight_gradient(call: &Norm) -> Result<Launch, DeviceError> {
     let entry = &RMS_NORM_WEIGHT_GRADIENT;
-    let blocks = along_x(entry.name, "columns", call.width.div_ceil(WARP))?;
-    Ok(line(entry, blocks, THREADS as u32))
+    let blocks = along_x(entry.name, "columns", call.width.div_ceil(SECTOR))?;
+    Ok(line(entry, blocks, (SECTOR * STRANDS) as u32))
+}
+
+/// Runs of eight logits of a row that a block of [`CROSS_ENTROPY`] keeps in shared memory between reading them and making their
+/// gradient. The rest it reads again.
+#[must_use]
+pub fn kept_chunks(call: &CrossEntropy) -> usize {
+    let chunks = call.vocabulary.div_ceil(CHUNK);
+    if call.gradient_scale.is_some() {
+        chunks.min(LOGITS_KEPT_BYTES / CHUNK_BYTES)
+    } else {
+        0
+    }
 }
 
 /// [`CROSS_ENTROPY`]: a block of threads for each row.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for more rows than a grid has blocks.
-pub fn cross_entropy(rows: usize) -> Result<Launch, DeviceError> {
-    let rows = along_x(CROSS_ENTROPY.name, "rows", rows)?;
-    Ok(line(&CROSS_ENTROPY, rows, THREADS_MAX as u32))
+pub fn cross_entropy(call: &CrossEntropy) -> Result<Launch, DeviceError> {
+    let entry = &CROSS_ENTROPY;
+    let rows = along_x(entry.name, "rows", call.rows)?;
+    let threads = threads(call.vocabulary.div_ceil(CHUNK), LOGITS_THREADS_MAX);
+    Ok(Launch {
+        shared_bytes: (kept_chunks(call) * CHUNK_BYTES) as u32,
+        ..line(entry, rows, threads)
+    })
 }
 
 /// [`SQUARE_SUMS`]: a block of threads for each parameter block.

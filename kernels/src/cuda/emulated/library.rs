@@ -245,6 +245,7 @@ pub(super) fn check(launch: &Launch, values: &[Value]) -> Result<(), String> {
         if let (Kind::U32, Value::U32(0)) = (argument.kind, value)
             && argument.name != "first_block"
             && argument.name != "with_gradient"
+            && argument.name != "kept_chunks"
         {
             return Err(format!("{} is 0", argument.name));
         }

@@ -74,6 +74,7 @@ fn no_launch_asks_for_more_than_a_card_gives() {
             assert!(bytes <= SHARED_BYTES_MAX, "{tiles:?}: {bytes}");
         }
     }
+    assert!(LOGITS_KEPT_BYTES <= SHARED_BYTES_MAX as usize);
 }
 
 proptest::proptest! {
@@ -83,6 +84,19 @@ proptest::proptest! {
         let (partials, each) = norm_partials(rows);
         assert!(partials * each >= rows && partials <= NORM_PARTIALS_MAX);
         assert!(partials == 0 || (partials - 1) * each < rows);
+        assert!(each % NORM_CHUNKS == 0);
+    }
+
+    /// A norm's rows fit their threads: as many chunks for each as the kernel has registers for, or shared memory for all.
+    #[test]
+    fn rows_of_a_norm_fit_their_threads(width in 1_usize..NORM_ELEMENTS_MAX + 1) {
+        let launch = rms_norm_backward(&Norm { rows: 1, width, eps: 1e-5 }).unwrap();
+        let of_thread = width.div_ceil(CHUNK).div_ceil(launch.block[0] as usize);
+        if launch.entry == &RMS_NORM_BACKWARD {
+            assert!(of_thread <= 2 && launch.shared_bytes == 0);
+        } else {
+            assert!(width > 8192 && launch.shared_bytes as usize >= width * size_of::<f32>());
+        }
     }
 }
 
@@ -113,7 +127,9 @@ fn sizes_are_those_of_the_sources() {
         ("pointwise.cu", "u32 ELEMENT_THREADS", THREADS),
         ("pointwise.cu", "u32 ELEMENT_QUADS", CHUNK / 4),
         ("pointwise.cu", "u32 SEARCH", THREADS),
-        ("rows.cu", "u32 STRANDS", THREADS / WARP),
+        ("rows.cu", "u32 NORM_CHUNKS", NORM_CHUNKS),
+        ("rows.cu", "u32 SECTOR", SECTOR),
+        ("rows.cu", "u32 STRANDS", STRANDS),
         ("optimizer.cu", "u64 OPTIMIZER_TILE", OPTIMIZER_TILE),
         ("optimizer.cu", "u32 THREADS", THREADS),
         ("platform.cuh", "u32 WARP", WARP),
@@ -138,14 +154,22 @@ fn blocks_keep_the_bounds_of_their_kernels() {
         head_dim: 128,
         stride: 1 << 14,
     };
+    let loss = CrossEntropy {
+        rows: 1,
+        vocabulary: 1 << 18,
+        target_offset: 0,
+        gradient_scale: Some(1.0),
+    };
+    let narrow = Norm { width: 1 << 13, ..norm };
     let mut launches = vec![
         rope(&rotation),
         embed(1, 1 << 14),
         embed_backward(1, 1 << 14),
         rms_norm(&norm),
+        rms_norm_backward(&narrow),
         rms_norm_backward(&norm),
         rms_norm_weight_gradient(&norm),
-        cross_entropy(1),
+        cross_entropy(&loss),
         square_sums(1),
         swiglu(&SWIGLU, 1, 1 << 14),
         swiglu(&SWIGLU_BACKWARD, 1, 1 << 14),
