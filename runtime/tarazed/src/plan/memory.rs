@@ -8,7 +8,7 @@ use tarazed_domain::lanes::{LaneRange, LaneTree, Node, TreeFold};
 use tarazed_domain::layout::{ParameterLayout, ShardLayout};
 use tarazed_kernels::cuda::STAGING_BYTES;
 use tarazed_kernels::cuda::driver::GEMM_WORKSPACE_BYTES;
-use tarazed_kernels::cuda::table::norm_partials;
+use tarazed_kernels::cuda::table::{embed_scratch_bytes, norm_partials};
 use tarazed_kernels::{cpu, cuda};
 use tarazed_model::logits_rows;
 
@@ -172,7 +172,8 @@ fn gpu_terms(config: &Config, shares: &Shares) -> [Term; 3] {
     let (model, threads) = (&config.model, shares.threads);
     let tokens = config.batch.micro_batch_sequences as usize * model.context;
     let (partials, _) = norm_partials(tokens);
-    let sums = (partials * model.hidden).max(tokens * model.heads) as u64 * 4;
+    let sums = (partials * model.hidden).max(tokens * model.heads) * 4;
+    let sums = sums.max(embed_scratch_bytes(tokens)) as u64;
     let workspace = GEMM_WORKSPACE_BYTES as u64;
     let streams = threads + 1;
     let (staging, n) = (STAGING_BYTES as u64, shares.parameters);
