@@ -72,6 +72,8 @@ DEVICE float exp2_fast(float x) {
 DEVICE float shuffle_xor(float x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
 DEVICE double shuffle_xor(double x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
 DEVICE u64 shuffle_xor(u64 x, u32 lanes) { return __shfl_xor_sync(0xFFFFFFFFu, x, lanes); }
+// What lane `lane` has, in all lanes.
+DEVICE u32 broadcast(u32 x, u32 lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 // Which lanes of the warp say yes.
 DEVICE u32 vote(bool yes) { return __ballot_sync(0xFFFFFFFFu, yes); }
 DEVICE u32 count_bits(u32 x) { return __popc(x); }

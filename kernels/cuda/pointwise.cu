@@ -129,79 +129,123 @@ KERNEL(embed, 256, 1)(const bf16* table, const u32* tokens, bf16* out, u32 vocab
     }
 }
 
-// Ids that a block of threads looks through at a time.
-constexpr u32 SEARCH = 256;
+// An id at its place: id, then place, in one number. Their order is that of the additions, and no two are alike, so that there is one
+// way only to sort them.
+DEVICE u64 key_of(u32 token, u32 place) { return static_cast<u64>(token) << 32 | place; }
+DEVICE u32 token_of(u64 key) { return static_cast<u32>(key >> 32); }
+DEVICE u32 place_of(u64 key) { return static_cast<u32>(key); }
+constexpr u64 LAST_KEY = ~0ull;
+
+// Places whose keys a block sorts.
+constexpr u32 SORTED = 1024;
+
+// First of three kernels of the embedding's gradient: sorts each run of keys by itself (Batcher's bitonic sort: each comparison's two
+// places follow from the step alone). Keys beyond the last place come last.
+KERNEL(embed_sort, 512, 1)(const u32* tokens, u64* runs, u32 token_count) {
+    SHARED u64 keys[SORTED];
+    const u32 first = blockIdx.x * SORTED;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 at = half * (SORTED / 2) + threadIdx.x, place = first + at;
+        keys[at] = place < token_count ? key_of(tokens[place], place) : LAST_KEY;
+    }
+    for (u32 size = 2; size <= SORTED; size *= 2) {
+        for (u32 stride = size / 2; stride > 0; stride /= 2) {
+            sync_block();
+            const u32 low = 2 * threadIdx.x - threadIdx.x % stride, high = low + stride;
+            const u64 a = keys[low], b = keys[high];
+            const bool rising = (low & size) == 0;
+            if ((a > b) == rising) {
+                keys[low] = b;
+                keys[high] = a;
+            }
+        }
+    }
+    sync_block();
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 at = half * (SORTED / 2) + threadIdx.x;
+        runs[first + at] = keys[at];
+    }
+}
+
+// How many keys of a sorted run come before `key`.
+DEVICE u32 keys_before(const u64* run, u64 key) {
+    u32 before = 0;
+#pragma unroll
+    for (u32 step = SORTED / 2; step > 0; step /= 2) before += run[before + step - 1] < key ? step : 0;
+    return run[SORTED - 1] < key ? SORTED : before;
+}
+
+// Second: merges the runs. A key's place in the whole order is the number of keys before it, and each run says how many it has.
+// Neighbouring threads have neighbouring keys, and so look at the same few places of a run.
+KERNEL(embed_order, 256, 1)(const u64* runs, u64* order, u32 token_count) {
+    const u32 own = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 run_count = (token_count + SORTED - 1) / SORTED;
+    if (own >= run_count * SORTED) return;
+    const u64 key = runs[own];
+    if (key == LAST_KEY) return;
+    u32 before = 0;
+#pragma unroll 4
+    for (u32 run = 0; run < run_count; ++run) before += keys_before(runs + run * SORTED, key);
+    order[before] = key;
+}
+
 // Rows whose loads are under way together.
-constexpr u32 ROWS_AHEAD = 4;
+constexpr u32 ROWS_AHEAD = 16;
 
-// Adds the listed rows to `sum`, strictly in the list's order; loads run ahead of the additions.
-DEVICE void add_rows(float (&sum)[CHUNK], const bf16* column, u32 width, u32 length, const u32* rows, u32 count) {
-    u32 at = 0;
-    for (; at + ROWS_AHEAD <= count; at += ROWS_AHEAD) {
-        float terms[ROWS_AHEAD][CHUNK];
+// Adds the first `count` of these rows to `sum`, strictly in their order; loads run ahead of the additions. What is not loaded is not
+// added, either: a zero would turn a sum of -0 into 0.
+template <bool WHOLE>
+DEVICE void add_rows(float (&sum)[CHUNK], const bf16* column, u32 width, u32 length, const u32 (&rows)[ROWS_AHEAD],
+                     u32 count) {
+    u32x4 words[ROWS_AHEAD] = {};
 #pragma unroll
-        for (u32 row = 0; row < ROWS_AHEAD; ++row) {
-            load_chunk(column + static_cast<u64>(rows[at + row]) * width, length, terms[row]);
-        }
-#pragma unroll
-        for (u32 row = 0; row < ROWS_AHEAD; ++row) {
-#pragma unroll
-            for (u32 i = 0; i < CHUNK; ++i) sum[i] += terms[row][i];
-        }
+    for (u32 i = 0; i < ROWS_AHEAD; ++i) {
+        if (i < count) words[i] = load_words<WHOLE>(column + static_cast<u64>(rows[i]) * width, length);
     }
-    for (; at < count; ++at) {
+#pragma unroll
+    for (u32 i = 0; i < ROWS_AHEAD; ++i) {
+        if (i >= count) continue;
         float term[CHUNK];
-        load_chunk(column + static_cast<u64>(rows[at]) * width, length, term);
+        unpack(words[i], term);
 #pragma unroll
-        for (u32 i = 0; i < CHUNK; ++i) sum[i] += term[i];
+        for (u32 k = 0; k < CHUNK; ++k) sum[k] += term[k];
     }
 }
 
-// Lists the places from `first` to `first + SEARCH` that hold `token`, in their order. Returns how many there are. The list is written
-// behind the first of two barriers, so that everybody has read the last one.
-DEVICE u32 list_places(const u32* tokens, u32 token_count, u32 token, u32 first, u32* list, u32 (&counts)[WARP]) {
-    const u32 place = first + threadIdx.x, warp = warp_of_block();
-    const bool here = place < token_count && tokens[place] == token;
-    const u32 votes = vote(here);
-    if (lane_of_warp() == 0) counts[warp] = count_bits(votes);
-    sync_block();
-    u32 before = 0, total = 0;
-    for (u32 other = 0; other < SEARCH / WARP; ++other) {
-        before += other < warp ? counts[other] : 0;
-        total += counts[other];
-    }
-    if (here) list[before + count_bits(votes & ((1u << lane_of_warp()) - 1))] = place;
-    sync_block();
-    return total;
-}
-
-// Each id has a block of threads, but only that of its first place works: it adds all rows of that id in order of place, so
-// nobody else writes that row of the table, and the additions are those of the CPU kernel. Looking for the places reads
-// ids for each block, all `token_count` for one that works and those up to its id's nearest earlier place for one that does
-// not: at worst the square of their number in all, for each run of columns. They are expected to come from the cache and to
-// take little time beside the rows, which is not measured.
-KERNEL(embed_backward, 256, 1)(const u32* tokens, const bf16* out_gradient, float* table_gradient, u32 token_count,
+// Third: each key has a block of threads, but only that of an id's first key works: it adds all rows of that id in order of place, so
+// nobody else writes that row of the table, and the additions are those of the CPU kernel. Each warp finds the id's next keys for
+// itself. An id that is very frequent takes the longest, as its additions cannot be shared out: 16 rows at a time are on their way.
+KERNEL(embed_backward, 256, 2)(const u64* order, const bf16* out_gradient, float* table_gradient, u32 token_count,
                                u32 vocabulary, u32 width) {
-    SHARED u32 list[SEARCH];
-    SHARED u32 counts[WARP];
-    const u32 own = blockIdx.x, token = tokens[own];
-    if (token >= vocabulary) return;
-    // The nearest places first: a frequent id is found among them.
-    const u32 own_run = own / SEARCH * SEARCH;
-    for (u32 run = own_run + SEARCH; run > 0; run -= SEARCH) {
-        const u32 found = list_places(tokens, token_count, token, run - SEARCH, list, counts);
-        if (found > 0 && list[0] < own) return;
-    }
+    const u32 first = blockIdx.x, lane = lane_of_warp();
+    u64 key = first + lane < token_count ? order[first + lane] : LAST_KEY;
+    const u32 token = token_of(order[first]);
+    if (token >= vocabulary || (first > 0 && token_of(order[first - 1]) == token)) return;
     const u32 chunk = blockIdx.y * blockDim.x + threadIdx.x;
     const bool works = chunk < chunks_of(width);
     const u32 length = works ? chunk_length(width, chunk) : 0;
-    const u32 column = works ? chunk * CHUNK : 0;
-    float* to = table_gradient + static_cast<u64>(token) * width + column;
+    const bf16* column = out_gradient + (works ? chunk * CHUNK : 0);
+    float* to = table_gradient + static_cast<u64>(token) * width + (works ? chunk * CHUNK : 0);
+    const bool whole = width % CHUNK == 0 && is_aligned(out_gradient);
     float sum[CHUNK];
     load_chunk(static_cast<const float*>(to), length, sum);
-    for (u32 run = own_run; run < token_count; run += SEARCH) {
-        const u32 found = list_places(tokens, token_count, token, run, list, counts);
-        add_rows(sum, out_gradient + column, width, length, list, found);
+    for (u32 at = first, found = WARP; found == WARP; at += WARP) {
+        found = count_bits(vote(token_of(key) == token));
+        const u32 place = place_of(key), next = at + WARP + lane;
+        if (found == WARP) key = next < token_count ? order[next] : LAST_KEY;
+        for (u32 done = 0; done < found; done += ROWS_AHEAD) {
+            u32 rows[ROWS_AHEAD];
+#pragma unroll
+            for (u32 i = 0; i < ROWS_AHEAD; ++i) rows[i] = broadcast(place, done + i);
+            if (!works) continue;
+            if (whole) {
+                add_rows<true>(sum, column, width, length, rows, found - done);
+            } else {
+                add_rows<false>(sum, column, width, length, rows, found - done);
+            }
+        }
     }
     store_chunk(to, length, sum);
 }

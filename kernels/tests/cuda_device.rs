@@ -281,6 +281,8 @@ fn rows_and_tokens_are_launched_as_the_table_says() {
         table::swiglu(&table::SWIGLU, 5, 40).unwrap(),
         table::swiglu(&table::SWIGLU_BACKWARD, 5, 40).unwrap(),
         table::embed(20, 10).unwrap(),
+        table::embed_sort(20).unwrap(),
+        table::embed_order(20).unwrap(),
         table::embed_backward(20, 10).unwrap(),
         table::cross_entropy(&entropy).unwrap(),
         long(&table::ADD_F32, 50),
@@ -296,17 +298,19 @@ fn rows_and_tokens_are_launched_as_the_table_says() {
     assert_eq!(values[0][2..6], [4, 2, 16, 40].map(Value::U32));
     assert_eq!(values[0][6], Value::F32(-1.0), "the gradient rotates back");
     assert_eq!(values[3][3..], [30, 10].map(Value::U32));
-    assert_eq!(values[4][3..], [20, 30, 10].map(Value::U32));
-    let (Value::Pointer(first), Value::Pointer(targets)) = (values[3][1], values[5][1]) else {
+    assert_eq!(values[4][1], values[5][0], "what one launch sorts, the next one merges");
+    assert_eq!(values[5][1], values[6][0], "and the last one follows");
+    assert_eq!(values[6][3..], [20, 30, 10].map(Value::U32));
+    let (Value::Pointer(first), Value::Pointer(targets)) = (values[3][1], values[7][1]) else {
         panic!("ids are pointers")
     };
     assert_eq!(targets - first, 3 * 4, "targets begin at their offset");
     assert_eq!(
-        values[5][3..],
+        values[7][3..],
         [Value::U32(90), Value::U32(0), Value::U32(0), Value::F32(0.0)]
     );
     assert_eq!(
-        values[6],
+        values[8],
         [
             pointer(&rig, &full, 2),
             pointer(&rig, &table_of_angles, 1),

@@ -140,6 +140,10 @@ inline T shuffle_xor(T x, u32 lanes, const emulator::Site& site = emulator::Site
     return result;
 }
 
+inline u32 broadcast(u32 x, u32 lane, const emulator::Site& site = emulator::Site::current()) {
+    return shuffle_xor(x, threadIdx.x % 32 ^ lane, site);
+}
+
 inline u32 vote(bool yes, const emulator::Site& site = emulator::Site::current()) {
     u32 result;
     emulator::together(emulator::Together::Vote, {{}, &result, yes}, site);

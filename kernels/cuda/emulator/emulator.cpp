@@ -586,6 +586,8 @@ const Kernel KERNELS[] = {
     ENTRY(pointwise, swiglu),
     ENTRY(pointwise, swiglu_backward),
     ENTRY(pointwise, embed),
+    ENTRY(pointwise, embed_sort),
+    ENTRY(pointwise, embed_order),
     ENTRY(pointwise, embed_backward),
     ENTRY(rows, rms_norm),
     ENTRY(rows, rms_norm_backward),

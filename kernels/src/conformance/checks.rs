@@ -239,7 +239,8 @@ pub(super) fn swiglu<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
 }
 
 pub(super) fn embedding<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
-    for (count, vocabulary, width) in [(1, 1, 1), (40, 7, 19), (100, 300, 64)] {
+    // More ids than a device may sort at a time, all of them one and few of them alike.
+    for (count, vocabulary, width) in [(1, 1, 1), (40, 7, 19), (100, 300, 64), (1100, 1, 9), (2100, 900, 8)] {
         let call = Embedding {
             tokens: count,
             vocabulary,

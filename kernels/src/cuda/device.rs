@@ -559,16 +559,26 @@ impl<D: Driver> Device for CudaDevice<D> {
         out_gradient: In<'_, D>,
         table_gradient: Out<'_, D>,
     ) -> Done {
-        Call::new(
-            stream,
-            "embed_backward",
-            table::embed_backward(call.tokens, call.width)?,
-        )
-        .tokens(tokens, 0, call.tokens)
-        .tensor(out_gradient, call.tokens * call.width)
-        .tensor(table_gradient.read(), call.vocabulary * call.width)
-        .sizes(&[call.tokens, call.vocabulary, call.width])
-        .run()
+        const OPERATION: &str = "embed_backward";
+        let count = call.tokens;
+        let runs = stream.scratch(Scratch::Partials, table::embed_scratch_bytes(count))?;
+        let order = runs.further(table::sorted_keys(count) * Element::U64.bytes());
+        Call::new(stream, OPERATION, table::embed_sort(count)?)
+            .tokens(tokens, 0, count)
+            .address(runs)
+            .sizes(&[count])
+            .run()?;
+        Call::new(stream, OPERATION, table::embed_order(count)?)
+            .address(runs)
+            .address(order)
+            .sizes(&[count])
+            .run()?;
+        Call::new(stream, OPERATION, table::embed_backward(count, call.width)?)
+            .address(order)
+            .tensor(out_gradient, count * call.width)
+            .tensor(table_gradient.read(), call.vocabulary * call.width)
+            .sizes(&[count, call.vocabulary, call.width])
+            .run()
     }
 
     fn cross_entropy(

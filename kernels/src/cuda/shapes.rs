@@ -75,6 +75,8 @@ pub fn launches(config: &Config) -> Vec<Required> {
             table::swiglu(&table::SWIGLU, rows, model.ffn),
             table::swiglu(&table::SWIGLU_BACKWARD, rows, model.ffn),
             table::embed(rows, model.hidden),
+            table::embed_sort(rows),
+            table::embed_order(rows),
             table::embed_backward(rows, model.hidden),
             table::cross_entropy(&loss),
         ]

@@ -297,9 +297,22 @@ entries! {
         u32("vocabulary", "rows of the table"),
         u32("width", "columns"),
     ];
-    /// `Device::embed_backward`: the additions of the CPU kernel, in its order. An id that is not in the table adds nothing.
-    EMBED_BACKWARD = "embed_backward" in POINTWISE [
+    /// `Device::embed_backward`, first: each id with its place, as id · 2³² + place, sorted within runs of 1,024 places. The last run
+    /// is filled up with the largest of all keys.
+    EMBED_SORT = "embed_sort" in POINTWISE [
         input("tokens", U32, "[tokens]"),
+        output("runs", U64, "[sorted_keys(tokens)], scratch"),
+        u32("token_count", "ids"),
+    ];
+    /// `Device::embed_backward`, second: all keys in order.
+    EMBED_ORDER = "embed_order" in POINTWISE [
+        input("runs", U64, "[sorted_keys(tokens)]"),
+        output("order", U64, "[tokens], scratch"),
+        u32("token_count", "ids"),
+    ];
+    /// `Device::embed_backward`, third: the additions of the CPU kernel, in its order. An id that is not in the table adds nothing.
+    EMBED_BACKWARD = "embed_backward" in POINTWISE [
+        input("order", U64, "[tokens]"),
         input("out_gradient", Bf16, "[tokens, width]"),
         update("table_gradient", F32, "[vocabulary, width]; added to"),
         u32("token_count", "ids"),
@@ -466,6 +479,8 @@ const THREADS: usize = 256;
 const THREADS_MAX: usize = 1024;
 /// Threads of a warp.
 const WARP: usize = 32;
+/// Places whose keys a block of [`EMBED_SORT`] sorts.
+const SORTED: usize = 1024;
 /// Elements of a parameter block that one block of threads updates.
 const OPTIMIZER_TILE: usize = 8192;
 /// Chunks that a thread of [`RMS_NORM_BACKWARD`] has under way: one of each of four rows, or two of each of two.
@@ -564,23 +579,51 @@ pub fn embed(tokens: usize, width: usize) -> Result<Launch, DeviceError> {
     Ok(line(&EMBED, tokens, threads(width.div_ceil(CHUNK), THREADS)))
 }
 
-/// [`EMBED_BACKWARD`]: a block of threads for each id and each run of columns; the block of an id's first place adds all of
-/// that id's rows, the others end.
+/// Keys that [`EMBED_SORT`] makes of so many ids: whole runs of them.
+#[must_use]
+pub const fn sorted_keys(tokens: usize) -> usize {
+    tokens.next_multiple_of(SORTED)
+}
+
+/// Scratch memory of the embedding's gradient: sorted runs, and all keys in order.
+#[must_use]
+pub const fn embed_scratch_bytes(tokens: usize) -> usize {
+    (sorted_keys(tokens) + tokens) * Element::U64.bytes()
+}
+
+/// [`EMBED_SORT`]: a block of threads for each run of places.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for more ids than a grid has blocks.
+pub fn embed_sort(tokens: usize) -> Result<Launch, DeviceError> {
+    let entry = &EMBED_SORT;
+    let runs = along_x(entry.name, "ids", tokens)?.div_ceil(SORTED as u32);
+    Ok(line(entry, runs, (SORTED / 2) as u32))
+}
+
+/// [`EMBED_ORDER`]: a thread for each key.
+///
+/// # Errors
+/// As [`embed_sort`].
+pub fn embed_order(tokens: usize) -> Result<Launch, DeviceError> {
+    let entry = &EMBED_ORDER;
+    let blocks = along_x(entry.name, "ids", tokens)?.div_ceil(THREADS as u32);
+    Ok(line(entry, blocks, THREADS as u32))
+}
+
+/// [`EMBED_BACKWARD`]: a block of threads for each key and each run of columns; the block of an id's first key adds all of that id's
+/// rows, the others end.
 ///
 /// # Errors
 /// [`DeviceError::Unsupported`] for a grid beyond the driver's limits.
 pub fn embed_backward(tokens: usize, width: usize) -> Result<Launch, DeviceError> {
     let entry = &EMBED_BACKWARD;
     let tokens = along_x(entry.name, "ids", tokens)?;
-    let runs = dimension(
-        entry.name,
-        "runs of columns",
-        width.div_ceil(THREADS * CHUNK),
-        GRID_YZ_MAX,
-    )?;
+    let chunks = width.div_ceil(CHUNK);
+    let runs = dimension(entry.name, "runs of columns", chunks.div_ceil(THREADS), GRID_YZ_MAX)?;
     Ok(Launch {
         grid: [tokens, runs, 1],
-        ..line(entry, tokens, THREADS as u32)
+        ..line(entry, tokens, threads(chunks, THREADS))
     })
 }
 

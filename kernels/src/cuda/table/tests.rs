@@ -126,7 +126,7 @@ fn sizes_are_those_of_the_sources() {
         ("common.cuh", "u32 CHUNK", CHUNK),
         ("pointwise.cu", "u32 ELEMENT_THREADS", THREADS),
         ("pointwise.cu", "u32 ELEMENT_QUADS", CHUNK / 4),
-        ("pointwise.cu", "u32 SEARCH", THREADS),
+        ("pointwise.cu", "u32 SORTED", SORTED),
         ("rows.cu", "u32 NORM_CHUNKS", NORM_CHUNKS),
         ("rows.cu", "u32 SECTOR", SECTOR),
         ("rows.cu", "u32 STRANDS", STRANDS),
@@ -164,6 +164,8 @@ fn blocks_keep_the_bounds_of_their_kernels() {
     let mut launches = vec![
         rope(&rotation),
         embed(1, 1 << 14),
+        embed_sort(1),
+        embed_order(1),
         embed_backward(1, 1 << 14),
         rms_norm(&norm),
         rms_norm_backward(&narrow),

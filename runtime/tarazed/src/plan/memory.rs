@@ -8,7 +8,7 @@ use tarazed_domain::lanes::{LaneRange, LaneTree, Node, TreeFold};
 use tarazed_domain::layout::{ParameterLayout, ShardLayout};
 use tarazed_kernels::cuda::STAGING_BYTES;
 use tarazed_kernels::cuda::driver::GEMM_WORKSPACE_BYTES;
-use tarazed_kernels::cuda::table::{head_gradient_elements, norm_partials};
+use tarazed_kernels::cuda::table::{embed_scratch_bytes, head_gradient_elements, norm_partials};
 use tarazed_kernels::{Attention, cpu, cuda};
 use tarazed_model::logits_rows;
 
@@ -179,7 +179,8 @@ fn gpu_terms(config: &Config, shares: &Shares) -> [Term; 3] {
         kv_heads: model.kv_heads,
         head_dim: model.head_dim(),
     });
-    let sums = (partials * model.hidden).max(tokens * model.heads) as u64 * 4 + of_heads as u64 * element_bytes(true);
+    let sums = (partials * model.hidden).max(tokens * model.heads) * 4;
+    let sums = sums.max(embed_scratch_bytes(tokens)) as u64 + of_heads as u64 * element_bytes(true);
     let workspace = GEMM_WORKSPACE_BYTES as u64;
     let streams = threads + 1;
     let (staging, n) = (STAGING_BYTES as u64, shares.parameters);
