@@ -5,6 +5,9 @@ use tarazed_kernels::{CpuDevice, conformance};
 
 const F32_UNIT_ROUNDOFF: f64 = 1.0 / (1_u64 << 24) as f64;
 
+/// A seed whose one log-sum-exp of a single key is nearly zero: its error is not measured by its size.
+const LOG_SUM_NEAR_ZERO: u64 = 7_569_223_810_146_476_638;
+
 #[test]
 fn every_instruction_set_conforms() {
     // One seed that is new each time; a failure prints it.
@@ -14,7 +17,7 @@ fn every_instruction_set_conforms() {
         let seeds: &[u64] = if device.instruction_set() == "portable" {
             &[fresh]
         } else {
-            &[1, 2, fresh]
+            &[1, 2, LOG_SUM_NEAR_ZERO, fresh]
         };
         for &seed in seeds {
             match conformance::run(&device, F32_UNIT_ROUNDOFF, seed) {

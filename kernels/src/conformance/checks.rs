@@ -200,7 +200,9 @@ pub(super) fn attention<D: Device>(bench: &mut Bench<'_, D>) -> Checked {
             .attention(&mut bench.stream, &call, qkv.view(), to.0, to.1)?;
         let (expected, sums) = reference::attention(&call, &qkv_held);
         bench.compare_scaled(("attention", &shape), &out, &expected, 16.0)?;
-        bench.compare_scaled(("log-sum-exp", &shape), &log_sum_exp, &sums, 8.0)?;
+        // It is the logarithm of a sum of about one: where that is near one, its own size says nothing of its error.
+        let allowed = 8.0 * bench.unit * largest(&sums).max(1.0);
+        bench.compare(("log-sum-exp", &shape), &log_sum_exp, &sums, |_| allowed)?;
 
         let (dy, dy_held) = bench.random(call.rows() * call.out_width(), Working)?;
         let mut gradient = bench.poisoned(call.rows() * call.qkv_width(), Working)?;

@@ -12,7 +12,7 @@
 //! | GEMM, `k` terms | `(4 + sqrt(k)) · u · (|c| + alpha · sum |a·b|)` |
 //! | RMSNorm; its gradients over `rows` rows | `8 u · max|y|`; `(16 + sqrt(rows)) · u · max|y|` |
 //! | RoPE, either way | `4 u · max|y|` |
-//! | attention output; log-sum-exp; gradient | `16 u · max|y|`; `8 u · max|y|`; `16 u · max|y|` |
+//! | attention output; log-sum-exp; gradient | `16 u · max|y|`; `8 u · max(1, max|y|)`; `16 u · max|y|` |
 //! | SwiGLU, either way | `16 u · max|y|` |
 //! | cross-entropy loss; gradient | `4 u · max(1, max|logit|)`; `8 u · scale · max(1, max|logit|)` |
 //! | AdamW weight, moments | `8 u · max|y|` |
@@ -20,6 +20,9 @@
 //! | embedding, addition, hashes | none: exact |
 //! | embedding gradient of `n` ids | `u · n · max|y|` |
 //! | sum of squares | `2⁻⁴⁰` relative |
+//!
+//! And besides, of every tensor of 256 elements and more: `2.5 u` of its own Frobenius norm, or 1e-6 where that is more (sums are
+//! f32 whatever the working precision is).
 
 mod checks;
 pub mod reference;
@@ -74,14 +77,23 @@ fn several(faults: &[ConformanceError]) -> String {
     format!("{} kernels: {}", faults.len(), texts.join("; "))
 }
 
-/// The largest error of one kernel, as a share of its bound.
+/// The largest errors of one kernel.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Measured {
     /// The kernel and its output.
     pub kernel: String,
-    /// Largest error over allowed error, at most 1.
+    /// Largest error of an element over the error allowed, at most 1.
     pub share: f64,
+    /// Largest relative error of a whole tensor, in Frobenius norms; none where all tensors are short.
+    pub relative: Option<f64>,
 }
+
+/// Bound of whole tensors' relative errors, in units of the unit roundoff: below 1e-2 in bf16.
+const RELATIVE_MAX: f64 = 2.5;
+/// And what it is at least: of sums of some hundred terms in f32.
+const RELATIVE_IN_FULL: f64 = 1e-6;
+/// Elements of a tensor whose relative error says something: that of a few is that of a sum that may have cancelled.
+const RELATIVE_ELEMENTS_MIN: usize = 256;
 
 type Check<D> = fn(&mut Bench<'_, D>) -> Result<(), ConformanceError>;
 
@@ -259,6 +271,7 @@ impl<'a, D: Device> Bench<'a, D> {
     ) -> Result<(), ConformanceError> {
         let got = self.get(kernel, shape, tensor)?;
         assert_eq!(got.len(), expected.len(), "the oracle of {kernel} has another shape");
+        let relative = self.relative((kernel, shape), &got, expected)?;
         let mut worst = 0.0_f64;
         for (index, (&got, &expected)) in got.iter().zip(expected).enumerate() {
             let (error, allowed) = ((got - expected).abs(), allowed(index));
@@ -278,13 +291,41 @@ impl<'a, D: Device> Bench<'a, D> {
             }
         }
         match self.measured.iter_mut().find(|measured| measured.kernel == kernel) {
-            Some(measured) => measured.share = measured.share.max(worst),
+            Some(measured) => {
+                measured.share = measured.share.max(worst);
+                measured.relative = match (measured.relative, relative) {
+                    (Some(one), Some(other)) => Some(one.max(other)),
+                    (one, other) => one.or(other),
+                };
+            }
             None => self.measured.push(Measured {
                 kernel: kernel.to_owned(),
                 share: worst,
+                relative,
             }),
         }
         Ok(())
+    }
+
+    /// The relative error of a whole tensor, if it is long enough to have one.
+    fn relative(
+        &self,
+        (kernel, shape): (&str, &str),
+        got: &[f64],
+        expected: &[f64],
+    ) -> Result<Option<f64>, ConformanceError> {
+        if expected.len() < RELATIVE_ELEMENTS_MIN {
+            return Ok(None);
+        }
+        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+        let size = norm(&mut expected.iter().copied());
+        let error = norm(&mut got.iter().zip(expected).map(|(got, expected)| got - expected));
+        let (relative, allowed) = (error / size, (RELATIVE_MAX * self.unit).max(RELATIVE_IN_FULL));
+        if size > 0.0 && (relative.is_nan() || relative > allowed) {
+            let fault = format!("relative error {relative:e} of the whole tensor, allowed {allowed:e}");
+            return Err(self.fault(kernel, shape, fault));
+        }
+        Ok((size > 0.0).then_some(relative))
     }
 
     /// Compares under `factor · u · max|expected|`.

@@ -132,7 +132,7 @@ fn conform<D: Driver>(device: &CudaDevice<D>, seeds: &[u64]) -> Result<Value, Ch
             conformance::run(device, BF16_UNIT_ROUNDOFF, seed).map_err(CheckFailed::because("conformance"))?;
         let kernels: Vec<Value> = measured
             .iter()
-            .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share}))
+            .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share, "relative_error": kernel.relative}))
             .collect();
         suites.push(json!({"seed": seed, "kernels": kernels}));
     }
