@@ -347,11 +347,17 @@ pub struct HeadLoss {
 /// Rows of logits at least, however large the vocabulary; chunks are whole multiples of it where they can be.
 const HEAD_ROWS_MIN: usize = 64;
 
+/// Rows of one chunk of a head at most.
+#[must_use]
+pub fn head_rows_most(logits_elements: usize, vocabulary: usize) -> usize {
+    (logits_elements / vocabulary.max(1)).max(HEAD_ROWS_MIN)
+}
+
 /// Rows of one chunk of a head over `rows` rows, where `logits_elements` are made at a time: as few chunks as that allows, and
 /// all about as long, so that none is a matrix product of a few rows.
 #[must_use]
 pub fn head_rows(logits_elements: usize, vocabulary: usize, rows: usize) -> usize {
-    let most = (logits_elements / vocabulary.max(1)).max(HEAD_ROWS_MIN);
+    let most = head_rows_most(logits_elements, vocabulary);
     let even = rows.div_ceil(rows.div_ceil(most).max(1));
     even.next_multiple_of(HEAD_ROWS_MIN).min(most).min(rows.max(1))
 }
@@ -415,7 +421,7 @@ pub trait Device: Send + Sync + 'static {
     /// One thread's queue of operations and its scratch memory.
     type Stream: Send;
 
-    /// What DET-4 compares: devices with the same name give the same bits.
+    /// What DET-4 compares: devices with the same name give the same bits to one binary.
     fn device_type(&self) -> String;
 
     /// Elements of logits that a head makes at a time. It decides how the head's weight gradient is cut into sums, so it is

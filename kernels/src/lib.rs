@@ -22,6 +22,6 @@ pub mod hash;
 pub use cpu::{CpuBuffer, CpuDevice, CpuStream};
 pub use device::{
     AdamwStep, Attention, Blocks, CrossEntropy, Device, DeviceError, Embedding, Gemm, HeadLoss, Norm, OptimizerState,
-    Precision, Rope, View, ViewMut, head_rows,
+    Precision, Rope, View, ViewMut, head_rows, head_rows_most,
 };
 pub use hash::BlockHash;

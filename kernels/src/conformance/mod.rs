@@ -1,11 +1,13 @@
 //! The conformance suite of [`Device`]: one body, run on every implementation, with an f64 oracle.
 //!
 //! Each check draws fresh inputs from a seed, rounds them through the device, computes the expected result from what the
-//! device really holds, poisons all outputs and their surroundings with NaN, and compares every element. Tensors start at
-//! odd offsets, so a device that relies on alignment or writes beyond a tensor is found.
+//! device really holds, poisons all outputs and their surroundings with NaN, and compares every element. The suite runs twice: with
+//! tensors at odd offsets, so that a device that relies on alignment is found, and with aligned ones, which a device may take
+//! another way; a write beyond a tensor is found in both.
 //!
-//! Stated error bounds, with `u` the unit roundoff of the device's working precision (2⁻²⁴ for f32) and `max|y|` the
-//! largest element of the expected tensor:
+//! Stated error bounds, with `u` the unit roundoff of the result's precision, and `max|y|` the largest element of the expected
+//! tensor. Of working precision it is the device's (2⁻²⁴ for f32); of full precision at most 2⁻²⁰, which leaves room for the order of
+//! sums and a hardware's exponential, unless the result follows from one that was rounded to working precision (the head's):
 //!
 //! | kernel | bound on the absolute error |
 //! |---|---|
@@ -117,7 +119,11 @@ pub fn run<D: Device>(device: &D, unit_roundoff: f64, seed: u64) -> Result<Vec<M
         checks::adamw,
     ];
     let mut faults = Vec::new();
-    for check in suite {
+    let all = OFFSETS
+        .into_iter()
+        .flat_map(|offset| suite.map(|check| (offset, check)));
+    for (offset, check) in all {
+        bench.offset = offset;
         match check(&mut bench) {
             Ok(()) => {}
             // A shape that a device does not take says nothing of its other kernels; a lost device ends them all.
@@ -168,24 +174,30 @@ impl Random {
     }
 }
 
-/// Elements before a tensor, so that it starts at an odd address.
-const BEFORE: usize = 5;
+/// Elements before a tensor: at an odd address, and at one that 16 bytes divide in either precision.
+const OFFSETS: [usize; 2] = [5, 8];
+/// Unit roundoff that results in full precision are measured by, at most.
+const FULL_UNIT: f64 = 1.0 / (1_u64 << 20) as f64;
 /// Poisoned elements behind it.
 const BEHIND: usize = 19;
 
 /// One tensor in a buffer of its own.
 struct Tensor<D: Device> {
     buffer: D::Buffer,
+    /// Elements before it.
+    offset: usize,
     len: usize,
+    /// Unit roundoff that it is measured by.
+    unit: f64,
 }
 
 impl<D: Device> Tensor<D> {
     fn view(&self) -> View<'_, D::Buffer> {
-        View::at(&self.buffer, BEFORE)
+        View::at(&self.buffer, self.offset)
     }
 
     fn view_mut(&mut self) -> ViewMut<'_, D::Buffer> {
-        ViewMut::at(&mut self.buffer, BEFORE)
+        ViewMut::at(&mut self.buffer, self.offset)
     }
 }
 
@@ -195,6 +207,7 @@ struct Bench<'a, D: Device> {
     stream: D::Stream,
     unit: f64,
     seed: u64,
+    offset: usize,
     random: Random,
     measured: Vec<Measured>,
 }
@@ -206,6 +219,7 @@ impl<'a, D: Device> Bench<'a, D> {
             stream: device.stream()?,
             unit,
             seed,
+            offset: 0,
             random: Random::new(seed),
             measured: Vec::new(),
         })
@@ -214,14 +228,24 @@ impl<'a, D: Device> Bench<'a, D> {
     /// A tensor of these values, and the values as the device holds them.
     fn put(&mut self, values: &[f64], precision: Precision) -> Result<(Tensor<D>, Vec<f64>), ConformanceError> {
         let len = values.len();
-        let mut padded = vec![f32::NAN; BEFORE + len + BEHIND];
-        for (to, value) in padded[BEFORE..].iter_mut().zip(values) {
+        let offset = self.offset;
+        let mut padded = vec![f32::NAN; offset + len + BEHIND];
+        for (to, value) in padded[offset..].iter_mut().zip(values) {
             *to = *value as f32;
         }
         let mut buffer = self.device.alloc(padded.len(), precision)?;
         self.device
             .upload(&mut self.stream, &padded, ViewMut::from(&mut buffer))?;
-        let tensor = Tensor { buffer, len };
+        let unit = match precision {
+            Precision::Working => self.unit,
+            Precision::Full => self.unit.min(FULL_UNIT),
+        };
+        let tensor = Tensor {
+            buffer,
+            offset,
+            len,
+            unit,
+        };
         let held = self.get("upload", "", &tensor)?;
         Ok((tensor, held))
     }
@@ -239,17 +263,15 @@ impl<'a, D: Device> Bench<'a, D> {
 
     /// Values of a tensor, once its surroundings are found untouched.
     fn get(&mut self, kernel: &str, shape: &str, tensor: &Tensor<D>) -> Result<Vec<f64>, ConformanceError> {
-        let mut padded = vec![0.0; BEFORE + tensor.len + BEHIND];
+        let (start, end) = (tensor.offset, tensor.offset + tensor.len);
+        let mut padded = vec![0.0; end + BEHIND];
         self.device
             .download(&mut self.stream, View::from(&tensor.buffer), &mut padded)?;
-        let surroundings = padded[..BEFORE].iter().chain(&padded[BEFORE + tensor.len..]);
+        let surroundings = padded[..start].iter().chain(&padded[end..]);
         if surroundings.into_iter().any(|value| !value.is_nan()) {
             return Err(self.fault(kernel, shape, "wrote outside its tensor".to_owned()));
         }
-        Ok(padded[BEFORE..BEFORE + tensor.len]
-            .iter()
-            .map(|&x| f64::from(x))
-            .collect())
+        Ok(padded[start..end].iter().map(|&x| f64::from(x)).collect())
     }
 
     fn fault(&self, kernel: &str, shape: &str, fault: String) -> ConformanceError {
@@ -271,7 +293,7 @@ impl<'a, D: Device> Bench<'a, D> {
     ) -> Result<(), ConformanceError> {
         let got = self.get(kernel, shape, tensor)?;
         assert_eq!(got.len(), expected.len(), "the oracle of {kernel} has another shape");
-        let relative = self.relative((kernel, shape), &got, expected)?;
+        let relative = self.relative((kernel, shape), &got, expected, tensor.unit)?;
         let mut worst = 0.0_f64;
         for (index, (&got, &expected)) in got.iter().zip(expected).enumerate() {
             let (error, allowed) = ((got - expected).abs(), allowed(index));
@@ -313,6 +335,7 @@ impl<'a, D: Device> Bench<'a, D> {
         (kernel, shape): (&str, &str),
         got: &[f64],
         expected: &[f64],
+        unit: f64,
     ) -> Result<Option<f64>, ConformanceError> {
         if expected.len() < RELATIVE_ELEMENTS_MIN {
             return Ok(None);
@@ -320,7 +343,7 @@ impl<'a, D: Device> Bench<'a, D> {
         let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
         let size = norm(&mut expected.iter().copied());
         let error = norm(&mut got.iter().zip(expected).map(|(got, expected)| got - expected));
-        let (relative, allowed) = (error / size, (RELATIVE_MAX * self.unit).max(RELATIVE_IN_FULL));
+        let (relative, allowed) = (error / size, (RELATIVE_MAX * unit).max(RELATIVE_IN_FULL));
         if size > 0.0 && (relative.is_nan() || relative > allowed) {
             let fault = format!("relative error {relative:e} of the whole tensor, allowed {allowed:e}");
             return Err(self.fault(kernel, shape, fault));
@@ -336,7 +359,7 @@ impl<'a, D: Device> Bench<'a, D> {
         expected: &[f64],
         factor: f64,
     ) -> Result<(), ConformanceError> {
-        let allowed = factor * self.unit * largest(expected);
+        let allowed = factor * tensor.unit * largest(expected);
         self.compare(names, tensor, expected, |_| allowed)
     }
 

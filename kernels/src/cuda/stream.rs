@@ -408,6 +408,12 @@ impl<D: Driver> CudaStream<D> {
     /// [`DeviceError::Failed`]; [`DeviceError::Unsupported`] in a capture.
     pub(super) fn begin_capture(&mut self) -> Result<(), DeviceError> {
         self.refuse_in_capture("graph")?;
+        if self.profile.is_some() {
+            return Err(DeviceError::Unsupported {
+                operation: "graph",
+                cause: "the times of what is recorded cannot be taken; end the profile first".to_owned(),
+            });
+        }
         self.context.ask("graph", |driver| driver.begin_capture(self.id()))?;
         self.captured = Some(Vec::new());
         Ok(())

@@ -1,7 +1,7 @@
 //! Activations and scratch of one compute thread, allocated once.
 
 use tarazed_domain::config::ModelConfig;
-use tarazed_kernels::{Device, DeviceError, Precision, head_rows};
+use tarazed_kernels::{Device, DeviceError, Precision, head_rows_most};
 
 /// What the backward pass needs of one layer.
 pub(crate) struct Activations<D: Device> {
@@ -58,12 +58,10 @@ pub struct Workspace<D: Device> {
 }
 
 /// Rows of logits that a workspace for passes over at most `sequences` sequences holds, on a device that makes
-/// `logits_elements` at a time: fewer sequences may be cut into longer chunks.
+/// `logits_elements` at a time. Fewer rows than all may be one longer chunk, so it is the longest of any.
 #[must_use]
 pub fn logits_rows(logits_elements: usize, config: &ModelConfig, sequences: usize) -> usize {
-    let rows = |sequences: usize| head_rows(logits_elements, config.vocabulary, sequences * config.context);
-    // The forward pass of a text under way makes one row.
-    (1..=sequences).map(rows).max().unwrap_or(1)
+    head_rows_most(logits_elements, config.vocabulary).min(sequences * config.context)
 }
 
 impl<D: Device> Workspace<D> {

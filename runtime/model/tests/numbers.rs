@@ -3,8 +3,10 @@
 mod common;
 
 use std::sync::atomic::AtomicBool;
+use tarazed_domain::config::ModelConfig;
 use tarazed_kernels::conformance::Random;
-use tarazed_kernels::{CpuBuffer, Device};
+use tarazed_kernels::{CpuBuffer, CpuDevice, Device, head_rows, head_rows_most};
+use tarazed_model::{Model, initialise, parameter_layout};
 
 #[test]
 fn losses_and_logits_match_the_oracle() {
@@ -141,4 +143,37 @@ fn losses_are_those_of_the_training_pass_bit_for_bit() {
         .losses(&small.weights, &mut workspace, &tokens, &abort)
         .unwrap();
     assert_eq!(trained, held_out);
+}
+
+/// A text that is shorter than the context may be one longer chunk of logits than a whole one's are: it has its place.
+#[test]
+fn token_losses_of_any_length_have_room() {
+    let config = ModelConfig {
+        layers: 1,
+        hidden: 8,
+        ffn: 8,
+        heads: 2,
+        kv_heads: 1,
+        context: 256,
+        vocabulary: 5000,
+        ..common::config()
+    };
+    let most = head_rows_most(CpuDevice::new().logits_elements(), config.vocabulary);
+    assert!(
+        head_rows(CpuDevice::new().logits_elements(), config.vocabulary, config.context) < most
+            && most < config.context,
+        "a whole sequence has shorter chunks than a part of it"
+    );
+    let layout = parameter_layout(&config, common::BLOCK_ELEMENTS);
+    let model = Model::new(&config, &layout, CpuDevice::new()).unwrap();
+    let mut weights = CpuBuffer::zeroed(layout.flat_elements()).unwrap();
+    initialise(&layout, &config, 1, 0..layout.flat_elements(), &mut weights);
+    let mut workspace = model.workspace(1).unwrap();
+    let tokens: Vec<u32> = (0..=config.context as u32).map(|i| i * 37 % 5000).collect();
+    let whole = model.token_losses(&weights, &mut workspace, &tokens).unwrap();
+    for length in [2, 129, 130, most, most + 1, most + 2, 256] {
+        let part = model.token_losses(&weights, &mut workspace, &tokens[..length]).unwrap();
+        // How rows are cut decides no row's own loss.
+        assert_eq!(part, whole[..length - 1], "{length} tokens");
+    }
 }

@@ -18,7 +18,9 @@ fn several_processes_with_one_killed_leave_the_trace_of_one() {
         nccl: Err("not on processors".to_owned()),
     };
     let program = Path::new(env!("CARGO_BIN_EXE_tarazed"));
-    let report = check(program, folder.path(), &sizes).unwrap_or_else(|failure| panic!("{failure}"));
+    let found = check(program, folder.path(), &sizes);
+    assert!(found.failures.is_empty(), "{:?}", found.failures);
+    let report = found.value.expect("a report");
     println!("{report:#}"); // for --nocapture
     assert!(
         report["steps_compared"].as_u64().is_some_and(|steps| steps >= 6),

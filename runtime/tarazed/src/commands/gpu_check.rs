@@ -63,8 +63,8 @@ mod checks {
     use super::Args;
     use crate::exit::{Exit, Failure};
     use crate::gpu_check::{
-        CheckFailed, Extent, PARTS, VISIBLE_VARIABLE, bench, conclude, describe, determinism, keep, plans, processes,
-        timing, visible_alone,
+        CheckFailed, Extent, Found, PARTS, VISIBLE_VARIABLE, bench, conclude, describe, determinism, keep, plans,
+        processes, timing, visible_alone,
     };
     use crate::output::print;
     use serde_json::{Value, json};
@@ -107,7 +107,10 @@ mod checks {
         Err(Failure::halted(
             "gpu-check",
             texts.join("; "),
-            format!("do not train on this device; the report is {}", path.display()),
+            format!(
+                "do not train on this device with what failed; the report is {}",
+                path.display()
+            ),
         ))
     }
 
@@ -164,14 +167,14 @@ mod checks {
         }
     }
 
-    fn whole_runs(args: &Args) -> Result<Value, CheckFailed> {
+    fn whole_runs(args: &Args) -> Found {
         let folder = std::env::temp_dir().join(format!("tarazed-gpu-check-{}", std::process::id()));
         let sizes = processes::Sizes {
             visible: Some(visible(args)),
             ..processes::Sizes::standard(nccl())
         };
         let found = processes::check(Path::new(THIS_PROGRAM), &folder, &sizes);
-        if found.is_ok() {
+        if found.failures.is_empty() {
             // Kept where it fails: it says why. What stays of it otherwise is the system's to clean.
             let _ = std::fs::remove_dir_all(&folder);
         }

@@ -12,7 +12,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
 use tarazed_domain::config::Config;
 use tarazed_domain::{BlockIndex, ParameterLayout};
 use tarazed_kernels::cuda::CudaDevice;
@@ -105,7 +106,9 @@ pub fn measure<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes, path: &Path) ->
     Ok(json!({
         "config": path.display().to_string(), "parameters": ours.layout.parameter_count(),
         "tokens_per_step": ours.tokens_per_step, "micro_batches": sizes.micro_batches, "rounds": sizes.rounds,
-        "ours": our_side, "pytorch": their_side, "pytorch_time_over_ours": ratio, "profile": ours.profile()?,
+        "ours": our_side, "pytorch": their_side, "pytorch_time_over_ours": ratio,
+        // Times that are there are not given up for it.
+        "profile": ours.profile().unwrap_or_else(|failure| json!(failure.to_string())),
     }))
 }
 
@@ -296,8 +299,24 @@ struct Step {
 struct Peer {
     child: Child,
     commands: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    /// Its lines, as a thread reads them.
+    answers: Receiver<String>,
     ready: Ready,
+}
+
+/// How long an answer may take: the first step compiles.
+const ANSWER_WITHIN: Duration = Duration::from_secs(600);
+/// How long it may take to end when its input does.
+const END_WITHIN: Duration = Duration::from_secs(5);
+
+/// Reads lines until there are no more.
+fn lines_of(out: ChildStdout) -> Receiver<String> {
+    let (to, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        let read = BufReader::new(out).lines().map_while(Result::ok);
+        read.take_while(|line| to.send(line.clone()).is_ok()).for_each(drop);
+    });
+    lines
 }
 
 impl Peer {
@@ -327,7 +346,7 @@ impl Peer {
         let mut peer = Self {
             child,
             commands,
-            answers: BufReader::new(out),
+            answers: lines_of(out),
             ready,
         };
         peer.ask()?;
@@ -356,12 +375,14 @@ impl Peer {
     }
 
     fn answer<T: for<'de> Deserialize<'de>>(&mut self) -> Result<T, CheckFailed> {
-        let mut line = String::new();
-        let read = self.answers.read_line(&mut line);
-        read.map_err(|e| failed(format!("the peer is gone: {e}")))?;
-        if line.is_empty() {
-            return Err(failed("the peer ended early; its own words stand on standard error"));
-        }
+        let line = self.answers.recv_timeout(ANSWER_WITHIN).map_err(|error| {
+            failed(match error {
+                RecvTimeoutError::Timeout => format!("the peer said nothing for {} s", ANSWER_WITHIN.as_secs()),
+                RecvTimeoutError::Disconnected => {
+                    "the peer ended early; its own words stand on standard error".to_owned()
+                }
+            })
+        })?;
         serde_json::from_str(&line).map_err(|e| failed(format!("the peer said {line:?} ({e})")))
     }
 }
@@ -370,6 +391,10 @@ impl Drop for Peer {
     fn drop(&mut self) {
         // End of input ends the script; one that does not listen is ended.
         self.commands = None;
+        let until = Instant::now() + END_WITHIN;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         if !matches!(self.child.try_wait(), Ok(Some(_))) {
             let _ = self.child.kill();
             let _ = self.child.wait();

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use tarazed_domain::config::ModelConfig;
 use tarazed_domain::{BlockIndex, ParameterLayout};
 use tarazed_kernels::hash::BlockHash;
-use tarazed_kernels::{AdamwStep, Blocks, Device, DeviceError, OptimizerState, Precision, View, ViewMut};
+use tarazed_kernels::{AdamwStep, Blocks, Device, DeviceError, Gemm, OptimizerState, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace, initialise, parameter_layout};
 
 /// What is compared.
@@ -18,6 +18,8 @@ pub struct Sizes {
     pub lanes: usize,
     /// Sequences of a micro-batch; a lane has one.
     pub sequences: usize,
+    /// Products besides, outputs, inputs and rows of a weight's gradient.
+    pub products: Vec<[usize; 3]>,
 }
 
 impl Sizes {
@@ -33,6 +35,8 @@ impl Sizes {
             ],
             lanes: 4,
             sequences: 2,
+            // Small results of long sums, which a library cuts between blocks of threads.
+            products: vec![[768, 768, 32_768], [768, 2048, 32_768], [256, 256, 8192]],
         }
     }
 
@@ -43,6 +47,7 @@ impl Sizes {
             models: vec![model(1, [32, 48, 2, 1, 8, 50])],
             lanes: 3,
             sequences: 1,
+            products: vec![[8, 16, 24]],
         }
     }
 }
@@ -261,11 +266,12 @@ fn same(what: &str, of: &str, first: &Bits, second: &Bits) -> Result<(), CheckFa
     Ok(())
 }
 
-const COMPARISONS: [&str; 4] = [
+const COMPARISONS: [&str; 5] = [
     "the same inputs twice",
     "lanes in another order",
     "all lanes at once, each on a stream of its own",
     "the same update twice",
+    "long sums twice, and on streams at once",
 ];
 
 /// For each model: runs each lane twice, the lanes in reverse, and all lanes at once on streams of their own; then the
@@ -277,15 +283,18 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
     for config in &sizes.models {
         check_model(&Bench::new(device, config)?, sizes)?;
     }
+    for &shape in &sizes.products {
+        check_product(device, shape, sizes.lanes)?;
+    }
     let models: Vec<String> = sizes.models.iter().map(|model| format!("{model:?}")).collect();
     Ok(json!({
-        "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES,
+        "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES, "products": sizes.products,
         "same_bits": COMPARISONS,
     }))
 }
 
 fn check_model<D: Device + Clone>(bench: &Bench<D>, sizes: &Sizes) -> Result<(), CheckFailed> {
-    let [twice, reversed, together, updates] = COMPARISONS;
+    let [twice, reversed, together, updates, _] = COMPARISONS;
     let of = |lane: usize| format!("heads of {} elements, lane {lane}", bench.config.head_dim());
     let workspace = || {
         bench
@@ -324,6 +333,59 @@ fn check_model<D: Device + Clone>(bench: &Bench<D>, sizes: &Sizes) -> Result<(),
     same(updates, &of(0), &updated, &bench.update(left, right)?)
 }
 
+/// A weight's gradient over many rows, twice on one stream, then on as many streams at once as there are lanes.
+fn check_product<D: Device>(
+    device: &D,
+    [outputs, inputs, rows]: [usize; 3],
+    streams: usize,
+) -> Result<(), CheckFailed> {
+    let failed = CheckFailed::because::<DeviceError>(CHECK);
+    let operand = |stream: &mut D::Stream, width: usize| -> Result<D::Buffer, DeviceError> {
+        let value = |index: usize| (index * 7919 % 1009) as f32 / 504.5 - 1.0;
+        let values: Vec<f32> = (0..rows * width).map(value).collect();
+        let mut buffer = device.alloc(values.len(), Precision::Working)?;
+        device.upload(stream, &values, ViewMut::from(&mut buffer))?;
+        device.synchronize(stream)?;
+        Ok(buffer)
+    };
+    let mut stream = device.stream().map_err(&failed)?;
+    let slopes = operand(&mut stream, outputs).map_err(&failed)?;
+    let x = operand(&mut stream, inputs).map_err(&failed)?;
+    let product = |stream: &mut D::Stream| -> Result<Bits, DeviceError> {
+        let mut into = device.alloc(outputs * inputs, Precision::Full)?;
+        let call = Gemm::weight_gradient(outputs, inputs, rows);
+        device.gemm(
+            stream,
+            &call,
+            View::from(&slopes),
+            View::from(&x),
+            ViewMut::from(&mut into),
+        )?;
+        let mut values = vec![0.0_f32; outputs * inputs];
+        device.download(stream, View::from(&into), &mut values)?;
+        Ok(vec![("element", bits_of(&values))])
+    };
+    let first = product(&mut stream).map_err(&failed)?;
+    let again = product(&mut stream).map_err(&failed)?;
+    let of = format!("gradient of a {outputs} x {inputs} weight over {rows} rows");
+    same(COMPARISONS[4], &of, &first, &again)?;
+    let at_once: Vec<Result<Bits, DeviceError>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..streams)
+            .map(|_| scope.spawn(|| product(&mut device.stream()?)))
+            .collect();
+        let panicked = || DeviceError::Failed {
+            operation: CHECK,
+            cause: "a product's thread panicked".to_owned(),
+        };
+        let join = |worker: std::thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|_| Err(panicked()));
+        workers.into_iter().map(join).collect()
+    });
+    for again in at_once {
+        same(COMPARISONS[4], &of, &first, &again.map_err(&failed)?)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -336,7 +398,7 @@ mod tests {
     #[test]
     fn the_processor_gives_the_same_bits() {
         let report = check(&CpuDevice::new(), &Sizes::small()).expect("deterministic");
-        assert_eq!(report["same_bits"].as_array().map(Vec::len), Some(4));
+        assert_eq!(report["same_bits"].as_array().map(Vec::len), Some(COMPARISONS.len()));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Checks are generic over the device, so that they run, and fail where they must, without a GPU, too. Nothing is said of a
 //! check that did not pass: the report holds what did, and lists the failures. Each check runs whatever became of those before
-//! it, so that one call on a machine that is hard to come by tells all. What each of its keys means: docs/FORMATS.md.
+//! it, so that one call tells all. What each of its keys means: docs/FORMATS.md.
 
 pub mod bench;
 pub mod determinism;
@@ -84,15 +84,12 @@ impl Part {
         }
     }
 
-    /// What it finds.
-    ///
-    /// # Errors
-    /// What it does not pass.
-    pub fn run<D: Driver>(self, device: &CudaDevice<D>, extent: &Extent) -> Result<Value, CheckFailed> {
+    /// What it finds, and what it does not pass.
+    pub fn run<D: Driver>(self, device: &CudaDevice<D>, extent: &Extent) -> Found {
         match self {
             Self::Conformance => conform(device, &extent.seeds),
-            Self::Determinism => determinism::check(device, &extent.determinism),
-            Self::Timings => timing::measure(device, &extent.timing),
+            Self::Determinism => determinism::check(device, &extent.determinism).into(),
+            Self::Timings => timing::measure(device, &extent.timing).into(),
         }
     }
 }
@@ -108,12 +105,36 @@ pub fn describe<D: Driver>(device: &CudaDevice<D>) -> Value {
     })
 }
 
-/// Puts what a check found into the report, or its failure to the others.
-pub fn keep(report: &mut Value, failures: &mut Vec<CheckFailed>, key: &str, found: Result<Value, CheckFailed>) {
-    match found {
-        Ok(found) => report[key] = found,
-        Err(failure) => failures.push(failure),
+/// What a check found, and what failed: where it has several parts, some may pass.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// For the report.
+    pub value: Option<Value>,
+    /// What did not pass.
+    pub failures: Vec<CheckFailed>,
+}
+
+impl From<Result<Value, CheckFailed>> for Found {
+    fn from(found: Result<Value, CheckFailed>) -> Self {
+        match found {
+            Ok(value) => Self {
+                value: Some(value),
+                failures: Vec::new(),
+            },
+            Err(failure) => Self {
+                value: None,
+                failures: vec![failure],
+            },
+        }
     }
+}
+
+/// Puts what a check found into the report, and its failures to the others.
+pub fn keep(report: &mut Value, failures: &mut Vec<CheckFailed>, key: &str, found: Found) {
+    if let Some(value) = found.value {
+        report[key] = value;
+    }
+    failures.extend(found.failures);
 }
 
 /// The report's last words: whether all passed, once all have run, and what did not.
@@ -125,18 +146,24 @@ pub fn conclude(report: &mut Value, failures: &[CheckFailed], finished: bool) {
     }
 }
 
-fn conform<D: Driver>(device: &CudaDevice<D>, seeds: &[u64]) -> Result<Value, CheckFailed> {
-    let mut suites = Vec::new();
+fn conform<D: Driver>(device: &CudaDevice<D>, seeds: &[u64]) -> Found {
+    let (mut suites, mut failures) = (Vec::new(), Vec::new());
     for &seed in seeds {
-        let measured =
-            conformance::run(device, BF16_UNIT_ROUNDOFF, seed).map_err(CheckFailed::because("conformance"))?;
+        let measured = match conformance::run(device, BF16_UNIT_ROUNDOFF, seed) {
+            Ok(measured) => measured,
+            Err(error) => {
+                failures.push(CheckFailed::because("conformance")(error));
+                continue;
+            }
+        };
         let kernels: Vec<Value> = measured
             .iter()
             .map(|kernel| json!({"kernel": kernel.kernel, "share_of_bound": kernel.share, "relative_error": kernel.relative}))
             .collect();
         suites.push(json!({"seed": seed, "kernels": kernels}));
     }
-    Ok(json!(suites))
+    let value = (!suites.is_empty()).then(|| json!(suites));
+    Found { value, failures }
 }
 
 /// The matrix products planned so far.

@@ -9,7 +9,7 @@
 //! Times are wall-clock, from just before the signal to what the run's own files say, looked at every `LOOK_EVERY`. They are
 //! reported beside their bounds, and fail nothing: a shared machine may be slow.
 
-use super::{CheckFailed, VISIBLE_VARIABLE};
+use super::{CheckFailed, Found, VISIBLE_VARIABLE};
 use crate::commands::status;
 use crate::run_folder::RunFolder;
 use rustix::process::{Pid, Signal, kill_process};
@@ -53,8 +53,8 @@ impl Sizes {
 }
 
 const CHECK: &str = "processes";
-/// The run whose ranks exchange over NCCL, if there is one.
-const OVER_NCCL: &str = "killed-over-nccl";
+/// The config's file in the folder.
+const CONFIG: &str = "processes.toml";
 /// Between looks at a run's files; times are late by up to as much.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// From the kill to the next commit where the lost rank's process must start anew, and where a spare takes its place.
@@ -62,25 +62,51 @@ const BOUNDS_MS: [u64; 2] = [10_000, 2_000];
 /// Bytes of a run's output that are told with its failure.
 const TAIL_BYTES: usize = 2_000;
 
-/// Runs them. `folder` is used for them, and must hold nothing.
-///
-/// # Errors
-/// A run that does not come to its end, or whose trace is another's; the folder then says more.
-pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Result<Value, CheckFailed> {
-    let config = write_project(folder, sizes).map_err(|e| failed(format!("{}: {e}", folder.display())))?;
+/// Runs them. `folder` is used for them, and must hold nothing. Fails where a run does not come to its end, or its trace is
+/// another's; the folder then says more. What the runs over sockets gave is not lost where that over NCCL fails.
+pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Found {
+    let (mut value, one) = match over_sockets(program, folder, sizes) {
+        Ok(found) => found,
+        Err(failure) => return Err(failure).into(),
+    };
+    let mut failures = Vec::new();
+    value["killed_over_nccl"] = match &sizes.nccl {
+        Err(absence) => json!(format!("not run: {absence}")),
+        Ok(version) => match over_nccl(program, folder, sizes, &one) {
+            Ok(times) => {
+                let mut report = times.report(BOUNDS_MS[0]);
+                report["version"] = json!(version);
+                report["same_trace"] = json!(true);
+                report
+            }
+            Err(failure) => {
+                let text = json!(format!("failed: {}", failure.cause));
+                failures.push(failure);
+                text
+            }
+        },
+    };
+    Found {
+        value: Some(value),
+        failures,
+    }
+}
+
+/// The four runs over sockets. Returns their report, and the trace of the single process.
+fn over_sockets(program: &Path, folder: &Path, sizes: &Sizes) -> Result<(Value, Trace), CheckFailed> {
+    write_project(folder, sizes).map_err(|e| failed(format!("{}: {e}", folder.display())))?;
     let start = |name: &str, ranks: u32, spares: u32, steps: Option<u64>| {
         let plan = RunPlan {
             name,
             ranks,
             spares,
             steps,
-            over_nccl: name == OVER_NCCL,
+            over_nccl: false,
         };
-        Run::start(program, folder, &config, &plan, sizes)
+        Run::start(program, folder, &plan, sizes)
     };
     let mut killed = Vec::new();
-    let over_nccl = sizes.nccl.is_ok().then_some((OVER_NCCL, 0));
-    for (name, spares) in [("killed", 0), ("killed-with-a-spare", 1)].into_iter().chain(over_nccl) {
+    for (name, spares) in [("killed", 0), ("killed-with-a-spare", 1)] {
         let mut run = start(name, sizes.ranks, spares, None)?;
         let times = kill_one(&mut run, sizes, spares)?;
         run.stop()?;
@@ -100,23 +126,28 @@ pub fn check(program: &Path, folder: &Path, sizes: &Sizes) -> Result<Value, Chec
         trace.same_as(&one)?;
     }
     let [cold, warm] = [&killed[0].1, &killed[1].1];
-    let over_nccl = match (&sizes.nccl, killed.get(2)) {
-        (Ok(version), Some((_, times, _))) => {
-            let mut report = times.report(BOUNDS_MS[0]);
-            report["version"] = json!(version);
-            report
-        }
-        (absence, _) => json!(format!(
-            "not run: {}",
-            absence.as_ref().err().map_or("", String::as_str)
-        )),
-    };
-    Ok(json!({
+    let report = json!({
         "ranks": sizes.ranks, "steps_compared": steps, "data_plane": "sockets",
         "same_traces": ["one process", "several processes", "a rank killed", "a rank killed, with a spare"],
         "killed": cold.report(BOUNDS_MS[0]), "killed_with_a_spare": warm.report(BOUNDS_MS[1]),
-        "killed_over_nccl": over_nccl,
-    }))
+    });
+    Ok((report, one))
+}
+
+/// The run over NCCL, of which a rank is killed; its trace is `one`'s, as far as that goes.
+fn over_nccl(program: &Path, folder: &Path, sizes: &Sizes, one: &Trace) -> Result<Times, CheckFailed> {
+    let plan = RunPlan {
+        name: "killed-over-nccl",
+        ranks: sizes.ranks,
+        spares: 0,
+        steps: None,
+        over_nccl: true,
+    };
+    let mut run = Run::start(program, folder, &plan, sizes)?;
+    let times = kill_one(&mut run, sizes, 0)?;
+    run.stop()?;
+    Trace::read(&run.folder)?.no_longer_than(one).same_as(one)?;
+    Ok(times)
 }
 
 fn failed(cause: String) -> CheckFailed {
@@ -182,7 +213,7 @@ fn kill_one(run: &mut Run, sizes: &Sizes, spares: u32) -> Result<Times, CheckFai
 }
 
 /// A small model's config and text.
-fn write_project(folder: &Path, sizes: &Sizes) -> std::io::Result<PathBuf> {
+fn write_project(folder: &Path, sizes: &Sizes) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let words = ["lane", "step", "rank", "trace", "shard", "block", "tree"];
     let word = |index: usize| words[index % words.len()];
@@ -213,9 +244,7 @@ fn write_project(folder: &Path, sizes: &Sizes) -> std::io::Result<PathBuf> {
          [checkpoint]\ninterval_steps = 100\n\
          [cluster]\ndevice = \"{device}\"\n"
     );
-    let path = folder.join("processes.toml");
-    std::fs::write(&path, config)?;
-    Ok(path)
+    std::fs::write(folder.join(CONFIG), config)
 }
 
 /// Which run to start.
@@ -241,13 +270,7 @@ struct Run {
 }
 
 impl Run {
-    fn start(
-        program: &Path,
-        folder: &Path,
-        config: &Path,
-        plan: &RunPlan<'_>,
-        sizes: &Sizes,
-    ) -> Result<Self, CheckFailed> {
+    fn start(program: &Path, folder: &Path, plan: &RunPlan<'_>, sizes: &Sizes) -> Result<Self, CheckFailed> {
         let (dir, log) = (folder.join(plan.name), folder.join(format!("{}.log", plan.name)));
         let cannot = |e: std::io::Error| failed(format!("run {}: {e}", plan.name));
         let out = File::create(&log).map_err(cannot)?;
@@ -255,7 +278,7 @@ impl Run {
         let mut command = Command::new(program);
         command
             .arg("train")
-            .arg(config)
+            .arg(folder.join(CONFIG))
             .arg("--run-dir")
             .arg(&dir)
             .arg("--fresh");
@@ -432,6 +455,12 @@ impl Trace {
         self.lines.iter().rev().find_map(step).unwrap_or(0)
     }
 
+    /// As many of its lines as the other has, at most.
+    fn no_longer_than(mut self, other: &Self) -> Self {
+        self.lines.truncate(other.lines.len());
+        self
+    }
+
     /// Each of its lines stands in the other, too.
     fn same_as(&self, other: &Self) -> Result<(), CheckFailed> {
         let names = || format!("{} and {}", self.folder.display(), other.folder.display());
@@ -507,7 +536,8 @@ mod tests {
             device: ClusterDevice::Cpu,
             ..Sizes::standard(Err("no library".to_owned()))
         };
-        let refused = check(Path::new("/bin/false"), folder.path(), &sizes).expect_err("ends at once");
+        let found = check(Path::new("/bin/false"), folder.path(), &sizes);
+        let refused = found.failures.first().expect("it ends at once");
         assert!(refused.cause.contains("it ended with exit status: 1"), "{refused}");
     }
 }
