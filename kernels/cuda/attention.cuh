@@ -6,10 +6,8 @@
 
 #include "mma.cuh"
 
-constexpr float LOG2_E = 1.44269504088896340736f;
-
-// Tiles for heads of up to D elements; `ATTENTION_TILES` in `kernels/src/cuda/table.rs` has the same numbers. A block of
-// threads owns a run of tokens whose sums stay in registers, and passes tiles of the others through shared memory.
+// Tiles for heads of up to D elements; `ATTENTION_TILES` in `kernels/src/cuda/table/launches.rs` has the same numbers. A
+// block of threads owns a run of tokens whose sums stay in registers, and passes tiles of the others through shared memory.
 template <u32 WARPS_, u32 OWN_, u32 OTHERS_> struct Tiling {
     static constexpr u32 WARPS = WARPS_;
     static constexpr u32 THREADS = WARPS_ * WARP;

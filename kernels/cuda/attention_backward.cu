@@ -9,7 +9,8 @@
 
 #include "attention.cuh"
 
-// Lanes for each token and head: one for each chunk of the longest head. Eight where they are enough.
+// Lanes for each token and head: one for each chunk of the longest head. Eight where they are enough. `delta_tokens` in
+// `kernels/src/cuda/table/launches.rs` has the same rule.
 DEVICE u32 delta_lanes(u32 head_dim) { return head_dim <= 8 * CHUNK ? 8 : 16; }
 
 // Some lanes of a warp for each token and head.
@@ -353,7 +354,7 @@ DEVICE void attention_queries(const bf16* qkv, const bf16* out_gradient, const f
         for (u32 part = 0; part < KEYS; part += PART) {
             if (index * KEYS + part >= first_query + Own::first() + Own::ROWS) break;
             add_keys<D, PART>(sums, rows, queries, out_slopes, {keys(index).panel(part)}, {values(index).panel(part)},
-                                      first_query, index * KEYS + part, shape.scale * LOG2_E);
+                              first_query, index * KEYS + part, shape.scale * LOG2_E);
         }
     }
     float factors[M][2];

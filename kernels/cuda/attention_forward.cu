@@ -194,8 +194,8 @@ KERNEL(attention_32, 128, 2)(const bf16* qkv, bf16* out, float* log_sum_exp, u32
     attention<32>(qkv, out, log_sum_exp, {context, heads, kv_heads, head_dim, scale});
 }
 
-KERNEL(attention_64, 128, GROUP_PRODUCTS ? 3 : 2)(const bf16* qkv, bf16* out, float* log_sum_exp, u32 context, u32 heads, u32 kv_heads,
-                             u32 head_dim, float scale) {
+KERNEL(attention_64, 128, GROUP_PRODUCTS ? 3 : 2)(const bf16* qkv, bf16* out, float* log_sum_exp, u32 context,
+                                                  u32 heads, u32 kv_heads, u32 head_dim, float scale) {
     attention<64>(qkv, out, log_sum_exp, {context, heads, kv_heads, head_dim, scale});
 }
 

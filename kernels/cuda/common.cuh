@@ -10,6 +10,7 @@ constexpr u32 QUAD = 4;
 
 constexpr float NOT_A_NUMBER = __builtin_bit_cast(float, 0x7FFFFFFFu);
 constexpr float INFINITE = __builtin_bit_cast(float, 0x7F800000u);
+constexpr float LOG2_E = 1.44269504088896340736f;
 
 DEVICE u32 chunks_of(u32 width) { return (width + CHUNK - 1) / CHUNK; }
 
@@ -146,7 +147,7 @@ DEVICE float exponential(float x) {
     const float largest = 88.0f, smallest = -87.0f;
     const float below = largest < x ? largest : x;
     const float held = smallest > below ? smallest : below;
-    const float n = rintf(held * 1.44269504088896340736f);
+    const float n = rintf(held * LOG2_E);
     const float r = fused(-n, -2.1219444e-4f, fused(-n, 0.6933594f, held));
     float p = 1.9875691e-4f;
     p = fused(p, r, 1.3981999e-3f);

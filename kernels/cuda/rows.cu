@@ -1,7 +1,8 @@
 // Kernels that sum over rows or blocks: RMSNorm, cross-entropy, sums of squares.
 //
 // How a sum is cut follows from the shape alone (DET-2): thread t of T has chunks t, t + T, ... of a row, sums them in order, and
-// the threads' sums meet in a fixed tree. `kernels/src/cuda/table.rs` says what each kernel takes and how it is launched.
+// the threads' sums meet in a fixed tree. `kernels/src/cuda/table.rs` says what each kernel takes, and `table/launches.rs`
+// how it is launched.
 
 #include "common.cuh"
 
@@ -86,6 +87,22 @@ template <u32 COUNT> DEVICE void block_sums(float (&values)[COUNT], float (&scra
     for (u32 i = 0; i < COUNT; ++i) values[i] = warp_sum(there ? scratch[i][lane_of_warp()] : 0.0f);
 }
 
+// This thread's chunks of the gradient that a few rows' is added to, whole and aligned ones. Beyond the row `to` stays as it is.
+template <u32 ROWS, u32 COLUMNS>
+DEVICE void load_norm_gradient(const NormRows& all, u32 row, u32x4 (&to)[ROWS][COLUMNS]) {
+    const u32 chunks = chunks_of(all.width);
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        const u32 chunk = c * blockDim.x + threadIdx.x;
+        if (chunk >= chunks) continue;
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+            const u64 at = static_cast<u64>(row + r) * all.width + chunk * CHUNK;
+            to[r][c] = load_words<true>(all.x_gradient + at, CHUNK);
+        }
+    }
+}
+
 // A few rows' gradients, each element read once and kept as it was read; `sums` takes their shares of the weight's gradient, in the
 // rows' order. Thread t of T has chunks t and t + T. How many rows go together decides no bit.
 template <u32 ROWS, u32 COLUMNS, bool WHOLE>
@@ -125,16 +142,7 @@ DEVICE void norm_rows(const NormRows& all, u32 row, float (&sums)[COLUMNS][CHUNK
         }
     }
     // Before the barrier, so that they arrive behind it; where they are not aligned, when they are needed.
-#pragma unroll
-    for (u32 c = 0; c < COLUMNS; ++c) {
-        const u32 chunk = c * blockDim.x + threadIdx.x;
-        if (!WHOLE || chunk >= chunks) continue;
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) {
-            const u64 at = static_cast<u64>(row + r) * all.width + chunk * CHUNK;
-            dx[r][c] = load_words<WHOLE>(all.x_gradient + at, CHUNK);
-        }
-    }
+    if (WHOLE) load_norm_gradient<ROWS, COLUMNS>(all, row, dx);
     block_sums(dot, scratch);
 #pragma unroll
     for (u32 r = 0; r < ROWS; ++r) dot[r] *= all.inverse_width;
@@ -326,7 +334,6 @@ KERNEL(rms_norm_weight_gradient, 512, 1)(const float* partials, float* weight_gr
     weight_gradient[column] += sum;
 }
 
-constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr u32 TWO_MINUS_INFINITE = 0xFF80FF80u;
 
 // Chunks of a row of logits that a thread has under way.

@@ -140,7 +140,16 @@ fn key(source: &Source, headers: &[Source], options: &[String], compiler: &str) 
     hasher.finalize()
 }
 
-/// BLAKE3 over all sources, headers and options: what the kernels of this build are, for [`crate::Device::device_type`].
+/// What else decides numbers: how shapes are launched and sums cut, which of a library's offers are taken, how many logits are made
+/// at a time.
+const HOST_HALF: [&str; 3] = [
+    include_str!("table/launches.rs"),
+    include_str!("real/cublaslt.rs"),
+    include_str!("device.rs"),
+];
+
+/// BLAKE3 over all sources, headers and options, and the host's code that decides numbers with them: what the kernels of this build
+/// are, for [`crate::Device::device_type`].
 #[must_use]
 pub fn sources_digest() -> String {
     let mut hasher = blake3::Hasher::new_derive_key("tarazed 2026 CUDA sources");
@@ -150,6 +159,10 @@ pub fn sources_digest() -> String {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         }
+    }
+    for text in HOST_HALF {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
     }
     for option in table::OPTIONS {
         hasher.update(option.as_bytes());

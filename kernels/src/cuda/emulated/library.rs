@@ -192,7 +192,14 @@ fn digest(compiler: &str, more: &[String]) -> Result<u64, EmulatorError> {
     for source in SOURCES.iter().copied().chain(&HEADERS) {
         source.text.hash(&mut hasher);
     }
-    for file in ["emulator.cpp", "device.hpp", "fibre.hpp", "faults.cu"] {
+    for file in [
+        "emulator.cpp",
+        "engine.hpp",
+        "group.hpp",
+        "device.hpp",
+        "fibre.hpp",
+        "faults.cu",
+    ] {
         let path = sources().join("emulator").join(file);
         let text = std::fs::read(&path).map_err(|cause| EmulatorError::File { path, cause })?;
         text.hash(&mut hasher);

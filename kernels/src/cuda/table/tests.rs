@@ -1,6 +1,7 @@
 //! The table against the sources that it describes.
 
 use super::*;
+use crate::device::{Attention, CrossEntropy, DeviceError, Norm, Rope};
 
 /// Every entry is defined in its source with parameters of the table's types and names, in the table's order.
 #[test]
@@ -136,6 +137,22 @@ fn sizes_are_those_of_the_sources() {
     ] {
         let line = format!("constexpr {name} = {value};");
         assert!(has_line(file, &line), "{file} has not: {line}");
+    }
+}
+
+/// Lanes for each token of [`ATTENTION_DELTA`]: the launch and the kernel have one rule.
+#[test]
+fn delta_s_lanes_are_those_of_its_source() {
+    let [few, most] = [1, HEAD_ELEMENTS_MAX].map(|head_dim| THREADS / delta_tokens(head_dim));
+    let rule = format!("return head_dim <= {few} * CHUNK ? {few} : {most};");
+    let line = format!("DEVICE u32 delta_lanes(u32 head_dim) {{ {rule} }}");
+    assert!(
+        has_line("attention_backward.cu", &line),
+        "attention_backward.cu has not: {line}"
+    );
+    for head_dim in 1..=HEAD_ELEMENTS_MAX {
+        let lanes = if head_dim <= few * CHUNK { few } else { most };
+        assert_eq!(delta_tokens(head_dim) * lanes, THREADS, "{head_dim}");
     }
 }
 
