@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use tarazed_domain::config::ModelConfig;
 use tarazed_domain::{BlockIndex, ParameterLayout};
 use tarazed_kernels::hash::BlockHash;
-use tarazed_kernels::{AdamwStep, Blocks, Device, DeviceError, Gemm, OptimizerState, Precision, View, ViewMut};
+use tarazed_kernels::{AdamwStep, Blocks, Device, DeviceError, Gemm, Norm, OptimizerState, Precision, View, ViewMut};
 use tarazed_model::{Model, Workspace, initialise, parameter_layout};
 
 /// What is compared.
@@ -18,8 +18,10 @@ pub struct Sizes {
     pub lanes: usize,
     /// Sequences of a micro-batch; a lane has one.
     pub sequences: usize,
-    /// Products besides, outputs, inputs and rows of a weight's gradient.
+    /// Products besides: outputs, inputs and rows of a weight's gradient.
     pub products: Vec<[usize; 3]>,
+    /// Norms besides: rows and width. No model of these is as wide as some are.
+    pub norms: Vec<[usize; 2]>,
 }
 
 impl Sizes {
@@ -37,6 +39,7 @@ impl Sizes {
             sequences: 2,
             // Small results of long sums, which a library cuts between blocks of threads.
             products: vec![[768, 768, 32_768], [768, 2048, 32_768], [256, 256, 8192]],
+            norms: vec![[70, 8200]],
         }
     }
 
@@ -48,6 +51,7 @@ impl Sizes {
             lanes: 3,
             sequences: 1,
             products: vec![[8, 16, 24]],
+            norms: vec![[3, 40]],
         }
     }
 }
@@ -271,7 +275,7 @@ const COMPARISONS: [&str; 5] = [
     "lanes in another order",
     "all lanes at once, each on a stream of its own",
     "the same update twice",
-    "long sums twice, and on streams at once",
+    "long sums and wide norms twice, and on streams at once",
 ];
 
 /// For each model: runs each lane twice, the lanes in reverse, and all lanes at once on streams of their own; then the
@@ -286,9 +290,12 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
     for &shape in &sizes.products {
         check_product(device, shape, sizes.lanes)?;
     }
+    for &shape in &sizes.norms {
+        check_norm(device, shape, sizes.lanes)?;
+    }
     let models: Vec<String> = sizes.models.iter().map(|model| format!("{model:?}")).collect();
     Ok(json!({
-        "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES, "products": sizes.products,
+        "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES, "products": sizes.products, "norms": sizes.norms,
         "same_bits": COMPARISONS,
     }))
 }
@@ -333,57 +340,96 @@ fn check_model<D: Device + Clone>(bench: &Bench<D>, sizes: &Sizes) -> Result<(),
     same(updates, &of(0), &updated, &bench.update(left, right)?)
 }
 
-/// A weight's gradient over many rows, twice on one stream, then on as many streams at once as there are lanes.
+/// A buffer of numbers that repeat themselves late.
+fn operand<D: Device>(device: &D, stream: &mut D::Stream, len: usize) -> Result<D::Buffer, DeviceError> {
+    let value = |index: usize| (index * 7919 % 1009) as f32 / 504.5 - 1.0;
+    let values: Vec<f32> = (0..len).map(value).collect();
+    let mut buffer = device.alloc(len, Precision::Working)?;
+    device.upload(stream, &values, ViewMut::from(&mut buffer))?;
+    device.synchronize(stream)?;
+    Ok(buffer)
+}
+
+/// The same work twice on one stream, then on as many streams at once.
+fn check_repeats<D: Device>(
+    device: &D,
+    of: &str,
+    streams: usize,
+    work: impl Fn(&mut D::Stream) -> Result<Bits, DeviceError> + Sync,
+) -> Result<(), CheckFailed> {
+    let failed = CheckFailed::because::<DeviceError>(CHECK);
+    let mut stream = device.stream().map_err(&failed)?;
+    let first = work(&mut stream).map_err(&failed)?;
+    same(COMPARISONS[4], of, &first, &work(&mut stream).map_err(&failed)?)?;
+    let at_once: Vec<Result<Bits, DeviceError>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..streams)
+            .map(|_| scope.spawn(|| work(&mut device.stream()?)))
+            .collect();
+        let panicked = || DeviceError::Failed {
+            operation: CHECK,
+            cause: "a thread panicked".to_owned(),
+        };
+        let join = |worker: std::thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|_| Err(panicked()));
+        workers.into_iter().map(join).collect()
+    });
+    for again in at_once {
+        same(COMPARISONS[4], of, &first, &again.map_err(&failed)?)?;
+    }
+    Ok(())
+}
+
+/// A weight's gradient over many rows.
 fn check_product<D: Device>(
     device: &D,
     [outputs, inputs, rows]: [usize; 3],
     streams: usize,
 ) -> Result<(), CheckFailed> {
     let failed = CheckFailed::because::<DeviceError>(CHECK);
-    let operand = |stream: &mut D::Stream, width: usize| -> Result<D::Buffer, DeviceError> {
-        let value = |index: usize| (index * 7919 % 1009) as f32 / 504.5 - 1.0;
-        let values: Vec<f32> = (0..rows * width).map(value).collect();
-        let mut buffer = device.alloc(values.len(), Precision::Working)?;
-        device.upload(stream, &values, ViewMut::from(&mut buffer))?;
-        device.synchronize(stream)?;
-        Ok(buffer)
-    };
     let mut stream = device.stream().map_err(&failed)?;
-    let slopes = operand(&mut stream, outputs).map_err(&failed)?;
-    let x = operand(&mut stream, inputs).map_err(&failed)?;
-    let product = |stream: &mut D::Stream| -> Result<Bits, DeviceError> {
+    let slopes = operand(device, &mut stream, rows * outputs).map_err(&failed)?;
+    let x = operand(device, &mut stream, rows * inputs).map_err(&failed)?;
+    let of = format!("gradient of a {outputs} x {inputs} weight over {rows} rows");
+    check_repeats(device, &of, streams, |stream| {
         let mut into = device.alloc(outputs * inputs, Precision::Full)?;
         let call = Gemm::weight_gradient(outputs, inputs, rows);
-        device.gemm(
-            stream,
-            &call,
-            View::from(&slopes),
-            View::from(&x),
-            ViewMut::from(&mut into),
-        )?;
+        let to = ViewMut::from(&mut into);
+        device.gemm(stream, &call, View::from(&slopes), View::from(&x), to)?;
         let mut values = vec![0.0_f32; outputs * inputs];
         device.download(stream, View::from(&into), &mut values)?;
         Ok(vec![("element", bits_of(&values))])
-    };
-    let first = product(&mut stream).map_err(&failed)?;
-    let again = product(&mut stream).map_err(&failed)?;
-    let of = format!("gradient of a {outputs} x {inputs} weight over {rows} rows");
-    same(COMPARISONS[4], &of, &first, &again)?;
-    let at_once: Vec<Result<Bits, DeviceError>> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..streams)
-            .map(|_| scope.spawn(|| product(&mut device.stream()?)))
-            .collect();
-        let panicked = || DeviceError::Failed {
-            operation: CHECK,
-            cause: "a product's thread panicked".to_owned(),
-        };
-        let join = |worker: std::thread::ScopedJoinHandle<'_, _>| worker.join().unwrap_or_else(|_| Err(panicked()));
-        workers.into_iter().map(join).collect()
-    });
-    for again in at_once {
-        same(COMPARISONS[4], &of, &first, &again.map_err(&failed)?)?;
-    }
-    Ok(())
+    })
+}
+
+/// A norm and its gradients.
+fn check_norm<D: Device>(device: &D, [rows, width]: [usize; 2], streams: usize) -> Result<(), CheckFailed> {
+    let failed = CheckFailed::because::<DeviceError>(CHECK);
+    let mut stream = device.stream().map_err(&failed)?;
+    let x = operand(device, &mut stream, rows * width).map_err(&failed)?;
+    let slopes = operand(device, &mut stream, rows * width).map_err(&failed)?;
+    let weight = operand(device, &mut stream, width).map_err(&failed)?;
+    let call = Norm { rows, width, eps: 1e-5 };
+    check_repeats(device, &format!("norm of {rows} x {width}"), streams, |stream| {
+        let mut y = device.alloc(rows * width, Precision::Working)?;
+        let mut into_x = device.alloc(rows * width, Precision::Working)?;
+        let mut into_weight = device.alloc(width, Precision::Full)?;
+        let mut inverse = device.alloc(rows, Precision::Full)?;
+        let (x, weight, slopes) = (View::from(&x), View::from(&weight), View::from(&slopes));
+        let to = (ViewMut::from(&mut y), ViewMut::from(&mut inverse));
+        device.rms_norm(stream, &call, x, None, weight, to.0, to.1)?;
+        let to = (ViewMut::from(&mut into_x), ViewMut::from(&mut into_weight));
+        device.rms_norm_backward(stream, &call, x, View::from(&inverse), weight, slopes, to.0, to.1)?;
+        let mut bits = Bits::new();
+        for (name, buffer, len) in [
+            ("normal", &y, rows * width),
+            ("gradient element", &into_x, rows * width),
+            ("weight's gradient element", &into_weight, width),
+        ] {
+            let mut values = vec![0.0_f32; len];
+            device.download(stream, View::from(buffer), &mut values)?;
+            bits.push((name, bits_of(&values)));
+        }
+        Ok(bits)
+    })
 }
 
 #[cfg(test)]
@@ -452,6 +498,9 @@ mod tests {
             let lane = bench.lane(&mut workspace, sizes.sequences, 0).expect("a lane");
             // The recorder computes nothing: its blocks are as it likes.
             bench.updated(&lane.gradient, &lane.gradient).expect("an update");
+        }
+        for &shape in &sizes.norms {
+            check_norm(&device, shape, 1).expect("norms");
         }
         let calls = recorder.take();
         let launched: BTreeSet<&str> = calls
