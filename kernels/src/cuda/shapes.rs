@@ -79,6 +79,10 @@ pub fn launches(config: &Config) -> Vec<Required> {
             table::embed_order(rows),
             table::embed_backward(rows, model.hidden),
             table::cross_entropy(&loss),
+            table::cross_entropy(&CrossEntropy {
+                gradient_scale: None,
+                ..loss
+            }),
         ]
         .map(micro_batch),
     );

@@ -366,6 +366,24 @@ impl Run {
         assert!(sent.is_ok(), "{sent:?}: {signal:?} did not arrive\n{}", self.tail());
     }
 
+    /// SIGSTOP to the controller, and waits until each of its threads stands still: the signal is sent before it is heard, and
+    /// until then a thread may finish what it was writing.
+    pub fn hold_still(&mut self) {
+        self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        self.wait_for("a stopped controller", |_| {
+            let stands_still = |task: std::io::Result<std::fs::DirEntry>| {
+                let stat = std::fs::read_to_string(task.ok()?.path().join("stat")).ok()?;
+                // Behind the name, which may hold anything: the state.
+                Some(stat.rsplit_once(')')?.1.trim_start().starts_with('T'))
+            };
+            let all = std::fs::read_dir(&tasks)
+                .ok()?
+                .all(|task| stands_still(task) == Some(true));
+            all.then_some(())
+        });
+    }
+
     fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
     }

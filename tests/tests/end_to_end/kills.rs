@@ -133,7 +133,7 @@ fn a_controller_that_stands_still_stalls_nobody() {
     let steps = 400;
     let mut run = Run::start(&project.train("still").ranks(2).steps(steps));
     run.wait_for_step(20);
-    run.signal(Signal::STOP);
+    run.hold_still();
     let (step, ticks) = (run.step(), run.processes().ticks());
     // Half a second of work, which is fifty steps or so.
     run.wait_for("work of the ranks", |run| {

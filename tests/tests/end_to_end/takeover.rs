@@ -205,7 +205,7 @@ fn a_copied_run_folder_takes_nobody_over() {
     let mut first = Run::start(&project.train("original").ranks(2).steps(steps));
     first.wait_for("a checkpoint", |run| (run.newest_checkpoint() > 0).then_some(()));
     first.wait_for_status("all ranks", |status| status.all_train(2));
-    first.signal(Signal::STOP); // nothing changes while it is copied
+    first.hold_still(); // nothing changes while it is copied
     let copy = project.run_dir("copy");
     let copied = std::process::Command::new("cp")
         .arg("-r")
