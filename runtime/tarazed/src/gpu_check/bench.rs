@@ -27,7 +27,7 @@ use tarazed_model::{Model, Workspace, flops, initialise, parameter_layout};
 pub struct Sizes {
     /// Micro-batches of a step.
     pub micro_batches: usize,
-    /// Steps that count, of each side; [`WARM_UP`] before them do not.
+    /// Steps that count, of each side; three before them do not.
     pub rounds: usize,
     /// A Python with PyTorch, and the script.
     pub peer: Option<(PathBuf, PathBuf)>,
