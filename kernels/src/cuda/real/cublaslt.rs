@@ -2,9 +2,9 @@
 //!
 //! The algorithm is the first that the library's heuristic offers under fixed limits: 16-byte alignment, one size of
 //! workspace, and where a long sum is cut between blocks of threads, its parts are kept apart in the workspace, in f32, and added
-//! by a launch of their own (`CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`): the algorithm decides each sum's order, and no block's haste
-//! does. Schemes that add in place are not taken. The heuristic is a function of library version, device and shape; the first
-//! two are part of the device's type.
+//! in a step of their own (`CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`; NVIDIA's cuBLAS manual, `cublasLtReductionScheme_t`): the
+//! algorithm decides each sum's order, and no block's haste does, which `gpu-check` looks at. Schemes that add in place are not
+//! taken. The heuristic is a function of library version, device and shape; the first two are part of the device's type.
 
 use super::handle;
 use crate::cuda::driver::{
@@ -398,7 +398,7 @@ impl Attributes {
         })
     }
 
-    /// No sum is cut between blocks of threads, or its parts are added by a launch of their own.
+    /// No sum is cut between blocks of threads, or its parts are added in a step of their own.
     const fn has_one_order(&self) -> bool {
         use sys::cublasLtReductionScheme_t as Scheme;
         let whole = self.reduction == Scheme::CUBLASLT_REDUCTION_SCHEME_NONE as u64 && self.split_k <= 1;
