@@ -3,6 +3,7 @@
 use super::program::{tarazed, verifier};
 use super::run::{Outcome, Run};
 use super::texts;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -210,6 +211,23 @@ impl Project {
     #[must_use]
     pub fn tarazed<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Outcome {
         self.complete(tarazed(), args)
+    }
+
+    /// Steps of the checkpoints that stand committed in a store, or in a run's folder: what is saved, where a run's events tell
+    /// what a controller lived to hear of.
+    ///
+    /// # Panics
+    /// If the store cannot be listed.
+    #[must_use]
+    pub fn committed<S: AsRef<std::ffi::OsStr>>(&self, store: S) -> BTreeSet<u64> {
+        let args = ["checkpoint".as_ref(), "ls".as_ref(), "--json".as_ref(), store.as_ref()];
+        let listed = self.tarazed(&args);
+        listed.assert_code(0);
+        let listed: serde_json::Value = serde_json::from_str(&listed.stdout).expect("JSON");
+        let all = listed.as_array().expect("a list").iter();
+        all.filter(|checkpoint| checkpoint["state"] == "committed")
+            .filter_map(|checkpoint| checkpoint["reference"]["step"].as_u64())
+            .collect()
     }
 
     /// Runs the verifier, which shares no code with the program, to its end.

@@ -59,18 +59,7 @@ fn checkpoints_by_the_clock_are_whole_and_change_nothing() {
     run.signal(Signal::TERM);
     run.finish().assert_code(34);
     let stopped = assert_prefix(&run);
-    let store = run.dir().display().to_string();
-    let listed = project.tarazed(&["checkpoint", "ls", "--json", &store]);
-    listed.assert_code(0);
-    let listed: serde_json::Value = serde_json::from_str(&listed.stdout).expect("JSON");
-    let committed = listed
-        .as_array()
-        .expect("a list")
-        .iter()
-        .filter(|checkpoint| checkpoint["state"] == "committed");
-    let kept: BTreeSet<u64> = committed
-        .filter_map(|checkpoint| checkpoint["reference"]["step"].as_u64())
-        .collect();
+    let kept = project.committed(run.dir());
     let mut expected = BTreeSet::from([stopped]);
     for multiple in (500..=stopped).step_by(500) {
         expected.extend(made(&run).range(multiple..multiple + 500).next());

@@ -107,7 +107,7 @@ fn a_run_goes_on_after_all_of_it_was_lost() {
         assert!(!run.status().live, "nobody answers any more");
         let written = assert_prefix(&run);
         assert!((step..STEPS).contains(&written), "{written}");
-        replayed += written - run.newest_checkpoint();
+        replayed += written - project.committed(run.dir()).last().copied().unwrap_or(0);
     }
     let mut last = Run::start(&project.train("lost").ranks(1).steps(STEPS));
     assert_undisturbed(&mut last, STEPS, "three lost runs");
@@ -137,7 +137,9 @@ fn a_controller_killed_at_the_very_end_can_be_resumed() {
         let what = format!("TARAZED_TEST_SEED={seed}, round {round}");
         let mut again = Run::start(&train);
         assert_undisturbed(&mut again, 50, &what);
-        assert_eq!(again.newest_checkpoint(), 50, "{what}\n{}", again.tail());
+        // Its events may not tell: a controller can be killed between a checkpoint's commit and its line there.
+        let saved = project.committed(again.dir());
+        assert!(saved.contains(&50), "{what}: {saved:?}\n{}", again.tail());
     }
 }
 
