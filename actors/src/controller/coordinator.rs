@@ -579,6 +579,14 @@ impl CoordinatorState {
                 incarnation,
                 pid,
             } => self.observe(ObservatoryMessage::Started(Member { worker, incarnation }, pid)),
+            NodeEvent::Ending {
+                worker,
+                incarnation,
+                killed,
+            } => {
+                let (member, cause) = (Member { worker, incarnation }, crate::node::why_ending(killed));
+                self.event(Event::Ending { member, cause })
+            }
             NodeEvent::Exited {
                 worker,
                 incarnation,

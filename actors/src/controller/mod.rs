@@ -83,6 +83,13 @@ pub enum Notice {
         /// Why.
         cause: String,
     },
+    /// The process of a rank that was lost before is gone.
+    RankEnded {
+        /// Who.
+        member: Member,
+        /// How it ended.
+        cause: String,
+    },
     /// Ranks of an earlier controller are back.
     Adopted {
         /// How many.

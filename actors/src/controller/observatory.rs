@@ -211,7 +211,7 @@ impl ObservatoryState {
 
     fn incident(&mut self, incident: Incident) {
         match incident {
-            Incident::RankLost {
+            Incident::RankEnding {
                 member,
                 rank,
                 cause,
@@ -221,11 +221,29 @@ impl ObservatoryState {
                     "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
                     "detection_ms": silent_ms
                 });
+                self.event("rank_ending", &fields);
+                self.recovery_begins(Some((member, rank)), &cause, silent_ms);
+                self.notify(Notice::RankLost { member, cause });
+            }
+            Incident::RankLost {
+                member,
+                rank,
+                cause,
+                silent_ms,
+                expected,
+            } => {
+                let fields = json!({
+                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
+                    "detection_ms": silent_ms, "expected": expected
+                });
                 self.event("rank_lost", &fields);
-                if rank.is_some() {
+                if rank.is_some() && !expected {
                     self.recovery_begins(Some((member, rank)), &cause, silent_ms);
                 }
-                self.notify(Notice::RankLost { member, cause });
+                self.notify(match expected {
+                    true => Notice::RankEnded { member, cause },
+                    false => Notice::RankLost { member, cause },
+                });
             }
             Incident::Alarm { cause, silent_ms } => {
                 self.event("alarm", &json!({"cause": cause, "detection_ms": silent_ms}));

@@ -447,6 +447,7 @@ fn launch_spec(
         args: args.into_iter().chain(more).collect(),
         env: vec![(TOKEN_VARIABLE.into(), token.into())],
         share_gpus: false,
+        lifeline: true,
         log_dir: paths.logs(),
         registry: paths.ranks(),
         tenure: None,

@@ -25,6 +25,11 @@ pub(super) enum NodeMessage {
         incarnation: Incarnation,
         pid: u32,
     },
+    Ending {
+        worker: WorkerId,
+        incarnation: Incarnation,
+        killed: Option<String>,
+    },
     Exited {
         worker: WorkerId,
         incarnation: Incarnation,
@@ -286,6 +291,20 @@ impl Actor for Agent {
                     incarnation,
                     pid,
                 });
+            }
+            NodeMessage::Ending {
+                worker,
+                incarnation,
+                killed,
+            } => {
+                // One that was let go is another agent's.
+                if state.life(worker, incarnation).is_some() {
+                    (self.events)(NodeEvent::Ending {
+                        worker,
+                        incarnation,
+                        killed,
+                    });
+                }
             }
             NodeMessage::Exited {
                 worker,

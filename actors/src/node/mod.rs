@@ -9,7 +9,8 @@
 //! - **SUP-2** A worker has at most one life. Starting an incarnation that is not newer than the last one, or while
 //!   another lives, is refused and counted; so is killing an incarnation that does not live.
 //! - **SUP-4** Spawning and reading logs run on the blocking pool, never in a handler.
-//! - **NODE-1** Every `Start` is answered by exactly one `StartFailed`, or one `Started` and later one `Exited`.
+//! - **NODE-1** Every `Start` is answered by exactly one `StartFailed`, or one `Started` and later one `Exited`; between
+//!   these at most one `Ending`.
 //! - **NODE-2** No process is left behind and none becomes a zombie: signals go through a pidfd (a pid may be reused, a
 //!   pidfd is not), each rank leads a process group that ends with it, and each is reaped. This holds for an orderly
 //!   stop, a killed agent and a panic; if the whole controller process dies, a rank notices by its lost uplink, waits for
@@ -21,6 +22,7 @@
 
 mod agent;
 mod environment;
+mod lifeline;
 mod process;
 mod rank_process;
 pub mod registry;
@@ -28,6 +30,7 @@ pub mod registry;
 mod tests;
 
 pub use agent::{NodeAgent, start_node_agent};
+pub use lifeline::Lifeline;
 
 use crate::run_folder::Tenure;
 use std::ffi::OsString;
@@ -37,7 +40,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tarazed_domain::{Incarnation, WorkerId};
 
-/// How rank processes are started: `program args… --worker N --incarnation M`.
+/// How rank processes are started: `program args… --worker N --incarnation M`, and `--lifeline` where `lifeline` says so.
 #[derive(Clone, Debug)]
 pub struct LaunchSpec {
     /// The program.
@@ -50,6 +53,8 @@ pub struct LaunchSpec {
     pub env: Vec<(OsString, OsString)>,
     /// They may share GPUs (`cluster.share_gpus`).
     pub share_gpus: bool,
+    /// The program holds a [`Lifeline`]: an end that it did not announce is reported when it begins.
+    pub lifeline: bool,
     /// Output goes to `worker-N.log` in here, after that of earlier incarnations. Created if missing.
     pub log_dir: PathBuf,
     /// Who was started is written down in here, for an agent that comes after this one. Created if missing.
@@ -111,6 +116,15 @@ pub enum NodeEvent {
         /// Its process id.
         pid: u32,
     },
+    /// The process has begun to end without announcing it: it was killed, or crashed. `Exited` follows when it is gone.
+    Ending {
+        /// The slot.
+        worker: WorkerId,
+        /// Which life.
+        incarnation: Incarnation,
+        /// The reason given with [`NodeCommand::Kill`], if this agent killed it.
+        killed: Option<String>,
+    },
     /// The process ended and has been reaped.
     Exited {
         /// The slot.
@@ -131,6 +145,15 @@ pub enum NodeEvent {
     },
     /// After [`NodeCommand::StopAll`]: no process is left.
     AllStopped,
+}
+
+/// What is known of a [`NodeEvent::Ending`].
+#[must_use]
+pub fn why_ending(killed: Option<String>) -> String {
+    killed.map_or_else(
+        || "its process was killed, or crashed".to_owned(),
+        |reason| format!("killed: {reason}"),
+    )
 }
 
 /// How a process ended.

@@ -1,5 +1,6 @@
 //! One operating-system process, from its start to its reaping. Everything here that can block says so.
 
+use super::lifeline::{FLAG, Watcher};
 use super::registry::{self, Entry, started_ticks};
 use super::{ExitCause, LaunchSpec, StartError, environment};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
@@ -25,6 +26,8 @@ pub(super) struct Process {
     /// Where this life's output begins in the log.
     log_start: u64,
     pidfd: Arc<PidFd>,
+    /// Of a process that was started here and holds one; for whoever watches it.
+    pub lifeline: Option<Watcher>,
     spec: Arc<LaunchSpec>,
     /// Started here, and so to be reaped here.
     is_child: bool,
@@ -76,6 +79,11 @@ impl Process {
         // Before it is there: an incarnation is never used twice, whenever this process dies (SUP-2).
         write_down(&entry)?;
         let log_again = log.try_clone().map_err(program("duplicate its log"))?;
+        let (lifeline, stdin) = match spec.lifeline {
+            true => Watcher::new().map(|(watcher, theirs)| (Some(watcher), theirs)),
+            false => Ok((None, Stdio::null())),
+        }
+        .map_err(program("make its lifeline"))?;
         let mut command = Command::new(&spec.program);
         if spec.share_gpus {
             command.envs(environment::sharing_gpus(worker));
@@ -91,8 +99,9 @@ impl Process {
             .args(&spec.args)
             .args(["--worker".to_owned(), worker.to_string()])
             .args(["--incarnation".to_owned(), incarnation.to_string()])
+            .args(lifeline.as_ref().map(|_| FLAG))
             .envs(spec.env.iter().map(|(key, value)| (key, value)))
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(log)
             .stderr(log_again)
             // Signals from the terminal are the controller's to interpret, and helpers of the rank end with it.
@@ -117,6 +126,7 @@ impl Process {
             log: log_path,
             log_start,
             pidfd,
+            lifeline,
             spec: Arc::clone(spec),
             is_child: true,
             reaped: false,
@@ -150,6 +160,7 @@ impl Process {
             log: spec.log_dir.join(format!("worker-{}.log", entry.worker)),
             log_start: entry.log_start,
             pidfd: Arc::new(PidFd(pidfd)),
+            lifeline: None,
             spec: Arc::clone(spec),
             is_child: false,
             reaped: false,

@@ -1,6 +1,7 @@
 //! The actor that stands for one life of one worker: waits out the back-off, starts the process, sees its end.
 
 use super::agent::NodeMessage;
+use super::lifeline::Watcher;
 use super::process::Process;
 use super::{Exit, ExitCause, LaunchSpec, StartError};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -25,6 +26,8 @@ pub(super) struct RankProcess {
 pub(super) enum LifeMessage {
     /// The back-off is over.
     Start,
+    /// Its lifeline says so.
+    Ending,
     /// The pidfd says so.
     Ended(io::Result<()>),
     Kill(String),
@@ -80,10 +83,21 @@ impl RankProcess {
         // If this actor is killed while it waits here, the process is dropped where it comes to be, and so killed.
         match tokio::task::spawn_blocking(start).await? {
             Err(error) => self.start_failed(myself, life, error),
-            Ok(process) => {
+            Ok(mut process) => {
                 let (watch, watcher_myself) = (process.watch()?, myself.clone());
+                let lifeline = process.lifeline.take();
                 let watcher = tokio::spawn(async move {
-                    let seen = watch.ended().await;
+                    let ended = watch.ended();
+                    tokio::pin!(ended);
+                    let seen = tokio::select! {
+                        // The pipe ends first; where both are seen at once, it is told first, too.
+                        biased;
+                        () = unannounced_end(lifeline) => {
+                            let _ = watcher_myself.cast(LifeMessage::Ending);
+                            ended.await
+                        }
+                        seen = &mut ended => seen,
+                    };
                     // If the actor is gone, its process is being reaped elsewhere.
                     let _ = watcher_myself.cast(LifeMessage::Ended(seen));
                 })
@@ -131,6 +145,13 @@ impl RankProcess {
     }
 }
 
+async fn unannounced_end(lifeline: Option<Watcher>) {
+    match lifeline {
+        Some(lifeline) => lifeline.unannounced_end().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Actor for RankProcess {
     type Msg = LifeMessage;
     type State = Life;
@@ -165,6 +186,15 @@ impl Actor for RankProcess {
                 killed.get_or_insert(reason);
                 process.kill();
             }
+            (LifeMessage::Ending, Life::Running { process, killed, .. }) => {
+                // Should its lifeline have broken for another reason: what follows is sure of its end.
+                process.kill();
+                self.report(NodeMessage::Ending {
+                    worker: self.worker,
+                    incarnation: self.incarnation,
+                    killed: killed.clone(),
+                });
+            }
             (LifeMessage::Ended(seen), Life::Running { .. }) => {
                 seen?;
                 self.finish(life).await?;
@@ -177,7 +207,8 @@ impl Actor for RankProcess {
                 *life = Life::Over;
                 myself.stop(None);
             }
-            (LifeMessage::Start | LifeMessage::Ended(_), _) | (LifeMessage::Kill(_), Life::Over) => {}
+            (LifeMessage::Start | LifeMessage::Ending | LifeMessage::Ended(_), _)
+            | (LifeMessage::Kill(_), Life::Over) => {}
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 /// Far above anything measured; only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(30);
 const CONTROLLER: &str = "TARAZED_TEST_NODE_CONTROLLER";
+const HOLDER: &str = "TARAZED_TEST_LIFELINE";
 const W0: WorkerId = WorkerId(0);
 const I0: Incarnation = Incarnation(0);
 
@@ -19,6 +20,7 @@ fn shell(script: &str, folder: &Path) -> LaunchSpec {
         args: vec!["-c".into(), script.into(), "sh".into()],
         env: vec![("TARAZED_TEST".into(), "set".into())],
         share_gpus: false,
+        lifeline: false,
         log_dir: folder.join("logs"),
         registry: folder.join("ranks"),
         tenure: None,
@@ -128,6 +130,94 @@ fn alive(pid: u32) -> bool {
 
 /// A process that does nothing for longer than any test lasts.
 const IDLE: &str = "echo ready; exec sleep 1000";
+
+/// Not a test of its own: a process that holds a lifeline, for the tests below. It ends by itself once there is a file `leave`.
+#[test]
+fn lifeline_process() {
+    let Ok(folder) = std::env::var(HOLDER) else { return };
+    let folder = Path::new(&folder);
+    let lifeline = Lifeline::hold();
+    std::fs::write(folder.join("holds"), "").unwrap();
+    while !folder.join("leave").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(lifeline);
+    // What it said is heard before anybody is told of its end.
+    std::fs::write(folder.join("left"), "").unwrap();
+}
+
+impl Bench {
+    /// A life of [`lifeline_process`] that holds its lifeline.
+    async fn with_lifeline() -> (Self, u32) {
+        let folder = tempfile::tempdir().unwrap();
+        let script = r#"exec "$TARAZED_TEST_EXE" --exact node::tests::lifeline_process --nocapture"#;
+        let mut spec = LaunchSpec {
+            lifeline: true,
+            ..shell(script, folder.path())
+        };
+        let exe = std::env::current_exe().unwrap();
+        spec.env.push(("TARAZED_TEST_EXE".into(), exe.into()));
+        spec.env.push((HOLDER.into(), folder.path().into()));
+        let mut bench = Self::with(spec, folder).await;
+        bench.start(W0, I0);
+        let pid = bench.started().await;
+        let holds = bench._folder.path().join("holds");
+        eventually("it holds its lifeline", || holds.exists()).await;
+        (bench, pid)
+    }
+
+    async fn ending(&mut self) -> Option<String> {
+        match self.next().await {
+            NodeEvent::Ending { killed, .. } => killed,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// NODE-1: a killed process is told of when its end begins, and when it is gone.
+#[tokio::test]
+async fn a_sudden_end_is_told_when_it_begins() {
+    let (mut bench, pid) = Bench::with_lifeline().await;
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(bench.ending().await, None);
+    assert_eq!(bench.exited().await.cause, ExitCause::Signal(9));
+
+    let (mut bench, _) = Bench::with_lifeline().await;
+    bench.kill(W0, I0);
+    assert_eq!(bench.ending().await.as_deref(), Some("it hangs"));
+    assert_eq!(bench.exited().await.killed.as_deref(), Some("it hangs"));
+}
+
+/// One that ends by itself says so: its last words are not overtaken.
+#[tokio::test]
+async fn an_end_of_its_own_is_told_when_it_is_over() {
+    let (mut bench, _) = Bench::with_lifeline().await;
+    std::fs::write(bench._folder.path().join("leave"), "").unwrap();
+    let exit = bench.exited().await;
+    assert_eq!(exit.cause, ExitCause::Code(0), "{exit}");
+    assert!(bench._folder.path().join("left").exists());
+}
+
+/// A program without one (what the system refuses, it goes without) is heard of by its exit.
+#[tokio::test]
+async fn a_process_without_a_lifeline_is_none_that_died() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = LaunchSpec {
+        lifeline: true,
+        // It closes the pipe, and lives on.
+        ..shell("exec </dev/null; exec sleep 1000", folder.path())
+    };
+    let mut bench = Bench::with(spec, folder).await;
+    bench.start(W0, I0);
+    let pid = bench.started().await;
+    eventually("the pipe is closed", || {
+        std::fs::read_link(format!("/proc/{pid}/fd/0")).is_ok_and(|file| file == Path::new("/dev/null"))
+    })
+    .await;
+    bench.kill(W0, I0);
+    assert_eq!(bench.exited().await.cause, ExitCause::Signal(9));
+}
 
 #[tokio::test]
 async fn an_exit_comes_with_code_and_last_words() {

@@ -432,6 +432,7 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
         events: JsonLines::nowhere(),
         notify: Arc::new(move |notice| match notice {
             Notice::RankLost { member, cause } => shown.note(&format!("lost {member}: {cause}")),
+            Notice::RankEnded { member, cause } => shown.note(&format!("{member} ended: {cause}")),
             Notice::Warning(text) if text.contains("have no copy left") => {
                 shown.note(&format!("warning: {text}"));
                 if let Some(world) = checked.upgrade() {

@@ -2,8 +2,8 @@
 //!
 //! Times are the wall clock's, which is also that of the run's files (all is one machine). For a fault at `t`:
 //!
-//! - **detection**: from `t` to the first incident that fits in `events.jsonl`: `rank_lost` of the life that was hit, or, where
-//!   no process was hit, `rank_lost`, `generation`, `state_lost` or `warning` of anybody. For a controller: to its exit, as
+//! - **detection**: from `t` to the first incident that fits in `events.jsonl`: `rank_ending` or `rank_lost` of the life that was hit, or,
+//!   where no process was hit, one of these, `generation`, `state_lost` or `warning` of anybody. For a controller: to its exit, as
 //!   whoever started it sees it. A fault that was borne has none.
 //! - **recovery**: from `t` to the first line that is *new* and that the generation which answered the incident has computed
 //!   (the next controller's first, where the controller was lost). Lines that a replay only checks do not count. Where there
@@ -12,6 +12,7 @@
 //! Faults that fall into each other's recovery share incidents.
 
 use super::kind::{Kind, Weight};
+use super::undisturbed::Line;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -101,7 +102,7 @@ pub struct Book {
     open_from: usize,
     newest_step: u64,
     newest_line_ms: u64,
-    lines: u64,
+    lines: Vec<Line>,
 }
 
 impl Book {
@@ -165,7 +166,10 @@ impl Book {
         let Some(time) = event["time_unix_ms"].as_u64() else {
             return;
         };
-        if !matches!(kind, "rank_lost" | "alarm" | "generation" | "state_lost" | "warning") {
+        if !matches!(
+            kind,
+            "rank_ending" | "rank_lost" | "alarm" | "generation" | "state_lost" | "warning"
+        ) {
             return;
         }
         let victim = event["worker"].as_u64().zip(event["incarnation"].as_u64());
@@ -175,7 +179,7 @@ impl Book {
             }
             let hit = |found: &Victim| victim == Some((u64::from(found.worker), u64::from(found.incarnation)));
             let fits = match kind {
-                "rank_lost" => record.victims.is_empty() || record.victims.iter().any(hit),
+                "rank_ending" | "rank_lost" => record.victims.is_empty() || record.victims.iter().any(hit),
                 _ => record.victims.is_empty(),
             };
             if fits && record.detection_ms.is_none() && !record.kind.is_of_controller() {
@@ -220,7 +224,11 @@ impl Book {
         }
         let before = std::mem::replace(&mut self.newest_line_ms, time);
         self.newest_step = step;
-        self.lines += 1;
+        let ranks = line["ranks"].as_u64().and_then(|ranks| u32::try_from(ranks).ok());
+        self.lines.push(Line {
+            time_ms: time,
+            ranks: ranks.unwrap_or(0),
+        });
         for record in self.open().filter(|record| time >= record.at_ms) {
             if record.answered.is_some_and(|base| step > base) {
                 record.recovery_ms = Some(time - record.at_ms);
@@ -233,6 +241,12 @@ impl Book {
             }
         }
         true
+    }
+
+    /// Every new line.
+    #[must_use]
+    pub fn lines(&self) -> &[Line] {
+        &self.lines
     }
 
     /// Closes what nothing more will come of.

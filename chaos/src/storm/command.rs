@@ -9,6 +9,7 @@ use super::report::{self, Counts, Machine, Report, Traces};
 use super::run::{Ground, Outcome, blow};
 use super::scenario::{Goal, Scenario};
 use super::store::{BUCKET, Store};
+use super::undisturbed;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -324,17 +325,22 @@ impl Place {
 
 fn counts(outcome: &Outcome, calm_before: Calms, calm_after: Calms) -> Counts {
     let wall_s = outcome.wall.as_secs_f64();
+    let shadows: Vec<(u64, u64)> = outcome.book.records().iter().map(undisturbed::shadow).collect();
+    let undisturbed = undisturbed::rates(outcome.book.lines(), &shadows);
+    let goodput = |step_ms: &dyn Fn(&u32) -> Option<f64>| {
+        let worth_ms: Option<f64> = outcome
+            .lines_by_world
+            .iter()
+            .map(|(world, lines)| Some(step_ms(world)? * *lines as f64))
+            .sum();
+        worth_ms.map(|worth_ms| worth_ms / 1e3 / wall_s.max(1e-9))
+    };
     // The machine may have changed its pace meanwhile: the mean of both stretches counts.
     let calm_ms = |world: &u32| {
         let both = [calm_before.get(world), calm_after.get(world)];
         let found: Vec<f64> = both.into_iter().flatten().map(|calm| calm.step_ms).collect();
-        found.iter().sum::<f64>() / found.len().max(1) as f64
+        (!found.is_empty()).then(|| found.iter().sum::<f64>() / found.len() as f64)
     };
-    let worth_ms: f64 = outcome
-        .lines_by_world
-        .iter()
-        .map(|(world, lines)| calm_ms(world) * *lines as f64)
-        .sum();
     let killed = outcome
         .book
         .records()
@@ -346,7 +352,9 @@ fn counts(outcome: &Outcome, calm_before: Calms, calm_after: Calms) -> Counts {
         lines_replayed: outcome.replayed,
         controllers_killed: killed.count() as u64,
         transient_ends: outcome.transient_ends,
-        goodput: (!calm_before.is_empty()).then(|| worth_ms / 1e3 / wall_s.max(1e-9)),
+        goodput: goodput(&|world| undisturbed.get(world).map(|calm| calm.step_ms)),
+        goodput_of_stretches: goodput(&calm_ms),
+        undisturbed,
         calm_before,
         calm_after,
     }

@@ -28,3 +28,4 @@ pub mod report;
 mod run;
 pub mod scenario;
 mod store;
+pub mod undisturbed;

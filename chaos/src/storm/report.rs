@@ -78,8 +78,13 @@ pub struct Counts {
     pub controllers_killed: u64,
     /// Lives that ended with 33.
     pub transient_ends: u64,
-    /// Time that as many fault-free lines take, over the wall time; none where no fault-free stretch was made.
+    /// Time that as many lines take in the same storm while nothing is wrong, over the wall time; none where such times are
+    /// too short.
     pub goodput: Option<f64>,
+    /// The same by the fault-free stretches before and after; none where there were none.
+    pub goodput_of_stretches: Option<f64>,
+    /// Rates between the faults of the storm itself.
+    pub undisturbed: Calms,
     /// Rates of the stretches before and after.
     pub calm_before: Calms,
     /// After.
@@ -190,7 +195,7 @@ impl Report {
         );
         least(
             "goodput",
-            counts.goodput.unwrap_or(0.0),
+            counts.goodput.or(counts.goodput_of_stretches).unwrap_or(0.0),
             goal.goodput_min.unwrap_or(0.0),
         );
         let per_hour = self.done as f64 * 3600.0 / counts.wall_s.max(1.0);
@@ -236,15 +241,23 @@ impl Report {
             self.scenario.worlds,
             self.workers_hit
         )?;
-        let goodput = counts.goodput.map_or_else(
-            || "not measured".to_owned(),
-            |goodput| format!("{:.1} % of fault-free steps", goodput * 100.0),
-        );
+        let share =
+            |goodput: Option<f64>| goodput.map_or("not measured".to_owned(), |share| format!("{:.1} %", share * 100.0));
         writeln!(
             out,
-            "  {} new lines, {} computed again; goodput {goodput}",
-            counts.lines, counts.lines_replayed
+            "  {} new lines, {} computed again; goodput {} of the steps without faults, by the times between faults; {} by the stretches before and after",
+            counts.lines,
+            counts.lines_replayed,
+            share(counts.goodput),
+            share(counts.goodput_of_stretches)
         )?;
+        for (world, calm) in &counts.undisturbed {
+            writeln!(
+                out,
+                "    step between faults on {world}: {:.2} ms ({} of them)",
+                calm.step_ms, calm.lines
+            )?;
+        }
         for (world, calm) in &counts.calm_before {
             let after = counts.calm_after.get(world).map_or(f64::NAN, |calm| calm.step_ms);
             writeln!(

@@ -253,7 +253,9 @@ impl<'a> Storm<'a> {
 
     fn phase_entered(&mut self, event: &Value) {
         let phase = match event["kind"].as_str().unwrap_or_default() {
-            "rank_lost" => Phase::Fence,
+            // The exit that follows an end that was seen to begin is no second loss.
+            "rank_lost" if event["expected"] == true => return,
+            "rank_ending" | "rank_lost" => Phase::Fence,
             "state_lost" => Phase::Locate,
             "generation" => {
                 let again = std::mem::replace(&mut self.has_begun, true);

@@ -66,6 +66,13 @@ pub enum WorkerPhase {
     Ready,
     /// In the roster of the present generation, or a survivor of it.
     Member,
+    /// Killed or crashed, and not gone yet: it is counted on no more.
+    Ending {
+        /// What it was.
+        rank: Option<Rank>,
+        /// How long it had not been heard of when its end began.
+        silent_ms: u64,
+    },
     /// Told to end, because the world has no place for it.
     Released,
     /// It has no process: left in order at the end, given up, or not wanted in a world of the present size.
@@ -102,7 +109,7 @@ pub struct WorkerView {
     pub lanes: Option<tarazed_domain::LaneRange>,
     /// Steps completed, as last heard.
     pub step: StepsCompleted,
-    /// `starting`, `ready`, `training`, `recovering`, `paused` or `left`.
+    /// `starting`, `ready`, `training`, `recovering`, `paused`, `ending` or `left`.
     pub state: &'static str,
     /// What its device thread does, as last heard.
     pub activity: String,
@@ -345,6 +352,7 @@ impl Coordinator {
                 let state = match (&w.phase, &self.phase) {
                     (WorkerPhase::Starting { .. }, _) => "starting",
                     (WorkerPhase::Ready, _) => "ready",
+                    (WorkerPhase::Ending { .. }, _) => "ending",
                     (WorkerPhase::Released | WorkerPhase::Left, _) => "left",
                     (WorkerPhase::Member, Phase::Running { paused, .. }) if paused.contains(member.worker) => "paused",
                     (WorkerPhase::Member, Phase::Running { .. }) => "training",

@@ -210,6 +210,7 @@ impl Lines {
                 incarnation: member.incarnation.0,
                 cause: cause.clone(),
             }),
+            Notice::RankEnded { member, cause } => stage(format!("{member} ended: {cause}")),
             Notice::Generation {
                 generation,
                 ranks,

@@ -52,6 +52,14 @@ pub enum Event {
         /// The newest generation it heard of; 0 for a new process.
         newest: Generation,
     },
+    /// A process was killed or crashed, and is not gone yet; [`Event::Exited`] follows. Not of one that ends by itself: what it
+    /// said before is still on its way.
+    Ending {
+        /// Who.
+        member: Member,
+        /// What is known of it by now.
+        cause: String,
+    },
     /// A process ended, or could not be started.
     Exited {
         /// Who.
@@ -230,6 +238,17 @@ pub enum Effect {
 /// For the event log and the console.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Incident {
+    /// The process of a rank has begun to end, and the others go on without it; [`Incident::RankLost`] follows with the cause.
+    RankEnding {
+        /// Who.
+        member: Member,
+        /// Its rank, if it had one.
+        rank: Option<Rank>,
+        /// What is known by now.
+        cause: String,
+        /// How long ago it was last heard of: it cannot have failed before.
+        silent_ms: u64,
+    },
     /// A rank is gone.
     RankLost {
         /// Who.
@@ -238,8 +257,10 @@ pub enum Incident {
         rank: Option<Rank>,
         /// Why.
         cause: String,
-        /// How long ago it was last heard of: it cannot have failed before.
+        /// How long ago it was last heard of when its end was seen: it cannot have failed before.
         silent_ms: u64,
+        /// [`Incident::RankEnding`] said it before.
+        expected: bool,
     },
     /// A generation gets nowhere: its members are asked what they wait for.
     Alarm {

@@ -20,6 +20,7 @@ impl Coordinator {
                 pid,
                 newest,
             } => self.on_ready(now_ms, member, address, pid, newest),
+            Event::Ending { member, cause } => self.on_ending(now_ms, member, cause),
             Event::Exited { member, cause, orderly } => self.on_exited(now_ms, member, cause, orderly),
             Event::State {
                 member,
@@ -236,6 +237,34 @@ impl Coordinator {
         send_to(members, message).into_iter().collect()
     }
 
+    /// It can do nothing any more, and holds nothing: the others are fenced now. What became of it, and its next life, wait
+    /// for its exit.
+    fn on_ending(&mut self, now_ms: u64, member: Member, cause: String) -> Vec<Effect> {
+        if !self.knows(member) || !self.workers.is(member.worker, &WorkerPhase::Member) {
+            return Vec::new();
+        }
+        if matches!(self.phase, Phase::Leaving { .. } | Phase::Adopting { .. }) {
+            return Vec::new();
+        }
+        let rank = self.rank_of(member);
+        let silent_ms = self.silent_ms(now_ms, member);
+        self.workers
+            .set_phase(member.worker, WorkerPhase::Ending { rank, silent_ms });
+        let mut effects = vec![Effect::Note(Incident::RankEnding {
+            member,
+            rank,
+            cause: cause.clone(),
+            silent_ms,
+        })];
+        effects.extend(self.go_on_without(now_ms, member, rank, cause));
+        effects
+    }
+
+    fn silent_ms(&self, now_ms: u64, member: Member) -> u64 {
+        let worker = self.workers.get(member.worker);
+        worker.map_or(0, |worker| now_ms.saturating_sub(worker.heard_ms))
+    }
+
     fn on_exited(&mut self, now_ms: u64, member: Member, cause: String, orderly: bool) -> Vec<Effect> {
         if !self.knows(member) {
             return Vec::new();
@@ -252,13 +281,17 @@ impl Coordinator {
         } else {
             cause
         };
-        let rank = self.rank_of(member);
-        let heard_ms = self.workers.get(member.worker).map_or(now_ms, |worker| worker.heard_ms);
+        let seat = self.rank_of(member);
+        let (rank, silent_ms, expected) = match self.workers.get(member.worker).map(|worker| &worker.phase) {
+            Some(&WorkerPhase::Ending { rank, silent_ms }) => (rank, silent_ms, true),
+            _ => (seat, self.silent_ms(now_ms, member), false),
+        };
         let mut effects = vec![Effect::Note(Incident::RankLost {
             member,
             rank,
             cause: cause.clone(),
-            silent_ms: now_ms.saturating_sub(heard_ms),
+            silent_ms,
+            expected,
         })];
         let start_ms = self.options.timeouts.start_ms;
         match self.workers.on_death(member.worker, format!("{member}: {cause}")) {
@@ -284,13 +317,20 @@ impl Coordinator {
                 effects.extend(self.give_up(now_ms, what));
             }
         }
+        if !expected {
+            effects.extend(self.go_on_without(now_ms, member, seat, cause));
+        }
+        effects
+    }
+
+    /// `member`, of this rank in the present roster, is no member any more.
+    fn go_on_without(&mut self, now_ms: u64, member: Member, seat: Option<Rank>, cause: String) -> Vec<Effect> {
         match &mut self.phase {
             Phase::Adopting { awaiting, .. } => {
                 awaiting.remove(member.worker);
-                effects.extend(self.settle_adoption(now_ms));
+                self.settle_adoption(now_ms)
             }
-            Phase::Running { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
-            Phase::Finishing { .. } if rank.is_some() => effects.extend(self.fence(now_ms, cause, None)),
+            Phase::Running { .. } | Phase::Finishing { .. } if seat.is_some() => self.fence(now_ms, cause, None),
             Phase::Fencing {
                 awaiting,
                 survey,
@@ -300,11 +340,10 @@ impl Coordinator {
                 awaiting.remove(member.worker);
                 survey.forget(member);
                 *alarm = None; // here is the cause
-                effects.extend(self.settle_fence(now_ms));
+                self.settle_fence(now_ms)
             }
-            _ => {}
+            _ => Vec::new(),
         }
-        effects
     }
 
     /// SUP-3: the run halts. Where others still hold the state, they save it first, so nothing is lost.

@@ -1,6 +1,7 @@
 //! The machine against a small cluster in which every order of events can happen: ranks advance one at a time through the
 //! phases of a step, messages to a rank keep their order, and ranks are killed anywhere.
 
+mod dying;
 mod ending;
 mod pace;
 mod rollback;
@@ -507,6 +508,7 @@ enum Act {
     Read(u32),
     Fact,
     Kill(u32),
+    KillSlowly(u32),
     Resize(u32),
     TakeOver,
 }
@@ -516,7 +518,8 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         48 => (0..SLOTS).prop_map(Act::Advance),
         24 => (0..SLOTS).prop_map(Act::Read),
         12 => Just(Act::Fact),
-        4 => (0..SLOTS).prop_map(Act::Kill),
+        3 => (0..SLOTS).prop_map(Act::Kill),
+        3 => (0..SLOTS).prop_map(Act::KillSlowly),
         1 => (1..=SLOTS).prop_map(Act::Resize),
         1 => Just(Act::TakeOver),
     ];
@@ -546,6 +549,7 @@ impl Cluster {
                 Act::Advance(worker) => self.advance(worker),
                 Act::Read(worker) => self.read(worker),
                 Act::Kill(worker) => self.kill(worker),
+                Act::KillSlowly(worker) => self.kill_slowly(worker),
                 Act::Resize(ranks) => self.event(Event::Resize { ranks }),
                 Act::TakeOver if self.end.is_none() => self.take_over(),
                 Act::TakeOver => {}

@@ -120,13 +120,13 @@ impl Workers {
             WorkerPhase::Starting { deadline_ms } => drop(self.starting.remove(&(deadline_ms, worker))),
             WorkerPhase::Ready => drop(self.ready.remove(&worker)),
             WorkerPhase::Member => self.member_count -= 1,
-            WorkerPhase::Released | WorkerPhase::Left => {}
+            WorkerPhase::Ending { .. } | WorkerPhase::Released | WorkerPhase::Left => {}
         }
         match self.slots[worker.index()].phase {
             WorkerPhase::Starting { deadline_ms } => drop(self.starting.insert((deadline_ms, worker))),
             WorkerPhase::Ready => drop(self.ready.insert(worker)),
             WorkerPhase::Member => self.member_count += 1,
-            WorkerPhase::Released | WorkerPhase::Left => {}
+            WorkerPhase::Ending { .. } | WorkerPhase::Released | WorkerPhase::Left => {}
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::exit::{Exit, Failure};
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::path::PathBuf;
+use tarazed_actors::node::Lifeline;
 use tarazed_actors::rank::{self, Harm, RankArgs, RankExit};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::Config;
@@ -29,6 +30,9 @@ pub struct Args {
     /// Which life of it.
     #[arg(long)]
     incarnation: u32,
+    /// Standard input is the agent's pipe, by which it sees a sudden end.
+    #[arg(long)]
+    lifeline: bool,
 }
 
 /// Environment variable of chaos runs: bits to flip, `WORKER.INCARNATION=STEP:PLACE:SHARD:ELEMENT:BIT`, separated by commas.
@@ -52,6 +56,8 @@ fn harm_for(worker: u32, incarnation: u32, text: Option<String>) -> Result<Optio
 /// # Errors
 /// Transient: the node agent counts it as a lost rank and starts another.
 pub fn run(args: Args) -> Result<Exit, Failure> {
+    // Dropped last: it says that the process ends by itself.
+    let _lifeline = args.lifeline.then(Lifeline::hold);
     // It was started by another name (`controller::root`); `pkill tarazed` and `top` are to know it. Nothing depends on it.
     let _ = std::fs::write("/proc/self/comm", env!("CARGO_PKG_NAME"));
     let paths = RunPaths::new(&args.run_dir);
