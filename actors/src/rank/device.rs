@@ -86,6 +86,7 @@ impl DeviceChoice {
     ///
     /// # Errors
     /// The key at fault, with what is possible.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "processors take any shape"))]
     pub fn takes(self, config: &Config) -> Result<(), ConfigError> {
         match self {
             Self::Cpu => Ok(()),
