@@ -85,6 +85,10 @@ pub struct Walk {
 /// A mixture, and the decision that set it; none for the config's, and for one that a veto brought back.
 struct Setting {
     by: Option<u64>,
+    /// Shares of domains that are new with it, where it takes the others' from the mixture before.
+    joined_by: Option<Vec<f64>>,
+    /// The step of the mixture that a veto brought back.
+    repeats: Option<u64>,
     mixture: Mixture,
 }
 
@@ -130,6 +134,8 @@ impl Walk {
                 0,
                 Setting {
                     by: None,
+                    joined_by: None,
+                    repeats: None,
                     mixture: first,
                 },
             )]),
@@ -308,21 +314,18 @@ impl Walk {
                 ));
             }
             self.last_decision = decision.id;
+            let before = self.names.len();
             if let Some(change) = &decision.change
                 && let Err(why) = self.announce(decision.id, decision.effective, change)
             {
                 return refuse(why);
             }
             if let Some(weights) = &decision.weights {
-                let mixture = match Mixture::new(weights, self.domains_at(decision.effective)) {
-                    Ok(mixture) => mixture,
-                    Err(why) => return refuse(format!("it has {why}")),
-                };
-                if decision.effective > 0 && self.mixtures.contains_key(&decision.effective) {
-                    return refuse(format!("step {} has a mixture already", decision.effective));
+                let new = self.names.len() - before;
+                let joins = decision.change.is_some() && weights.len() == new;
+                if let Err(why) = self.set(decision.id, decision.effective, weights, joins) {
+                    return refuse(why);
                 }
-                let by = Some(decision.id);
-                self.mixtures.insert(decision.effective, Setting { by, mixture });
             }
             if let Some(rollback) = &decision.rollback {
                 let domains = self.domains_at(decision.effective);
@@ -338,6 +341,42 @@ impl Walk {
             {
                 return refuse(why);
             }
+        }
+        Ok(())
+    }
+
+    /// Takes over a mixture from step `from` on: these weights, or that of before with new domains of these shares.
+    fn set(&mut self, id: u64, from: u64, weights: &[f64], joins: bool) -> Result<(), String> {
+        if from > 0 && self.mixtures.contains_key(&from) {
+            return Err(format!("step {from} has a mixture already"));
+        }
+        let before = self.mixtures.range(..from).next_back();
+        let mixture = match before {
+            Some((_, before)) if joins => before.mixture.joined_by(weights),
+            _ => Mixture::new(weights, self.domains_at(from)),
+        };
+        let setting = Setting {
+            by: Some(id),
+            joined_by: joins.then(|| weights.to_vec()),
+            repeats: None,
+            mixture: mixture.map_err(|why| format!("it has {why}"))?,
+        };
+        self.mixtures.insert(from, setting);
+        self.join_again()
+    }
+
+    /// What new domains joined may be another mixture since, and with it what they made of it.
+    fn join_again(&mut self) -> Result<(), String> {
+        let mut joined: BTreeMap<u64, Mixture> = BTreeMap::new();
+        let mut before: Option<Mixture> = None;
+        for (step, setting) in &mut self.mixtures {
+            if let (Some(shares), Some(before)) = (&setting.joined_by, &before) {
+                setting.mixture = before.joined_by(shares)?;
+                joined.insert(*step, setting.mixture.clone());
+            } else if let Some(again) = setting.repeats.and_then(|repeats| joined.get(&repeats)) {
+                setting.mixture = again.clone();
+            }
+            before = Some(setting.mixture.clone());
         }
         Ok(())
     }
@@ -358,14 +397,19 @@ impl Walk {
         };
         if step >= from {
             self.mixtures.remove(&step);
-            return Ok(());
+            return self.join_again();
         }
         if self.mixtures.range(step + 1..=from).next().is_some() {
             return Err(format!("decision {which} is not in force any more at step {from}"));
         }
-        if let Some((_, before)) = self.mixtures.range(..step).next_back() {
-            let mixture = before.mixture.clone();
-            self.mixtures.insert(from, Setting { by: None, mixture });
+        if let Some((at, before)) = self.mixtures.range(..step).next_back() {
+            let setting = Setting {
+                by: None,
+                joined_by: None,
+                repeats: before.repeats.or(Some(*at)),
+                mixture: before.mixture.clone(),
+            };
+            self.mixtures.insert(from, setting);
         }
         Ok(())
     }
