@@ -90,7 +90,9 @@ pub fn planned(
     };
     // In the order of the data set, which need not be that of the config.
     let new = change.new_domains(names.len());
-    let weights = new.filter_map(|edition| later.shares.get(&edition.name).copied()).collect();
+    let weights = new
+        .filter_map(|edition| later.shares.get(&edition.name).copied())
+        .collect();
     Ok(DataChange { weights, ..change })
 }
 

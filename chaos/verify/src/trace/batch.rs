@@ -54,7 +54,12 @@ impl Mixture {
             return Err("shares of new domains that are none, or leave nothing to the others".into());
         }
         let kept = 1.0 - taken;
-        let weights: Vec<f64> = self.shares.iter().map(|share| share * kept).chain(new.iter().copied()).collect();
+        let weights: Vec<f64> = self
+            .shares
+            .iter()
+            .map(|share| share * kept)
+            .chain(new.iter().copied())
+            .collect();
         Self::new(&weights, weights.len())
     }
 }

@@ -127,7 +127,11 @@ impl DataConfig {
         for (index, later) in self.later.iter_mut().enumerate() {
             let key = format!("data.later[{index}].prepared");
             if later.prepared.as_os_str().is_empty() {
-                return Err(ConfigError::new(key, "is empty", "name a folder that `tarazed data prepare` wrote"));
+                return Err(ConfigError::new(
+                    key,
+                    "is empty",
+                    "name a folder that `tarazed data prepare` wrote",
+                ));
             }
             later.prepared = absolute(&key, &folder.join(&later.prepared))?;
         }

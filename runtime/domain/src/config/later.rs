@@ -148,7 +148,11 @@ mod tests {
         assert_eq!(again, config);
         let identity = |from: &str, to: &str| parse(&CONFIG.replace(from, to)).expect("good").identity();
         assert_eq!(identity("\"more\"", "\"elsewhere\""), config.identity());
-        for (from, to) in [("step = 200", "step = 201"), ("0.2 }", "0.3 }"), ("replace = [\"zh\"]", "")] {
+        for (from, to) in [
+            ("step = 200", "step = 201"),
+            ("0.2 }", "0.3 }"),
+            ("replace = [\"zh\"]", ""),
+        ] {
             assert_ne!(identity(from, to), config.identity(), "{from}");
         }
         let without = CONFIG.split("[[data.later]]").next().expect("a part");
@@ -158,11 +162,27 @@ mod tests {
     #[test]
     fn what_cannot_come_is_refused_by_key() {
         for (from, to, part) in [
-            ("step = 200", "step = 107", "data.later[0].step: is 107, and the first that can be decided is 108"),
+            (
+                "step = 200",
+                "step = 107",
+                "data.later[0].step: is 107, and the first that can be decided is 108",
+            ),
             ("[\"code\"]", "[\"web\"]", "data.later[0].domains: 'web'"),
-            ("replace = [\"zh\"]", "replace = [\"book\"]", "data.later[0].replace: 'book'"),
-            ("replace = [\"zh\"]", "replace = [\"zh\", \"zh\"]", "data.later[0].replace: 'zh'"),
-            ("{ code = 0.2 }", "{ code = 1.0 }", "data.later[0].shares: are no shares"),
+            (
+                "replace = [\"zh\"]",
+                "replace = [\"book\"]",
+                "data.later[0].replace: 'book'",
+            ),
+            (
+                "replace = [\"zh\"]",
+                "replace = [\"zh\", \"zh\"]",
+                "data.later[0].replace: 'zh'",
+            ),
+            (
+                "{ code = 0.2 }",
+                "{ code = 1.0 }",
+                "data.later[0].shares: are no shares",
+            ),
             ("{ code = 0.2 }", "{ zh = 0.2 }", "data.later[0].shares: are not those"),
             ("controller = \"ado\"", "controller = \"static\"", "this run has none"),
         ] {

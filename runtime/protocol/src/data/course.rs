@@ -502,7 +502,9 @@ fn check_shares(shares: &[f64]) -> Result<(), String> {
     }
     let sum: f64 = shares.iter().sum();
     if sum >= 1.0 {
-        return Err(format!("new domains with shares of {sum} in all leave nothing to the others"));
+        return Err(format!(
+            "new domains with shares of {sum} in all leave nothing to the others"
+        ));
     }
     Ok(())
 }

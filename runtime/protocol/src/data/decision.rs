@@ -175,7 +175,9 @@ impl DataChange {
 
     /// Those that are new to a run of `before` domains.
     pub fn new_domains(&self, before: usize) -> impl Iterator<Item = &DomainEdition> {
-        self.domains.iter().filter(move |edition| usize::from(edition.domain) >= before)
+        self.domains
+            .iter()
+            .filter(move |edition| usize::from(edition.domain) >= before)
     }
 
     /// Whether its version is the hash of a data set: 64 lower-case hex digits.

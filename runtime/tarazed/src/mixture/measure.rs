@@ -152,7 +152,9 @@ impl Outcome {
         Ok(Self {
             mean_mixture: mean_mixture(&mixtures, facts),
             final_mixture: mixtures.last().cloned().unwrap_or_default(),
-            decisions: changes.filter(|(pair, line)| pair[0] != pair[1] && !arrives(line)).count(),
+            decisions: changes
+                .filter(|(pair, line)| pair[0] != pair[1] && !arrives(line))
+                .count(),
             natural: weighted / bytes,
             worst: judged().map(|(_, bits)| *bits).fold(f64::NEG_INFINITY, f64::max),
             area: area(&curve),
@@ -205,7 +207,11 @@ fn mean_mixture(mixtures: &[Vec<f64>], facts: &Facts) -> Vec<f64> {
     let proportions: Vec<Vec<f64>> = mixtures
         .iter()
         .map(|mixture| {
-            let early: f64 = all.clone().filter(|&domain| !is_late(domain)).map(|domain| mixture[domain]).sum();
+            let early: f64 = all
+                .clone()
+                .filter(|&domain| !is_late(domain))
+                .map(|domain| mixture[domain])
+                .sum();
             mixture.iter().map(|weight| weight / early).collect()
         })
         .collect();
@@ -411,7 +417,12 @@ pub(crate) mod tests {
         };
         let refused = Outcome::read(&lines, &late, 4).expect_err("it names what has not come");
         assert!(refused.to_string().contains("line 1 has other domains"), "{refused}");
-        let lines = [without(lines[0].clone()), without(lines[1].clone()), lines[2].clone(), lines[3].clone()];
+        let lines = [
+            without(lines[0].clone()),
+            without(lines[1].clone()),
+            lines[2].clone(),
+            lines[3].clone(),
+        ];
         let outcome = Outcome::read(&lines, &late, 4).expect("an outcome");
         assert_eq!(outcome.curve.len(), 2, "from line 3 on");
         assert!(close(outcome.macro_end(), (2.0 + 3.0 + 9.0) / 3.0));

@@ -99,15 +99,15 @@ impl Arrivals {
 
     /// Those that a decision for `effective` must keep to, and no earlier one had to.
     pub(super) fn guard(&mut self, effective: StepIndex) -> &[Arrival] {
-        let due = self.all.partition_point(|arrival| arrival.from <= effective);
-        let from = std::mem::replace(&mut self.guarded, due.max(self.guarded));
+        let from = self.guarded;
+        self.guarded = from.max(self.all.partition_point(|arrival| arrival.from <= effective));
         &self.all[from..self.guarded]
     }
 
     /// Those that `line` is the first to have trained on.
     pub(super) fn hear(&mut self, line: StepsCompleted) -> &[Arrival] {
-        let due = self.all.partition_point(|arrival| arrival.from.0 < line.0);
-        let from = std::mem::replace(&mut self.heard, due.max(self.heard));
+        let from = self.heard;
+        self.heard = from.max(self.all.partition_point(|arrival| arrival.from.0 < line.0));
         &self.all[from..self.heard]
     }
 
@@ -162,7 +162,10 @@ impl Ate {
     /// step where a controller adapts. A whole mixture stays what it is: whoever states one forces it.
     pub(super) fn with_shares(&self, change: &DataChange, from: StepIndex) -> DataChange {
         let before = self.sizes.len();
-        let new: Vec<f64> = change.new_domains(before).map(|edition| edition.train_tokens as f64).collect();
+        let new: Vec<f64> = change
+            .new_domains(before)
+            .map(|edition| edition.train_tokens as f64)
+            .collect();
         let stated = change.shares(new.len()).map(<[f64]>::to_vec);
         let mut shares = match stated {
             Some(shares) => shares,
@@ -219,7 +222,11 @@ impl Ate {
 
     /// Claims as many as there are domains at the effective step. What no line has trained on yet claims nothing.
     pub(super) fn fill(&self, claims: &mut super::Claims, effective: StepIndex) {
-        let due = self.arrivals.unheard().iter().filter(|arrival| arrival.from <= effective);
+        let due = self
+            .arrivals
+            .unheard()
+            .iter()
+            .filter(|arrival| arrival.from <= effective);
         for arrival in due {
             let note = |what: &str| format!("{what} from step {} on", arrival.from);
             for text in &arrival.replaced {

@@ -42,7 +42,8 @@ impl Curves {
         for text in &arrival.replaced {
             self.curves[text.domain].clear();
         }
-        self.curves.resize_with(arrival.before + arrival.new.len(), VecDeque::new);
+        self.curves
+            .resize_with(arrival.before + arrival.new.len(), VecDeque::new);
     }
 
     /// Takes in an evaluation, once.

@@ -101,7 +101,12 @@ fn replays_from(world: &World, config: &LoopConfig, prefix: usize) {
             ate.replay(&line, &signals).unwrap();
         } else {
             let plan = cursor.plan(StepIndex(at as u64)).unwrap();
-            assert_eq!((plan.digest, &plan.mixture), (line.data, &shares(&line)), "line {}", line.step);
+            assert_eq!(
+                (plan.digest, &plan.mixture),
+                (line.data, &shares(&line)),
+                "line {}",
+                line.step
+            );
             let mut measured = line.clone();
             measured.decisions.retain(|decision| decision.by.is_person());
             assert_eq!(ate.on_line(&measured, &signals), line.decisions, "line {}", line.step);
@@ -120,18 +125,34 @@ fn keeps_the_guards(world: &World, at: u64) {
     for line in &world.lines {
         let current = shares(line);
         assert!((current.iter().sum::<f64>() - 1.0).abs() < 1e-9, "line {}", line.step);
-        assert_eq!(current.len(), if line.step.0 > at { 4 } else { 3 }, "line {}", line.step);
+        assert_eq!(
+            current.len(),
+            if line.step.0 > at { 4 } else { 3 },
+            "line {}",
+            line.step
+        );
     }
     for decision in world.mixtures() {
-        let DecisionKind::Mixture { weights } = &decision.kind else { continue };
-        assert_ne!(decision.effective, StepIndex(at), "that step has the mixture of its change");
-        let Some(before) = world.lines.get(decision.effective.0 as usize - 1) else { continue };
+        let DecisionKind::Mixture { weights } = &decision.kind else {
+            continue;
+        };
+        assert_ne!(
+            decision.effective,
+            StepIndex(at),
+            "that step has the mixture of its change"
+        );
+        let Some(before) = world.lines.get(decision.effective.0 as usize - 1) else {
+            continue;
+        };
         let before = shares(before);
         assert_eq!(before.len(), weights.len());
         let floor = weight_floor(weights.len());
         for (new, old) in weights.iter().zip(&before) {
             assert!(*new >= floor.min(old * 1.2) - 2e-6, "{before:?} -> {weights:?}");
-            assert!((new / old).ln().abs() <= LN_CHANGE_MAX + 1e-4, "{before:?} -> {weights:?}");
+            assert!(
+                (new / old).ln().abs() <= LN_CHANGE_MAX + 1e-4,
+                "{before:?} -> {weights:?}"
+            );
         }
     }
 }
@@ -211,12 +232,20 @@ fn what_learns_fast_is_given_more() {
         assert!(kind == ControllerKind::Excess || last[3] > 0.1, "{last:?}");
         let decided = |at: usize| {
             let of_line = world.lines[at].decisions.iter();
-            of_line.filter(|decision| matches!(decision.kind, DecisionKind::Mixture { .. })).count()
+            of_line
+                .filter(|decision| matches!(decision.kind, DecisionKind::Mixture { .. }))
+                .count()
         };
         assert!((300..900).any(|at| decided(at) > 0), "{kind:?}");
-        let reasons: Vec<&str> = world.mixtures().iter().map(|decision| decision.reason.as_str()).collect();
+        let reasons: Vec<&str> = world
+            .mixtures()
+            .iter()
+            .map(|decision| decision.reason.as_str())
+            .collect();
         assert!(
-            reasons.iter().any(|reason| reason.contains("late") && reason.contains("no fit: too few evaluations")),
+            reasons
+                .iter()
+                .any(|reason| reason.contains("late") && reason.contains("no fit: too few evaluations")),
             "its curve begins empty: {reasons:?}"
         );
     }
@@ -228,10 +257,15 @@ fn odm_begins_with_the_mean_reward() {
     let (_, world) = planned_run(config(ControllerKind::Odm, &[]), &[0.2], 101, 400);
     let rewards = |decision: &Decision| -> Vec<f64> {
         let parts = decision.reason.split(" R=").skip(1);
-        parts.map(|part| part.split(';').next().unwrap().parse().unwrap()).collect()
+        parts
+            .map(|part| part.split(';').next().unwrap().parse().unwrap())
+            .collect()
     };
     let decisions = world.mixtures();
-    let first = decisions.iter().find(|decision| decision.line.0 == 120).expect("a decision");
+    let first = decisions
+        .iter()
+        .find(|decision| decision.line.0 == 120)
+        .expect("a decision");
     let (with, loss) = (rewards(first), first.reason.split("late ").nth(1).unwrap());
     assert_eq!(with.len(), 4, "{}", first.reason);
     assert!(loss.contains("L="), "{loss}");
@@ -247,7 +281,10 @@ fn excess_measures_a_late_domain_against_its_reference() {
         let known = [("web", 4.0), ("wiki", 4.0), ("code", 4.0), ("late", late_reference)];
         config.mixture.reference = known.map(|(name, loss)| (name.to_owned(), loss)).into();
         let (_, world) = planned_run(config, &[0.2], 100, 600);
-        let told = world.mixtures().iter().any(|decision| decision.reason.contains(&format!("r={late_reference:.4}")));
+        let told = world
+            .mixtures()
+            .iter()
+            .any(|decision| decision.reason.contains(&format!("r={late_reference:.4}")));
         assert!(told, "it is among the inputs");
         shares(world.lines.last().unwrap())[3]
     };
@@ -265,11 +302,22 @@ fn other_text_begins_its_evidence_anew() {
         let (before, after) = (shares(&world.lines[400]), shares(&world.lines[401]));
         assert_eq!(before.len(), after.len());
         assert!(before.iter().zip(&after).all(|(a, b)| (a - b).abs() < 1e-12));
-        let at = |line: u64| world.mixtures().into_iter().find(move |decision| decision.line.0 == line).cloned();
+        let at = |line: u64| {
+            world
+                .mixtures()
+                .into_iter()
+                .find(move |decision| decision.line.0 == line)
+                .cloned()
+        };
         if kind != ControllerKind::Odm {
             let next = (420..500).find_map(at).unwrap_or_else(|| panic!("{kind:?} decides"));
-            let DecisionKind::Mixture { weights } = &next.kind else { panic!() };
-            assert!((weights[1] - after[1]).abs() < 2e-6, "{kind:?}: {after:?} -> {weights:?}");
+            let DecisionKind::Mixture { weights } = &next.kind else {
+                panic!()
+            };
+            assert!(
+                (weights[1] - after[1]).abs() < 2e-6,
+                "{kind:?}: {after:?} -> {weights:?}"
+            );
             assert!(next.reason.contains("no fit: too few evaluations"), "{}", next.reason);
         }
         replays_from(&world, &config, 410);
@@ -357,9 +405,14 @@ fn what_a_controller_cannot_begin_with_is_refused() {
     let mut engine = Ate::new(&plan, &facts(&laws()));
     let refused = engine.request(ask(late(&[0.2]), 100)).unwrap_err().0;
     assert!(refused.contains("1 weights for 4 domains"), "{refused}");
-    let refused = engine.request(ask(change(&[edition("book", 4, 9)], &[0.2]), 80)).unwrap_err().0;
+    let refused = engine
+        .request(ask(change(&[edition("book", 4, 9)], &[0.2]), 80))
+        .unwrap_err()
+        .0;
     assert!(refused.contains("mixture of step 90"), "{refused}");
-    engine.request(ask(change(&[edition("book", 4, 9)], &[0.2]), 100)).unwrap();
+    engine
+        .request(ask(change(&[edition("book", 4, 9)], &[0.2]), 100))
+        .unwrap();
 
     plan.planned[0].0 = StepIndex(43);
     let refused = planned(&plan, &facts(&laws())).unwrap_err();
@@ -385,10 +438,16 @@ fn a_plan_is_written_before_what_persons_ask() {
     through(&mut world, 90, 120);
     let made = world.mixtures();
     assert_eq!(made.len(), 2);
-    assert_eq!((made[0].id, made[0].line.0, &made[0].by), (DecisionId(1), 40, &DecisionAuthor::Controller(PLANNER.into())));
+    assert_eq!(
+        (made[0].id, made[0].line.0, &made[0].by),
+        (DecisionId(1), 40, &DecisionAuthor::Controller(PLANNER.into()))
+    );
     assert_eq!((made[1].id, &made[1].kind), (DecisionId(2), &DecisionKind::Pin));
     // Nobody adapts: a share is taken as it is stated.
     let shares = shares(world.lines.last().unwrap());
-    assert!((shares[3] - 0.2).abs() < 1e-12 && (shares[0] - 0.48).abs() < 1e-12, "{shares:?}");
+    assert!(
+        (shares[3] - 0.2).abs() < 1e-12 && (shares[0] - 0.48).abs() < 1e-12,
+        "{shares:?}"
+    );
     replays_from(&world, &config, 60);
 }

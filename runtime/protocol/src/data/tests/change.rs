@@ -540,7 +540,9 @@ fn stages_keep_their_domains() {
         stages,
         ..ado()
     };
-    let refused = engine(&scheduled, &facts(&laws())).request(ask(&arrival, 200)).unwrap_err();
+    let refused = engine(&scheduled, &facts(&laws()))
+        .request(ask(&arrival, 200))
+        .unwrap_err();
     assert!(refused.0.contains("mixture.controller"), "{refused}");
 }
 

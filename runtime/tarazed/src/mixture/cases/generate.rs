@@ -383,13 +383,20 @@ mod tests {
         );
         assert_eq!(domains[0], all[1]);
         assert_eq!(domains[1].documents, all[0].documents);
-        assert_eq!((domains[1].name.as_str(), domains[1].judged, domains[1].from_step), ("web", true, 3));
+        assert_eq!(
+            (domains[1].name.as_str(), domains[1].judged, domains[1].from_step),
+            ("web", true, 3)
+        );
         let alone = Change::Late {
             of: "web".to_owned(),
             from_step: 3,
         };
         let refused = generate(&alone, &all[..1], FRACTION, "cases.x").expect_err("refused");
-        assert!(refused.message.contains("no domain to begin with"), "{}", refused.message);
+        assert!(
+            refused.message.contains("no domain to begin with"),
+            "{}",
+            refused.message
+        );
     }
 
     #[test]

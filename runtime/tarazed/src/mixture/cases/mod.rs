@@ -172,17 +172,21 @@ pub fn make(
     for (configs, name) in sets.into_iter().filter(|(configs, _)| !configs.is_empty()) {
         let made = prepare(configs, base, tokenizer, &folder.join(name))?;
         let (_, rest) = domains.split_at(facts.len());
-        facts.extend(rest.iter().zip(made.domains).map(|(domain, (manifest, scored))| DomainFacts {
-            name: domain.name.clone(),
-            judged: domain.judged,
-            from_step: domain.from_step,
-            made: domain.made.clone(),
-            train_documents: manifest.train.documents,
-            train_tokens: manifest.train.tokens,
-            train_bytes: manifest.train.text_bytes,
-            scored_tokens: scored.tokens,
-            scored_bytes: scored.text_bytes,
-        }));
+        facts.extend(
+            rest.iter()
+                .zip(made.domains)
+                .map(|(domain, (manifest, scored))| DomainFacts {
+                    name: domain.name.clone(),
+                    judged: domain.judged,
+                    from_step: domain.from_step,
+                    made: domain.made.clone(),
+                    train_documents: manifest.train.documents,
+                    train_tokens: manifest.train.tokens,
+                    train_bytes: manifest.train.text_bytes,
+                    scored_tokens: scored.tokens,
+                    scored_bytes: scored.text_bytes,
+                }),
+        );
         versions.push(made.version);
     }
     let late = domains.get(early).map(|late| Late {
@@ -401,7 +405,14 @@ mod tests {
             let (before, now) = (of(&plain).expect("facts"), of(&late).expect("facts"));
             assert_eq!(now.from_step, from_step);
             let made = before.made.clone();
-            assert_eq!(DomainFacts { from_step: 0, made, ..now }, before);
+            assert_eq!(
+                DomainFacts {
+                    from_step: 0,
+                    made,
+                    ..now
+                },
+                before
+            );
         }
         assert_eq!(late.facts.domains[1].name, "web", "it is the last of all");
     }
