@@ -295,7 +295,7 @@ impl Course {
                 continue; // each has one, for ever
             };
             let shared = with_shares(&settings[at - 1].value, shares);
-            let repeat = |setting: &&mut Setting<_>| setting.repeats == Some(arrival.from);
+            let repeat = |setting: &&mut Setting<Vec<f64>>| setting.repeats == Some(arrival.from);
             for again in settings.iter_mut().filter(repeat) {
                 again.value.clone_from(&shared);
             }
