@@ -7,6 +7,7 @@
 use std::path::Path;
 use tarazed_corpus::{DataManifest, Split, TokenStore, TokenizerManifest, is_same_tokenizer, later_folder};
 use tarazed_domain::DomainIndex;
+use tarazed_domain::config::LaterConfig;
 use tarazed_protocol::data::decision::{DataChange, DomainEdition};
 
 /// What `manifest` brings a run whose domains have these names: those of `wanted`, or all of it where that is empty. A name
@@ -68,6 +69,31 @@ pub fn editions(
         });
     }
     Ok(editions)
+}
+
+/// The change of the data that the config plans, of a data set for a run whose domains have these names then. Its shares are
+/// those that the config states; where it states none, none.
+///
+/// # Errors
+/// As [`editions`].
+pub fn planned(
+    manifest: &DataManifest,
+    context: usize,
+    names: &[String],
+    later: &LaterConfig,
+) -> Result<DataChange, String> {
+    let wanted: Vec<String> = later.domains.iter().chain(&later.replace).cloned().collect();
+    let change = DataChange {
+        version: manifest.version.clone(),
+        domains: editions(manifest, context, names, &wanted, &later.replace)?,
+        weights: Vec::new(),
+    };
+    // In the order of the data set, which need not be that of the config.
+    let new = change.new_domains(names.len());
+    let weights = new
+        .filter_map(|edition| later.shares.get(&edition.name).copied())
+        .collect();
+    Ok(DataChange { weights, ..change })
 }
 
 /// Whether the run folder's `data` holds the data set of a change, made with the run's tokenizer, and it is as the change says.

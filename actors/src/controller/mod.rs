@@ -23,7 +23,7 @@ pub use tree::{Begun, Ear, Edges, Past, Tree, TreeParts};
 use crate::later_data;
 use crate::rank::recipe;
 use crate::run_folder::{self, FolderError, RunFolder};
-use root::RootArguments;
+use root::{RootArguments, domain_facts};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,8 +31,9 @@ use tarazed_corpus::{PrepareEvent, PrepareRequest, Prepared, TokenStore};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepIndex, StepsCompleted};
 use tarazed_protocol::data::cursor::DataCursor;
-use tarazed_protocol::data::decision::{Decision, DecisionSchedule, data_changes};
+use tarazed_protocol::data::decision::{DataChange, Decision, DecisionAuthor, DecisionSchedule, data_changes};
 use tarazed_protocol::data::signals::Signals;
+use tarazed_protocol::data::{LoopConfig, controller};
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{CheckpointStore, StoreError, WriterId};
@@ -241,8 +242,9 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
     let prepared = runtime
         .block_on(check_store(&location))
         .and_then(|()| prepare(&config, &folder, &notify));
-    let prepared = match prepared {
-        Ok(prepared) => prepared,
+    let planned = prepared.and_then(|prepared| Ok((plan_later(&config, &folder, &prepared)?, prepared)));
+    let (planned, prepared) = match planned {
+        Ok(ready) => ready,
         Err(error) => {
             folder.give_up();
             return Err(error);
@@ -264,6 +266,7 @@ pub fn run(options: RunOptions) -> Result<Outcome, RunError> {
         last_step,
         folder,
         prepared,
+        planned,
         notify,
     };
     let outcome = runtime.block_on(root::serve(arguments, stop));
@@ -302,6 +305,52 @@ fn prepare(config: &Config, folder: &RunFolder, notify: &Notify) -> Result<Prepa
     check_same_data(config, folder, &prepared)?;
     check_later_data(config, folder, &prepared)?;
     Ok(prepared)
+}
+
+/// What `data.later` plans, as decisions will have it: the data sets are linked into the run folder, and looked at.
+fn plan_later(
+    config: &Config,
+    folder: &RunFolder,
+    prepared: &Prepared,
+) -> Result<Vec<(StepIndex, DataChange)>, RunError> {
+    let mut names: Vec<String> = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+    let mut planned = Vec::with_capacity(config.data.later.len());
+    for later in &config.data.later {
+        let data = folder.paths.data();
+        let manifest = tarazed_corpus::adopt_later(&later.prepared, &prepared.manifest, config.model.context, &data)?;
+        let change = later_data::planned(&manifest, config.model.context, &names, later).map_err(|reason| {
+            let path = later.prepared.display();
+            RunError::Refused(format!("data.later at step {}: {path}: {reason}", later.step))
+        })?;
+        names.extend(change.new_domains(names.len()).map(|edition| edition.name.clone()));
+        planned.push((StepIndex(later.step), change));
+    }
+    let rules = LoopConfig {
+        planned: planned.clone(),
+        ..LoopConfig::of(config)
+    };
+    let decisions = controller::planned(&rules, &domain_facts(config, prepared)).map_err(RunError::Refused)?;
+    check_same_plan(folder, &decisions)?;
+    Ok(planned)
+}
+
+/// Without this check, a planned data set that was changed since would show as a trace that was.
+fn check_same_plan(folder: &RunFolder, planned: &[Decision]) -> Result<(), RunError> {
+    let written = folder.lines.iter().flat_map(|line| &line.decisions);
+    let is_planned = |decision: &&Decision| decision.by == DecisionAuthor::Controller(controller::PLANNER.to_owned());
+    for (written, planned) in written.filter(is_planned).zip(planned) {
+        if written != planned {
+            return Err(RunError::Folder(FolderError::new(
+                folder.paths.dir(),
+                format!(
+                    "holds a run for whose step {} other data were planned: a data set of data.later has changed since it began",
+                    written.effective
+                ),
+                "put it back as it was, or name another --run-dir for a new run",
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// What came later is needed again: by every step since, and by every replay.

@@ -19,9 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
-use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{ClusterTransport, Config};
+use tarazed_domain::{StepIndex, StepsCompleted};
 use tarazed_protocol::coordinator::PastLife;
+use tarazed_protocol::data::decision::DataChange;
 use tarazed_protocol::data::signals::BytesPerToken;
 use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::message::Member;
@@ -54,6 +55,8 @@ pub struct RootArguments {
     pub last_step: StepsCompleted,
     pub folder: RunFolder,
     pub prepared: Prepared,
+    /// What `data.later` plans.
+    pub planned: Vec<(StepIndex, DataChange)>,
     pub notify: Notify,
 }
 
@@ -215,6 +218,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         last_step,
         mut folder,
         prepared,
+        planned,
         notify,
     } = arguments;
     let lines = std::mem::take(&mut folder.lines);
@@ -233,7 +237,10 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let facts = ManifestFacts::new(&config, &prepared.manifest.version);
     let tokens = TokenStore::open(&prepared.folder, config.model.context)?;
     let rules = LoopRules {
-        config: LoopConfig::of(&config),
+        config: LoopConfig {
+            planned,
+            ..LoopConfig::of(&config)
+        },
         facts: domain_facts(&config, &prepared),
         bytes: bytes_per_token(&config, &prepared, &tokens, &notify),
         lanes: config.batch.lanes,
@@ -350,7 +357,7 @@ pub struct Adopt {
     pub rules: LoopRules,
 }
 
-fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
+pub(super) fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFacts> {
     let domains = config.data.domains.iter().zip(&prepared.manifest.domains);
     domains
         .map(|(domain, made)| DomainFacts {

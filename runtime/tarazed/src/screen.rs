@@ -270,12 +270,16 @@ impl Lines {
             DecisionKind::Stop => "the run stops".to_owned(),
             DecisionKind::Data(change) => {
                 let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();
-                format!(
-                    "data set {} brings {}; mixture {}",
-                    change.version.get(..16).unwrap_or_default(),
-                    names.join(", "),
-                    shares(&change.weights)
-                )
+                let mixture = match change.weights.as_slice() {
+                    weights if change.states_mixture() => format!("; mixture {}", shares(weights)),
+                    [] => String::new(),
+                    new => {
+                        let percent = new.iter().map(|share| format!("{:.1}%", 100.0 * share));
+                        format!("; shares of new domains {}", percent.collect::<Vec<_>>().join(" "))
+                    }
+                };
+                let version = change.version.get(..16).unwrap_or_default();
+                format!("data set {version} brings {}{mixture}", names.join(", "))
             }
         };
         let what = format!("{what} ({})", decision.reason);

@@ -137,3 +137,70 @@ fn a_stopped_bench_goes_on_and_finds_the_same() {
         std::fs::write(folder.join(file), text).expect("written");
     }
 }
+
+/// A domain that comes late comes in all arms alike: at its step, with its share of the arm's mixture over all domains; before
+/// that the others have theirs among themselves, since a static mixture does not know when it comes. A run that was stopped
+/// goes on, and a second bench finds the same.
+#[test]
+fn a_late_domain_comes_to_all_arms_alike() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    project(folder);
+    let plan = read(folder, "plan.toml").replace(
+        "name = \"plain\"\nchange = { kind = \"none\" }",
+        "name = \"late\"\nchange = { kind = \"late\", of = \"web\", from_step = 13 }",
+    );
+    std::fs::write(folder.join("plan.toml"), &plan).expect("written");
+    let (_, said) = whole(folder, "work");
+    assert_eq!(
+        said.lines().filter(|line| line.starts_with('[')).count(),
+        RUNS,
+        "{said}"
+    );
+
+    let mixtures = |arm: &str| -> Vec<(f64, Option<f64>)> {
+        let trace = read(folder, &format!("work/runs/late/{arm}/seed-1/trace.jsonl"));
+        let lines = trace
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+        let share = |line: &serde_json::Value, name: &str| line["mixture"][name].as_f64();
+        lines
+            .map(|line| (share(&line, "book").expect("a share"), share(&line, "web")))
+            .collect()
+    };
+    let report: serde_json::Value = serde_json::from_str(&read(folder, "work/report.json")).expect("JSON");
+    let facts = &report["cases"][0]["facts"]["domains"];
+    let tokens = |at: usize| facts[at]["train_tokens"].as_f64().expect("a number");
+    assert_eq!(
+        (&facts[1]["name"], &facts[1]["from_step"]),
+        (&"web".into(), &13.into()),
+        "{facts}"
+    );
+    let natural = tokens(1) / (tokens(0) + tokens(1));
+    for (arm, share) in [("uniform", 0.5), ("natural", natural), ("ado", natural)] {
+        let steps = mixtures(arm);
+        assert_eq!(steps.len(), 24);
+        assert!(
+            steps[..13].iter().all(|(book, web)| (*book, *web) == (1.0, None)),
+            "{arm}: {steps:?}"
+        );
+        let (book, web) = steps[13];
+        let web = web.expect("it has come");
+        // A controller begins inside its guards: of two domains each has a tenth at least.
+        let expected = if arm == "ado" {
+            f64::clamp(share, 0.1, 0.9)
+        } else {
+            share
+        };
+        assert!(
+            (web - expected).abs() < 1e-9 && (book + web - 1.0).abs() < 1e-9,
+            "{arm}: {web}, not {expected}"
+        );
+        let stays = steps[13..].iter().all(|step| *step == steps[13]);
+        assert!(stays || arm == "ado", "{arm}: {steps:?}");
+    }
+    let report = read(folder, "work/report.json");
+    let (_, again) = whole(folder, "again");
+    assert_eq!(again.lines().filter(|line| line.starts_with('[')).count(), RUNS);
+    assert_eq!(read(folder, "again/report.json"), report);
+}

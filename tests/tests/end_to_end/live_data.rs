@@ -175,6 +175,157 @@ fn data_enter_a_disturbed_run_as_they_enter_an_undisturbed_one() {
     assert!(outcome.stdout.contains(version), "{}", outcome.tail());
 }
 
+/// A project in which `controller` adapts the mixture every ten lines, the other two advise, and `late` comes as planned.
+fn adaptive(controller: &str, set: &Path, at: u64) -> Project {
+    let project = project();
+    project.set("policy.persons", "false");
+    project.set("mixture.controller", &format!("\"{controller}\""));
+    let others = ["ado", "odm", "excess"]
+        .into_iter()
+        .filter(|other| *other != controller);
+    let shadow: Vec<String> = others.map(|other| format!("\"{other}\"")).collect();
+    project.set("mixture.shadow", &format!("[{}]", shadow.join(", ")));
+    project.set("evaluation.interval_steps", "5");
+    project.edit(|config| {
+        let later = toml::Table::from_iter([
+            ("step".to_owned(), toml::Value::Integer(at as i64)),
+            ("prepared".to_owned(), text(set).into()),
+            ("domains".to_owned(), vec![toml::Value::from("late")].into()),
+        ]);
+        let data = config["data"].as_table_mut().expect("a section");
+        data.insert("later".to_owned(), vec![toml::Value::from(later)].into());
+    });
+    project
+}
+
+/// `code` gets other text, at the first step that is late enough whenever the run hears of it.
+fn replace_soon(project: &Project, run: &mut Run, set: &Path) -> u64 {
+    loop {
+        // Behind the step that is planned.
+        let at = run.step() + 61;
+        assert!(at + 120 < STEPS, "the run is too fast to be asked\n{}", run.tail());
+        let rest = ["--domain", "code", "--replace", "code", "--at-step", &at.to_string()];
+        let outcome = add(project, "live", set, &rest);
+        if outcome.code == Some(2) && outcome.stderr.contains("any more") {
+            continue;
+        }
+        outcome.assert_code(0);
+        return at;
+    }
+}
+
+/// Decisions of a run by who made them, with their lines.
+fn decided<'a>(lines: &'a [Value], by: &str) -> Vec<(u64, &'a Value)> {
+    let all = lines
+        .iter()
+        .flat_map(|line| line["decisions"].as_array().into_iter().flatten());
+    all.filter(|decision| decision["by"]["controller"] == by)
+        .map(|decision| (decision["line"].as_u64().expect("a line"), decision))
+        .collect()
+}
+
+/// DATA-2, LOOP-1: a controller adapts the mixture and two advise, while a domain comes as planned and another gets other text
+/// because somebody asks; a rank is killed, then the controller, whose ranks the next one takes over, then all of it, and it is
+/// resumed at another world size. A run with the same changes to which nothing happens computes the same trace.
+fn a_controller_adapts_while_data_come(controller: &str) {
+    const AT: u64 = 90;
+    let first = project();
+    let first_run = first.train("first").ranks(1).steps(1).complete();
+    let (_other, set) = other_data(Some(&data_set(first_run.dir())));
+    drop(first_run);
+    let project = adaptive(controller, &set, AT);
+
+    let train = |ranks| project.train("live").ranks(ranks).steps(STEPS);
+    let mut run = Run::start(&train(3));
+    run.wait_for_step(30);
+    let replaced = replace_soon(&project, &mut run, &set);
+    run.kill_rank(1);
+    run.wait_for_step(AT.max(replaced) + 2);
+    run.signal(Signal::KILL);
+    run.finish();
+    run.leave();
+    let mut second = Run::start(&train(3));
+    second.wait_for_step(AT.max(replaced) + 60);
+    second.signal(Signal::KILL);
+    second.finish();
+    second.processes().kill_all();
+    wait_for_no_ranks(&mut second);
+    let resumed = train(2).complete();
+    let trace = resumed.trace();
+    let lines = resumed.json_lines("trace.jsonl");
+    assert_eq!(lines.len() as u64, STEPS);
+
+    let planned = decided(&lines, "config");
+    assert_eq!(
+        (planned.len(), planned[0].0, &planned[0].1["effective"]),
+        (1, 10, &Value::from(AT))
+    );
+    for line in &lines {
+        let step = line["step"].as_u64().expect("a step");
+        assert_eq!(line["mixture"].get("late").is_some(), step > AT, "line {step}");
+        let shares = line["mixture"].as_object().expect("shares").values();
+        let sum: f64 = shares.map(|share| share.as_f64().expect("a share")).sum();
+        assert!((sum - 1.0).abs() < 1e-9, "line {step}: {sum}");
+    }
+    let mixtures = decided(&lines, controller);
+    assert!(
+        mixtures.iter().any(|(line, _)| *line > AT),
+        "{controller} decides behind the change, too"
+    );
+    for (_, decision) in mixtures {
+        let weights = decision["kind"]["mixture"]["weights"].as_array().expect("weights");
+        let count = 3 + usize::from(decision["effective"].as_u64() >= Some(AT));
+        assert_eq!(weights.len(), count, "{decision}");
+    }
+    let live = project.run_dir("live");
+    project.verify(&["trace", text(&live)]).assert_code(0);
+
+    let is_asked = |line: &&Value| {
+        let mut decisions = line["decisions"].as_array().into_iter().flatten();
+        decisions.any(|decision| decision["by"]["person"].is_string())
+    };
+    let asked = lines.iter().find(is_asked).and_then(|line| line["step"].as_u64());
+    begun_again(&live, &project.run_dir("again"), asked.expect("a line") as usize);
+    let again = project.train("again").ranks(1).steps(STEPS).complete();
+    assert_same_trace(&again.trace(), &trace, "to which nothing happened");
+}
+
+#[test]
+fn ado_adapts_while_data_come() {
+    a_controller_adapts_while_data_come("ado");
+}
+
+#[test]
+fn odm_adapts_while_data_come() {
+    a_controller_adapts_while_data_come("odm");
+}
+
+#[test]
+fn excess_adapts_while_data_come() {
+    a_controller_adapts_while_data_come("excess");
+}
+
+/// A planned data set that has changed, or is gone, is said before anything begins.
+#[test]
+fn a_plan_that_does_not_hold_is_refused() {
+    let first = project();
+    let first_run = first.train("first").ranks(1).steps(1).complete();
+    let (_other, set) = other_data(Some(&data_set(first_run.dir())));
+    let (_alien, alien) = other_data(None);
+    drop(first_run);
+    let refused = |set: &Path, parts: &[&str]| {
+        let project = adaptive("ado", set, 90);
+        assert_refused(&project.train("live").ranks(1).steps(20).finish(), parts);
+        assert!(!project.run_dir("live").join("trace.jsonl").exists());
+    };
+    refused(&alien, &["another tokenizer"]);
+    refused(&set.join("nothing"), &["nothing"]);
+    let project = adaptive("ado", &set, 90);
+    project.edit(|config| config["data"]["later"][0]["domains"] = vec![toml::Value::from("web")].into());
+    let outcome = project.train("live").ranks(1).steps(20).finish();
+    assert_refused(&outcome, &["data.later", "'web' is not in the data set"]);
+}
+
 /// What does not fit is refused with the reason, and the run does not hear of it.
 #[test]
 fn data_that_do_not_fit_are_refused() {
@@ -214,8 +365,13 @@ fn data_that_do_not_fit_are_refused() {
         &["--domain", "late", "--at-step", "100000", "--weight", "wiki=1"],
         "no domain",
     );
-    let unweighted = ["--domain", "late", "--at-step", "100000"];
-    assert_eq!(add(&project, "live", &set, &unweighted).code, Some(2));
+    let unweighted = |rest: &[&str], part: &str| {
+        let all = [&["--domain", "late", "--at-step", "100000"], rest].concat();
+        assert_refused(&add(&project, "live", &set, &all), &[part]);
+    };
+    unweighted(&["--share", "late=1"], "leave nothing to the others");
+    unweighted(&["--share", "late=0"], "says nothing of 'late'");
+    unweighted(&["--share", "code=0.1"], "names no domain");
     run.signal(Signal::TERM);
     run.finish().assert_code(34);
     assert!(

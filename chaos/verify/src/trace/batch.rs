@@ -46,6 +46,22 @@ impl Mixture {
             parts,
         })
     }
+
+    /// This one with new domains behind its own: they have these shares, its own domains the rest, in their proportions.
+    pub fn joined_by(&self, new: &[f64]) -> Result<Self, String> {
+        let taken: f64 = new.iter().sum();
+        if new.iter().any(|share| !(share.is_finite() && *share > 0.0)) || taken >= 1.0 {
+            return Err("shares of new domains that are none, or leave nothing to the others".into());
+        }
+        let kept = 1.0 - taken;
+        let weights: Vec<f64> = self
+            .shares
+            .iter()
+            .map(|share| share * kept)
+            .chain(new.iter().copied())
+            .collect();
+        Self::new(&weights, weights.len())
+    }
 }
 
 /// What each domain is owed, in parts of a sequence.
@@ -136,6 +152,16 @@ mod tests {
                 *total += i64::from(*count);
                 assert!((*total as f64 - share * 7.0 * f64::from(step)).abs() < 1.0 + 1e-6);
             }
+        }
+    }
+
+    #[test]
+    fn new_domains_join_a_mixture_with_their_shares() {
+        let mixture = Mixture::new(&[1.0, 3.0], 2).unwrap();
+        assert_eq!(mixture.joined_by(&[0.5]).unwrap().shares, [0.125, 0.375, 0.5]);
+        assert_eq!(mixture.joined_by(&[]).unwrap().shares, [0.25, 0.75]);
+        for shares in [&[0.0][..], &[1.0], &[0.5, 0.5], &[f64::NAN]] {
+            assert!(mixture.joined_by(shares).is_err(), "{shares:?}");
         }
     }
 

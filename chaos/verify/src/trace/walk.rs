@@ -85,6 +85,10 @@ pub struct Walk {
 /// A mixture, and the decision that set it; none for the config's, and for one that a veto brought back.
 struct Setting {
     by: Option<u64>,
+    /// Shares of domains that are new with it, where it takes the others' from the mixture before.
+    joined_by: Option<Vec<f64>>,
+    /// The step of the mixture that a veto brought back.
+    repeats: Option<u64>,
     mixture: Mixture,
 }
 
@@ -130,6 +134,8 @@ impl Walk {
                 0,
                 Setting {
                     by: None,
+                    joined_by: None,
+                    repeats: None,
                     mixture: first,
                 },
             )]),
@@ -308,21 +314,18 @@ impl Walk {
                 ));
             }
             self.last_decision = decision.id;
+            let before = self.names.len();
             if let Some(change) = &decision.change
                 && let Err(why) = self.announce(decision.id, decision.effective, change)
             {
                 return refuse(why);
             }
             if let Some(weights) = &decision.weights {
-                let mixture = match Mixture::new(weights, self.domains_at(decision.effective)) {
-                    Ok(mixture) => mixture,
-                    Err(why) => return refuse(format!("it has {why}")),
-                };
-                if decision.effective > 0 && self.mixtures.contains_key(&decision.effective) {
-                    return refuse(format!("step {} has a mixture already", decision.effective));
+                let new = self.names.len() - before;
+                let joins = decision.change.is_some() && weights.len() == new;
+                if let Err(why) = self.set(decision.id, decision.effective, weights, joins) {
+                    return refuse(why);
                 }
-                let by = Some(decision.id);
-                self.mixtures.insert(decision.effective, Setting { by, mixture });
             }
             if let Some(rollback) = &decision.rollback {
                 let domains = self.domains_at(decision.effective);
@@ -338,6 +341,42 @@ impl Walk {
             {
                 return refuse(why);
             }
+        }
+        Ok(())
+    }
+
+    /// Takes over a mixture from step `from` on: these weights, or that of before with new domains of these shares.
+    fn set(&mut self, id: u64, from: u64, weights: &[f64], joins: bool) -> Result<(), String> {
+        if from > 0 && self.mixtures.contains_key(&from) {
+            return Err(format!("step {from} has a mixture already"));
+        }
+        let before = self.mixtures.range(..from).next_back();
+        let mixture = match before {
+            Some((_, before)) if joins => before.mixture.joined_by(weights),
+            _ => Mixture::new(weights, self.domains_at(from)),
+        };
+        let setting = Setting {
+            by: Some(id),
+            joined_by: joins.then(|| weights.to_vec()),
+            repeats: None,
+            mixture: mixture.map_err(|why| format!("it has {why}"))?,
+        };
+        self.mixtures.insert(from, setting);
+        self.join_again()
+    }
+
+    /// What new domains joined may be another mixture since, and with it what they made of it.
+    fn join_again(&mut self) -> Result<(), String> {
+        let mut joined: BTreeMap<u64, Mixture> = BTreeMap::new();
+        let mut before: Option<Mixture> = None;
+        for (step, setting) in &mut self.mixtures {
+            if let (Some(shares), Some(before)) = (&setting.joined_by, &before) {
+                setting.mixture = before.joined_by(shares)?;
+                joined.insert(*step, setting.mixture.clone());
+            } else if let Some(again) = setting.repeats.and_then(|repeats| joined.get(&repeats)) {
+                setting.mixture = again.clone();
+            }
+            before = Some(setting.mixture.clone());
         }
         Ok(())
     }
@@ -358,14 +397,19 @@ impl Walk {
         };
         if step >= from {
             self.mixtures.remove(&step);
-            return Ok(());
+            return self.join_again();
         }
         if self.mixtures.range(step + 1..=from).next().is_some() {
             return Err(format!("decision {which} is not in force any more at step {from}"));
         }
-        if let Some((_, before)) = self.mixtures.range(..step).next_back() {
-            let mixture = before.mixture.clone();
-            self.mixtures.insert(from, Setting { by: None, mixture });
+        if let Some((at, before)) = self.mixtures.range(..step).next_back() {
+            let setting = Setting {
+                by: None,
+                joined_by: None,
+                repeats: before.repeats.or(Some(*at)),
+                mixture: before.mixture.clone(),
+            };
+            self.mixtures.insert(from, setting);
         }
         Ok(())
     }
@@ -457,295 +501,4 @@ impl Stream {
 }
 
 #[cfg(test)]
-pub mod tests {
-    use super::*;
-
-    pub fn config() -> Config {
-        Config {
-            seed: 7,
-            context: 16,
-            sequences_per_step: 4,
-            ramp: None,
-            domains: vec![("a".into(), 3.0), ("b".into(), 1.0)],
-            decision_points: Some((4, 4)),
-            lag_steps: 2,
-            evaluation_interval_steps: 0,
-            held_out_sequences_max: 0,
-        }
-    }
-
-    pub fn domains() -> Vec<Domain> {
-        let domain = |name: &str, train_sequences| Domain {
-            name: name.into(),
-            train_sequences,
-            train_tokens: train_sequences * 16 + 1,
-            held_out_sequences: 0,
-        };
-        vec![domain("a", 10), domain("b", 7)]
-    }
-
-    fn walk() -> Walk {
-        Walk::new(&config(), &domains(), [1; 32]).unwrap()
-    }
-
-    #[test]
-    fn every_sample_of_an_epoch_is_used_once() {
-        let (mut walk, mut findings) = (walk(), Findings::default());
-        for _ in 0..70 {
-            let plan = walk.plan(&mut findings);
-            assert_eq!(plan.samples.len(), 4);
-            walk.settle(&plan, true, &mut findings);
-        }
-        assert_eq!(findings.count(), 0);
-        let usage = walk.usage();
-        assert_eq!(
-            (usage[0].samples, usage[0].whole_epochs, usage[0].of_last_epoch),
-            (210, 21, 0)
-        );
-        assert_eq!(
-            (usage[1].samples, usage[1].whole_epochs, usage[1].of_last_epoch),
-            (70, 10, 0)
-        );
-    }
-
-    #[test]
-    fn a_step_without_proof_and_one_that_comes_twice_are_noticed() {
-        let (mut walk, mut findings) = (walk(), Findings::default());
-        for step in 0..8 {
-            let plan = walk.plan(&mut findings);
-            walk.settle(&plan, step != 1, &mut findings);
-        }
-        assert!(
-            findings.to_string().contains("BAD a: epoch 0: 3 of 10 samples"),
-            "{findings}"
-        );
-        let (mut walk, mut findings) = (self::walk(), Findings::default());
-        let plan = walk.plan(&mut findings);
-        walk.settle(&plan, true, &mut findings);
-        walk.settle(&plan, true, &mut findings);
-        assert_eq!(
-            findings.to_string().matches("is used twice in epoch 0").count(),
-            4,
-            "{findings}"
-        );
-    }
-
-    #[test]
-    fn decisions_act_when_they_say_and_rules_are_kept() {
-        let decision = |id, line, effective, weights: &[f64]| Decision {
-            id,
-            line,
-            effective,
-            weights: Some(weights.to_vec()),
-            veto: None,
-            change: None,
-            rollback: None,
-        };
-        let (mut walk, mut findings) = (walk(), Findings::default());
-        let config = config();
-        for _ in 0..4 {
-            walk.plan(&mut findings);
-        }
-        walk.decide(&config, 4, &[decision(1, 4, 7, &[0.0, 1.0])]).unwrap();
-        let b_alone: Vec<bool> = (4..9).map(|_| walk.plan(&mut findings).counts == [0, 4]).collect();
-        assert_eq!(b_alone, [false, false, false, true, true]);
-        let mut refused = |step, decision: Decision, part: &str| {
-            let said = walk.decide(&config, step, &[decision]).unwrap_err();
-            assert!(said.contains(part), "{said}");
-        };
-        refused(9, decision(2, 9, 20, &[1.0, 1.0]), "no decision point");
-        refused(12, decision(2, 8, 20, &[1.0, 1.0]), "belongs to line 8");
-        refused(12, decision(1, 12, 20, &[1.0, 1.0]), "comes behind decision 1");
-        refused(12, decision(2, 12, 13, &[1.0, 1.0]), "sooner than 2 steps");
-        refused(12, decision(2, 12, 20, &[1.0]), "1 weights for 2 domains");
-        walk.decide(&config, 12, &[decision(5, 12, 20, &[1.0, 1.0])]).unwrap();
-        assert!(
-            walk.decide(&config, 12, &[decision(6, 12, 20, &[1.0, 2.0])])
-                .unwrap_err()
-                .contains("has a mixture already")
-        );
-    }
-
-    #[test]
-    fn a_veto_brings_back_what_was_before() {
-        let sets = |id, line, weights: &[f64]| Decision {
-            id,
-            line,
-            effective: line + 2,
-            weights: Some(weights.to_vec()),
-            veto: None,
-            change: None,
-            rollback: None,
-        };
-        let vetoes = |id, line, which| Decision {
-            id,
-            line,
-            effective: line + 2,
-            weights: None,
-            veto: Some(which),
-            change: None,
-            rollback: None,
-        };
-        let (mut walk, mut findings) = (walk(), Findings::default());
-        let config = config();
-        walk.decide(&config, 4, &[sets(1, 4, &[0.0, 1.0])]).unwrap();
-        walk.decide(&config, 8, &[vetoes(2, 8, 1)]).unwrap();
-        let b_alone: Vec<bool> = (0..12).map(|_| walk.plan(&mut findings).counts == [0, 4]).collect();
-        let expected: Vec<bool> = (0..12).map(|step| (6..10).contains(&step)).collect();
-        assert_eq!(b_alone, expected);
-        walk.decide(&config, 12, &[sets(3, 12, &[0.0, 1.0])]).unwrap();
-        walk.decide(&config, 16, &[sets(4, 16, &[1.0, 1.0])]).unwrap();
-        let late = walk.decide(&config, 20, &[vetoes(5, 20, 3)]).unwrap_err();
-        assert!(late.contains("not in force any more"), "{late}");
-        let twice = walk.decide(&config, 20, &[vetoes(6, 20, 1)]).unwrap_err();
-        assert!(twice.contains("vetoed already"), "{twice}");
-    }
-
-    fn edition(name: &str, domain: u16, train_sequences: u64, held_out_sequences: u64) -> super::super::line::Edition {
-        super::super::line::Edition {
-            name: name.into(),
-            domain,
-            index: 0,
-            train_sequences,
-            train_tokens: train_sequences * 16 + 1,
-            held_out_sequences,
-        }
-    }
-
-    fn changes(
-        id: u64,
-        line: u64,
-        effective: u64,
-        editions: Vec<super::super::line::Edition>,
-        weights: &[f64],
-    ) -> Decision {
-        Decision {
-            id,
-            line,
-            effective,
-            weights: Some(weights.to_vec()),
-            veto: None,
-            change: Some(Change {
-                version: "0a".repeat(32),
-                editions,
-            }),
-            rollback: None,
-        }
-    }
-
-    #[test]
-    fn new_text_begins_at_its_first_sample_and_the_rest_goes_on() {
-        let (mut walk, mut findings) = (walk(), Findings::default());
-        let (mut plain, config) = (self::walk(), config());
-        let both = vec![edition("b", 1, 5, 9), edition("c", 2, 6, 3)];
-        walk.decide(&config, 4, &[changes(1, 4, 8, both, &[2.0, 1.0, 1.0])])
-            .unwrap();
-        let mut drawn: Vec<Vec<(u32, u64)>> = vec![Vec::new(); 3];
-        let mut of_a = Vec::new();
-        for step in 0..60 {
-            let (plan, other) = (walk.plan(&mut findings), plain.plan(&mut findings));
-            assert_eq!(plan.data == other.data, step < 8, "step {step}");
-            assert_eq!(plan.counts.len(), if step < 8 { 2 } else { 3 });
-            walk.settle(&plan, true, &mut findings);
-            for (domain, epoch, sample) in &plan.samples {
-                if *domain == 0 || step >= 8 {
-                    drawn[usize::from(*domain)].push((*epoch, *sample));
-                }
-            }
-            let a = other.samples.iter().filter(|(domain, ..)| *domain == 0);
-            of_a.extend(a.map(|(_, epoch, sample)| (*epoch, *sample)));
-        }
-        assert_eq!(findings.count(), 0, "{findings}");
-        assert_eq!(drawn[0], of_a[..drawn[0].len()]);
-        for (domain, samples) in [(1, 5), (2, 6)] {
-            let mut first: Vec<(u32, u64)> = drawn[domain][..samples as usize].to_vec();
-            first.sort_unstable();
-            assert!(first.into_iter().eq((0..samples).map(|sample| (0, sample))));
-        }
-        let held_out: Vec<(&str, u64)> = walk.held_out().collect();
-        assert_eq!(held_out, [("a", 0), ("b", 0), ("c", 3)], "what is held out of b stays");
-        let usage = walk.usage();
-        assert_eq!((usage.len(), usage[0].name.as_str()), (4, "b, replaced at step 8"));
-        assert_eq!(usage.iter().map(|usage| usage.samples).sum::<u64>(), 240);
-    }
-
-    #[test]
-    fn changes_of_the_data_keep_the_rules() {
-        let config = config();
-        let refused = |decision: Decision, part: &str| {
-            let said = walk().decide(&config, 4, &[decision]).unwrap_err();
-            assert!(said.contains(part), "{said}");
-        };
-        let of = |editions, weights: &[f64]| changes(1, 4, 8, editions, weights);
-        refused(of(vec![edition("c", 2, 6, 0)], &[1.0; 2]), "2 weights for 3 domains");
-        refused(of(vec![edition("c", 3, 6, 0)], &[1.0; 4]), "cannot be domain 3");
-        refused(of(vec![edition("a", 2, 6, 0)], &[1.0; 3]), "cannot be domain 2");
-        refused(of(vec![edition("c", 1, 6, 0)], &[1.0; 2]), "cannot be domain 1");
-        refused(
-            of(vec![edition("b", 1, 6, 0), edition("b", 1, 6, 0)], &[1.0; 2]),
-            "cannot be domain 1",
-        );
-        refused(of(vec![edition("c", 2, 0, 0)], &[1.0; 3]), "cannot be domain 2");
-        refused(of(vec![edition("c", 2, 1 << 40, 0)], &[1.0; 3]), "above the limit");
-        refused(of(vec![], &[1.0; 2]), "brings no domain");
-        let mut walk = walk();
-        walk.decide(&config, 4, &[of(vec![edition("c", 2, 6, 0)], &[1.0; 3])])
-            .unwrap();
-        let veto = |which| Decision {
-            id: 2,
-            line: 8,
-            effective: 20,
-            weights: None,
-            veto: Some(which),
-            change: None,
-            rollback: None,
-        };
-        assert!(
-            walk.decide(&config, 8, &[veto(1)])
-                .unwrap_err()
-                .contains("cannot be taken back")
-        );
-        let earlier = changes(3, 12, 14, vec![edition("d", 3, 6, 0)], &[1.0; 4]);
-        walk.decide(&config, 12, &[earlier]).unwrap();
-        let before = changes(4, 12, 14, vec![edition("e", 4, 6, 0)], &[1.0; 5]);
-        assert!(
-            walk.decide(&config, 12, &[before])
-                .unwrap_err()
-                .contains("decided already")
-        );
-    }
-
-    #[test]
-    fn batches_grow_along_a_ramp() {
-        let mut config = config();
-        config.ramp = Some(super::super::config::Ramp {
-            start: 1,
-            step: 3,
-            samples: 5,
-        });
-        let mut walk = Walk::new(&config, &domains(), [1; 32]).unwrap();
-        let mut findings = Findings::default();
-        let mut tokens = Vec::new();
-        let sizes: Vec<usize> = (0..7)
-            .map(|_| {
-                tokens.push(walk.tokens_with_next(&config));
-                walk.plan(&mut findings).samples.len()
-            })
-            .collect();
-        assert_eq!(sizes, [1, 1, 1, 1, 1, 4, 4]);
-        assert_eq!(tokens, [16, 32, 48, 64, 80, 144, 208]);
-    }
-
-    #[test]
-    fn the_data_hash_depends_on_the_version_and_the_samples() {
-        let mut findings = Findings::default();
-        let mut other = Walk::new(&config(), &domains(), [2; 32]).unwrap();
-        let (mut first, second) = (walk(), other.plan(&mut findings).data);
-        let own = first.plan(&mut findings).data;
-        assert_ne!(own, second);
-        assert_ne!(own, first.plan(&mut findings).data);
-        let mut names = domains();
-        names.swap(0, 1);
-        assert!(Walk::new(&config(), &names, [1; 32]).is_err());
-    }
-}
+pub mod tests;

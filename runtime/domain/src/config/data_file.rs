@@ -124,6 +124,17 @@ impl DataConfig {
             }
             domain.path = absolute(&key, &folder.join(&domain.path))?;
         }
+        for (index, later) in self.later.iter_mut().enumerate() {
+            let key = format!("data.later[{index}].prepared");
+            if later.prepared.as_os_str().is_empty() {
+                return Err(ConfigError::new(
+                    key,
+                    "is empty",
+                    "name a folder that `tarazed data prepare` wrote",
+                ));
+            }
+            later.prepared = absolute(&key, &folder.join(&later.prepared))?;
+        }
         if let Some(path) = &mut self.tokenizer.path {
             *path = absolute("data.tokenizer.path", &folder.join(&*path))?;
         }

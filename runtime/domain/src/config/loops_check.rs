@@ -10,6 +10,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     shadows(config)?;
     stages(config)?;
     reference(config)?;
+    super::later::check(config)?;
     policy(config)
 }
 
@@ -170,12 +171,13 @@ fn reference(config: &Config) -> Result<(), ConfigError> {
         "only the controller \"excess\" measures against it",
         "leave it out, or ask \"excess\""
     );
+    let later = || config.data.later.iter().flat_map(|later| &later.domains);
     for (name, loss) in &mixture.reference {
         require!(
-            config.data.domains.iter().any(|domain| domain.name == *name),
+            config.data.domains.iter().any(|domain| domain.name == *name) || later().any(|later| later == name),
             "mixture.reference",
             format!("'{name}' is no domain"),
-            "name domains of [[data.domains]]"
+            "name domains of [[data.domains]] or [[data.later]]"
         );
         require!(
             loss.is_finite() && *loss >= 0.0,

@@ -5,6 +5,7 @@
 mod batch;
 mod data_file;
 mod interval;
+mod later;
 mod loops;
 mod loops_check;
 mod refine;
@@ -14,6 +15,7 @@ mod validate;
 pub use batch::{BatchRamp, BatchSchedule};
 pub use data_file::DataFile;
 pub use interval::CheckpointInterval;
+pub use later::LaterConfig;
 pub use loops::{ControllerKind, MixtureConfig, MixtureStage, PolicyConfig, SpikePolicy, StageStart, StopRules};
 pub use refine::{
     BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig,
@@ -203,8 +205,14 @@ impl Config {
             .iter()
             .map(|d| format!("{}:{:?}:{}", d.name, d.language, d.weight))
             .collect();
+        let later: Vec<String> = self.data.later.iter().map(LaterConfig::identity).collect();
+        let later = if later.is_empty() {
+            String::new()
+        } else {
+            format!(";later={later:?}")
+        };
         format!(
-            "seed={:?};model={:?};batch={};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={};evaluation={:?}{}",
+            "seed={:?};model={:?};batch={};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={};evaluation={:?}{}{later}",
             self.run.seed,
             self.model,
             self.batch.identity(),

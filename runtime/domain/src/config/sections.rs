@@ -1,6 +1,6 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
-use super::{BatchRamp, CheckpointInterval, RefineConfig};
+use super::{BatchRamp, CheckpointInterval, LaterConfig, RefineConfig};
 use crate::ids::StepsCompleted;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -344,6 +344,9 @@ pub struct DataConfig {
     pub refine: Option<RefineConfig>,
     /// The domains, in a fixed order.
     pub domains: Vec<DomainConfig>,
+    /// What comes while the run trains, in the order of its steps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub later: Vec<LaterConfig>,
 }
 
 const fn held_out_fraction() -> f64 {

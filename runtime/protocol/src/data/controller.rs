@@ -21,9 +21,13 @@
 //!
 //! A stage of the config is a person's choice, and keeps none of them.
 //!
+//! Data that enter the run (`arrivals`): a new domain takes the share that whoever brings it states, or else its natural
+//! share, within floor and epochs as above; the others keep their proportions. Then it is a domain like any other.
+//!
 //! The inputs stand in `reason`. The run's length is no input: raising `run.steps` must not change the past.
 
 mod ado;
+mod arrivals;
 mod curves;
 mod excess;
 mod guards;
@@ -31,6 +35,7 @@ mod odm;
 mod policy;
 mod stages;
 
+pub use arrivals::{Arrival, NewText, PLANNER, planned};
 pub use guards::{EPOCHS_MAX, LN_CHANGE_MAX, PRIOR_SHARE, SPIKE_FREEZE_LINES, WEIGHT_MIN, weight_floor};
 pub use stages::Begins;
 
@@ -41,11 +46,12 @@ use super::decision::{
 use super::signals::Signals;
 use super::{DomainFacts, LoopConfig};
 use crate::trace::TraceLine;
+use arrivals::Arrivals;
 use guards::Guards;
 use policy::Policy;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
-use tarazed_domain::config::{ControllerKind, LearningRateSchedule, StageStart};
+use tarazed_domain::config::{ControllerKind, StageStart};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Domains named one by one in a reason.
@@ -108,6 +114,8 @@ pub trait MixtureController: std::fmt::Debug + Send {
     fn settled(&mut self, _weights: &[f64]) {}
     /// Its mixture was decided, from this step on.
     fn decided(&mut self, _effective: StepIndex) {}
+    /// The next line is the first that has trained on this: signals are of these domains from it on.
+    fn arrive(&mut self, arrival: &Arrival);
     /// A copy.
     fn boxed(&self) -> Box<dyn MixtureController>;
 }
@@ -170,9 +178,14 @@ pub struct Ate {
     controller: Option<Box<dyn MixtureController>>,
     shadows: Vec<Box<dyn MixtureController>>,
     policy: Policy,
-    rate: LearningRateSchedule,
+    config: LoopConfig,
     next_id: u64,
     course: Course,
+    /// What the config plans: in force from the start, and written in the first decision point's line.
+    planned: Vec<Decision>,
+    arrivals: Arrivals,
+    /// Training tokens of one epoch of each domain, by all that is decided.
+    sizes: Vec<f64>,
     last_line: StepsCompleted,
     requests: VecDeque<Request>,
 }
@@ -181,26 +194,39 @@ impl Ate {
     /// An engine that has seen nothing.
     ///
     /// # Panics
-    /// If the configured weights are no mixture: the config refuses that before.
+    /// If the configured weights are no mixture: the config refuses that before. If a planned change cannot be decided: ask
+    /// [`planned`] before.
     #[must_use]
     pub fn new(config: &LoopConfig, facts: &[DomainFacts]) -> Self {
         let weights: Vec<f64> = facts.iter().map(|fact| fact.weight).collect();
         let checked = check_weights(&weights, facts.len());
         assert!(checked.is_ok(), "configured weights: {checked:?}");
         let make = |kind| controller(kind, config, facts);
-        Self {
+        let mut engine = Self {
             schedule: DecisionSchedule::new(&config.mixture, &config.policy),
             names: facts.iter().map(|fact| fact.name.clone()).collect(),
             guards: Guards::new(facts, normalised(&weights)),
             controller: make(config.mixture.controller),
             shadows: config.mixture.shadow.iter().copied().filter_map(make).collect(),
             policy: Policy::new(config),
-            rate: config.rate.clone(),
+            config: config.clone(),
             next_id: 1,
             course: Course::new(weights),
+            planned: Vec::new(),
+            arrivals: Arrivals::default(),
+            sizes: facts.iter().map(|fact| fact.train_tokens as f64).collect(),
             last_line: StepsCompleted(0),
             requests: VecDeque::new(),
+        };
+        if !config.planned.is_empty() {
+            let planned = planned(config, facts).unwrap_or_else(|why| panic!("{why}"));
+            for decision in &planned {
+                let adopted = engine.adopt(decision);
+                assert!(adopted, "a planned change that cannot stand: {decision:?}");
+            }
+            engine.planned = planned;
         }
+        engine
     }
 
     /// Takes in the next line and its signals; returns all decisions that this line must hold. Decisions of persons
@@ -262,7 +288,7 @@ impl Ate {
         ) {
             return Err(RequestError("only the run itself can decide that".into()));
         }
-        if request.kind == DecisionKind::Decay && !self.rate.decays_on_demand() {
+        if request.kind == DecisionKind::Decay && !self.config.rate.decays_on_demand() {
             return Err(RequestError(
                 "optimizer.schedule has no decay that waits for a decision (kind = \"wsd\" without decay_from has)"
                     .into(),
@@ -276,8 +302,10 @@ impl Ate {
         }
         let id = DecisionId(self.next_id + self.requests.len() as u64);
         let effective = self.grant(line, id, request.clone()).effective;
-        if let DecisionKind::Mixture { weights } = &mut request.kind {
-            leave_out_later(weights, course.domains_at(effective));
+        match &mut request.kind {
+            DecisionKind::Mixture { weights } => leave_out_later(weights, course.domains_at(effective)),
+            DecisionKind::Data(change) => *change = self.with_waiting().with_shares(change, effective),
+            _ => {}
         }
         let granted = self.grant(line, id, request.clone());
         course.adopt(&granted).map_err(RequestError)?;
@@ -298,34 +326,55 @@ impl Ate {
 
     /// What of a change of the data the course does not know: who else decides on the mixture, and names.
     fn check_change(&self, change: &DataChange) -> Result<(), RequestError> {
-        if self.controller.is_some() || !self.shadows.is_empty() {
-            return Err(RequestError(
-                "the data of a run change only where persons alone decide on the mixture: what mixture.controller and \
-                 mixture.shadow know of domains is that of the start (mixture.controller = \"static\" without shadows)"
+        let refuse = |reason: String| Err(RequestError(reason));
+        if self.config.mixture.controller == ControllerKind::Schedule {
+            return refuse(
+                "the data of a run change only where its mixture is not that of stages, which speak of the domains of the \
+                 config (mixture.controller = \"schedule\")"
                     .into(),
-            ));
+            );
         }
-        let mut names = self.names.clone();
-        for waiting in &self.requests {
-            take_names(&mut names, &waiting.kind);
-        }
+        let names = self.with_waiting().names;
+        let mut then = names.clone();
         for edition in &change.domains {
             let at = usize::from(edition.domain);
-            match names.iter().position(|name| *name == edition.name) {
+            match then.iter().position(|name| *name == edition.name) {
                 Some(found) if found != at => {
-                    return Err(RequestError(format!("'{}' is domain {found} already", edition.name)));
+                    return refuse(format!("'{}' is domain {found} already", edition.name));
                 }
-                None if at < names.len() => {
-                    return Err(RequestError(format!(
-                        "domain {at} is '{}', not '{}'",
-                        names[at], edition.name
-                    )));
+                None if at < then.len() => {
+                    return refuse(format!("domain {at} is '{}', not '{}'", then[at], edition.name));
                 }
                 Some(_) => {}
-                None => names.push(edition.name.clone()),
+                None => then.push(edition.name.clone()),
             }
         }
+        let new = change.weights.get(names.len()..).unwrap_or_default();
+        let sum: f64 = change.weights.iter().sum();
+        if self.adapts() && new.iter().any(|weight| *weight < WEIGHT_MIN * sum) {
+            return refuse(format!(
+                "a controller that adapts has nothing to begin with where a new domain has less than {WEIGHT_MIN} of the \
+                 mixture; state its share, or leave that out for its natural one"
+            ));
+        }
         Ok(())
+    }
+
+    /// What of domains is known once all that waits is decided.
+    fn with_waiting(&self) -> Self {
+        let mut then = self.clone();
+        for waiting in &self.requests {
+            then.take_domains(&waiting.kind);
+        }
+        then
+    }
+
+    /// Whether a controller that adapts is followed.
+    fn adapts(&self) -> bool {
+        !matches!(
+            self.config.mixture.controller,
+            ControllerKind::Static | ControllerKind::Schedule
+        )
     }
 
     /// The mixture that will be in force at `step` by what is decided so far, normalised, in domain order.
@@ -361,6 +410,9 @@ impl Ate {
     fn decide(&mut self, line: &TraceLine, signals: &Signals, persons: Vec<Decision>) -> Vec<Decision> {
         self.last_line = line.step;
         let mut decisions: Vec<Decision> = Vec::new();
+        if self.schedule.next_point(StepsCompleted(0)) == Some(line.step) {
+            decisions.clone_from(&self.planned);
+        }
         for decision in persons {
             // What contradicts an earlier decision is refused when it is asked for; of two that came to contradict each
             // other since, the first stands.
@@ -368,6 +420,7 @@ impl Ate {
                 decisions.push(decision);
             }
         }
+        self.hear(line.step);
         for controller in self.controller.iter_mut().chain(&mut self.shadows) {
             controller.observe(signals);
         }
@@ -442,7 +495,7 @@ impl Ate {
             current: &current,
         };
         let adapts = controller.kind() != ControllerKind::Schedule;
-        let decays = self.rate.decays_from(self.course.decay().map(|from| from.0));
+        let decays = self.config.rate.decays_from(self.course.decay().map(|from| from.0));
         let is_frozen = Guards::is_frozen(line, signals) || decays.is_some_and(|from| from <= effective.0);
         if adapts && is_frozen {
             return None;
@@ -453,7 +506,8 @@ impl Ate {
                 effective,
                 reason,
             } => Some((weights, effective, reason)),
-            Advice::Claims(claims) => {
+            Advice::Claims(mut claims) => {
+                self.fill(&mut claims, effective);
                 if claims.claims.iter().flatten().count() < 2 {
                     return None;
                 }
@@ -487,10 +541,34 @@ impl Ate {
     fn adopt(&mut self, decision: &Decision) -> bool {
         let stands = self.course.adopt(decision).is_ok();
         if stands {
-            self.next_id = decision.id.0 + 1;
-            take_names(&mut self.names, &decision.kind);
+            self.take(decision);
         }
         stands
+    }
+
+    /// What follows of a decision that the course has taken over.
+    fn take(&mut self, decision: &Decision) {
+        self.next_id = decision.id.0 + 1;
+        if let DecisionKind::Data(change) = &decision.kind {
+            let reference = &self.config.mixture.reference;
+            let arrival = Arrival::of(decision.effective, change, self.sizes.len(), reference);
+            self.arrivals.push(arrival);
+        }
+        self.take_domains(&decision.kind);
+    }
+
+    /// Names and sizes of the domains that a decision brings.
+    fn take_domains(&mut self, kind: &DecisionKind) {
+        let DecisionKind::Data(change) = kind else { return };
+        for edition in &change.domains {
+            let tokens = edition.train_tokens as f64;
+            if let Some(size) = self.sizes.get_mut(usize::from(edition.domain)) {
+                *size = tokens;
+            } else {
+                self.sizes.push(tokens);
+                self.names.push(edition.name.clone());
+            }
+        }
     }
 
     fn reason(&self, claims: &Claims, current: &[f64], weights: &[f64]) -> String {
@@ -570,16 +648,6 @@ fn persons_in(line: &TraceLine) -> Vec<Decision> {
 fn leave_out_later(weights: &mut Vec<f64>, domain_count: usize) {
     while weights.len() > domain_count && weights.last() == Some(&0.0) {
         weights.pop();
-    }
-}
-
-/// Names of the domains that a decision brings.
-fn take_names(names: &mut Vec<String>, kind: &DecisionKind) {
-    let DecisionKind::Data(change) = kind else { return };
-    for edition in &change.domains {
-        if usize::from(edition.domain) == names.len() {
-            names.push(edition.name.clone());
-        }
     }
 }
 

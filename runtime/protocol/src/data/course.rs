@@ -6,7 +6,9 @@
 //! - **LOOP-2** A veto is a decision like any other. It acts from its own effective step on: a decision that has not acted
 //!   by then never does; one that has is followed by what was in force before it.
 //! - **DATA-2** A change of the data holds from its step on and cannot be taken back; it sets the mixture of that step, and
-//!   whatever is decided for a step speaks of the domains that this step can train on.
+//!   whatever is decided for a step speaks of the domains that this step can train on. Where a change states shares of its
+//!   new domains alone, the others have the rest in the proportions in force before it, whatever is decided for those steps
+//!   after it.
 //! - What contradicts is refused with the reason, never resolved in silence: two settings of one kind for one step, a veto
 //!   of what cannot be undone any more, a pin of what is pinned.
 
@@ -28,6 +30,8 @@ struct Setting<T> {
     from: StepIndex,
     /// None for what the config says, and for what a veto brought back.
     by: Option<DecisionId>,
+    /// First step of the setting that a veto brought back.
+    repeats: Option<StepIndex>,
     value: T,
 }
 
@@ -40,6 +44,7 @@ impl<T: Clone> Settings<T> {
         Self(vec![Setting {
             from: StepIndex(0),
             by: None,
+            repeats: None,
             value,
         }])
     }
@@ -71,6 +76,7 @@ impl<T: Clone> Settings<T> {
         let setting = Setting {
             from,
             by: Some(decision.id),
+            repeats: None,
             value,
         };
         self.0.insert(at, setting);
@@ -91,8 +97,13 @@ impl<T: Clone> Settings<T> {
             )));
         }
         // The first setting is the config's, so there is one before any decision's.
-        let value = self.0[position - 1].value.clone();
-        let back = Setting { from, by: None, value };
+        let before = &self.0[position - 1];
+        let back = Setting {
+            from,
+            by: None,
+            repeats: before.repeats.or(Some(before.from)),
+            value: before.value.clone(),
+        };
         self.0.insert(position + 1, back);
         Some(Ok(()))
     }
@@ -148,6 +159,8 @@ struct Arrival {
     domain_count: usize,
     /// Those whose text it replaces.
     replaced: Vec<usize>,
+    /// Shares of the new ones, where it states nothing of the others.
+    shares: Option<Vec<f64>>,
 }
 
 /// Everything in force, by step.
@@ -192,7 +205,9 @@ impl Course {
         match &decision.kind {
             DecisionKind::Mixture { weights } => {
                 check_weights(weights, self.domains_at(decision.effective))?;
-                self.mixtures.set(decision, weights.clone())
+                self.mixtures.set(decision, weights.clone())?;
+                self.share_again();
+                Ok(())
             }
             DecisionKind::Advice { weights } => check_weights(weights, self.domains_at(decision.effective)),
             DecisionKind::Data(change) => self.arrive(decision, change),
@@ -248,15 +263,44 @@ impl Course {
         }
         let before = self.domain_count();
         let (domain_count, replaced) = check_editions(change, before)?;
-        check_weights(&change.weights, domain_count)?;
-        self.mixtures.set(decision, change.weights.clone())?;
+        let shares = change.shares(domain_count - before);
+        let weights = match shares {
+            Some(shares) => {
+                check_shares(shares)?;
+                with_shares(self.mixture(from), shares)
+            }
+            None => {
+                check_weights(&change.weights, domain_count)?;
+                change.weights.clone()
+            }
+        };
+        let shares = shares.map(<[f64]>::to_vec);
+        self.mixtures.set(decision, weights)?;
         self.arrivals.push(Arrival {
             from,
             by: decision.id,
             domain_count,
             replaced,
+            shares,
         });
         Ok(())
+    }
+
+    /// Mixtures that changes of the data share out, from those that came to be in force before them.
+    fn share_again(&mut self) {
+        let settings = &mut self.mixtures.0;
+        for arrival in &self.arrivals {
+            let Some(shares) = &arrival.shares else { continue };
+            let Some(at) = settings.iter().position(|setting| setting.by == Some(arrival.by)) else {
+                continue; // each has one, for ever
+            };
+            let shared = with_shares(&settings[at - 1].value, shares);
+            let repeat = |setting: &&mut Setting<Vec<f64>>| setting.repeats == Some(arrival.from);
+            for again in settings.iter_mut().filter(repeat) {
+                again.value.clone_from(&shared);
+            }
+            settings[at].value = shared;
+        }
     }
 
     fn check_bounds(bounds: &SpikeBounds, domains: usize) -> Result<(), String> {
@@ -319,6 +363,7 @@ impl Course {
             .or_else(|| retract(&mut self.stop, which, from))
             .or_else(|| self.veto_rollback(which, from));
         settled.ok_or_else(|| format!("decision {which} is none that sets anything"))??;
+        self.share_again();
         self.vetoed.insert(which);
         Ok(())
     }
@@ -448,6 +493,28 @@ fn check_editions(change: &DataChange, before: usize) -> Result<(usize, Vec<usiz
         check_edition(edition)?;
     }
     Ok((domain_count, replaced))
+}
+
+/// Shares leave something to the domains that were there: they could not be divided up otherwise.
+fn check_shares(shares: &[f64]) -> Result<(), String> {
+    if let Some(share) = shares.iter().find(|share| !(share.is_finite() && **share > 0.0)) {
+        return Err(format!("{share} is no share of a new domain"));
+    }
+    let sum: f64 = shares.iter().sum();
+    if sum >= 1.0 {
+        return Err(format!(
+            "new domains with shares of {sum} in all leave nothing to the others"
+        ));
+    }
+    Ok(())
+}
+
+/// The mixture of these domains and of new ones with these shares: the others have the rest, in their proportions.
+pub(super) fn with_shares(before: &[f64], shares: &[f64]) -> Vec<f64> {
+    let sum: f64 = before.iter().sum();
+    let rest = 1.0 - shares.iter().sum::<f64>();
+    let others = before.iter().map(|weight| weight / sum * rest);
+    others.chain(shares.iter().copied()).collect()
 }
 
 fn check_edition(edition: &DomainEdition) -> Result<(), String> {

@@ -108,7 +108,9 @@ mod kind {
         pub version: String,
         /// What enters; at least one.
         pub domains: Vec<DomainEdition>,
-        /// The mixture from the effective step on: those that the run had, in their order, then the new ones in theirs.
+        /// The mixture from the effective step on: those that the run had, in their order, then the new ones in theirs. Or,
+        /// where there are only as many as new domains, their shares: the others have the rest, in the proportions in
+        /// force before.
         pub weights: Vec<f64>,
     }
 
@@ -158,6 +160,26 @@ mod kind {
 }
 
 impl DataChange {
+    /// Its weights where they are shares of its `new` domains alone.
+    #[must_use]
+    pub fn shares(&self, new: usize) -> Option<&[f64]> {
+        (self.weights.len() == new).then_some(self.weights.as_slice())
+    }
+
+    /// Whether it states the whole mixture, not just shares of its new domains. A run has had a domain before.
+    #[must_use]
+    pub fn states_mixture(&self) -> bool {
+        let last = self.domains.iter().map(|edition| usize::from(edition.domain)).max();
+        last.is_some_and(|last| self.weights.len() > last)
+    }
+
+    /// Those that are new to a run of `before` domains.
+    pub fn new_domains(&self, before: usize) -> impl Iterator<Item = &DomainEdition> {
+        self.domains
+            .iter()
+            .filter(move |edition| usize::from(edition.domain) >= before)
+    }
+
     /// Whether its version is the hash of a data set: 64 lower-case hex digits.
     #[must_use]
     pub fn names_hash(&self) -> bool {

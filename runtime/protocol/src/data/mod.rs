@@ -29,6 +29,7 @@ pub mod stats;
 pub mod trajectory;
 pub mod weight_log;
 
+use decision::DataChange;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tarazed_domain::config::{BatchSchedule, Config, Language, LearningRateSchedule, MixtureConfig, PolicyConfig};
@@ -63,10 +64,12 @@ pub struct LoopConfig {
     /// Rollbacks to be decided whatever the loss does, by the decision point's line, with the state that is gone back to: for
     /// rehearsals. No config asks for any.
     pub rehearsed: BTreeMap<StepsCompleted, StepsCompleted>,
+    /// Changes of the data that the config plans (`data.later`), by their steps, as the data sets have them.
+    pub planned: Vec<(StepIndex, DataChange)>,
 }
 
 impl LoopConfig {
-    /// That of a run.
+    /// That of a run, but for what its data sets say: `planned` is empty.
     #[must_use]
     pub fn of(config: &Config) -> Self {
         Self {
@@ -76,7 +79,15 @@ impl LoopConfig {
             batch: config.batch_schedule(),
             context_tokens: config.model.context as u64,
             rehearsed: BTreeMap::new(),
+            planned: Vec::new(),
         }
+    }
+
+    /// Training tokens consumed before a step.
+    #[must_use]
+    pub fn tokens_before(&self, step: StepIndex) -> u64 {
+        let samples = self.batch.samples(StepsCompleted(step.0));
+        samples.saturating_mul(self.context_tokens)
     }
 
     /// The first step before which so many training tokens are consumed.

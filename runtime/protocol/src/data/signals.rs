@@ -127,6 +127,8 @@ pub struct DomainSignals {
     pub heldout_bits_per_byte: Option<f64>,
     /// Training tokens so far.
     pub tokens: u64,
+    /// Those of the domain's present edition.
+    pub edition_tokens: u64,
     /// Training tokens the mixtures in force asked for so far.
     pub tokens_requested: f64,
     /// Passes over the training part of the domain's present edition so far.
@@ -504,6 +506,7 @@ impl Tsm {
                     heldout_bits_per_byte: self
                         .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
                     tokens: state.tokens,
+                    edition_tokens: state.tokens - state.tokens_before,
                     tokens_requested: state.tokens_requested,
                     epochs: (state.tokens - state.tokens_before) as f64 / fact.train_tokens.max(1) as f64,
                 })

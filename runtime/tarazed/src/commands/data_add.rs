@@ -28,9 +28,13 @@ pub struct Args {
     /// A domain of the run whose text that of the same name in the data set replaces. May be given several times.
     #[arg(long, value_name = "NAME")]
     replace: Vec<String>,
-    /// Weight of a domain of the run or of a new one from then on; only their ratios count, and domains that are left out
-    /// get nothing.
-    #[arg(long, value_name = "DOMAIN=WEIGHT", required = true)]
+    /// Share of a new domain in the mixture from then on, between 0 and 1; the others have the rest, in their proportions. Where
+    /// neither shares nor weights are given, new domains get theirs by training tokens.
+    #[arg(long, value_name = "DOMAIN=SHARE", conflicts_with = "weight")]
+    share: Vec<String>,
+    /// Weight of a domain of the run or of a new one from then on, whatever a controller has made of the mixture; only their
+    /// ratios count, and domains that are left out get nothing.
+    #[arg(long, value_name = "DOMAIN=WEIGHT")]
     weight: Vec<String>,
     /// The first step (from 0) that trains on it; refused where that is too soon.
     #[arg(long, value_name = "STEP")]
@@ -69,14 +73,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let editions =
         later_data::editions(&manifest, config.model.context, &names, &args.domain, &args.replace).map_err(unfit)?;
-    let mut then = names.clone();
-    then.extend(
-        editions
-            .iter()
-            .filter(|edition| usize::from(edition.domain) >= names.len())
-            .map(|edition| edition.name.clone()),
-    );
-    let weights = mixture(&then, &args.weight)?;
+    let new: Vec<String> = editions
+        .iter()
+        .filter(|edition| usize::from(edition.domain) >= names.len())
+        .map(|edition| edition.name.clone())
+        .collect();
+    let weights = if args.weight.is_empty() {
+        shares(&new, &args.share)?
+    } else {
+        mixture(&[names, new].concat(), &args.weight)?
+    };
     // What the run refuses all the same leaves a link that nothing refers to.
     let adopted = adopt_later(&args.prepared, &first, config.model.context, &data)?;
     if adopted.version != manifest.version {
@@ -89,4 +95,41 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let kind = json!(DecisionKind::Data(change));
     send(&folder, kind, &args.signer, Some(args.at_step), args.no_wait)
+}
+
+/// A share for each new domain, or for none.
+fn shares(new: &[String], items: &[String]) -> Result<Vec<f64>, Failure> {
+    if items.is_empty() {
+        return Ok(Vec::new());
+    }
+    let shares = mixture(new, items)?;
+    if let Some(without) = shares.iter().position(|share| *share <= 0.0) {
+        return Err(Failure::refused(
+            "--share",
+            format!("says nothing of '{}'", new[without]),
+            "give one for each new domain, or none at all",
+        ));
+    }
+    Ok(shares)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_new_domain_has_a_share_or_none_has() {
+        let new = ["code", "book"].map(str::to_owned);
+        let shares = |items: &[&str]| shares(&new, &items.iter().map(|&item| item.to_owned()).collect::<Vec<_>>());
+        assert_eq!(shares(&[]).expect("by size"), Vec::<f64>::new());
+        assert_eq!(shares(&["book=0.1", "code=0.2"]).expect("both"), [0.2, 0.1]);
+        for (items, part) in [
+            (&["book=0.1"][..], "nothing of 'code'"),
+            (&["book=0.1", "code=0"], "nothing of 'code'"),
+            (&["web=0.1"], "names no domain"),
+        ] {
+            let refused = shares(items).expect_err(part).to_string();
+            assert!(refused.contains(part), "{refused}");
+        }
+    }
 }

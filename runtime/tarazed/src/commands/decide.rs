@@ -216,6 +216,11 @@ impl Asked<'_> {
                 let (both, later) = asked.split_at(weights.len().min(asked.len()));
                 weights == both && later.iter().all(|weight| *weight == 0.0)
             }
+            // Shares of new domains are settled by the run.
+            (DecisionKind::Data(change), DecisionKind::Data(asked)) => {
+                (&change.version, &change.domains) == (&asked.version, &asked.domains)
+                    && (change.weights == asked.weights || !asked.states_mixture())
+            }
             (kind, asked) => kind == asked,
         };
         is_kind && (&decision.by, decision.reason.as_str()) == (&self.by, self.reason)

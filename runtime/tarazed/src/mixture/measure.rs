@@ -25,6 +25,8 @@ pub struct DomainFacts {
     pub name: String,
     /// Whether runs are judged by it.
     pub judged: bool,
+    /// The first step (from 0) that can train on it.
+    pub from_step: u64,
     /// How it was made; empty where it is the corpus' own.
     pub made: String,
     /// Training documents.
@@ -37,6 +39,13 @@ pub struct DomainFacts {
     pub scored_tokens: u64,
     /// Bytes of the text behind them.
     pub scored_bytes: f64,
+}
+
+impl DomainFacts {
+    /// Whether the step of this line can train on it.
+    const fn is_there(&self, line: &TraceLine) -> bool {
+        self.from_step < line.step.0
+    }
 }
 
 impl Facts {
@@ -118,7 +127,9 @@ impl Outcome {
         let mut curve = Vec::new();
         let mut tokens_before = 0;
         for (line, mixture) in lines.iter().zip(&mixtures) {
-            if line.heldout.is_some() {
+            // Before all domains are there, there is no mean over them that later ones could be compared with.
+            let is_whole = facts.domains.iter().all(|domain| domain.is_there(line));
+            if line.heldout.is_some() && is_whole {
                 curve.push(evaluation(line, tokens_before, mixture, facts)?);
             }
             tokens_before = line.tokens;
@@ -136,12 +147,14 @@ impl Outcome {
         };
         let bytes: f64 = judged().map(|(domain, _)| domain.train_bytes as f64).sum();
         let weighted: f64 = judged().map(|(domain, bits)| domain.train_bytes as f64 * bits).sum();
-        let means = (0..facts.domains.len())
-            .map(|domain| mixtures.iter().map(|mixture| mixture[domain]).sum::<f64>() / mixtures.len() as f64);
+        let arrives = |line: &TraceLine| facts.domains.iter().any(|domain| domain.from_step + 1 == line.step.0);
+        let changes = mixtures.windows(2).zip(&lines[1..]);
         Ok(Self {
-            mean_mixture: means.collect(),
+            mean_mixture: mean_mixture(&mixtures, facts),
             final_mixture: mixtures.last().cloned().unwrap_or_default(),
-            decisions: mixtures.windows(2).filter(|pair| pair[0] != pair[1]).count(),
+            decisions: changes
+                .filter(|(pair, line)| pair[0] != pair[1] && !arrives(line))
+                .count(),
             natural: weighted / bytes,
             worst: judged().map(|(_, bits)| *bits).fold(f64::NEG_INFINITY, f64::max),
             area: area(&curve),
@@ -180,15 +193,52 @@ impl Outcome {
     }
 }
 
+/// Mean over all steps. Of a domain that comes late, over those since; the others then share the rest by their means over
+/// all steps: a static run of this mixture, in which the others have all before, treats each as this one did on average.
+fn mean_mixture(mixtures: &[Vec<f64>], facts: &Facts) -> Vec<f64> {
+    let mean = |domain: usize, steps: &[Vec<f64>]| {
+        steps.iter().map(|mixture| mixture[domain]).sum::<f64>() / steps.len().max(1) as f64
+    };
+    let all = 0..facts.domains.len();
+    let is_late = |domain: usize| facts.domains[domain].from_step > 0;
+    if !all.clone().any(is_late) {
+        return all.map(|domain| mean(domain, mixtures)).collect();
+    }
+    let proportions: Vec<Vec<f64>> = mixtures
+        .iter()
+        .map(|mixture| {
+            let early: f64 = all
+                .clone()
+                .filter(|&domain| !is_late(domain))
+                .map(|domain| mixture[domain])
+                .sum();
+            mixture.iter().map(|weight| weight / early).collect()
+        })
+        .collect();
+    let since = |domain: usize| {
+        let from = usize::try_from(facts.domains[domain].from_step).unwrap_or(usize::MAX);
+        mean(domain, mixtures.get(from..).unwrap_or_default())
+    };
+    let rest = 1.0 - all.clone().filter(|&domain| is_late(domain)).map(since).sum::<f64>();
+    all.map(|domain| match is_late(domain) {
+        true => since(domain),
+        false => rest * mean(domain, &proportions),
+    })
+    .collect()
+}
+
+/// The mixture of a line; a domain that has not come yet has nothing.
 fn mixture(line: &TraceLine, facts: &Facts) -> Result<Vec<f64>, Unfit> {
-    let names = || facts.domains.iter().map(|domain| domain.name.as_str());
+    let there = || facts.domains.iter().filter(|domain| domain.is_there(line));
+    let names = || there().map(|domain| domain.name.as_str());
     if !line.mixture.iter().map(|(name, _)| name).eq(names()) {
         return Err(Unfit::Other(format!(
             "line {} has other domains than its case",
             line.step
         )));
     }
-    Ok(line.mixture.iter().map(|(_, weight)| *weight).collect())
+    let weight = |domain: &DomainFacts| line.mixture.get(&domain.name).copied().unwrap_or(0.0);
+    Ok(facts.domains.iter().map(weight).collect())
 }
 
 fn evaluation(line: &TraceLine, tokens: u64, mixture: &[f64], facts: &Facts) -> Result<Evaluation, Unfit> {
@@ -253,6 +303,7 @@ pub(crate) mod tests {
         let domain = |name: &str, judged, train_bytes, scored_bytes| DomainFacts {
             name: name.to_owned(),
             judged,
+            from_step: 0,
             made: String::new(),
             train_documents: 10,
             train_tokens: train_bytes / 4,
@@ -342,6 +393,47 @@ pub(crate) mod tests {
         assert!(outcome.tokens_to(4.0).is_some_and(|tokens| close(tokens, 1_800.0)));
         assert!(outcome.tokens_to(5.5).is_some_and(|tokens| close(tokens, 1_000.0)));
         assert_eq!(outcome.tokens_to(2.4), None);
+    }
+
+    /// A domain that comes is measured and averaged from its step on; the others keep their means among themselves.
+    #[test]
+    fn a_late_domain_counts_from_its_step_on() {
+        let mut late = facts();
+        late.domains[2].from_step = 2;
+        late.domains[2].judged = true;
+        let (even, moved) = ([0.25, 0.25, 0.5], [0.6, 0.2, 0.2]);
+        let lines = [
+            line(1, [0.5, 0.5, 0.0], None),
+            line(2, [0.5, 0.5, 0.0], Some([1.0, 1.0])),
+            line(3, even, Some([4.0, 6.0])),
+            line(4, moved, Some([2.0, 3.0])),
+        ];
+        let without = |mut line: TraceLine| {
+            line.mixture.0.truncate(2);
+            if let Some(heldout) = &mut line.heldout {
+                heldout.0.truncate(2);
+            }
+            line
+        };
+        let refused = Outcome::read(&lines, &late, 4).expect_err("it names what has not come");
+        assert!(refused.to_string().contains("line 1 has other domains"), "{refused}");
+        let lines = [
+            without(lines[0].clone()),
+            without(lines[1].clone()),
+            lines[2].clone(),
+            lines[3].clone(),
+        ];
+        let outcome = Outcome::read(&lines, &late, 4).expect("an outcome");
+        assert_eq!(outcome.curve.len(), 2, "from line 3 on");
+        assert!(close(outcome.macro_end(), (2.0 + 3.0 + 9.0) / 3.0));
+        // The others: 1/2, 1/2, 1/2 and 3/4 of what is theirs.
+        let expected = [0.65 * 0.5625, 0.65 * 0.4375, 0.35];
+        assert!(
+            outcome.mean_mixture.iter().zip(expected).all(|(a, b)| close(*a, b)),
+            "{:?}",
+            outcome.mean_mixture
+        );
+        assert_eq!(outcome.decisions, 1, "that it comes is no decision of an arm");
     }
 
     #[test]

@@ -338,6 +338,7 @@ pub(crate) mod tests {
             domains: Vec::new(),
             tokenizer: PathBuf::new(),
             data: PathBuf::new(),
+            late: None,
             facts: facts.clone(),
             dropped: 1,
             dropped_examples: Vec::new(),

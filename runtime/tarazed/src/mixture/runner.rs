@@ -1,6 +1,6 @@
 //! A run as a process: this program's own `train`, in a folder of its own, on the case's data set.
 
-use super::cases::Ready;
+use super::cases::{Late, Ready};
 use super::measure::{Outcome, Unfit};
 use super::plan::Plan;
 use super::schedule::{RunId, RunSpec, Runner};
@@ -12,7 +12,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{Config, LaterConfig};
 use tarazed_protocol::trace::parse_whole_lines;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -124,20 +124,21 @@ impl<'a> Processes<'a> {
         for (domain, weight) in config.data.domains.iter_mut().zip(&run.mixture) {
             domain.weight = weight.max(WEIGHT_LEAST);
         }
+        config.data.later = ready.late.iter().map(|late| later(late, &run.mixture)).collect();
         // A run of a minute is done again rather than resumed.
         config.checkpoint.store.clear();
         config.checkpoint.interval_steps = 0;
         config.checkpoint.keep_last = 1;
         config.set_dir(&self.folder(&run.id))?;
-        let set = if run.set.is_empty() {
-            &["mixture.controller=static".to_owned()][..]
-        } else {
-            &run.set
+        let set = match &ready.late {
+            _ if !run.set.is_empty() => run.set.clone(),
+            None => vec!["mixture.controller=static".to_owned()],
+            Some(late) => static_with(late),
         };
         Ok(Config::parse(
             &config.to_toml()?,
             &format!("config of {}", run.id),
-            set,
+            &set,
             self.work,
         )?)
     }
@@ -256,6 +257,31 @@ impl<'a> Processes<'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// What comes late, in the config of a run of this mixture: its share is that of the mixture, which is of all domains.
+fn later(late: &Late, mixture: &[f64]) -> LaterConfig {
+    let sum: f64 = mixture.iter().sum();
+    let share = mixture.last().map_or(0.0, |weight| weight / sum);
+    LaterConfig {
+        step: late.from_step,
+        prepared: late.data.clone(),
+        domains: vec![late.name.clone()],
+        replace: Vec::new(),
+        shares: BTreeMap::from([(late.name.clone(), share.clamp(WEIGHT_LEAST, 1.0 - WEIGHT_LEAST))]),
+    }
+}
+
+/// A static run has decision points for what is planned alone: one is early enough.
+fn static_with(late: &Late) -> Vec<String> {
+    let point = (late.from_step / 2).max(1);
+    vec![
+        "mixture.controller=static".to_owned(),
+        "policy.persons=true".to_owned(),
+        format!("mixture.start_steps={point}"),
+        format!("mixture.interval_steps={point}"),
+        "mixture.lag_steps=1".to_owned(),
+    ]
 }
 
 fn stopped() -> Failure {

@@ -7,9 +7,13 @@
 //! paper's code where that is at fault: `n_d` are the domain's own tokens, not all; small floors are not punished (see
 //! `fit`); the old mixture is not averaged in for ever: the step towards the target is limited instead. A domain whose fit
 //! is rejected claims nothing.
+//!
+//! **A new domain** has no curve: it claims nothing until its own fit stands, which takes five evaluations over which its
+//! tokens grow by half. Its `w` is the share that it came with, and so is its `c`. **Other text** of a domain begins the
+//! curve anew, since a law through two texts is the law of neither; `n` counts on, for the model keeps what it learnt.
 
 use super::curves::Curves;
-use super::{Advice, Claims, MixtureController, Sight};
+use super::{Advice, Arrival, Claims, MixtureController, Sight};
 use crate::data::signals::Signals;
 use tarazed_domain::config::ControllerKind;
 
@@ -77,6 +81,12 @@ impl MixtureController for Ado {
         for (credit, weight) in self.credit.iter_mut().zip(weights) {
             *credit = CREDIT_DECAY * *credit + (1.0 - CREDIT_DECAY) * weight;
         }
+    }
+
+    fn arrive(&mut self, arrival: &Arrival) {
+        self.curves.arrive(arrival);
+        arrival.share(&mut self.prior);
+        arrival.share(&mut self.credit);
     }
 
     fn boxed(&self) -> Box<dyn MixtureController> {

@@ -2,6 +2,7 @@
 
 use super::super::fit::{PowerLaw, fit};
 use super::super::signals::Signals;
+use super::Arrival;
 use std::collections::VecDeque;
 use tarazed_domain::StepsCompleted;
 
@@ -34,6 +35,15 @@ impl Curves {
             observed: None,
             used: None,
         }
+    }
+
+    /// Forgets what text was that is replaced, and begins empty curves for new domains.
+    pub(super) fn arrive(&mut self, arrival: &Arrival) {
+        for text in &arrival.replaced {
+            self.curves[text.domain].clear();
+        }
+        self.curves
+            .resize_with(arrival.before + arrival.new.len(), VecDeque::new);
     }
 
     /// Takes in an evaluation, once.

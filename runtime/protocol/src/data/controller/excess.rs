@@ -11,9 +11,13 @@
 //! Known faults. Without a reference run it trusts the fitted floor, which is the least certain number of a fit. Excess is
 //! not progress: a domain that is far from its floor and falls slowly gains weight all the same. It minimises the worst
 //! domain, not the mean. DoReMi's smoothing by an even mixture is left to the guards' floor.
+//!
+//! **A new domain** is measured as any other: against the reference that the config gives for its name, or else against the
+//! floor of its own law, and without either it claims nothing. So a reference run need not know what comes later. **Other
+//! text** of a domain begins its curve anew, and leaves its reference, which is a loss over held-out text that stays.
 
 use super::curves::Curves;
-use super::{Advice, Claims, MixtureController, Sight};
+use super::{Advice, Arrival, Claims, MixtureController, Sight};
 use crate::data::signals::Signals;
 use tarazed_domain::config::ControllerKind;
 
@@ -77,6 +81,11 @@ impl MixtureController for Excess {
 
     fn settled(&mut self, _: &[f64]) {
         self.curves.use_up();
+    }
+
+    fn arrive(&mut self, arrival: &Arrival) {
+        self.curves.arrive(arrival);
+        self.reference.extend(arrival.new.iter().map(|text| text.reference));
     }
 
     fn boxed(&self) -> Box<dyn MixtureController> {

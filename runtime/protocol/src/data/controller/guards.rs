@@ -3,7 +3,7 @@
 use super::super::DomainFacts;
 use super::super::projection::{project, round};
 use super::super::signals::Signals;
-use tarazed_domain::StepsCompleted;
+use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Largest change of a weight's logarithm in one update.
 pub const LN_CHANGE_MAX: f64 = 0.2;
@@ -25,17 +25,33 @@ pub fn weight_floor(domain_count: usize) -> f64 {
     (1.0 / (5.0 * count)).max(0.01).min(1.0 / (2.0 * count))
 }
 
-/// The guards of a run.
+/// The most that a domain may have after so many tokens of the run, with so many of its own text left.
+fn supply(left: f64, tokens: u64) -> f64 {
+    (left / (tokens as f64).max(1.0)).max(WEIGHT_MIN)
+}
+
+/// Least and largest share that a domain of this size begins with, as one of `domain_count`, after so many tokens of the run.
+pub(super) fn share_range(domain_count: usize, train_tokens: f64, tokens: u64) -> (f64, f64) {
+    let supply = supply(EPOCHS_MAX * train_tokens, tokens);
+    (weight_floor(domain_count).min(supply), supply)
+}
+
+/// The guards of a run, as of the newest step that something was decided for.
 #[derive(Clone, Debug)]
 pub(super) struct Guards {
-    prior: Vec<f64>,
-    train_tokens: Vec<f64>,
+    /// Part of each domain in the configured mixture.
+    pub(super) prior: Vec<f64>,
+    /// Training tokens of one epoch of each.
+    pub(super) train_tokens: Vec<f64>,
+    /// First step of the text that each has; none for that of the start.
+    pub(super) since: Vec<Option<StepIndex>>,
 }
 
 impl Guards {
     pub(super) fn new(facts: &[DomainFacts], prior: Vec<f64>) -> Self {
         Self {
             train_tokens: facts.iter().map(|fact| fact.train_tokens as f64).collect(),
+            since: vec![None; facts.len()],
             prior,
         }
     }
@@ -87,9 +103,9 @@ impl Guards {
         let step = libm::exp(LN_CHANGE_MAX);
         let mut low = Vec::with_capacity(current.len());
         let mut high = Vec::with_capacity(current.len());
-        for (domain, (weight, seen)) in current.iter().zip(&signals.domains).enumerate() {
-            let left = (EPOCHS_MAX * self.train_tokens[domain] - seen.tokens as f64).max(0.0);
-            let supply = (left / (signals.tokens as f64).max(1.0)).max(WEIGHT_MIN);
+        for (domain, weight) in current.iter().enumerate() {
+            let left = (EPOCHS_MAX * self.train_tokens[domain] - self.used(domain, signals)).max(0.0);
+            let supply = supply(left, signals.tokens);
             // A weight below the floor climbs to it, one above its supply sinks to it, each at the permitted pace.
             let lowest = (weight / step).max(floor.min(supply)).min(weight * step);
             let highest = (weight * step).min(supply).max(lowest);
@@ -98,5 +114,12 @@ impl Guards {
             high.push(if claims[domain].is_some() { highest } else { kept });
         }
         (low, high)
+    }
+
+    /// Tokens of a domain's present text so far: none of one that no line has trained on yet.
+    fn used(&self, domain: usize, signals: &Signals) -> f64 {
+        let is_seen = self.since[domain].is_none_or(|since| since.0 < signals.step.0);
+        let seen = signals.domains.get(domain).filter(|_| is_seen);
+        seen.map_or(0.0, |seen| seen.edition_tokens as f64)
     }
 }

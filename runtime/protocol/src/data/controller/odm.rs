@@ -14,8 +14,12 @@
 //! by the share corrects for domains that a step may not draw; here every step draws them all, and what is left of the
 //! correction pulls towards an even mixture. `ε` falls with `t`, so a late change of difficulty is answered slowly. In a
 //! pilot on text of this kind an even mixture did as well.
+//!
+//! **A new domain**, and a domain with other text, begins with the mean reward of the others: the published algorithm begins
+//! all rewards at 0, which prefers nobody there, and would put a late domain last here. It claims something from its first
+//! training loss on; `t` counts on, so that all others are not explored anew.
 
-use super::{Advice, Claims, MixtureController, Sight};
+use super::{Advice, Arrival, Claims, MixtureController, Sight};
 use crate::data::signals::Signals;
 use tarazed_domain::config::ControllerKind;
 
@@ -82,6 +86,16 @@ impl MixtureController for Odm {
             evidence: format!("update {} eps={exploration:.4}", self.updates),
             inputs: inputs.collect(),
         }))
+    }
+
+    fn arrive(&mut self, arrival: &Arrival) {
+        let is_replaced = |domain: usize| arrival.replaced.iter().any(|text| text.domain == domain);
+        let others = || (0..self.rewards.len()).filter(|domain| !is_replaced(*domain));
+        let mean = others().map(|domain| self.rewards[domain]).sum::<f64>() / (others().count() as f64).max(1.0);
+        for text in &arrival.replaced {
+            self.rewards[text.domain] = mean;
+        }
+        self.rewards.resize(arrival.before + arrival.new.len(), mean);
     }
 
     fn boxed(&self) -> Box<dyn MixtureController> {

@@ -5,7 +5,7 @@
 //! that step; one that waits for a plateau begins as soon as the decision that sees it can act. A person who pinned the
 //! mixture holds stages back; released, the newest one due begins.
 
-use super::{Advice, MixtureController, Sight, Stage};
+use super::{Advice, Arrival, MixtureController, Sight, Stage};
 use crate::data::signals::Signals;
 use tarazed_domain::StepIndex;
 use tarazed_domain::config::ControllerKind;
@@ -84,6 +84,9 @@ impl MixtureController for Stages {
         self.announced = self.advised;
         self.since = effective;
     }
+
+    /// Stages speak of the config's domains, and such a run takes no others.
+    fn arrive(&mut self, _: &Arrival) {}
 
     fn boxed(&self) -> Box<dyn MixtureController> {
         Box::new(self.clone())

@@ -524,11 +524,25 @@ fn the_loop_goes_on_with_other_data() {
     );
 }
 
-/// Controllers know what domains there were at the start; with one that decides, data do not change.
+/// Stages speak of the config's domains; beside them the data do not change.
 #[test]
-fn only_persons_decide_where_data_change() {
+fn stages_keep_their_domains() {
     let arrival = change(1, 100, 200, &[edition("book", 3, 0, 9)], &[1.0; 4]);
-    let refused = engine(&ado(), &facts(&laws())).request(ask(&arrival, 200)).unwrap_err();
+    let stages = vec![tarazed_domain::config::MixtureStage {
+        name: "late".into(),
+        from_step: Some(300),
+        from_tokens: None,
+        on_plateau_after_steps: None,
+        weights: BTreeMap::from([("web".to_owned(), 1.0)]),
+    }];
+    let scheduled = MixtureConfig {
+        controller: ControllerKind::Schedule,
+        stages,
+        ..ado()
+    };
+    let refused = engine(&scheduled, &facts(&laws()))
+        .request(ask(&arrival, 200))
+        .unwrap_err();
     assert!(refused.0.contains("mixture.controller"), "{refused}");
 }
 

@@ -1,5 +1,6 @@
 //! Tests across the modules, on a world in which losses follow known laws.
 
+mod arrivals;
 mod change;
 mod controller;
 mod controllers;
@@ -76,6 +77,7 @@ pub fn mixture_loop(mixture: &MixtureConfig) -> LoopConfig {
         batch: BatchSchedule::fixed(32),
         context_tokens: CONTEXT_TOKENS,
         rehearsed: BTreeMap::new(),
+        planned: Vec::new(),
     }
 }
 

@@ -41,12 +41,18 @@ pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key:
             let cut: BTreeSet<usize> = of.iter().map(|name| position(name)).collect::<Result<_, _>>()?;
             domains = halves(corpus, &cut);
         }
-        Change::Late { .. } => {
-            return Err(Failure::refused(
-                key,
-                "a domain cannot enter a run that has begun: that needs live data changes",
-                "disable the case",
-            ));
+        Change::Late { of, from_step } => {
+            let mut late = domains.remove(position(of)?);
+            if domains.is_empty() {
+                return Err(Failure::refused(
+                    key,
+                    "leaves no domain to begin with",
+                    "give the base config a second domain",
+                ));
+            }
+            late.from_step = *from_step;
+            late.made = format!("the corpus' own, from step {from_step} on");
+            domains.push(late);
         }
     }
     check_distinct(&domains, key)?;
@@ -240,6 +246,7 @@ mod tests {
             language: Language::En,
             judged: true,
             made: String::new(),
+            from_step: 0,
             documents: texts.into_iter().enumerate().map(document).collect(),
         }
     }
@@ -364,6 +371,34 @@ mod tests {
         assert!(domains.iter().all(|domain| domain.judged));
     }
 
+    /// A run has it behind its own domains, with all of its documents.
+    #[test]
+    fn a_late_domain_is_the_last() {
+        let (all, domains) = (
+            corpus(),
+            made(&Change::Late {
+                of: "web".to_owned(),
+                from_step: 3,
+            }),
+        );
+        assert_eq!(domains[0], all[1]);
+        assert_eq!(domains[1].documents, all[0].documents);
+        assert_eq!(
+            (domains[1].name.as_str(), domains[1].judged, domains[1].from_step),
+            ("web", true, 3)
+        );
+        let alone = Change::Late {
+            of: "web".to_owned(),
+            from_step: 3,
+        };
+        let refused = generate(&alone, &all[..1], FRACTION, "cases.x").expect_err("refused");
+        assert!(
+            refused.message.contains("no domain to begin with"),
+            "{}",
+            refused.message
+        );
+    }
+
     #[test]
     fn what_cannot_be_made_is_refused() {
         for (change, part) in [
@@ -373,10 +408,10 @@ mod tests {
             ),
             (
                 Change::Late {
-                    of: "web".to_owned(),
+                    of: "code".to_owned(),
                     from_step: 3,
                 },
-                "live data changes",
+                "no domain of the base config is called 'code'",
             ),
         ] {
             let refused = generate(&change, &corpus(), FRACTION, "cases.x").expect_err("refused");

@@ -17,7 +17,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use tarazed_corpus::{PrepareRequest, Split, TokenStore, each_text};
+use tarazed_corpus::{DomainManifest, PrepareRequest, ScoredText, Split, TokenStore, each_text};
 use tarazed_domain::config::{Config, DomainConfig, Language, SourceFormat, TokenizerConfig};
 
 /// What a case's files were made from.
@@ -45,6 +45,8 @@ pub struct Domain {
     pub judged: bool,
     /// How it was made; empty where it is the corpus' own.
     pub made: String,
+    /// The first step (from 0) that trains on it.
+    pub from_step: u64,
     /// Its documents, in order.
     pub documents: Vec<Document>,
 }
@@ -73,6 +75,7 @@ pub fn read_corpus(base: &Config) -> Result<Vec<Domain>, Failure> {
             language: config.language,
             judged: true,
             made: String::new(),
+            from_step: 0,
             documents,
         })
     };
@@ -84,6 +87,8 @@ pub fn read_corpus(base: &Config) -> Result<Vec<Domain>, Failure> {
 pub struct Ready {
     /// Its domains, as configs of runs have them; weights are 1.
     pub domains: Vec<DomainConfig>,
+    /// What comes while runs train; the last of its facts.
+    pub late: Option<Late>,
     /// Its tokenizer: the same for all cases.
     pub tokenizer: PathBuf,
     /// The folder that holds its data set.
@@ -96,6 +101,17 @@ pub struct Ready {
     pub dropped_examples: Vec<Overlapping>,
     /// Held-out documents before that.
     pub held_out_documents: usize,
+}
+
+/// A domain that comes while runs train.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Late {
+    /// Its name.
+    pub name: String,
+    /// The first step (from 0) that trains on it.
+    pub from_step: u64,
+    /// The folder that holds its data set.
+    pub data: PathBuf,
 }
 
 /// Makes the tokenizer that all cases share: the base config's, or one trained on the training text of the corpus.
@@ -150,43 +166,73 @@ pub fn make(
     }
     let folder = work.join("cases").join(&case.name);
     let domain_configs = write(case, &domains, &dropped, plan, &folder.join("text"))?;
-    let data = folder.join("data");
-    let request = PrepareRequest {
-        domains: &domain_configs,
-        tokenizer: &TokenizerConfig {
-            path: Some(tokenizer.to_owned()),
-            ..base.data.tokenizer.clone()
-        },
-        model_vocabulary: base.model.vocabulary,
-        held_out_fraction: fraction,
-        context: base.model.context,
-    };
-    let prepared = tarazed_corpus::prepare(&request, &data, &mut |_| ())?;
-    let store = TokenStore::open(&prepared.folder, base.model.context)?;
-    let scored = store.scored_text(u64::from(base.evaluation.sequences_per_domain_max))?;
-    let facts = domains.iter().zip(&prepared.manifest.domains).zip(scored);
-    Ok(Ready {
-        facts: Facts {
-            data_version: prepared.manifest.version.clone(),
-            domains: facts
-                .map(|((domain, manifest), scored)| DomainFacts {
+    let early = domains.iter().filter(|domain| domain.from_step == 0).count();
+    let sets = [(&domain_configs[..early], "data"), (&domain_configs[early..], "later")];
+    let (mut facts, mut versions) = (Vec::with_capacity(domains.len()), Vec::new());
+    for (configs, name) in sets.into_iter().filter(|(configs, _)| !configs.is_empty()) {
+        let made = prepare(configs, base, tokenizer, &folder.join(name))?;
+        let (_, rest) = domains.split_at(facts.len());
+        facts.extend(
+            rest.iter()
+                .zip(made.domains)
+                .map(|(domain, (manifest, scored))| DomainFacts {
                     name: domain.name.clone(),
                     judged: domain.judged,
+                    from_step: domain.from_step,
                     made: domain.made.clone(),
                     train_documents: manifest.train.documents,
                     train_tokens: manifest.train.tokens,
                     train_bytes: manifest.train.text_bytes,
                     scored_tokens: scored.tokens,
                     scored_bytes: scored.text_bytes,
-                })
-                .collect(),
+                }),
+        );
+        versions.push(made.version);
+    }
+    let late = domains.get(early).map(|late| Late {
+        name: late.name.clone(),
+        from_step: late.from_step,
+        data: folder.join("later"),
+    });
+    Ok(Ready {
+        facts: Facts {
+            data_version: versions.join(" "),
+            domains: facts,
         },
-        domains: domain_configs,
+        domains: domain_configs[..early].to_vec(),
+        late,
         tokenizer: tokenizer.to_owned(),
-        data,
+        data: folder.join("data"),
         dropped: dropped.len(),
         dropped_examples: dropped.into_iter().take(REPORTED_MAX).collect(),
         held_out_documents,
+    })
+}
+
+/// A data set of a case.
+struct Made {
+    version: String,
+    /// Its domains, and of each the held-out text that evaluations score.
+    domains: Vec<(DomainManifest, ScoredText)>,
+}
+
+fn prepare(domains: &[DomainConfig], base: &Config, tokenizer: &Path, out: &Path) -> Result<Made, Failure> {
+    let request = PrepareRequest {
+        domains,
+        tokenizer: &TokenizerConfig {
+            path: Some(tokenizer.to_owned()),
+            ..base.data.tokenizer.clone()
+        },
+        model_vocabulary: base.model.vocabulary,
+        held_out_fraction: base.data.held_out_fraction,
+        context: base.model.context,
+    };
+    let prepared = tarazed_corpus::prepare(&request, out, &mut |_| ())?;
+    let store = TokenStore::open(&prepared.folder, base.model.context)?;
+    let scored = store.scored_text(u64::from(base.evaluation.sequences_per_domain_max))?;
+    Ok(Made {
+        version: prepared.manifest.version.clone(),
+        domains: prepared.manifest.domains.into_iter().zip(scored).collect(),
     })
 }
 
@@ -329,9 +375,45 @@ mod tests {
         let provenance: serde_json::Value = serde_json::from_str(&provenance.expect("a file")).expect("JSON");
         assert_eq!(provenance["change"]["kind"], "noise");
         assert_eq!(provenance["files"].as_array().map(Vec::len), Some(3));
+        assert!(plain.late.is_none() && plain.domains.len() == 2);
         // A text that was edited meanwhile is not taken for the case's.
         std::fs::write(work.join("cases/plain/text/000-web.jsonl"), "{\"text\":\"x\"}\n").expect("written");
         let refused = make(0).expect_err("refused");
         assert!(refused.message.contains("000-web.jsonl"), "{}", refused.message);
+    }
+
+    /// A late domain has a data set of its own, with the tokens and the held-out text that it has among the others.
+    #[test]
+    fn a_late_domain_has_a_data_set_of_its_own() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let base = super::super::tests::base(folder.path());
+        let work = folder.path().join("work");
+        let corpus = read_corpus(&base).expect("a corpus");
+        let tokenizer = tokenizer(&base, &work).expect("a tokenizer");
+        let plan = plan();
+        let make = |case: usize| make(&plan, &plan.cases[case], &corpus, &base, &tokenizer, &work).expect("a case");
+        let (plain, late) = (make(0), make(2));
+        assert_eq!(late, make(2));
+        let names: Vec<&str> = late.domains.iter().map(|domain| domain.name.as_str()).collect();
+        assert_eq!(names, ["zh"]);
+        let coming = late.late.as_ref().expect("a late domain");
+        assert_eq!((coming.name.as_str(), coming.from_step), ("web", 20));
+        assert_ne!(coming.data, late.data);
+        // What is known of each is the same, but for when it comes.
+        for (name, from_step) in [("zh", 0), ("web", 20)] {
+            let of = |ready: &Ready| ready.facts.domains.iter().find(|facts| facts.name == name).cloned();
+            let (before, now) = (of(&plain).expect("facts"), of(&late).expect("facts"));
+            assert_eq!(now.from_step, from_step);
+            let made = before.made.clone();
+            assert_eq!(
+                DomainFacts {
+                    from_step: 0,
+                    made,
+                    ..now
+                },
+                before
+            );
+        }
+        assert_eq!(late.facts.domains[1].name, "web", "it is the last of all");
     }
 }
