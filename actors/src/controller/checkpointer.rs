@@ -58,6 +58,8 @@ pub enum CheckpointerMessage {
         decisions: Vec<Decision>,
         /// Those that have acted.
         rollbacks: Rollbacks,
+        /// The oldest state that one goes back to that is decided and has not acted.
+        back_to: Option<StepsCompleted>,
     },
 }
 impl ractor::Message for CheckpointerMessage {}
@@ -228,9 +230,10 @@ impl Actor for Checkpointer {
                 head,
                 decisions,
                 rollbacks,
+                back_to,
             } => {
                 let manifest = state.manifest(step, generation, shards, *head, &decisions)?;
-                state.commit(manifest, &rollbacks).await
+                state.commit(manifest, &rollbacks, back_to).await
             }
         };
         state.arguments.coordinator.cast(answer)?;
@@ -373,11 +376,20 @@ impl CheckpointerState {
             device_type: facts.device_type.clone(),
             lineage: self.lineage.clone(),
             created_unix_ms: (facts.clock)(),
+            rollback_reach_steps: self
+                .arguments
+                .reach_steps
+                .map(|steps| u32::try_from(steps).unwrap_or(u32::MAX).max(1)),
         })
     }
 
     #[tracing::instrument(name = "commit", skip_all, fields(step = manifest.step.0))]
-    async fn commit(&mut self, manifest: Manifest, rollbacks: &Rollbacks) -> CoordinatorMessage {
+    async fn commit(
+        &mut self,
+        manifest: Manifest,
+        rollbacks: &Rollbacks,
+        back_to: Option<StepsCompleted>,
+    ) -> CoordinatorMessage {
         let CheckpointerArguments {
             claimed,
             retention,
@@ -385,7 +397,9 @@ impl CheckpointerState {
             ..
         } = &self.arguments;
         let step = manifest.step;
-        let back_to = reach_steps.map(|reach| rollbacks.newest_live(StepsCompleted(step.0.saturating_sub(reach))));
+        let reached = reach_steps.map(|reach| StepsCompleted(step.0.saturating_sub(reach)));
+        let oldest = [reached, back_to].into_iter().flatten().min();
+        let back_to = oldest.map(|oldest| rollbacks.newest_live(oldest));
         let retention = Retention { back_to, ..*retention };
         let live = |step| rollbacks.is_live(step);
         // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).

@@ -224,12 +224,8 @@ impl Actor for CoordinatorActor {
             }
             CoordinatorMessage::Status(reply) => {
                 // An error means that whoever asked is gone.
-                let written = state.arguments.ledger.written();
-                let _ = reply.send(shown::status(
-                    &state.arguments.machine,
-                    written,
-                    state.signals.as_deref(),
-                ));
+                let CoordinatorArguments { machine, ledger, .. } = &state.arguments;
+                let _ = reply.send(shown::status(machine, ledger, state.signals.as_deref()));
                 Ok(())
             }
         }
@@ -725,14 +721,16 @@ impl CoordinatorState {
             self.arguments.tracker.on_commit_failed(step);
             return self.checkpoint_failed(step, "its line is not at hand any more".to_owned(), false);
         };
-        let decisions = self.arguments.ledger.decisions().iter();
+        let decisions = self.arguments.ledger.decisions();
+        let so_far = decisions.iter().filter(|decision| decision.line <= step);
         let commit = CheckpointerMessage::Commit {
             step,
             generation: self.arguments.machine.generation(),
             shards,
             head: Box::new(head),
+            decisions: so_far.cloned().collect(),
+            back_to: Rollbacks::of(decisions).oldest_to_come(self.arguments.ledger.written()),
             rollbacks: self.arguments.machine.acted(),
-            decisions: decisions.filter(|decision| decision.line <= step).cloned().collect(),
         };
         self.peers()?.checkpointer.cast(commit)?;
         Ok(())

@@ -1,12 +1,14 @@
 //! What `status` and `metrics.jsonl` show of the controller, as JSON.
 
 use serde_json::{Map, Value, json};
-use tarazed_domain::StepsCompleted;
 use tarazed_protocol::coordinator::Coordinator as Machine;
+use tarazed_protocol::data::decision::{Decision, DecisionKind};
 use tarazed_protocol::data::signals::Signals;
+use tarazed_protocol::ledger::Ledger;
+use tarazed_protocol::rollback::announced;
 
 /// The answer of a live controller to `status`.
-pub fn status(machine: &Machine, written: StepsCompleted, signals: Option<&Signals>) -> Value {
+pub fn status(machine: &Machine, ledger: &Ledger, signals: Option<&Signals>) -> Value {
     let workers: Vec<Value> = machine
         .workers()
         .into_iter()
@@ -20,9 +22,17 @@ pub fn status(machine: &Machine, written: StepsCompleted, signals: Option<&Signa
         })
         .collect();
     json!({
-        "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(), "step": written,
-        "refused": machine.refused_count(), "workers": workers, "signals": signals.map(self::signals),
+        "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(),
+        "step": ledger.written(), "refused": machine.refused_count(), "workers": workers,
+        "rollback_notice": announced(ledger.decisions()).and_then(notice), "signals": signals.map(self::signals),
     })
+}
+
+fn notice(made: &Decision) -> Option<Value> {
+    let DecisionKind::RollbackNotice { to } = made.kind else {
+        return None;
+    };
+    Some(json!({"decision": made.id, "at": made.effective, "to": to, "reason": made.reason}))
 }
 
 /// Gradient noise, and losses by domain and language. What is not known is `null`.

@@ -250,6 +250,7 @@ mod tests {
             device_type: "cpu".to_owned(),
             lineage: Lineage::default(),
             created_unix_ms: 0,
+            rollback_reach_steps: None,
         };
         store.commit(&fence, &manifest).await.unwrap();
         let found = store.newest_verified(None).await.unwrap().unwrap();

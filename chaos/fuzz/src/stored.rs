@@ -95,6 +95,7 @@ pub mod manifest {
                 declared: if parent { "another binary".into() } else { String::new() },
             },
             created_unix_ms: 1,
+            rollback_reach_steps: parent.then_some(290),
         }
     }
 

@@ -407,6 +407,19 @@ fn absent_keys_leave_no_trace() {
         let back = Config::parse(&set.to_toml().expect("TOML"), "back.toml", &[], Path::new("/")).expect("itself");
         assert_eq!((back.identity(), &back), (set.identity(), &set));
     }
+    // The notice of a rollback came later, and decides numbers only where there is one.
+    let rolled = |steps: u64| {
+        let notice = format!("policy.rollback_notice_steps={steps}");
+        let set = parse(&["policy.spikes=\"rollback_and_skip\"", &notice]);
+        set.expect("a good config").identity()
+    };
+    let before = ";policy=PolicyConfig { persons: false, spikes: RollbackAndSkip, rollback_grain_steps: 100, \
+                  rollback_margin_steps: 100, rollbacks_max: 3, decay_on_plateau: false, gradient_noise: false, \
+                  stop: StopRules { tokens: None, heldout_loss: None, plateau_after_steps: None } }";
+    assert!(rolled(0).ends_with(before), "{}", rolled(0));
+    assert_ne!(rolled(0), rolled(50));
+    let unused = parse(&["policy.rollback_notice_steps=7"]).expect("a good config");
+    assert_eq!(unused.identity(), identity);
 }
 
 /// Stages, ramp, schedule and policy are refused where they contradict each other, with the key at fault.

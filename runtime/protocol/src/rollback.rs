@@ -16,10 +16,13 @@
 //!   seed, by doing the steps again; those are checked as in any replay (STEP-5). Steps whose states are dead are not done
 //!   again: their lines are written.
 //! - Which rollbacks there are is said by decisions alone, and that they have acted by the trace: a function of the promise.
+//! - One of the policy stands in the trace as a *notice* first. That is no rollback: the decision point that can still decide
+//!   it in time does so, unless the notice was vetoed, or a person rolled the run back meanwhile. Steps in between are done
+//!   like any others, and given up with the rest.
 
 use crate::data::decision::{Decision, DecisionKind};
 use rkyv::{Archive, Deserialize, Serialize};
-use tarazed_domain::config::{Config, SpikePolicy};
+use tarazed_domain::config::{Config, MixtureConfig, PolicyConfig, SpikePolicy};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// One step that does not start from the state of the step before it.
@@ -79,6 +82,13 @@ impl Rollbacks {
         self.0.iter().copied().find(|rollback| rollback.at == boundary.next())
     }
 
+    /// The oldest state that one of those goes back to that have not acted where the trace is written through this line.
+    #[must_use]
+    pub fn oldest_to_come(&self, written: StepsCompleted) -> Option<StepsCompleted> {
+        let to_come = self.0.iter().filter(|rollback| rollback.at > written.next());
+        to_come.map(|rollback| rollback.to).min()
+    }
+
     /// The newest.
     #[must_use]
     pub fn last(&self) -> Option<Rollback> {
@@ -109,7 +119,13 @@ impl Rollbacks {
     /// Whether training goes on from this state, or from one that it leads to.
     #[must_use]
     pub fn is_live(&self, state: StepsCompleted) -> bool {
-        !self.0.iter().any(|rollback| rollback.kills(state))
+        self.left_behind_by(state).is_none()
+    }
+
+    /// The first one that has left a state behind.
+    #[must_use]
+    pub fn left_behind_by(&self, state: StepsCompleted) -> Option<Rollback> {
+        self.0.iter().copied().find(|rollback| rollback.kills(state))
     }
 
     /// The newest live state that is not after this one; the seed's is always one.
@@ -123,17 +139,45 @@ impl Rollbacks {
     }
 }
 
-/// How many steps before the newest checkpoint a rollback may go back that is not decided yet, or has not acted yet. A
-/// checkpoint that is so old spares it the way from the seed; it is not needed for more than that.
+/// The newest notice among these decisions, all of a run so far, while it stands: not vetoed, and no rollback decided since.
+#[must_use]
+pub fn announced(decisions: &[Decision]) -> Option<&Decision> {
+    let is_notice = |made: &&Decision| matches!(made.kind, DecisionKind::RollbackNotice { .. });
+    let notice = decisions.iter().rev().find(is_notice)?;
+    let settles = |made: &Decision| match made.kind {
+        DecisionKind::Rollback { .. } => made.id > notice.id,
+        DecisionKind::Veto { decision } => decision == notice.id,
+        _ => false,
+    };
+    (!decisions.iter().any(settles)).then_some(notice)
+}
+
+/// How many steps before the newest checkpoint a rollback of the policy may go back that is not decided yet, or has not acted
+/// yet. A checkpoint that is so old spares it the way from the seed; it is not needed for more than that. Persons may go back
+/// further.
 #[must_use]
 pub fn reach_steps(config: &Config) -> Option<u64> {
     let policy = &config.policy;
     let seen_late = crate::data::signals::DIVERGENCE_LINES as u64;
+    let notice = notice_steps(&config.mixture, policy);
     (policy.spikes == SpikePolicy::RollbackAndSkip).then(|| {
-        [seen_late, policy.rollback_margin_steps, policy.rollback_grain_steps]
-            .into_iter()
-            .fold(config.mixture.lag_steps, u64::saturating_add)
+        [
+            seen_late,
+            policy.rollback_margin_steps,
+            policy.rollback_grain_steps,
+            notice,
+        ]
+        .into_iter()
+        .fold(config.mixture.lag_steps, u64::saturating_add)
     })
+}
+
+/// Steps from the line of a rollback's notice to the one that decides it: whole decision intervals, so that there is such a
+/// line, and a decision point before it in which a veto can stand.
+#[must_use]
+pub fn notice_steps(mixture: &MixtureConfig, policy: &PolicyConfig) -> u64 {
+    let interval = mixture.interval_steps.max(1);
+    policy.rollback_notice_steps.div_ceil(interval).saturating_mul(interval)
 }
 
 #[cfg(test)]
@@ -167,6 +211,9 @@ mod tests {
         assert_eq!(acted.newest_live(StepsCompleted(7)), StepsCompleted(5));
         assert_eq!(all.acting_at(StepsCompleted(8)), all.last());
         assert_eq!(all.acting_at(StepsCompleted(7)), None);
+        assert_eq!(acted.left_behind_by(StepsCompleted(7)), all.last());
+        let oldest = [6, 7, 8].map(|written| all.oldest_to_come(StepsCompleted(written)));
+        assert_eq!(oldest, [Some(StepsCompleted(5)), Some(StepsCompleted(5)), None]);
     }
 
     /// To the same state again, and to an older one: what leads there is what is walked.
@@ -178,6 +225,19 @@ mod tests {
         let deeper = rollbacks(&[(8, 5), (12, 3)]);
         assert_eq!(live(&deeper, 14), [0, 1, 2, 3, 13, 14]);
         assert_eq!(deeper.newest_live(StepsCompleted(11)), StepsCompleted(3));
+    }
+
+    /// A notice lasts whole decision intervals, and a checkpoint that a rollback may need is older by it.
+    #[test]
+    fn a_notice_lasts_whole_intervals() {
+        let mixture = MixtureConfig::default();
+        for (steps, lasts) in [(0, 0), (1, 50), (50, 50), (51, 100), (u64::MAX, u64::MAX)] {
+            let policy = PolicyConfig {
+                rollback_notice_steps: steps,
+                ..PolicyConfig::default()
+            };
+            assert_eq!(notice_steps(&mixture, &policy), lasts);
+        }
     }
 
     #[test]

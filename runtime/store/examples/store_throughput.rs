@@ -40,6 +40,7 @@ fn manifest(
         device_type: "none".to_string(),
         lineage: Lineage::default(),
         created_unix_ms: 0,
+        rollback_reach_steps: None,
     }
 }
 

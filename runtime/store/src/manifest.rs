@@ -5,8 +5,11 @@
 //! blocks, never ranks, so any world size restores it (CKPT-6).
 //!
 //! ```text
-//! 0  magic "TZMANIF1"   8  schema u32   12  zero u32   16  length u64   24  BLAKE3 of the archive   56  archive
+//! 0  magic "TZMANIF1"   8  schema u32   12  reach u32   16  length u64   24  BLAKE3 of the archive   56  archive
 //! ```
+//!
+//! Schema 1 has no reach, and zero in its place; schema 2 is the same with one. So a run that is never rolled back by its own
+//! policy writes what older programs read, and theirs are read as they are. The commit record's hash covers the header, too.
 
 use crate::digest::Digest;
 use crate::error::StoreError;
@@ -19,8 +22,10 @@ use std::collections::HashSet;
 use tarazed_domain::limits::{BLOCK_ELEMENTS_MAX, BLOCKS_MAX};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 
-/// The shape of [`Manifest`] that this binary reads and writes.
-pub const MANIFEST_SCHEMA: u32 = 1;
+/// The shape of [`Manifest`] that this binary reads and writes, where it says how far back a rollback may go.
+pub const MANIFEST_SCHEMA: u32 = 2;
+/// The shape of one that does not.
+const MANIFEST_SCHEMA_WITHOUT_REACH: u32 = 1;
 const MAGIC: &[u8; 8] = b"TZMANIF1";
 const HEADER_BYTES: usize = 56;
 
@@ -154,6 +159,10 @@ pub struct Manifest {
     pub lineage: Lineage,
     /// Wall clock at creation, for people only.
     pub created_unix_ms: u64,
+    /// How many steps behind the newest checkpoint the run's own policy may still go back; none where it never does. It stands
+    /// in the header, so that the archive is that of older programs. From 1 up; beyond 32 bits the greatest.
+    #[rkyv(with = rkyv::with::Skip)]
+    pub rollback_reach_steps: Option<u32>,
 }
 
 impl Manifest {
@@ -281,9 +290,13 @@ impl Manifest {
             )));
         }
         let mut bytes = Vec::with_capacity(HEADER_BYTES + archive.len());
+        let (schema, reach) = match self.rollback_reach_steps {
+            Some(steps) => (MANIFEST_SCHEMA, steps),
+            None => (MANIFEST_SCHEMA_WITHOUT_REACH, 0),
+        };
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&MANIFEST_SCHEMA.to_le_bytes());
-        bytes.extend_from_slice(&0_u32.to_le_bytes());
+        bytes.extend_from_slice(&schema.to_le_bytes());
+        bytes.extend_from_slice(&reach.to_le_bytes());
         bytes.extend_from_slice(&(archive.len() as u64).to_le_bytes());
         bytes.extend_from_slice(&Digest::of(&archive).0);
         bytes.extend_from_slice(&archive);
@@ -316,17 +329,31 @@ impl Manifest {
                 "its contents do not have the hash in its header",
             ));
         }
-        if (word(8), word(12)) != (MANIFEST_SCHEMA, 0) {
-            return Err(StoreError::Reconfigure {
-                location: key.to_string(),
-                cause: format!("a manifest of schema {}, this binary reads {MANIFEST_SCHEMA}", word(8)),
-                remedy: "use the version of the program that wrote it".to_string(),
-            });
-        }
+        let rollback_reach_steps = match (word(8), word(12)) {
+            (MANIFEST_SCHEMA_WITHOUT_REACH, 0) => None,
+            (MANIFEST_SCHEMA, steps @ 1..) => Some(steps),
+            (schema @ (MANIFEST_SCHEMA_WITHOUT_REACH | MANIFEST_SCHEMA), reach) => {
+                return Err(StoreError::corrupt(
+                    key,
+                    format!("a reach of {reach} steps in schema {schema}"),
+                ));
+            }
+            (schema, _) => {
+                return Err(StoreError::Reconfigure {
+                    location: key.to_string(),
+                    cause: format!("a manifest of schema {schema}, this binary reads up to {MANIFEST_SCHEMA}"),
+                    remedy: "use the version of the program that wrote it".to_string(),
+                });
+            }
+        };
         let mut aligned = rkyv::util::AlignedVec::<16>::with_capacity(archive.len());
         aligned.extend_from_slice(archive);
-        let manifest: Self = rkyv::from_bytes::<Self, rkyv::rancor::Error>(&aligned)
+        let archived = rkyv::from_bytes::<Self, rkyv::rancor::Error>(&aligned)
             .map_err(|error| StoreError::corrupt(key, format!("not a manifest of this schema: {error}")))?;
+        let manifest = Self {
+            rollback_reach_steps,
+            ..archived
+        };
         manifest.check().map_err(|why| StoreError::corrupt(key, why))?;
         Ok(manifest)
     }
@@ -374,6 +401,30 @@ mod tests {
             device_type: "cpu".into(),
             lineage: Lineage::default(),
             created_unix_ms: 1,
+            rollback_reach_steps: None,
+        }
+    }
+
+    /// The reach stands in the header alone: the archive is the same with it and without, and so are manifests of before.
+    #[test]
+    fn a_manifest_with_a_reach_differs_in_its_header_alone() {
+        let plain = manifest(4, &[100, 100]);
+        let reaching = Manifest {
+            rollback_reach_steps: Some(290),
+            ..plain.clone()
+        };
+        let (before, after) = (plain.encode().expect("encoded"), reaching.encode().expect("encoded"));
+        assert_eq!(before[16..], after[16..]);
+        assert_eq!((before[8], before[12..16].iter().max()), (1, Some(&0)));
+        assert_eq!((after[8], &after[12..16]), (2, &290_u32.to_le_bytes()[..]));
+        assert_eq!(Manifest::decode("m", &before).expect("read"), plain);
+        assert_eq!(Manifest::decode("m", &after).expect("read"), reaching);
+        for (schema, reach, bad) in [(1, 290_u32, "in schema 1"), (2, 0, "in schema 2"), (3, 0, "schema 3")] {
+            let mut other = before.clone();
+            other[8] = schema;
+            other[12..16].copy_from_slice(&reach.to_le_bytes());
+            let refused = Manifest::decode("m", &other).expect_err("refused").to_string();
+            assert!(refused.contains(bad), "{refused}");
         }
     }
 

@@ -267,6 +267,12 @@ impl Lines {
             DecisionKind::Decay => "learning rate decays".to_owned(),
             DecisionKind::SpikeBounds(bounds) => format!("spikes above gradient norm {:.3}", bounds.grad_norm),
             DecisionKind::Rollback { to, .. } => format!("back to the state after step {to}"),
+            DecisionKind::RollbackNotice { to } => {
+                format!(
+                    "notice: back to the state after step {to}, unless decision {} is vetoed in time",
+                    decision.id
+                )
+            }
             DecisionKind::Stop => "the run stops".to_owned(),
             DecisionKind::Data(change) => {
                 let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();

@@ -24,12 +24,18 @@ fn expect(output: &Output, code: i32) -> String {
 
 /// Three checkpoints of one shard of two blocks.
 async fn fill(folder: &Path) {
+    fill_with(folder, &[10, 20, 30], |_| "", None).await;
+}
+
+/// Checkpoints of these steps, of one shard of two blocks, with the decisions up to each.
+async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'static str, reach_steps: Option<u32>) {
     let location = folder.to_str().expect("a UTF-8 path");
     let store = CheckpointStore::open(location, WriterId::fresh(Generation(0)))
         .await
         .expect("opened");
     let fence = store.claim(Generation(1)).await.expect("claimed");
-    for step in [10_u64, 20, 30] {
+    for &step in steps {
+        let decisions = decisions(step).as_bytes().to_vec();
         let geometry = ShardGeometry {
             shard: OptimizerShardIndex(0),
             first_block: 0,
@@ -58,7 +64,7 @@ async fn fill(folder: &Path) {
             layout: Digest::of(b"layout"),
             data: Digest::of(b"data"),
             shards: vec![shard],
-            decisions: Vec::new(),
+            decisions,
             trace_head: TraceHead {
                 step,
                 ..TraceHead::default()
@@ -67,6 +73,7 @@ async fn fill(folder: &Path) {
             device_type: "cpu".to_owned(),
             lineage: Lineage::default(),
             created_unix_ms: 0,
+            rollback_reach_steps: reach_steps,
         };
         store.commit(&fence, &manifest).await.expect("committed");
     }
@@ -132,6 +139,107 @@ async fn a_store_is_listed_verified_pinned_and_collected() {
         verified.contains("step 30: ") && verified.contains("step 10: whole"),
         "{verified}"
     );
+}
+
+/// Step 45 goes on from the state after step 20, as is decided on line 40.
+const BACK: &str = r#"[{"id":1,"line":40,"effective":45,"kind":{"rollback":{"to":20,"discarded":[]}},"by":{"controller":"policy"},"reason":"a test"}]"#;
+
+fn decided(step: u64) -> &'static str {
+    if step < 40 { "[]" } else { BACK }
+}
+
+/// What `--json` says of each step's rollback that left it behind: the step at which that acted, and the state gone back to.
+fn left_behind(listed: &str, pointer: &str) -> Vec<(u64, Option<(u64, u64)>)> {
+    let listed: serde_json::Value = serde_json::from_str(listed).expect("JSON");
+    let checkpoints = listed
+        .pointer(pointer)
+        .and_then(serde_json::Value::as_array)
+        .expect("a list");
+    let mark = |checkpoint: &serde_json::Value| {
+        let number = |pointer: &str| checkpoint.pointer(pointer).and_then(serde_json::Value::as_u64);
+        let by = number("/left_behind_by/at").zip(number("/left_behind_by/to"));
+        assert!(checkpoint.get("left_behind_by").is_some(), "{checkpoint}");
+        (number("/reference/step").expect("a step"), by)
+    };
+    checkpoints.iter().map(mark).collect()
+}
+
+/// CKPT-5: what a rollback left behind is named once a checkpoint behind it is there, and is what goes first; one that is as old as
+/// the run may still go back stays, unless the run has ended.
+#[tokio::test]
+async fn what_a_rollback_left_behind_is_named_and_collected() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill_with(folder.path(), &[10, 20, 30, 40, 50], decided, Some(30)).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let run = |args: &[&str]| expect(&tarazed(&[&["checkpoint"][..], args].concat()), 0);
+    let expected = [
+        (50, None),
+        (40, Some((45, 20))),
+        (30, Some((45, 20))),
+        (20, None),
+        (10, None),
+    ];
+    assert_eq!(left_behind(&run(&["ls", store, "--json"]), ""), expected);
+    assert_eq!(
+        left_behind(&run(&["verify", store, "--json"]), "/checkpoints"),
+        expected
+    );
+    let listed = run(&["ls", store]);
+    assert_eq!(listed.matches("abandoned").count(), 2, "{listed}");
+    let verified = run(&["verify", store]);
+    assert!(
+        verified.contains("step 40: whole") && verified.matches("; abandoned: step 46").count() == 2,
+        "{verified}"
+    );
+    let shown = run(&["show", store, "--step", "30"]);
+    assert!(
+        shown.contains("\nabandoned: step 46 was done from the state after step 20"),
+        "{shown}"
+    );
+    let shown = run(&["show", store]);
+    assert!(
+        shown.starts_with("step 50, ") && !shown.contains("abandoned"),
+        "{shown}"
+    );
+    assert!(shown.contains("may go back 30 steps"), "{shown}");
+
+    let collected = run(&["gc", store, "--keep-last", "1", "--claim"]);
+    assert!(
+        collected.contains("as far as step 20") && collected.contains("2 checkpoints kept, 3 retired"),
+        "{collected}"
+    );
+    let collected = run(&["gc", store, "--keep-last", "1", "--ended", "--claim"]);
+    assert!(collected.starts_with("1 checkpoints kept, 1 retired"), "{collected}");
+}
+
+/// A rollback that is decided and of which no checkpoint knows that it has acted: nothing is abandoned, and what it goes back to
+/// stays. Decisions that cannot be read are no reason to delete.
+#[tokio::test]
+async fn what_a_rollback_to_come_goes_back_to_stays() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill_with(folder.path(), &[10, 20, 25, 30, 40], decided, None).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let run = |args: &[&str], code: i32| expect(&tarazed(&[&["checkpoint"][..], args].concat()), code);
+    let listed = run(&["ls", store], 0);
+    assert!(!listed.contains("abandoned"), "{listed}");
+    let collected = run(&["gc", store, "--keep-last", "1", "--claim"], 0);
+    assert!(
+        collected.contains("as far as step 20") && collected.contains("3 checkpoints kept, 2 retired"),
+        "{collected}"
+    );
+    let left: Vec<u64> = left_behind(&run(&["verify", store, "--json"], 0), "/checkpoints")
+        .into_iter()
+        .map(|(step, _)| step)
+        .collect();
+    assert_eq!(left, [40, 25, 20]);
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill_with(folder.path(), &[10, 20], |_| r#"[{"of":"another version"}]"#, None).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let listed = run(&["ls", store], 0);
+    assert!(listed.contains("cannot be read"), "{listed}");
+    let refused = run(&["gc", store, "--keep-last", "1", "--claim"], 2);
+    assert!(refused.contains("cannot be read"), "{refused}");
 }
 
 #[test]

@@ -67,3 +67,18 @@ pub fn files_with_ending(folder: &Path, ending: &str) -> Vec<PathBuf> {
         .map(|name| folder.join(name))
         .collect()
 }
+
+/// A run as its trace began, without a checkpoint: all of it is computed again, and the lines that are there are checked.
+pub fn begun_again(from: &Path, to: &Path, lines: usize) {
+    std::fs::create_dir_all(to.join("data")).expect("a folder");
+    std::fs::copy(from.join("config.toml"), to.join("config.toml")).expect("a copy");
+    for entry in std::fs::read_dir(from.join("data")).expect("a folder").flatten() {
+        let set = std::fs::canonicalize(entry.path()).expect("a data set");
+        if set.is_dir() {
+            std::os::unix::fs::symlink(set, to.join("data").join(entry.file_name())).expect("a link");
+        }
+    }
+    let trace = std::fs::read_to_string(from.join("trace.jsonl")).expect("a trace");
+    let kept: Vec<&str> = trace.lines().take(lines).collect();
+    std::fs::write(to.join("trace.jsonl"), kept.join("\n") + "\n").expect("a writable folder");
+}

@@ -1,6 +1,6 @@
 //! Data that change while a run trains (`tarazed data add`).
 
-use crate::common::{assert_refused, wait_for_no_ranks};
+use crate::common::{assert_refused, begun_again, wait_for_no_ranks};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -89,21 +89,6 @@ fn add_soon(project: &Project, run: &mut Run, set: &Path) -> u64 {
         );
         return at;
     }
-}
-
-/// A run as its trace began, without a checkpoint: all of it is computed again, and the lines that are there are checked.
-fn begun_again(from: &Path, to: &Path, lines: usize) {
-    std::fs::create_dir_all(to.join("data")).expect("a folder");
-    std::fs::copy(from.join("config.toml"), to.join("config.toml")).expect("a copy");
-    for entry in std::fs::read_dir(from.join("data")).expect("a folder").flatten() {
-        let set = std::fs::canonicalize(entry.path()).expect("a data set");
-        if set.is_dir() {
-            std::os::unix::fs::symlink(set, to.join("data").join(entry.file_name())).expect("a link");
-        }
-    }
-    let trace = std::fs::read_to_string(from.join("trace.jsonl")).expect("a trace");
-    let kept: Vec<&str> = trace.lines().take(lines).collect();
-    std::fs::write(to.join("trace.jsonl"), kept.join("\n") + "\n").expect("a writable folder");
 }
 
 /// DATA-1, DATA-2, LOOP-1, LOOP-2: a domain enters and another gets other text at a stated step, while ranks are killed, and

@@ -9,7 +9,9 @@ use std::collections::HashSet;
 
 pub const MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
 const MAGIC: &[u8; 8] = b"TZMANIF1";
-const SCHEMA: u32 = 1;
+/// Manifests that say how far back a rollback may go, and the same without.
+const SCHEMA: u32 = 2;
+const SCHEMA_WITHOUT_REACH: u32 = 1;
 const HEADER_BYTES: usize = 56;
 /// Bytes of the archive's root, which stands at its end, and of one listed shard.
 const ROOT_BYTES: usize = 384;
@@ -50,6 +52,8 @@ pub struct Manifest {
     pub device_type: String,
     pub parent: Option<NamedCommit>,
     pub restored_from: Option<NamedCommit>,
+    /// Steps behind the newest checkpoint that the run's own policy may still go back.
+    pub reach_steps: Option<u32>,
 }
 
 /// Offsets of the root's fields, in the order in which they stand.
@@ -84,12 +88,14 @@ impl Manifest {
         if header.bytes(0, 8)? != MAGIC {
             return Err("it does not begin with TZMANIF1".into());
         }
-        if (header.u32(8)?, header.u32(12)?) != (SCHEMA, 0) {
-            return Err(format!(
-                "it has schema {}, this verifier reads {SCHEMA}",
-                header.u32(8)?
-            ));
-        }
+        let reach_steps = match (header.u32(8)?, header.u32(12)?) {
+            (SCHEMA_WITHOUT_REACH, 0) => None,
+            (SCHEMA, steps @ 1..) => Some(steps),
+            (schema @ (SCHEMA_WITHOUT_REACH | SCHEMA), reach) => {
+                return Err(format!("it has a reach of {reach} steps in schema {schema}"));
+            }
+            (schema, _) => return Err(format!("it has schema {schema}, this verifier reads up to {SCHEMA}")),
+        };
         if header.u64(16)? != archive.len() as u64 {
             return Err(format!(
                 "its archive has {} bytes instead of {}",
@@ -102,7 +108,10 @@ impl Manifest {
         }
         let root = archive.len().checked_sub(ROOT_BYTES).filter(|root| root % 8 == 0);
         let root = root.ok_or_else(|| format!("an archive of {} bytes has no place for its root", archive.len()))?;
-        let manifest = Self::root(Archive(archive), root)?;
+        let manifest = Self {
+            reach_steps,
+            ..Self::root(Archive(archive), root)?
+        };
         manifest.adds_up()?;
         Ok(manifest)
     }
@@ -147,6 +156,7 @@ impl Manifest {
             device_type: archive.text(root + field::DEVICE_TYPE)?.to_owned(),
             parent: named_commit(archive, root + field::PARENT)?,
             restored_from: named_commit(archive, root + field::RESTORED_FROM)?,
+            reach_steps: None,
         })
     }
 
@@ -281,7 +291,7 @@ pub mod tests {
 
     pub fn seal(archive: &[u8]) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&SCHEMA.to_le_bytes());
+        bytes.extend_from_slice(&SCHEMA_WITHOUT_REACH.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
         bytes.extend_from_slice(&(archive.len() as u64).to_le_bytes());
         bytes.extend_from_slice(blake3::hash(archive).as_bytes());
@@ -338,6 +348,24 @@ pub mod tests {
             ("0.1.0 b", "cpu-f32")
         );
         assert_eq!((manifest.writer_nonce, manifest.parent), ([7; 16], None));
+    }
+
+    #[test]
+    fn the_second_schema_says_how_far_back_a_run_may_go() {
+        let mut bytes = handmade(&shards(), 4, 3, "a last line");
+        assert_eq!(Manifest::decode(&bytes).unwrap().reach_steps, None);
+        bytes[8] = 2;
+        assert!(
+            Manifest::decode(&bytes)
+                .unwrap_err()
+                .contains("a reach of 0 steps in schema 2")
+        );
+        bytes[12..16].copy_from_slice(&290_u32.to_le_bytes());
+        assert_eq!(Manifest::decode(&bytes).unwrap().reach_steps, Some(290));
+        bytes[8] = 1;
+        assert!(Manifest::decode(&bytes).unwrap_err().contains("in schema 1"));
+        bytes[8] = 3;
+        assert!(Manifest::decode(&bytes).unwrap_err().contains("schema 3"));
     }
 
     #[test]

@@ -37,6 +37,7 @@ struct Good {
     /// The state hash; none at step 0, where the trace has no line to compare with.
     state: Option<[u8; 32]>,
     made_by: String,
+    reach_steps: Option<u32>,
 }
 
 /// What was found in a bucket.
@@ -89,6 +90,7 @@ impl BucketReport {
             json!({
                 "sequence": good.sequence, "step": good.step, "shards": good.shards, "bytes": good.bytes,
                 "pinned": good.pinned, "state": good.state.map(|state| to_hex(&state)), "made_by": good.made_by,
+                "rollback_reach_steps": good.reach_steps,
             })
         });
         json!({
@@ -207,6 +209,7 @@ impl CommitCheck<'_> {
             pinned: acknowledged.pinned,
             state: compared,
             made_by: format!("{} on {}", manifest.binary, manifest.device_type),
+            reach_steps: manifest.reach_steps,
         }))
     }
 

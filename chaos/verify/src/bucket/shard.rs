@@ -256,6 +256,7 @@ mod tests {
             device_type: String::new(),
             parent: None,
             restored_from: None,
+            reach_steps: None,
         };
         let mut check = ShardCheck::new(&manifest, &listed)?;
         bytes.chunks(piece).for_each(|piece| check.feed(piece));

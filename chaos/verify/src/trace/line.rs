@@ -307,6 +307,8 @@ fn effect(kind: &Json) -> Result<Effect, String> {
                 ..Effect::default()
             })
         }
+        // It decides nothing: the rollback itself comes as a decision of its own.
+        "rollback_notice" => body.exactly(["to"])?[0].count().map(|_| Effect::default()),
         other => Err(format!("'{other}' is no decision")),
     }
 }

@@ -190,8 +190,11 @@ pub struct PolicyConfig {
     pub rollback_grain_steps: u64,
     /// And at least so many steps before the spike.
     pub rollback_margin_steps: u64,
-    /// Rollbacks of one run at most.
+    /// Rollbacks that the policy decides in one run at most.
     pub rollbacks_max: u32,
+    /// A rollback of the policy is announced so many steps before it could act at the earliest, rounded up to whole
+    /// decision intervals, so that a person can veto it; 0 for no notice.
+    pub rollback_notice_steps: u64,
     /// The decay of a `wsd` schedule begins where the loss is on a plateau.
     pub decay_on_plateau: bool,
     /// Every line holds the sum of the squares of the lanes' gradients, which the gradient noise scale is made of.
@@ -208,6 +211,7 @@ impl Default for PolicyConfig {
             rollback_grain_steps: 100,
             rollback_margin_steps: 100,
             rollbacks_max: 3,
+            rollback_notice_steps: 50,
             decay_on_plateau: false,
             gradient_noise: false,
             stop: StopRules::default(),
@@ -228,13 +232,37 @@ impl PolicyConfig {
         self.persons || self.spikes != SpikePolicy::Clip || self.decay_on_plateau || self.stop.decides()
     }
 
-    /// The part that decides numbers: all of it; nothing where nothing is set.
+    /// The part that decides numbers: all of it; nothing where nothing is set. The notice came later: it stands there where
+    /// there is one, so that a run of before stays that run without.
     #[must_use]
     pub fn identity(&self) -> String {
-        if self.is_default() {
+        let Self {
+            persons,
+            spikes,
+            rollback_grain_steps,
+            rollback_margin_steps,
+            rollbacks_max,
+            rollback_notice_steps,
+            decay_on_plateau,
+            gradient_noise,
+            stop,
+        } = self;
+        let unannounced = Self {
+            rollback_notice_steps: Self::default().rollback_notice_steps,
+            ..self.clone()
+        };
+        if unannounced.is_default() {
             return String::new();
         }
-        format!(";policy={self:?}")
+        let mut text = format!(
+            ";policy=PolicyConfig {{ persons: {persons:?}, spikes: {spikes:?}, rollback_grain_steps: {rollback_grain_steps}, \
+             rollback_margin_steps: {rollback_margin_steps}, rollbacks_max: {rollbacks_max}, \
+             decay_on_plateau: {decay_on_plateau:?}, gradient_noise: {gradient_noise:?}, stop: {stop:?}"
+        );
+        if *spikes == SpikePolicy::RollbackAndSkip && *rollback_notice_steps > 0 {
+            text += &format!(", rollback_notice_steps: {rollback_notice_steps}");
+        }
+        text + " }"
     }
 }
 

@@ -195,6 +195,7 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
         ("policy.rollback_grain_steps", policy.rollback_grain_steps, 1),
         ("policy.rollback_margin_steps", policy.rollback_margin_steps, 0),
         ("policy.rollbacks_max", u64::from(policy.rollbacks_max), 0),
+        ("policy.rollback_notice_steps", policy.rollback_notice_steps, 0),
         ("policy.stop.tokens", policy.stop.tokens.unwrap_or(1).min(STEPS_MAX), 1),
         (
             "policy.stop.plateau_after_steps",

@@ -234,14 +234,29 @@ impl Ate {
     pub fn on_line(&mut self, line: &TraceLine, signals: &Signals) -> Vec<Decision> {
         let mut persons = persons_in(line);
         if self.schedule.is_point(line.step) {
-            let first_id = persons.last().map_or(self.next_id, |last| last.id.0 + 1);
-            let requests = std::mem::take(&mut self.requests);
-            let granted = (first_id..)
-                .zip(requests)
-                .map(|(id, request)| self.grant(line.step, DecisionId(id), request));
-            persons.extend(granted);
+            self.grant_all(line.step, &mut persons);
         }
         self.decide(line, signals, persons)
+    }
+
+    /// What was asked for becomes decisions of this decision point, behind those of persons that it has.
+    fn grant_all(&mut self, line: StepsCompleted, persons: &mut Vec<Decision>) {
+        let effective = self.schedule.effective(line);
+        let (later, due): (VecDeque<Request>, VecDeque<Request>) = std::mem::take(&mut self.requests)
+            .into_iter()
+            .partition(|request| waits_for(request).is_some_and(|step| step > effective));
+        self.requests = later;
+        let first_id = persons.last().map_or(self.next_id, |last| last.id.0 + 1);
+        let mut course = self.course.clone();
+        for decision in persons.iter() {
+            let _ = course.adopt(decision); // as `decide` does; what is refused is left out there
+        }
+        for (id, request) in (first_id..).zip(due) {
+            let mut granted = self.grant(line, DecisionId(id), request);
+            discard_nothing(&mut granted.kind, course.domains_at(granted.effective));
+            let _ = course.adopt(&granted);
+            persons.push(granted);
+        }
     }
 
     /// Takes in a line that is committed, decisions and all, and checks that it holds what the trace leads to. What a
@@ -270,7 +285,7 @@ impl Ate {
     /// A [`RequestError`] saying why it cannot be granted: it contradicts the config, what is decided, or a request that
     /// waits already.
     pub fn request(&mut self, mut request: Request) -> Result<(StepsCompleted, StepIndex), RequestError> {
-        let Some(line) = self.schedule.next_point(self.last_line) else {
+        let Some(line) = self.point_for(&request) else {
             return Err(RequestError(
                 "this run has no decision points, so nothing can be decided in it; \
                  start one with policy.persons = true, or with a mixture.controller that decides"
@@ -284,9 +299,16 @@ impl Ate {
         }
         if matches!(
             request.kind,
-            DecisionKind::Advice { .. } | DecisionKind::Rollback { .. }
+            DecisionKind::Advice { .. } | DecisionKind::RollbackNotice { .. }
         ) {
             return Err(RequestError("only the run itself can decide that".into()));
+        }
+        if let DecisionKind::Veto { decision } = request.kind
+            && decision.0 >= self.next_id
+        {
+            return Err(RequestError(format!(
+                "decision {decision} is not decided yet; what waits in line {line} cannot be vetoed before it stands there"
+            )));
         }
         if request.kind == DecisionKind::Decay && !self.config.rate.decays_on_demand() {
             return Err(RequestError(
@@ -298,7 +320,10 @@ impl Ate {
         let mut course = self.course.clone();
         for (id, waiting) in (self.next_id..).zip(&self.requests) {
             // Each was tried like this when it came, on the same course or an earlier one.
-            let _ = course.adopt(&self.grant(line, DecisionId(id), waiting.clone()));
+            let point = self.point_for(waiting).unwrap_or(line);
+            let mut granted = self.grant(point, DecisionId(id), waiting.clone());
+            discard_nothing(&mut granted.kind, course.domains_at(granted.effective));
+            let _ = course.adopt(&granted);
         }
         let id = DecisionId(self.next_id + self.requests.len() as u64);
         let effective = self.grant(line, id, request.clone()).effective;
@@ -307,6 +332,7 @@ impl Ate {
             DecisionKind::Data(change) => *change = self.with_waiting().with_shares(change, effective),
             _ => {}
         }
+        discard_nothing(&mut request.kind, course.domains_at(effective));
         let granted = self.grant(line, id, request.clone());
         course.adopt(&granted).map_err(RequestError)?;
         if let DecisionKind::Data(change) = &request.kind {
@@ -393,6 +419,15 @@ impl Ate {
     #[must_use]
     pub const fn is_pinned(&self) -> bool {
         self.course.is_pinned()
+    }
+
+    /// The decision point that will hold what is asked for, if nobody asks for anything else.
+    fn point_for(&self, request: &Request) -> Option<StepsCompleted> {
+        let next = self.schedule.next_point(self.last_line)?;
+        match waits_for(request) {
+            Some(step) => self.schedule.point_deciding(step).map(|point| point.max(next)),
+            None => Some(next),
+        }
     }
 
     fn grant(&self, line: StepsCompleted, id: DecisionId, request: Request) -> Decision {
@@ -642,6 +677,20 @@ fn persons_in(line: &TraceLine) -> Vec<Decision> {
         .filter(|decision| decision.by.is_person())
         .cloned()
         .collect()
+}
+
+/// The step that a rollback waits for in memory. What it discards is known where all is that acts before it, so it stands in
+/// the trace no earlier than just before it acts; other decisions stand there as soon as they can.
+fn waits_for(request: &Request) -> Option<StepIndex> {
+    let is_rollback = matches!(request.kind, DecisionKind::Rollback { .. });
+    request.not_before.filter(|_| is_rollback)
+}
+
+/// What a rollback discards is the data cursor's to say: until then nothing, of each domain.
+fn discard_nothing(kind: &mut DecisionKind, domain_count: usize) {
+    if let DecisionKind::Rollback { to, .. } = kind {
+        *kind = policy::rollback_to(*to, domain_count);
+    }
 }
 
 /// Whoever asks for a mixture may give those domains nothing that come only after its step.

@@ -163,6 +163,25 @@ struct Arrival {
     shares: Option<Vec<f64>>,
 }
 
+/// A rollback that is decided.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Back {
+    what: Rollback,
+    by: DecisionId,
+    is_persons: bool,
+}
+
+/// A rollback that is announced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Notice {
+    /// What is to happen.
+    pub what: Rollback,
+    /// The decision that announces it.
+    pub by: DecisionId,
+    /// It is decided by now, or another in its place.
+    is_settled: bool,
+}
+
 /// Everything in force, by step.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Course {
@@ -174,7 +193,9 @@ pub struct Course {
     bounds: Settings<Option<(StepsCompleted, SpikeBounds)>>,
     decay: Option<(StepIndex, DecisionId)>,
     stop: Option<(StepIndex, DecisionId)>,
-    rollbacks: Vec<(StepIndex, StepsCompleted, DecisionId)>,
+    rollbacks: Vec<Back>,
+    /// The newest that is not vetoed.
+    notice: Option<Notice>,
     pinned: bool,
     vetoed: BTreeSet<DecisionId>,
 }
@@ -192,6 +213,7 @@ impl Course {
             decay: None,
             stop: None,
             rollbacks: Vec::new(),
+            notice: None,
             pinned: false,
             vetoed: BTreeSet::new(),
         }
@@ -240,8 +262,28 @@ impl Course {
             DecisionKind::Decay => once(&mut self.decay, decision, "the decay begins"),
             DecisionKind::Stop => once(&mut self.stop, decision, "the run stops"),
             DecisionKind::Rollback { to, discarded } => {
-                self.check_rollback(decision, *to, discarded.len())?;
-                self.rollbacks.push((decision.effective, *to, decision.id));
+                self.check_discarded(decision, discarded.len())?;
+                self.check_rollback(decision, *to)?;
+                self.rollbacks.push(Back {
+                    what: rollback(decision, *to),
+                    by: decision.id,
+                    is_persons: decision.by.is_person(),
+                });
+                if let Some(notice) = &mut self.notice {
+                    notice.is_settled = true;
+                }
+                Ok(())
+            }
+            DecisionKind::RollbackNotice { to } => {
+                self.check_rollback(decision, *to)?;
+                if let Some(other) = self.notice() {
+                    return Err(format!("decision {} announces a rollback already", other.by));
+                }
+                self.notice = Some(Notice {
+                    what: rollback(decision, *to),
+                    by: decision.id,
+                    is_settled: false,
+                });
                 Ok(())
             }
         }
@@ -259,6 +301,12 @@ impl Course {
             return Err(format!(
                 "the mixture of step {} is decided already, and the data cannot change before it",
                 later.from
+            ));
+        }
+        if let Some(back) = self.rollbacks.last().filter(|back| back.what.at >= from) {
+            return Err(format!(
+                "training goes back at step {}, and the data cannot change before the step behind it any more",
+                back.what.at
             ));
         }
         let before = self.domain_count();
@@ -321,22 +369,26 @@ impl Course {
         }
     }
 
-    fn check_rollback(&self, decision: &Decision, to: StepsCompleted, domains: usize) -> Result<(), String> {
-        if to >= decision.line {
-            return Err(format!(
-                "it goes back to {to} steps, which is not before line {}",
-                decision.line
-            ));
-        }
+    fn check_discarded(&self, decision: &Decision, domains: usize) -> Result<(), String> {
         let there = self.domains_at(decision.effective);
         if domains != there {
             return Err(format!(
                 "it discards samples of {domains} domains, and there are {there}"
             ));
         }
+        Ok(())
+    }
+
+    fn check_rollback(&self, decision: &Decision, to: StepsCompleted) -> Result<(), String> {
+        if to >= decision.line {
+            return Err(format!(
+                "it goes back to {to} steps, which is not before line {}",
+                decision.line
+            ));
+        }
         match self.rollbacks.last() {
-            Some((other, ..)) if *other >= decision.effective => {
-                Err(format!("training goes back at step {other} already"))
+            Some(other) if other.what.at >= decision.effective => {
+                Err(format!("training goes back at step {} already", other.what.at))
             }
             _ if !self.rollbacks().is_live(to) => Err(format!(
                 "it goes back to the state after {to} steps, which an earlier rollback has left behind"
@@ -361,7 +413,8 @@ impl Course {
             .or_else(|| self.bounds.veto(which, from))
             .or_else(|| retract(&mut self.decay, which, from))
             .or_else(|| retract(&mut self.stop, which, from))
-            .or_else(|| self.veto_rollback(which, from));
+            .or_else(|| self.veto_rollback(which, from))
+            .or_else(|| self.veto_notice(which, from));
         settled.ok_or_else(|| format!("decision {which} is none that sets anything"))??;
         self.share_again();
         self.vetoed.insert(which);
@@ -369,12 +422,27 @@ impl Course {
     }
 
     fn veto_rollback(&mut self, which: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
-        let position = self.rollbacks.iter().position(|(_, _, id)| *id == which)?;
-        let at = self.rollbacks[position].0;
+        let position = self.rollbacks.iter().position(|back| back.by == which)?;
+        let at = self.rollbacks[position].what.at;
         if at < from {
             return Some(Err(too_late(which, at, from)));
         }
         self.rollbacks.remove(position);
+        Some(Ok(()))
+    }
+
+    fn veto_notice(&mut self, which: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
+        let notice = self.notice.filter(|notice| notice.by == which)?;
+        let at = notice.what.at;
+        if notice.is_settled {
+            return Some(Err(format!(
+                "the rollback that decision {which} announced for step {at} is decided, or another in its place"
+            )));
+        }
+        if at < from {
+            return Some(Err(too_late(which, at, from)));
+        }
+        self.notice = None;
         Some(Ok(()))
     }
 
@@ -450,8 +518,19 @@ impl Course {
     /// All rollbacks, those that have not acted yet, too.
     #[must_use]
     pub fn rollbacks(&self) -> Rollbacks {
-        let rollback = |&(at, to, _): &(StepIndex, StepsCompleted, DecisionId)| Rollback { at, to };
-        self.rollbacks.iter().map(rollback).collect()
+        self.rollbacks.iter().map(|back| back.what).collect()
+    }
+
+    /// How many of them the run itself decided.
+    #[must_use]
+    pub fn rollbacks_of_its_own(&self) -> usize {
+        self.rollbacks.iter().filter(|back| !back.is_persons).count()
+    }
+
+    /// A rollback that is announced: neither vetoed nor decided, and no other decided since.
+    #[must_use]
+    pub fn notice(&self) -> Option<Notice> {
+        self.notice.filter(|notice| !notice.is_settled)
     }
 
     /// What a step must know.
@@ -532,6 +611,13 @@ fn check_edition(edition: &DomainEdition) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+const fn rollback(decision: &Decision, to: StepsCompleted) -> Rollback {
+    Rollback {
+        at: decision.effective,
+        to,
+    }
 }
 
 /// Of what happens once in a run.

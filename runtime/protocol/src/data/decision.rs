@@ -97,6 +97,11 @@ mod kind {
         Stop,
         /// Other data from the effective step on: domains that the run did not have, or other text for those that it has.
         Data(DataChange),
+        /// A rollback at the effective step is to be decided, unless this is vetoed. By itself it does nothing.
+        RollbackNotice {
+            /// Updates in the state that would be gone back to.
+            to: StepsCompleted,
+        },
     }
 
     /// Domains of one data set that enter a running training. All that the order of samples needs stands in it, so that
@@ -398,6 +403,13 @@ impl DecisionSchedule {
             (Some(first), Some(newest)) if newest >= first => StepsCompleted(newest),
             _ => StepsCompleted(0),
         }
+    }
+
+    /// The first decision point whose decisions can act no earlier than at this step.
+    #[must_use]
+    pub fn point_deciding(&self, step: StepIndex) -> Option<StepsCompleted> {
+        let behind = self.lag_steps.saturating_add(1);
+        self.next_point(StepsCompleted(step.0.saturating_sub(behind)))
     }
 
     /// The first decision point after this line.

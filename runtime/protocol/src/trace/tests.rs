@@ -42,6 +42,7 @@ fn decision() -> impl Strategy<Value = Decision> {
         finite_bits().prop_map(|factor| DecisionKind::LearningRate { factor }),
         Just(DecisionKind::Decay),
         Just(DecisionKind::Stop),
+        any::<u64>().prop_map(|to| DecisionKind::RollbackNotice { to: StepsCompleted(to) }),
         (
             prop::collection::vec(prop::option::of(finite_bits()), 0..4),
             finite_bits(),

@@ -84,6 +84,7 @@ pub fn manifest(store: &CheckpointStore, step: u64, generation: Generation, shar
         device_type: "cpu".into(),
         lineage: Lineage::default(),
         created_unix_ms: step,
+        rollback_reach_steps: None,
     }
 }
 

@@ -3,16 +3,16 @@
 //! Thin over the store crate, which keeps CKPT-1 to CKPT-6. Reading commands write nothing. `gc` claims the store as a new
 //! controller would (CKPT-3), so it asks for a flag.
 
+use super::left_behind::LeftBehind;
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
 use crate::plan::render;
 use crate::run_folder::RunFolder;
+use serde_json::json;
 use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_protocol::data::decision::Decision;
-use tarazed_protocol::rollback::Rollbacks;
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
     CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Restorable, Retention, Select, StoreError,
@@ -81,6 +81,10 @@ pub enum Command {
         /// Also keep the first checkpoint at or after every multiple of this step; 0 for none.
         #[arg(long, value_name = "STEPS", default_value_t = 0)]
         keep_every_steps: u64,
+        /// The run has ended: keep nothing for a rollback that it could still decide. Without this, one checkpoint stays that is
+        /// as old as its `policy` may go back, and what a rollback that is decided goes back to.
+        #[arg(long)]
+        ended: bool,
         /// Claim the store: a run that still writes there halts. A run collects its own store by itself.
         #[arg(long)]
         claim: bool,
@@ -100,10 +104,12 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
         Command::Ls { store, json } => {
             let store = open(store).await?;
             let list = store.list().await.map_err(failure)?;
+            let known = LeftBehind::shown(&store, &list).await?;
             if *json {
-                print_json(&list)?
+                let listed = list.iter().map(|it| known.mark(it.reference.step, json!(it)));
+                print_json(&listed.collect::<Vec<_>>())?
             } else {
-                print(&table(&list, &rollbacks(&store, &list).await?))?
+                print(&table(&list, &known))?
             }
         }
         Command::Show { store, step } => {
@@ -121,7 +127,9 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
             for warning in &found.warnings {
                 eprintln!("tarazed: {warning}");
             }
-            print(&details(&found.manifest))?;
+            let list = store.list().await.map_err(failure)?;
+            let known = LeftBehind::shown(&store, &list).await?;
+            print(&details(&found.manifest, &known))?;
         }
         Command::Verify {
             store,
@@ -131,11 +139,17 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
         } => {
             let select = step.map_or(Select::All, |step| Select::Step(StepsCompleted(step)));
             let depth = if *quick { Depth::Quick } else { Depth::Full };
-            let report = open(store).await?.verify(select, depth).await.map_err(failure)?;
+            let store = open(store).await?;
+            let report = store.verify(select, depth).await.map_err(failure)?;
+            let list = store.list().await.map_err(failure)?;
+            let known = LeftBehind::shown(&store, &list).await?;
             if *json {
-                print_json(&report)?
+                let verdicts = report.checkpoints.iter();
+                let marked = verdicts.map(|verdict| known.mark(verdict.reference.step, json!(verdict)));
+                let checkpoints: Vec<_> = marked.collect();
+                print_json(&json!({"chain_problems": report.chain_problems, "checkpoints": checkpoints}))?
             } else {
-                print(&verdicts(&report))?
+                print(&verdicts(&report, &known))?
             }
             return judge(&report);
         }
@@ -158,6 +172,7 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
             store,
             keep_last,
             keep_every_steps,
+            ended,
             claim,
         } => {
             let retention = Retention {
@@ -165,13 +180,13 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
                 every_steps: *keep_every_steps,
                 back_to: None,
             };
-            return collect(store, retention, *claim).await;
+            return collect(store, retention, *ended, *claim).await;
         }
     }
     Ok(Exit::Done)
 }
 
-async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit, Failure> {
+async fn collect(store: &str, retention: Retention, ended: bool, claim: bool) -> Result<Exit, Failure> {
     if !claim {
         return Err(Failure::refused(
             "--claim",
@@ -182,9 +197,18 @@ async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit,
     let store = open(store).await?;
     let fence = store.claim(Generation(0)).await.map_err(failure)?;
     let list = store.list().await.map_err(failure)?;
-    let rollbacks = rollbacks(&store, &list).await?;
-    let live = |step| rollbacks.is_live(step);
-    let report = store.gc_of(&fence, retention, live).await.map_err(failure)?;
+    let known = LeftBehind::known(&store, &list).await?;
+    let back_to = known.back_to().filter(|_| !ended);
+    let retention = Retention { back_to, ..retention };
+    let report = store
+        .gc_of(&fence, retention, |step| known.is_live(step))
+        .await
+        .map_err(failure)?;
+    if let Some(step) = back_to {
+        print(&format!(
+            "this run may still be rolled back as far as step {step}: what it then needs stays (--ended gives it up)\n"
+        ))?;
+    }
     for warning in &report.warnings {
         eprintln!("tarazed: {warning}");
     }
@@ -200,30 +224,27 @@ async fn collect(store: &str, retention: Retention, claim: bool) -> Result<Exit,
 
 /// The newest valid checkpoint of a state that the run goes on from.
 pub(crate) async fn newest_live(store: &CheckpointStore) -> Result<Option<Restorable>, Failure> {
-    let list = store.list().await.map_err(failure)?;
-    let rollbacks = rollbacks(store, &list).await?;
-    let live = |step| rollbacks.is_live(step);
-    store.newest_valid_where(live).await.map_err(failure)
+    newest_live_where(store, |_| true).await
 }
 
-/// Rollbacks that have acted, as far as checkpoints know: by the decisions in the one that is furthest on.
-async fn rollbacks(store: &CheckpointStore, list: &[CheckpointSummary]) -> Result<Rollbacks, Failure> {
-    let committed = list.iter().filter(|it| it.state == CheckpointState::Committed);
-    let mut steps: Vec<StepsCompleted> = committed.map(|it| it.reference.step).collect();
-    steps.sort_unstable();
-    steps.dedup();
-    for step in steps.into_iter().rev() {
-        match store.at_step(step).await {
-            Ok(found) => {
-                let decisions: Vec<Decision> = serde_json::from_slice(&found.manifest.decisions).unwrap_or_default();
-                // One that would act right behind it did so only if the run went on from there, which a later one would show.
-                return Ok(Rollbacks::of(&decisions).acted(StepsCompleted(step.0.saturating_sub(1))));
-            }
-            Err(error @ StoreError::Retry { .. }) => return Err(failure(error)),
-            Err(_) => {} // whoever needs it says what is wrong with it
-        }
-    }
-    Ok(Rollbacks::default())
+/// The same, at or before a step; STORE as on the command line.
+pub(super) fn newest_at_or_before(place: &str, last: StepsCompleted) -> Result<Option<StepsCompleted>, Failure> {
+    let found = async {
+        let store = open(place).await?;
+        newest_live_where(&store, |step| step <= last).await
+    };
+    let found = super::runtime()?.block_on(found)?;
+    Ok(found.map(|found| found.reference.step))
+}
+
+async fn newest_live_where(
+    store: &CheckpointStore,
+    wanted: impl Fn(StepsCompleted) -> bool,
+) -> Result<Option<Restorable>, Failure> {
+    let list = store.list().await.map_err(failure)?;
+    let known = LeftBehind::shown(store, &list).await?;
+    let found = store.newest_valid_where(|step| wanted(step) && known.is_live(step));
+    found.await.map_err(failure)
 }
 
 /// Opens the store of a run folder, or the store itself.
@@ -288,14 +309,14 @@ fn judge(report: &VerifyReport) -> Result<Exit, Failure> {
     ))
 }
 
-fn table(list: &[CheckpointSummary], rollbacks: &Rollbacks) -> String {
+fn table(list: &[CheckpointSummary], known: &LeftBehind) -> String {
     let mut text = format!(
         "{:>10} {:>10} {:>7} {:>9}  {:<10} pinned\n",
         "step", "generation", "shards", "size", "state"
     );
     for checkpoint in list {
         let state = match checkpoint.state {
-            CheckpointState::Committed if !rollbacks.is_live(checkpoint.reference.step) => "abandoned",
+            CheckpointState::Committed if !known.is_live(checkpoint.reference.step) => "abandoned",
             CheckpointState::Committed => "committed",
             CheckpointState::Retired => "retired",
         };
@@ -312,7 +333,7 @@ fn table(list: &[CheckpointSummary], rollbacks: &Rollbacks) -> String {
     text
 }
 
-fn verdicts(report: &VerifyReport) -> String {
+fn verdicts(report: &VerifyReport, known: &LeftBehind) -> String {
     let mut text = String::new();
     for problem in &report.chain_problems {
         let _ = writeln!(text, "chain: {problem}");
@@ -324,18 +345,22 @@ fn verdicts(report: &VerifyReport) -> String {
             verdict.problems.join("; ")
         };
         let hashed = render::bytes(verdict.bytes_hashed);
-        let _ = writeln!(
-            text,
-            "step {}: {state} ({hashed} of shards hashed)",
-            verdict.reference.step
-        );
+        let step = verdict.reference.step;
+        let fate = known.fate(step).map(|fate| format!("; {fate}")).unwrap_or_default();
+        let _ = writeln!(text, "step {step}: {state} ({hashed} of shards hashed){fate}");
     }
     text
 }
 
-fn details(manifest: &Manifest) -> String {
+fn details(manifest: &Manifest, known: &LeftBehind) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "step {}, generation {}", manifest.step, manifest.generation);
+    if let Some(fate) = known.fate(manifest.step) {
+        let _ = writeln!(text, "{fate}");
+    }
+    if let Some(steps) = manifest.rollback_reach_steps {
+        let _ = writeln!(text, "the run's policy may go back {steps} steps");
+    }
     let _ = writeln!(
         text,
         "{} blocks of {} elements in {} shards, {}",

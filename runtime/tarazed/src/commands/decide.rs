@@ -86,6 +86,18 @@ pub enum Force {
     Decay(Signature),
     /// The end of the run, with a last checkpoint.
     Stop(Signature),
+    /// Training goes on from an older state, with the data behind: what was trained on since is skipped. It cannot be vetoed.
+    Rollback {
+        /// The state after this many steps.
+        #[arg(long, value_name = "STEP")]
+        to: u64,
+        /// The newest checkpoint at or before that instead: no step is done again.
+        #[arg(long)]
+        at_checkpoint: bool,
+        /// Who decides, and why.
+        #[command(flatten)]
+        signature: Signature,
+    },
 }
 
 /// Who decides, why, and from when on.
@@ -141,6 +153,19 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         What::Force(Force::Rate { factor, signature }) => (json!({"learning_rate": {"factor": factor}}), signature),
         What::Force(Force::Decay(signature)) => (json!("decay"), signature),
         What::Force(Force::Stop(signature)) => (json!("stop"), signature),
+        What::Force(Force::Rollback {
+            to,
+            at_checkpoint,
+            signature,
+        }) => {
+            let to = if *at_checkpoint {
+                checkpoint_before(&folder, *to)?
+            } else {
+                *to
+            };
+            // What is discarded the run says.
+            (json!({"rollback": {"to": to, "discarded": []}}), signature)
+        }
     };
     send(&folder, kind, &signature.signer, signature.from_step, args.no_wait)?;
     Ok(Exit::Done)
@@ -192,6 +217,21 @@ pub(super) fn send(
     ))
 }
 
+/// The step of the newest checkpoint, at or before this one, that the run can go back to.
+fn checkpoint_before(folder: &RunFolder, step: u64) -> Result<u64, Failure> {
+    let place = folder.dir().display().to_string();
+    let found = super::checkpoint::newest_at_or_before(&place, StepsCompleted(step))?;
+    let found = found.ok_or_else(|| {
+        Failure::refused(
+            format!("--to {step} --at-checkpoint"),
+            "names no checkpoint: there is none at or before that step that training can go on from",
+            "`tarazed checkpoint ls` shows what there is; without --at-checkpoint the steps to that state are done again",
+        )
+    })?;
+    print(&format!("to the checkpoint of step {found}\n"))?;
+    Ok(found.0)
+}
+
 /// Only a live run can be told anything.
 pub(super) fn not_live(folder: &RunFolder) -> Failure {
     Failure::refused(
@@ -221,6 +261,7 @@ impl Asked<'_> {
                 (&change.version, &change.domains) == (&asked.version, &asked.domains)
                     && (change.weights == asked.weights || !asked.states_mixture())
             }
+            (DecisionKind::Rollback { to, .. }, DecisionKind::Rollback { to: asked, .. }) => to == asked,
             (kind, asked) => kind == asked,
         };
         is_kind && (&decision.by, decision.reason.as_str()) == (&self.by, self.reason)

@@ -8,6 +8,7 @@ pub mod decide;
 pub mod eval;
 pub mod generate;
 pub mod gpu_check;
+mod left_behind;
 pub mod plan;
 pub mod rank;
 pub mod resize;

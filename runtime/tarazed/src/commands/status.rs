@@ -244,6 +244,18 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
             );
         }
     }
+    if let Some(notice) = answer.get("rollback_notice").filter(|notice| notice.is_object()) {
+        let _ = writeln!(
+            text,
+            "notice: at step {} training goes back to the state after step {} ({}), unless somebody vetoes it in time: \
+             `tarazed decide {} veto {} --reason TEXT`",
+            field(notice, "at"),
+            field(notice, "to"),
+            field(notice, "reason"),
+            folder.dir().display(),
+            field(notice, "decision")
+        );
+    }
     if let Some(signals) = answer.get("signals").filter(|signals| signals.is_object()) {
         text.push_str(&signals_text(signals));
     }

@@ -115,6 +115,7 @@ impl Ours {
             device_type: "none".to_owned(),
             lineage: Lineage::default(),
             created_unix_ms: 0,
+            rollback_reach_steps: None,
         };
         self.store.commit(&self.fence, &manifest).await?;
         let seconds = started.elapsed().as_secs_f64();

@@ -6,13 +6,16 @@
 //!   out. By domain, because a change of mixture is no spike.
 //! - **rollback and skip** Where the loss diverges, the state goes back to that of a line before, and everything else goes
 //!   on: step, learning rate, and data, so the samples since are not seen again (the remedy of PaLM, arXiv 2204.02311,
-//!   section 5.1, which skipped 200 to 500 batches). Nothing of the trace is taken back: it says what happened.
+//!   section 5.1, which skipped 200 to 500 batches). Nothing of the trace is taken back: it says what happened. It is
+//!   announced `policy.rollback_notice_steps` ahead, so that a person can veto; whatever becomes of it, nothing is announced
+//!   again before all lines that are compared are of the time behind it.
 //! - **stop**, **decay** Announced one decision point ahead, so that a person can veto; each rule speaks once.
 
 use super::super::LoopConfig;
 use super::super::course::Course;
 use super::super::decision::{DecisionKind, DecisionSchedule, DiscardedSamples, SpikeBounds};
 use super::super::signals::{DIVERGENCE_LINES, DIVERGENCE_REFERENCE_LINES, Signals};
+use crate::rollback::notice_steps;
 use std::collections::BTreeMap;
 use tarazed_domain::config::{PolicyConfig, SpikePolicy};
 use tarazed_domain::{StepIndex, StepsCompleted};
@@ -34,6 +37,10 @@ pub(super) struct Policy {
     config: PolicyConfig,
     stop_at: Option<StepIndex>,
     interval_steps: u64,
+    /// Steps between the notice of a rollback and the line that decides it.
+    notice_steps: u64,
+    /// No rollback is announced before this line: the lines compared must all be of the time behind the last one.
+    quiet_until: StepsCompleted,
     rehearsed: BTreeMap<StepsCompleted, StepsCompleted>,
     spoken: Vec<Rule>,
 }
@@ -43,6 +50,8 @@ impl Policy {
         Self {
             stop_at: config.policy.stop.tokens.map(|tokens| config.step_after_tokens(tokens)),
             interval_steps: config.mixture.interval_steps,
+            notice_steps: notice_steps(&config.mixture, &config.policy),
+            quiet_until: StepsCompleted(0),
             config: config.policy.clone(),
             rehearsed: config.rehearsed.clone(),
             spoken: Vec::new(),
@@ -58,7 +67,6 @@ impl Policy {
         schedule: &DecisionSchedule,
     ) -> Vec<Proposal> {
         let effective = schedule.effective(line);
-        let rehearsed = self.rehearsed.get(&line).map(|&to| (to, "a rehearsal".to_owned()));
         let spikes = match self.config.spikes {
             SpikePolicy::Clip => None,
             SpikePolicy::Skip => {
@@ -66,31 +74,49 @@ impl Policy {
             }
             SpikePolicy::RollbackAndSkip => None,
         };
-        let back = rehearsed.or_else(|| self.rollback(line, signals, course));
-        let back = back.map(|(to, reason)| (rollback_to(to, course.domains_at(effective)), effective, reason));
-        let spikes = spikes.or(back);
-        let mut proposals: Vec<Proposal> = spikes.into_iter().collect();
+        let rehearsed = self.rehearsed.get(&line).map(|&to| {
+            let kind = rollback_to(to, course.domains_at(effective));
+            (kind, effective, "a rehearsal".to_owned())
+        });
+        let back = rehearsed.or_else(|| self.rollback(line, signals, course, effective));
+        let mut proposals: Vec<Proposal> = spikes.or(back).into_iter().collect();
         proposals.extend(self.stop(line, signals, course, effective));
         proposals.extend(self.decay(signals, course, effective));
         proposals
     }
 
-    /// The state to go back to, and why.
-    fn rollback(&self, line: StepsCompleted, signals: &Signals, course: &Course) -> Option<(StepsCompleted, String)> {
+    /// What was announced for the step that this line decides on, or a rollback to announce.
+    fn rollback(
+        &mut self,
+        line: StepsCompleted,
+        signals: &Signals,
+        course: &Course,
+        effective: StepIndex,
+    ) -> Option<Proposal> {
         if self.config.spikes != SpikePolicy::RollbackAndSkip {
             return None;
         }
+        let kind = |to| rollback_to(to, course.domains_at(effective));
+        if let Some(notice) = course.notice() {
+            // A point between is for whoever vetoes.
+            return (notice.what.at == effective).then(|| {
+                (
+                    kind(notice.what.to),
+                    effective,
+                    format!("announced by decision {}", notice.by),
+                )
+            });
+        }
         let divergence = signals.divergence?;
         let before = course.rollbacks();
-        if before.count() >= self.config.rollbacks_max as usize {
+        if course.rollbacks_of_its_own() >= self.config.rollbacks_max as usize {
             return None;
         }
-        // The lines compared must all be of the time since the last one.
-        let settled = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
-        if before
-            .last()
-            .is_some_and(|last| line.0 < last.at.0.saturating_add(settled))
-        {
+        let settled = |at: StepIndex| {
+            let compared = (DIVERGENCE_LINES + DIVERGENCE_REFERENCE_LINES) as u64;
+            StepsCompleted(at.0.saturating_add(compared))
+        };
+        if line < self.quiet_until || before.last().is_some_and(|last| line < settled(last.at)) {
             return None;
         }
         let grain = self.config.rollback_grain_steps.max(1);
@@ -101,7 +127,16 @@ impl Policy {
             "diverged since line {}: loss {:.4} above the {:.4} of before",
             divergence.since, divergence.rise, divergence.before
         );
-        (to > StepsCompleted(0)).then_some((to, reason))
+        if to == StepsCompleted(0) {
+            return None;
+        }
+        let at = StepIndex(effective.0.saturating_add(self.notice_steps));
+        self.quiet_until = settled(at);
+        let kind = match self.notice_steps {
+            0 => kind(to),
+            _ => DecisionKind::RollbackNotice { to },
+        };
+        Some((kind, at, reason))
     }
 
     fn stop(
@@ -154,7 +189,7 @@ impl Policy {
 }
 
 /// What it discards is the data cursor's to say.
-fn rollback_to(to: StepsCompleted, domain_count: usize) -> DecisionKind {
+pub(super) fn rollback_to(to: StepsCompleted, domain_count: usize) -> DecisionKind {
     DecisionKind::Rollback {
         to,
         discarded: vec![DiscardedSamples { first: 0, count: 0 }; domain_count],

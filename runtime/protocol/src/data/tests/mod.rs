@@ -8,6 +8,7 @@ mod course;
 mod cursor;
 mod decision;
 mod detectors;
+mod rollback;
 mod signals;
 mod stats;
 
