@@ -99,7 +99,7 @@ impl World<'_> {
         self.known(now_ms, slot);
         self.tell(
             now_ms,
-            Event::Failed {
+            &Event::Failed {
                 member: self.fleet.member(slot),
                 generation: self.machine.generation(),
                 cause: "primary and replica of a shard differ".to_owned(),
@@ -122,7 +122,7 @@ impl World<'_> {
             activity,
             lane_us: 0,
         };
-        self.tell(now_ms, event);
+        self.tell(now_ms, &event);
     }
 
     /// Everybody who can be heard, and would count as silent at this tick, is heard before it.
@@ -145,6 +145,12 @@ impl World<'_> {
         }
         let waits = self.who_waits_for_whom();
         let all_well = self.fleet.troubles().is_empty();
+        // One after the other in the same memory.
+        let mut event = Event::State {
+            member: self.fleet.member(0),
+            generation,
+            report: StateReport::default(),
+        };
         for slot in 0..self.setup.ranks {
             if self.fleet.stage(slot) != Stage::Member {
                 continue;
@@ -153,42 +159,31 @@ impl World<'_> {
             if matches!(trouble, Some(Trouble::Hung | Trouble::Silent)) {
                 continue;
             }
-            let waits_for = waits
-                .iter()
-                .find(|(waiting, _)| *waiting == slot)
-                .map(|&(_, rank)| rank);
-            let report = self.report(slot, waits_for);
-            let member = self.fleet.member(slot);
-            let event = Event::State {
-                member,
-                generation,
-                report,
-            };
-            self.tell(now_ms, event);
+            if let Event::State { member, report, .. } = &mut event {
+                *member = self.fleet.member(slot);
+                self.report(slot, report);
+                let waits = waits.iter().find(|(waiting, _)| *waiting == slot);
+                report.waits_for = waits.map(|&(_, rank)| rank);
+            }
+            self.tell(now_ms, &event);
         }
     }
 
-    fn report(&self, slot: u32, waits_for: Option<Rank>) -> StateReport {
+    fn report(&self, slot: u32, report: &mut StateReport) {
         let stand = self.stand;
-        let ahead = stand.passed_below.is_some();
-        let shards: Vec<ShardHolding> = self
-            .holdings
-            .of(slot)
-            .iter()
-            .map(|&shard| ShardHolding {
+        let state = StepsCompleted(stand.step);
+        let reduced = stand.passed_below.map(|_| state.next().completed());
+        report.shards.clear();
+        report
+            .shards
+            .extend(self.holdings.of(slot).iter().map(|&shard| ShardHolding {
                 shard: OptimizerShardIndex(shard),
-                state: StepsCompleted(stand.step),
-                reduced: ahead.then_some(StepsCompleted(stand.step + 1)),
-            })
-            .collect();
+                state,
+                reduced,
+            }));
         let passed = stand.step + u64::from(stand.passed_below.is_some_and(|below| slot < below));
-        StateReport {
-            // One that holds nothing has just come, or gives up what it had: it passed no barrier of this course.
-            passed: (passed > 0 && !shards.is_empty()).then(|| outcome(passed)),
-            shards,
-            lines: Vec::new(),
-            waits_for,
-        }
+        // One that holds nothing has just come, or gives up what it had: it passed no barrier of this course.
+        report.passed = (passed > 0 && !report.shards.is_empty()).then(|| outcome(passed));
     }
 
     /// One that is cut off waits for a neighbour, and that one for it; nobody else is in their circle.
@@ -238,7 +233,7 @@ impl World<'_> {
         for member in peers {
             self.tell(
                 now_ms,
-                Event::Failed {
+                &Event::Failed {
                     member,
                     generation,
                     cause: "cannot connect".to_owned(),
@@ -268,16 +263,18 @@ impl World<'_> {
             self.saves.begin(step, due_ms);
             self.at(due_ms, Happening::Saved);
         }
+        let mut event = Event::Paused {
+            member: self.fleet.member(0),
+            generation,
+            step: StepsCompleted(step),
+            saving,
+        };
         for slot in 0..self.setup.ranks {
             if self.fleet.stage(slot) == Stage::Member {
-                let (member, step) = (self.fleet.member(slot), StepsCompleted(step));
-                let event = Event::Paused {
-                    member,
-                    generation,
-                    step,
-                    saving,
-                };
-                self.tell(now_ms, event);
+                if let Event::Paused { member, .. } = &mut event {
+                    *member = self.fleet.member(slot);
+                }
+                self.tell(now_ms, &event);
             }
         }
     }
@@ -328,7 +325,7 @@ impl World<'_> {
             self.end = Some(Ok(3));
             return;
         }
-        self.tell(now_ms, Event::StopRequested);
+        self.tell(now_ms, &Event::StopRequested);
     }
 
     /// They were told to leave, and do.
@@ -337,7 +334,7 @@ impl World<'_> {
             if self.fleet.lives(member) {
                 self.fleet.end(member.worker.0);
                 let (cause, orderly) = ("left".to_owned(), true);
-                self.tell(now_ms, Event::Exited { member, cause, orderly });
+                self.tell(now_ms, &Event::Exited { member, cause, orderly });
             }
         }
     }

@@ -217,12 +217,12 @@ impl<'a> World<'a> {
                 // What the controller counts on until now.
                 self.holdings.lose(member.worker.0);
                 let (cause, orderly) = (cause.to_owned(), false);
-                self.tell(now_ms, Event::Exited { member, cause, orderly });
+                self.tell(now_ms, &Event::Exited { member, cause, orderly });
             }
             Happening::Answers(generation) => self.answer(now_ms, generation),
             Happening::Located => {
                 let checkpoint = self.saves.newest().map(restore_from);
-                self.tell(now_ms, Event::Located { checkpoint });
+                self.tell(now_ms, &Event::Located { checkpoint });
             }
             Happening::Boundary {
                 generation,
@@ -245,9 +245,9 @@ impl<'a> World<'a> {
     }
 
     /// One event into the machine, and what comes of it.
-    pub fn tell(&mut self, now_ms: u64, event: Event) {
+    pub fn tell(&mut self, now_ms: u64, event: &Event) {
         self.tally.events += 1;
-        let effects = self.machine.on_event(now_ms, event);
+        let effects = self.machine.on_event(now_ms, &event);
         if !effects.is_empty() {
             self.act(now_ms, effects);
         }
@@ -333,7 +333,7 @@ impl<'a> World<'a> {
         let newest = Generation(0);
         self.tell(
             now_ms,
-            Event::Ready {
+            &Event::Ready {
                 member,
                 address,
                 pid,
@@ -417,7 +417,7 @@ impl<'a> World<'a> {
         self.stand = Stand { step, passed_below };
         if self.ledger.steps > before {
             let step = StepsCompleted(self.ledger.steps);
-            self.tell(now_ms, Event::LineWritten { step });
+            self.tell(now_ms, &Event::LineWritten { step });
         }
         self.settle_saves(now_ms);
     }
@@ -430,7 +430,7 @@ impl<'a> World<'a> {
         {
             self.tally.saved = Some(step);
             let step = StepsCompleted(step);
-            self.tell(now_ms, Event::CheckpointCommitted { step });
+            self.tell(now_ms, &Event::CheckpointCommitted { step });
         }
     }
 
@@ -476,7 +476,7 @@ impl<'a> World<'a> {
         });
         if finished {
             let step = StepsCompleted(self.ledger.steps);
-            self.tell(now_ms, Event::LineWritten { step });
+            self.tell(now_ms, &Event::LineWritten { step });
         }
         if stuck {
             self.watch(now_ms);
@@ -611,7 +611,7 @@ impl<'a> World<'a> {
         }
         self.ticked_ms = now_ms;
         self.heartbeats(now_ms);
-        self.tell(now_ms, Event::Tick);
+        self.tell(now_ms, &Event::Tick);
     }
 
     /// Another life of the controller, behind a halt; everything starts anew.
