@@ -26,8 +26,8 @@ impl World<'_> {
         } else {
             vec![berth]
         };
-        let alone = CAUSES[drawn.cause].reach == Reach::Rank || matches!(drawn.seen, Seen::Hang | Seen::Connection);
-        let struck: Vec<u32> = if alone || drawn.seen == Seen::Corruption {
+        let one_alone = matches!(drawn.seen, Seen::Hang | Seen::Connection | Seen::Corruption);
+        let struck: Vec<u32> = if one_alone || CAUSES[drawn.cause].reach == Reach::Rank {
             vec![victim]
         } else {
             berths.iter().flat_map(|&berth| self.fleet.living(berth)).collect()
@@ -48,7 +48,7 @@ impl World<'_> {
         };
         let drains = CAUSES[drawn.cause].reach != Reach::Rank;
         match drawn.seen {
-            Seen::Corruption => self.corrupt(now_ms, victim, drawn.cause),
+            Seen::Corruption => self.corrupt(now_ms, victim, fault, repair_ms),
             Seen::Exit => {
                 struck.iter().for_each(|&slot| self.die(now_ms, slot, "it fails"));
                 if drains {
@@ -87,27 +87,6 @@ impl World<'_> {
         if trouble == Trouble::Silent {
             self.heartbeat(now_ms, slot);
         }
-    }
-
-    /// Primary and replica differ. Modelled at its dearest: the corruption comes again after the restore, and the run halts
-    /// for a person.
-    fn corrupt(&mut self, now_ms: u64, slot: u32, cause: usize) {
-        if self.fleet.stage(slot) != Stage::Member {
-            return;
-        }
-        self.freeze(now_ms, cause);
-        self.known(now_ms, slot);
-        self.tell(
-            now_ms,
-            &Event::Failed {
-                member: self.fleet.member(slot),
-                generation: self.machine.generation(),
-                cause: "primary and replica of a shard differ".to_owned(),
-                suspects: Vec::new(),
-                fatal: true,
-                dispute: None,
-            },
-        );
     }
 
     fn heartbeat(&mut self, now_ms: u64, slot: u32) {
@@ -186,16 +165,23 @@ impl World<'_> {
         report.passed = (passed > 0 && !report.shards.is_empty()).then(|| outcome(passed));
     }
 
+    /// The rank of a slot in the present generation.
+    pub fn rank_of(&self, slot: u32) -> Option<Rank> {
+        let roster = self.machine.roster();
+        let found = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0);
+        found.ok().map(|rank| Rank(rank as u32))
+    }
+
     /// One that is cut off waits for a neighbour, and that one for it; nobody else is in their circle.
     fn who_waits_for_whom(&self) -> Vec<(u32, Rank)> {
         let roster = self.machine.roster();
         let cut = self.fleet.troubles().iter();
         cut.filter(|(_, trouble)| **trouble == Trouble::Cut)
             .filter_map(|(&slot, _)| {
-                let rank = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0).ok()?;
-                let peer = (rank + 1) % roster.len();
+                let rank = self.rank_of(slot)?;
+                let peer = (rank.index() + 1) % roster.len();
                 let peer_slot = roster[peer].0.worker.0;
-                Some([(slot, Rank(peer as u32)), (peer_slot, Rank(rank as u32))])
+                Some([(slot, Rank(peer as u32)), (peer_slot, rank)])
             })
             .flatten()
             .collect()
@@ -222,12 +208,12 @@ impl World<'_> {
             return;
         }
         let roster = self.machine.roster();
-        let Ok(rank) = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0) else {
+        let Some(rank) = self.rank_of(slot) else {
             return;
         };
         let size = roster.len();
         let peers: Vec<Member> = (1..=COMPLAINTS as usize)
-            .map(|step| roster[(rank + step) % size].0)
+            .map(|step| roster[(rank.index() + step) % size].0)
             .filter(|peer| peer.worker.0 != slot)
             .collect();
         for member in peers {
@@ -237,7 +223,7 @@ impl World<'_> {
                     member,
                     generation,
                     cause: "cannot connect".to_owned(),
-                    suspects: vec![Rank(rank as u32)],
+                    suspects: vec![rank],
                     fatal: false,
                     dispute: None,
                 },
@@ -293,6 +279,8 @@ impl World<'_> {
             }
         }
         self.faults_of.clear();
+        self.wrong.clear();
+        self.distrusted = false;
         let lives_on =
             |happening: &Happening| matches!(happening, Happening::Fault | Happening::Mended(_) | Happening::Horizon);
         self.queue.retain(|Reverse((_, _, happening))| lives_on(happening));
