@@ -148,7 +148,7 @@ async fn start(ranks: u32, folder: &Path) -> Result<Bench, Failure> {
 impl Bench {
     fn tell(&mut self, event: Event) -> Vec<Effect> {
         let now_ms = self.began.elapsed().as_millis() as u64;
-        self.machine.on_event(now_ms, event)
+        self.machine.on_event(now_ms, &event)
     }
 
     /// Carries effects out until the next plan has gone to everybody.

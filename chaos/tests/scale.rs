@@ -2,6 +2,7 @@
 //! where the textbook's formula holds, the simulated goodput is what it says.
 #![allow(clippy::expect_used, reason = "a failed expectation is a failed test")]
 
+use tarazed_chaos::scale::causes::Seen;
 use tarazed_chaos::scale::fleet::Layout;
 use tarazed_chaos::scale::report::Report;
 use tarazed_chaos::scale::setup::Setup;
@@ -74,6 +75,41 @@ fn a_host_takes_both_copies_of_neighbours_along_and_not_those_of_strangers() {
     let (packed, striped) = (restores(Layout::Packed), restores(Layout::Striped));
     assert!(packed > 0.5, "{packed}: most failures take a host");
     assert!(striped < packed / 2.0, "{striped} against {packed}");
+}
+
+/// DET-3: a wrong result halts nothing. It is told by another's, the state is restored where two differ and nobody knows who
+/// is right, and the one that had it wrong is replaced; [`run`] refuses a world that replaces another.
+#[test]
+fn silent_corruption_costs_a_rank_and_no_person() {
+    for replicas in [1, 2, 3] {
+        let (mut struck, mut disputes, mut convicted) = (0, 0, 0);
+        for seed in 0..16 {
+            let mut setup = small(seed, Layout::Striped);
+            setup.protection.replicas = replicas;
+            let tally = well(setup).tally;
+            struck += tally
+                .faults
+                .iter()
+                .filter(|fault| fault.seen == Seen::Corruption)
+                .count() as u64;
+            disputes += tally.disputes;
+            convicted += tally.convicted;
+            for (_, _, diagnosis) in &tally.halts {
+                assert!(!diagnosis.contains("differs"), "{diagnosis}");
+            }
+        }
+        println!("{replicas} replicas: {struck} struck, {disputes} disputes, {convicted} named");
+        assert!(struck >= 10 && disputes <= struck);
+        assert!(
+            disputes * 10 >= struck * 8,
+            "{disputes} of {struck}: some died of something else first"
+        );
+        assert!(
+            convicted <= disputes && convicted * 10 >= disputes * 8,
+            "{convicted} of {disputes}"
+        );
+        assert!(replicas < 3 || convicted == disputes, "two who agree know at once");
+    }
 }
 
 /// Where goodput is above 80 %, simulation and formula differ by less than this.

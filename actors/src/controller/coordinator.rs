@@ -281,7 +281,7 @@ impl CoordinatorState {
             return Ok(());
         }
         let now_ms = self.now_ms();
-        let effects = self.arguments.machine.on_event(now_ms, event);
+        let effects = self.arguments.machine.on_event(now_ms, &event);
         self.act(effects)
     }
 

@@ -3,7 +3,8 @@
 //! Rates are those of Llama 3's 54 days on 16,384 H100 (Grattafiori and others, arXiv 2407.21783, table 5): unexpected
 //! interruptions divided by 21.2 million GPU-hours. The table does not say how a failure showed. The columns `seen`,
 //! `hang_share` and `reach` are assumptions of this tier; together the hanging ones are a tenth of all, as in `ByteRobust`'s
-//! symptoms (9.9 %). A drained host goes with all its ranks, as operators do it.
+//! symptoms (9.9 %). A drained host goes with all its ranks, as operators do it; so does that of a rank that computed
+//! something wrong.
 
 use crate::sim::random::Random;
 
@@ -18,7 +19,7 @@ pub enum Seen {
     Silence,
     /// The process lives and its data plane reaches nobody.
     Connection,
-    /// Primary and replica differ: the run halts for a person.
+    /// A step's result is wrong; whose, shows when the step is done again.
     Corruption,
 }
 
@@ -31,8 +32,6 @@ pub enum Reach {
     Host,
     /// A host, or for a share of the failures every host of one switch.
     Network,
-    /// Every process, by a halt.
-    Run,
 }
 
 /// One kind of failure.
@@ -71,7 +70,7 @@ pub const CAUSES: [Cause; 18] = [
     cause("GSP", 0.80, Seen::Exit, 0.50, Reach::Host),
     cause("NIC", 0.33, Seen::Connection, 0.0, Reach::Host),
     cause("collective watchdog", 0.33, Seen::Hang, 1.0, Reach::Rank),
-    cause("silent corruption", 0.28, Seen::Corruption, 0.0, Reach::Run),
+    cause("silent corruption", 0.28, Seen::Corruption, 0.0, Reach::Host),
     cause("thermal", 0.28, Seen::Exit, 0.0, Reach::Host),
     cause("SSD", 0.14, Seen::Exit, 0.0, Reach::Host),
     cause("power", 0.14, Seen::Silence, 0.0, Reach::Host),

@@ -242,7 +242,7 @@ fn to_json(report: &Report, wall: Duration) -> Value {
         "mtbf_expected_s": setup.mtbf_ms() / 1e3, "mtbf_drawn_s": report.mtbf_ms() / 1e3,
         "goodput": report.goodput(), "young_daly_goodput": setup.terms(report.plan_bytes).best_goodput(setup.mtbf_ms()),
         "steps": ledger.steps, "steps_lost": ledger.steps_lost, "steps_replayed": ledger.steps_replayed,
-        "steps_finished_for_the_dead": tally.finished_steps,
+        "steps_finished_for_the_dead": tally.finished_steps, "disputes": tally.disputes, "convicted": tally.convicted,
         "useful_s": ledger.useful_ms as f64 / 1e3, "short_handed_s": ledger.short_handed_ms as f64 / 1e3,
         "snapshot_s": ledger.snapshot_ms as f64 / 1e3, "by_cause": causes,
         "generations": tally.generations, "pauses": tally.pauses, "shard_copies": tally.copies, "kills": tally.kills,
@@ -313,12 +313,14 @@ fn to_table(report: &Report, wall: Duration) -> String {
     );
     text += &format!(
         "time between failures {:.0} s drawn, {:.0} s expected; {} struck nothing, {} starts found no host, {} checkpoints \
-         lost in upload, {} halts\n",
+         lost in upload, {} disputes, {} named for them, {} halts\n",
         report.mtbf_ms() / 1e3,
         setup.mtbf_ms() / 1e3,
         tally.struck_nothing,
         tally.waits_for_spare,
         tally.saves_lost,
+        tally.disputes,
+        tally.convicted,
         tally.halts.len(),
     );
     text += &format!(

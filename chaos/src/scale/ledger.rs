@@ -104,6 +104,12 @@ impl Stretch {
         steps * self.step_ms + self.snapshots_within(steps) * self.snapshot_ms
     }
 
+    /// When so many steps, at least one, are done; a snapshot behind the last one is not.
+    #[must_use]
+    pub fn end_ms(&self, steps: u64) -> u64 {
+        self.from_ms + self.step_ms + self.time_ms(steps - 1)
+    }
+
     /// How far it is at `now_ms`.
     #[must_use]
     pub fn at(&self, now_ms: u64) -> Reached {
@@ -248,6 +254,7 @@ mod tests {
             now_ms += STRETCH.step_ms;
             steps += 1;
             ends.push(now_ms);
+            assert_eq!(STRETCH.end_ms(steps), now_ms);
             if (STRETCH.base + steps).is_multiple_of(STRETCH.every) {
                 now_ms += STRETCH.snapshot_ms;
                 taken.push((now_ms, STRETCH.base + steps));

@@ -15,6 +15,7 @@
 //!
 //! - a plan keeps and copies only shards that their holder has whole, gives each shard distinct holders and each lane one;
 //! - no committed step is given up while a copy of every shard lives, and no restore comes without need (STEP-2);
+//! - nobody is replaced for a result that it had right (DET-3);
 //! - every millisecond is accounted for once, and every step given up is computed again or still to be;
 //! - the same setup gives the same digest (tests run it twice).
 //!
@@ -34,6 +35,7 @@ pub mod setup;
 pub mod sweep;
 pub mod young_daly;
 
+mod doubt;
 mod holdings;
 mod play;
 mod saves;

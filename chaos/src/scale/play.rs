@@ -26,8 +26,8 @@ impl World<'_> {
         } else {
             vec![berth]
         };
-        let alone = CAUSES[drawn.cause].reach == Reach::Rank || matches!(drawn.seen, Seen::Hang | Seen::Connection);
-        let struck: Vec<u32> = if alone || drawn.seen == Seen::Corruption {
+        let one_alone = matches!(drawn.seen, Seen::Hang | Seen::Connection | Seen::Corruption);
+        let struck: Vec<u32> = if one_alone || CAUSES[drawn.cause].reach == Reach::Rank {
             vec![victim]
         } else {
             berths.iter().flat_map(|&berth| self.fleet.living(berth)).collect()
@@ -48,7 +48,7 @@ impl World<'_> {
         };
         let drains = CAUSES[drawn.cause].reach != Reach::Rank;
         match drawn.seen {
-            Seen::Corruption => self.corrupt(now_ms, victim, drawn.cause),
+            Seen::Corruption => self.corrupt(now_ms, victim, fault, repair_ms),
             Seen::Exit => {
                 struck.iter().for_each(|&slot| self.die(now_ms, slot, "it fails"));
                 if drains {
@@ -89,27 +89,6 @@ impl World<'_> {
         }
     }
 
-    /// Primary and replica differ. Modelled at its dearest: the corruption comes again after the restore, and the run halts
-    /// for a person.
-    fn corrupt(&mut self, now_ms: u64, slot: u32, cause: usize) {
-        if self.fleet.stage(slot) != Stage::Member {
-            return;
-        }
-        self.freeze(now_ms, cause);
-        self.known(now_ms, slot);
-        self.tell(
-            now_ms,
-            Event::Failed {
-                member: self.fleet.member(slot),
-                generation: self.machine.generation(),
-                cause: "primary and replica of a shard differ".to_owned(),
-                suspects: Vec::new(),
-                fatal: true,
-                dispute: None,
-            },
-        );
-    }
-
     fn heartbeat(&mut self, now_ms: u64, slot: u32) {
         let (member, generation) = (self.fleet.member(slot), self.machine.generation());
         let (step, activity) = (StepsCompleted(self.stand.step), String::new());
@@ -122,7 +101,7 @@ impl World<'_> {
             activity,
             lane_us: 0,
         };
-        self.tell(now_ms, event);
+        self.tell(now_ms, &event);
     }
 
     /// Everybody who can be heard, and would count as silent at this tick, is heard before it.
@@ -145,6 +124,12 @@ impl World<'_> {
         }
         let waits = self.who_waits_for_whom();
         let all_well = self.fleet.troubles().is_empty();
+        // One after the other in the same memory.
+        let mut event = Event::State {
+            member: self.fleet.member(0),
+            generation,
+            report: StateReport::default(),
+        };
         for slot in 0..self.setup.ranks {
             if self.fleet.stage(slot) != Stage::Member {
                 continue;
@@ -153,42 +138,38 @@ impl World<'_> {
             if matches!(trouble, Some(Trouble::Hung | Trouble::Silent)) {
                 continue;
             }
-            let waits_for = waits
-                .iter()
-                .find(|(waiting, _)| *waiting == slot)
-                .map(|&(_, rank)| rank);
-            let report = self.report(slot, waits_for);
-            let member = self.fleet.member(slot);
-            let event = Event::State {
-                member,
-                generation,
-                report,
-            };
-            self.tell(now_ms, event);
+            if let Event::State { member, report, .. } = &mut event {
+                *member = self.fleet.member(slot);
+                self.report(slot, report);
+                let waits = waits.iter().find(|(waiting, _)| *waiting == slot);
+                report.waits_for = waits.map(|&(_, rank)| rank);
+            }
+            self.tell(now_ms, &event);
         }
     }
 
-    fn report(&self, slot: u32, waits_for: Option<Rank>) -> StateReport {
+    fn report(&self, slot: u32, report: &mut StateReport) {
         let stand = self.stand;
-        let ahead = stand.passed_below.is_some();
-        let shards: Vec<ShardHolding> = self
-            .holdings
-            .of(slot)
-            .iter()
-            .map(|&shard| ShardHolding {
+        let state = StepsCompleted(stand.step);
+        let reduced = stand.passed_below.map(|_| state.next().completed());
+        report.shards.clear();
+        report
+            .shards
+            .extend(self.holdings.of(slot).iter().map(|&shard| ShardHolding {
                 shard: OptimizerShardIndex(shard),
-                state: StepsCompleted(stand.step),
-                reduced: ahead.then_some(StepsCompleted(stand.step + 1)),
-            })
-            .collect();
+                state,
+                reduced,
+            }));
         let passed = stand.step + u64::from(stand.passed_below.is_some_and(|below| slot < below));
-        StateReport {
-            // One that holds nothing has just come, or gives up what it had: it passed no barrier of this course.
-            passed: (passed > 0 && !shards.is_empty()).then(|| outcome(passed)),
-            shards,
-            lines: Vec::new(),
-            waits_for,
-        }
+        // One that holds nothing has just come, or gives up what it had: it passed no barrier of this course.
+        report.passed = (passed > 0 && !report.shards.is_empty()).then(|| outcome(passed));
+    }
+
+    /// The rank of a slot in the present generation.
+    pub fn rank_of(&self, slot: u32) -> Option<Rank> {
+        let roster = self.machine.roster();
+        let found = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0);
+        found.ok().map(|rank| Rank(rank as u32))
     }
 
     /// One that is cut off waits for a neighbour, and that one for it; nobody else is in their circle.
@@ -197,10 +178,10 @@ impl World<'_> {
         let cut = self.fleet.troubles().iter();
         cut.filter(|(_, trouble)| **trouble == Trouble::Cut)
             .filter_map(|(&slot, _)| {
-                let rank = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0).ok()?;
-                let peer = (rank + 1) % roster.len();
+                let rank = self.rank_of(slot)?;
+                let peer = (rank.index() + 1) % roster.len();
                 let peer_slot = roster[peer].0.worker.0;
-                Some([(slot, Rank(peer as u32)), (peer_slot, Rank(rank as u32))])
+                Some([(slot, Rank(peer as u32)), (peer_slot, rank)])
             })
             .flatten()
             .collect()
@@ -227,22 +208,22 @@ impl World<'_> {
             return;
         }
         let roster = self.machine.roster();
-        let Ok(rank) = roster.binary_search_by_key(&slot, |(member, _)| member.worker.0) else {
+        let Some(rank) = self.rank_of(slot) else {
             return;
         };
         let size = roster.len();
         let peers: Vec<Member> = (1..=COMPLAINTS as usize)
-            .map(|step| roster[(rank + step) % size].0)
+            .map(|step| roster[(rank.index() + step) % size].0)
             .filter(|peer| peer.worker.0 != slot)
             .collect();
         for member in peers {
             self.tell(
                 now_ms,
-                Event::Failed {
+                &Event::Failed {
                     member,
                     generation,
                     cause: "cannot connect".to_owned(),
-                    suspects: vec![Rank(rank as u32)],
+                    suspects: vec![rank],
                     fatal: false,
                     dispute: None,
                 },
@@ -268,16 +249,18 @@ impl World<'_> {
             self.saves.begin(step, due_ms);
             self.at(due_ms, Happening::Saved);
         }
+        let mut event = Event::Paused {
+            member: self.fleet.member(0),
+            generation,
+            step: StepsCompleted(step),
+            saving,
+        };
         for slot in 0..self.setup.ranks {
             if self.fleet.stage(slot) == Stage::Member {
-                let (member, step) = (self.fleet.member(slot), StepsCompleted(step));
-                let event = Event::Paused {
-                    member,
-                    generation,
-                    step,
-                    saving,
-                };
-                self.tell(now_ms, event);
+                if let Event::Paused { member, .. } = &mut event {
+                    *member = self.fleet.member(slot);
+                }
+                self.tell(now_ms, &event);
             }
         }
     }
@@ -296,6 +279,8 @@ impl World<'_> {
             }
         }
         self.faults_of.clear();
+        self.wrong.clear();
+        self.distrusted = false;
         let lives_on =
             |happening: &Happening| matches!(happening, Happening::Fault | Happening::Mended(_) | Happening::Horizon);
         self.queue.retain(|Reverse((_, _, happening))| lives_on(happening));
@@ -328,7 +313,7 @@ impl World<'_> {
             self.end = Some(Ok(3));
             return;
         }
-        self.tell(now_ms, Event::StopRequested);
+        self.tell(now_ms, &Event::StopRequested);
     }
 
     /// They were told to leave, and do.
@@ -337,7 +322,7 @@ impl World<'_> {
             if self.fleet.lives(member) {
                 self.fleet.end(member.worker.0);
                 let (cause, orderly) = ("left".to_owned(), true);
-                self.tell(now_ms, Event::Exited { member, cause, orderly });
+                self.tell(now_ms, &Event::Exited { member, cause, orderly });
             }
         }
     }

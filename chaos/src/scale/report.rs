@@ -18,7 +18,7 @@ pub struct FaultRecord {
     pub at_ms: u64,
     /// Processes that it struck.
     pub struck: usize,
-    /// From there until the controller heard the first of them end, or halted.
+    /// From there until the controller heard the first of them end, or of its wrong result.
     pub detected_ms: Option<u64>,
     /// From there until steps were computed again; none where it cost no step.
     pub recovered_ms: Option<u64>,
@@ -55,6 +55,10 @@ pub struct Tally {
     pub saved: Option<u64>,
     /// Steps that survivors finished for the dead.
     pub finished_steps: u64,
+    /// Results that differed, and those who were named for it.
+    pub disputes: u64,
+    /// See above.
+    pub convicted: u64,
     /// Halts: what they are charged to, exit code, diagnosis.
     pub halts: Vec<(usize, u8, String)>,
     digest: blake3::Hasher,
@@ -77,6 +81,8 @@ impl Tally {
             saves_lost: 0,
             saved: None,
             finished_steps: 0,
+            disputes: 0,
+            convicted: 0,
             halts: Vec::new(),
             digest: blake3::Hasher::new(),
         }

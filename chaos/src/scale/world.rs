@@ -13,7 +13,7 @@ use super::saves::Saves;
 use super::setup::Setup;
 use crate::sim::random::Random;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 use tarazed_domain::{Generation, LaneTree, StepsCompleted, WorkerId};
 use tarazed_protocol::coordinator::{Coordinator, Effect, Event, Incident, Options};
@@ -47,6 +47,13 @@ pub(super) enum Happening {
     },
     /// Peers of a member that is cut off cannot connect to it.
     Refused(Generation, u32),
+    /// The results of a step are compared, and one is wrong.
+    Disputed { generation: Generation, step: u64 },
+    /// A disputed step has been done again.
+    Settled {
+        generation: Generation,
+        step: StepsCompleted,
+    },
     /// A host is mended.
     Mended(u32),
     /// The controller is started again.
@@ -91,6 +98,12 @@ pub(super) struct World<'a> {
     pub faults_of: BTreeMap<u32, usize>,
     /// Those whose host is drained once they end, and how long it is mended.
     pub drains: BTreeMap<u32, u64>,
+    /// Those that compute their next step wrong, and the fault that makes them.
+    pub wrong: BTreeMap<u32, usize>,
+    /// Those that did.
+    pub culprits: BTreeSet<Member>,
+    /// What the members hold is in dispute, and will be restored.
+    pub distrusted: bool,
     pub random: Random,
     every: u64,
     plan_bytes: Option<f64>,
@@ -146,6 +159,9 @@ impl<'a> World<'a> {
             open: Vec::new(),
             faults_of: BTreeMap::new(),
             drains: BTreeMap::new(),
+            wrong: BTreeMap::new(),
+            culprits: BTreeSet::new(),
+            distrusted: false,
             random: Random::of(setup.seed, "scale", 0),
             every: setup.every_steps(),
             plan_bytes: None,
@@ -217,12 +233,15 @@ impl<'a> World<'a> {
                 // What the controller counts on until now.
                 self.holdings.lose(member.worker.0);
                 let (cause, orderly) = (cause.to_owned(), false);
-                self.tell(now_ms, Event::Exited { member, cause, orderly });
+                self.tell(now_ms, &Event::Exited { member, cause, orderly });
             }
             Happening::Answers(generation) => self.answer(now_ms, generation),
             Happening::Located => {
+                if std::mem::take(&mut self.distrusted) {
+                    self.give_up_steps();
+                }
                 let checkpoint = self.saves.newest().map(restore_from);
-                self.tell(now_ms, Event::Located { checkpoint });
+                self.tell(now_ms, &Event::Located { checkpoint });
             }
             Happening::Boundary {
                 generation,
@@ -230,6 +249,8 @@ impl<'a> World<'a> {
                 saving,
             } => self.boundary(now_ms, generation, step, saving),
             Happening::Refused(generation, slot) => self.refuse(now_ms, generation, slot),
+            Happening::Disputed { generation, step } => self.dispute(now_ms, generation, step),
+            Happening::Settled { generation, step } => self.settle(now_ms, generation, step),
             Happening::Mended(host) => {
                 if let Some(berth) = self.fleet.mended(host) {
                     for slot in self.fleet.starting(berth) {
@@ -245,7 +266,7 @@ impl<'a> World<'a> {
     }
 
     /// One event into the machine, and what comes of it.
-    pub fn tell(&mut self, now_ms: u64, event: Event) {
+    pub fn tell(&mut self, now_ms: u64, event: &Event) {
         self.tally.events += 1;
         let effects = self.machine.on_event(now_ms, event);
         if !effects.is_empty() {
@@ -276,6 +297,11 @@ impl<'a> World<'a> {
                     self.at(now_ms + locate_ms, Happening::Located);
                 }
                 &Effect::Note(Incident::StateLost { shards_missing }) => self.state_lost(shards_missing),
+                Effect::Note(Incident::Disputed { .. }) => {
+                    self.tally.disputes += 1;
+                    self.distrusted = true;
+                }
+                Effect::Note(Incident::Convicted { members, .. }) => self.convicted(members),
                 Effect::Note(_) => {}
                 Effect::Halt { code, diagnosis } => self.halted(now_ms, *code, diagnosis.clone()),
                 &Effect::Done { code } => self.end = Some(Ok(code)),
@@ -333,7 +359,7 @@ impl<'a> World<'a> {
         let newest = Generation(0);
         self.tell(
             now_ms,
-            Event::Ready {
+            &Event::Ready {
                 member,
                 address,
                 pid,
@@ -363,6 +389,7 @@ impl<'a> World<'a> {
         }
         let member = self.fleet.member(slot);
         self.fleet.end(slot);
+        self.wrong.remove(&slot);
         self.at(now_ms + self.setup.cost.exit_ms, Happening::Exited(member, cause));
         if let Some(repair_ms) = self.drains.remove(&slot) {
             self.drain(now_ms, self.fleet.berth_of(slot), repair_ms);
@@ -417,7 +444,7 @@ impl<'a> World<'a> {
         self.stand = Stand { step, passed_below };
         if self.ledger.steps > before {
             let step = StepsCompleted(self.ledger.steps);
-            self.tell(now_ms, Event::LineWritten { step });
+            self.tell(now_ms, &Event::LineWritten { step });
         }
         self.settle_saves(now_ms);
     }
@@ -430,7 +457,7 @@ impl<'a> World<'a> {
         {
             self.tally.saved = Some(step);
             let step = StepsCompleted(step);
-            self.tell(now_ms, Event::CheckpointCommitted { step });
+            self.tell(now_ms, &Event::CheckpointCommitted { step });
         }
     }
 
@@ -476,12 +503,17 @@ impl<'a> World<'a> {
         });
         if finished {
             let step = StepsCompleted(self.ledger.steps);
-            self.tell(now_ms, Event::LineWritten { step });
+            self.tell(now_ms, &Event::LineWritten { step });
         }
         if stuck {
             self.watch(now_ms);
             self.expect_refusals(now_ms, plan.generation);
-        } else if plan.last_step <= plan.base {
+            return;
+        }
+        self.expect_verdict(plan, &stretch);
+        if plan.last_step > plan.base {
+            self.expect_dispute(stretch.from_ms);
+        } else {
             let (generation, step, saving) = (plan.generation, plan.base.0, plan.checkpoint_at_base);
             self.at(
                 stretch.from_ms,
@@ -533,6 +565,15 @@ impl<'a> World<'a> {
         None
     }
 
+    /// These had it wrong, and are replaced. Where that is known at once, the others' state is believed.
+    fn convicted(&mut self, members: &[Member]) {
+        self.distrusted = false;
+        self.tally.convicted += members.len() as u64;
+        if let Some(innocent) = members.iter().find(|member| !self.culprits.contains(member)) {
+            self.end = Some(Err(format!("{innocent} is replaced for a result that it had right")));
+        }
+    }
+
     fn state_lost(&mut self, shards_missing: usize) {
         let missing = self.holdings.missing();
         if missing == 0 || (self.fleet.member_count() > 0 && missing != shards_missing) {
@@ -540,6 +581,7 @@ impl<'a> World<'a> {
                 "{shards_missing} shards are said to be lost, {missing} are"
             )));
         }
+        self.distrusted = false;
         self.give_up_steps();
     }
 
@@ -611,7 +653,7 @@ impl<'a> World<'a> {
         }
         self.ticked_ms = now_ms;
         self.heartbeats(now_ms);
-        self.tell(now_ms, Event::Tick);
+        self.tell(now_ms, &Event::Tick);
     }
 
     /// Another life of the controller, behind a halt; everything starts anew.

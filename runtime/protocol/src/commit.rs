@@ -36,7 +36,7 @@ pub enum Resolution {
 pub fn resolve(shard_count: usize, rollbacks: &Rollbacks, reports: &BTreeMap<Member, StateReport>) -> Resolution {
     let mut survey = Survey::default();
     for (&member, report) in reports {
-        survey.hear(member, &report.shards, report.passed.clone());
+        survey.hear(member, &report.shards, report.passed.as_ref());
     }
     match survey.resolve(shard_count, rollbacks) {
         Ok(Agreement { base, outcome, holders }) => {
@@ -87,19 +87,37 @@ impl Holders {
     }
 }
 
-/// One holding, as far as the rule looks at it.
-#[derive(Clone, Copy, Debug)]
-struct Claim {
-    member: Member,
-    shard: OptimizerShardIndex,
+/// How far a holding has come, as far as the rule looks at it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stand {
     state: StepsCompleted,
     /// It has the reduced gradient that leads to this count.
     reduced: Option<StepsCompleted>,
 }
 
-/// Distinct outcomes that are compared with a new one. All that passed a barrier were given the same, so there are few;
-/// outcomes that equal none (a NaN does not) are kept each.
-const OUTCOMES_COMPARED_MAX: usize = 4;
+/// One holding. A large world has many that stand alike.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    member: Member,
+    shard: OptimizerShardIndex,
+    /// Place of its [`Stand`].
+    stand: u32,
+}
+
+/// Distinct values that are compared with a new one. All that passed a barrier were given the same outcome, and all stand
+/// within a step of each other, so there are few; those that equal none (an outcome with a NaN does not) are kept each.
+const DISTINCT_COMPARED_MAX: usize = 4;
+
+/// The place among `known` of one that equals `new`; where there is none, it is put there.
+fn place_of<T: Clone + PartialEq>(known: &mut Vec<T>, new: &T) -> u32 {
+    let recent = known.len().saturating_sub(DISTINCT_COMPARED_MAX)..known.len();
+    let found = recent.rev().find(|&at| known[at] == *new);
+    let at = found.unwrap_or_else(|| {
+        known.push(new.clone());
+        known.len() - 1
+    });
+    at as u32
+}
 
 /// The survivors' answers, taken in as they come and kept small.
 #[derive(Debug, Default)]
@@ -108,31 +126,33 @@ pub(crate) struct Survey {
     /// Those that answered and are gone; taken out all at once, when somebody looks.
     gone: BTreeSet<Member>,
     claims: Vec<Claim>,
+    stands: Vec<Stand>,
     /// Whose newest barrier gave which outcome.
-    passed: Vec<(Member, usize)>,
+    passed: Vec<(Member, u32)>,
     outcomes: Vec<BarrierOutcome>,
 }
 
 impl Survey {
+    /// For about so many answers and holdings.
+    pub(crate) fn with_capacity(members: usize, holdings: usize) -> Self {
+        Self {
+            answered: Vec::with_capacity(members),
+            claims: Vec::with_capacity(holdings),
+            passed: Vec::with_capacity(members),
+            ..Self::default()
+        }
+    }
+
     /// A survivor's answer; each answers once.
-    pub(crate) fn hear(&mut self, member: Member, shards: &[ShardHolding], passed: Option<BarrierOutcome>) {
+    pub(crate) fn hear(&mut self, member: Member, shards: &[ShardHolding], passed: Option<&BarrierOutcome>) {
         self.answered.push(member);
-        self.claims.extend(shards.iter().map(|holding| Claim {
-            member,
-            shard: holding.shard,
-            state: holding.state,
-            reduced: holding.reduced,
-        }));
-        let Some(outcome) = passed else { return };
-        let known = self.outcomes.iter().rev().take(OUTCOMES_COMPARED_MAX);
-        let at = match known.zip(1..).find(|(known, _)| **known == outcome) {
-            Some((_, from_end)) => self.outcomes.len() - from_end,
-            None => {
-                self.outcomes.push(outcome);
-                self.outcomes.len() - 1
-            }
-        };
-        self.passed.push((member, at));
+        for &ShardHolding { shard, state, reduced } in shards {
+            let stand = place_of(&mut self.stands, &Stand { state, reduced });
+            self.claims.push(Claim { member, shard, stand });
+        }
+        if let Some(outcome) = passed {
+            self.passed.push((member, place_of(&mut self.outcomes, outcome)));
+        }
     }
 
     /// One that answered, or would have, is gone.
@@ -143,18 +163,35 @@ impl Survey {
     /// Who answered and is there, in order of arrival.
     pub(crate) fn answered(&mut self) -> &[Member] {
         if !self.gone.is_empty() {
-            let gone = std::mem::take(&mut self.gone);
-            self.answered.retain(|member| !gone.contains(member));
-            self.claims.retain(|claim| !gone.contains(&claim.member));
-            self.passed.retain(|(member, _)| !gone.contains(member));
+            let mut gone = std::mem::take(&mut self.gone);
+            // Those of a host that is lost are mostly gone before they answer, and the others answer mostly in order.
+            if self.answered.is_sorted() {
+                gone.retain(|member| self.answered.binary_search(member).is_ok());
+            }
+            if !gone.is_empty() {
+                self.answered.retain(|member| !gone.contains(member));
+                self.claims.retain(|claim| !gone.contains(&claim.member));
+                self.passed.retain(|(member, _)| !gone.contains(member));
+            }
         }
         &self.answered
     }
 
     /// Whether anybody holds anything that these rollbacks have left behind.
     pub(crate) fn holds_dead(&mut self, rollbacks: &Rollbacks) -> bool {
+        let is_dead = |(stand, held): (&Stand, bool)| held && !rollbacks.is_live(stand.state);
+        let held = self.held();
+        self.stands.iter().zip(held).any(is_dead)
+    }
+
+    /// Of each stand, whether anybody who is there has it.
+    fn held(&mut self) -> Vec<bool> {
         self.answered();
-        self.claims.iter().any(|claim| !rollbacks.is_live(claim.state))
+        let mut held = vec![false; self.stands.len()];
+        for claim in &self.claims {
+            held[claim.stand as usize] = true;
+        }
+        held
     }
 
     /// The rule. An error names the shards without a usable copy.
@@ -164,30 +201,43 @@ impl Survey {
         rollbacks: &Rollbacks,
     ) -> Result<Agreement, Vec<OptimizerShardIndex>> {
         let in_order = self.answered().is_sorted();
-        if !Mutant::DeadStateKept.is_on() {
-            self.claims.retain(|claim| rollbacks.is_live(claim.state));
-            self.passed.retain(|&(_, at)| rollbacks.is_live(self.outcomes[at].step));
-        }
-        let step_of = |at: usize| self.outcomes[at].step;
-        let stood = self.claims.iter().map(|claim| claim.state);
-        let passed = self.passed.iter().map(|&(_, at)| step_of(at));
-        let base = stood.chain(passed).max().unwrap_or_default();
+        let held = self.held();
+        let is_live = |step: StepsCompleted| rollbacks.is_live(step) || Mutant::DeadStateKept.is_on();
+        let step_of = |at: u32| self.outcomes[at as usize].step;
+        let stood = self
+            .stands
+            .iter()
+            .zip(held)
+            .filter(|&(stand, held)| held && is_live(stand.state));
+        let passed = self
+            .passed
+            .iter()
+            .map(|&(_, at)| step_of(at))
+            .filter(|&step| is_live(step));
+        let base = stood
+            .map(|(stand, _)| stand.state)
+            .chain(passed)
+            .max()
+            .unwrap_or_default();
         let outcome = self
             .passed
             .iter()
             .filter(|&&(_, at)| step_of(at) == base)
             .min_by_key(|&&(member, _)| member)
-            .map(|&(_, at)| self.outcomes[at].clone());
+            .map(|&(_, at)| self.outcomes[at as usize].clone());
 
-        // A shard that the layout does not have is not there, whoever says so.
         let before = base.0.checked_sub(1).map(|step| rollbacks.start_of(StepIndex(step)));
-        let usable = self.claims.iter().filter(|claim| {
-            let stands = claim.state == base;
-            let can_finish = Some(claim.state) == before
-                && (claim.reduced == Some(base) || Mutant::StaleHolder.is_on())
+        let is_usable = |stand: &Stand| {
+            let stands = stand.state == base;
+            let can_finish = Some(stand.state) == before
+                && (stand.reduced == Some(base) || Mutant::StaleHolder.is_on())
                 && outcome.is_some();
-            claim.shard.index() < shard_count && (stands || can_finish)
-        });
+            is_live(stand.state) && (stands || can_finish)
+        };
+        let usable: Vec<bool> = self.stands.iter().map(is_usable).collect();
+        // A shard that the layout does not have is not there, whoever says so.
+        let counts = |claim: &&Claim| usable[claim.stand as usize] && claim.shard.index() < shard_count;
+        let usable = self.claims.iter().filter(counts);
         let mut starts = vec![0_u32; shard_count + 1];
         for claim in usable.clone() {
             starts[claim.shard.index() + 1] += 1;
@@ -381,7 +431,7 @@ mod tests {
             let count = answers.len() as u32;
             for (at, (report, stays)) in answers.into_iter().enumerate() {
                 let member = member((at as u32 * 5 + (order % 7) as u32) % (5 * count + 7));
-                survey.hear(member, &report.shards, report.passed.clone());
+                survey.hear(member, &report.shards, report.passed.as_ref());
                 kept.insert(member, (report, stays));
             }
             kept.iter().filter(|(_, (_, stays))| !stays).for_each(|(&member, _)| survey.forget(member));

@@ -92,8 +92,6 @@ pub struct Worker {
     lane_us: u64,
     /// Whom its data plane waited for at the last fence.
     waits_for: Option<Rank>,
-    /// Where in the roster it was last; the roster tells whether it still is.
-    seat: usize,
 }
 
 /// A worker as `status` shows it.
@@ -401,9 +399,12 @@ impl Coordinator {
 
     /// Its rank in the present roster, if it has one.
     fn rank_of(&self, member: Member) -> Option<Rank> {
-        let seat = self.workers.get(member.worker)?.seat;
-        let seated = self.roster.get(seat).is_some_and(|(seated, _)| *seated == member);
-        seated.then_some(Rank(seat as u32))
+        let rank = self.workers.seat(member.worker)?;
+        let seated = self
+            .roster
+            .get(rank.index())
+            .is_some_and(|(seated, _)| *seated == member);
+        seated.then_some(rank)
     }
 
     fn in_roster(&self, member: Member) -> bool {

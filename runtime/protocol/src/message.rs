@@ -189,6 +189,20 @@ impl Addresses {
             .push(u32::try_from(self.text.len()).expect("addresses are short"));
     }
 
+    /// Adds some of others, which belong to ranks in a row.
+    ///
+    /// # Panics
+    /// If there are no such others, or as [`Self::push`]: programmer's errors.
+    pub fn extend_from(&mut self, others: &Self, ranks: std::ops::Range<usize>) {
+        let start_of = |rank: usize| rank.checked_sub(1).map_or(0, |before| others.ends[before]);
+        let (start, end) = (start_of(ranks.start), start_of(ranks.end));
+        let shift = self.text.len();
+        self.text.push_str(&others.text[start as usize..end as usize]);
+        assert!(u32::try_from(self.text.len()).is_ok(), "addresses are short");
+        let ends = others.ends[ranks].iter();
+        self.ends.extend(ends.map(|&end| end - start + shift as u32));
+    }
+
     /// Each rank's, in order. What came over a wire damaged has none.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
@@ -196,6 +210,18 @@ impl Addresses {
         starts
             .zip(&self.ends)
             .map(move |range| address(range).unwrap_or_default())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.ends.is_empty()
     }
 
     /// None, with the memory kept.
@@ -491,6 +517,17 @@ mod tests {
         assert_eq!(addresses.iter().count(), 0);
         addresses.push("again");
         assert_eq!(addresses.iter().collect::<Vec<_>>(), ["again"]);
+    }
+
+    #[test]
+    fn addresses_in_a_row_are_added_at_once() {
+        let others = Addresses::from_iter(["a", "", "bc", "d"]);
+        let mut addresses = Addresses::from_iter(["first"]);
+        addresses.extend_from(&others, 1..3);
+        addresses.extend_from(&others, 0..1);
+        addresses.extend_from(&others, 2..2);
+        addresses.extend_from(&others, 3..4);
+        assert_eq!(addresses, Addresses::from_iter(["first", "", "bc", "a", "d"]));
     }
 
     #[test]

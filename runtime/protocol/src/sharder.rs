@@ -62,10 +62,6 @@ impl Placed {
     pub(crate) const fn copies(&self) -> usize {
         self.copies
     }
-
-    fn holders(&self, shard: usize) -> &[Rank] {
-        &self.ranks[shard * self.copies..][..self.copies]
-    }
 }
 
 /// As [`assign`], with `whole` as a function, so that a large world needs no list per shard. It may name ranks past the
@@ -85,66 +81,90 @@ pub(crate) fn place<'a>(
 
     // Keep the primaries that stand, then promote whole holders, then take whoever has room. A shard with a single
     // whole holder goes before one with a choice, so that promotion does not force a copy.
-    let mut order: Vec<usize> = (0..shard_count).collect();
-    order.sort_by_key(|&shard| whole(shard).len().max(1));
-    let mut left = order.clone();
+    let order = scarcest_first(shard_count, |shard| whole(shard).len());
     let mut primaries = Quota::new(shard_count, world_size);
-    for pass in 0..3 {
-        left.retain(|&shard| {
-            let candidate = match pass {
-                0 => whole(shard).first().copied().filter(|&rank| primaries.has_room(rank)),
-                1 => whole(shard)
-                    .iter()
-                    .copied()
-                    .filter(|&rank| primaries.has_room(rank))
-                    .min_by_key(|&r| primaries.load(r)),
-                _ => Some(primaries.least_loaded(&[])),
-            };
-            if let Some(rank) = candidate {
+    let mut left = Vec::new();
+    for &shard in &order {
+        match whole(shard as usize).first() {
+            Some(&rank) if primaries.has_room(rank) => {
                 primaries.take(rank);
-                placed.ranks[shard * copies] = rank;
+                placed.ranks[shard as usize * copies] = rank;
             }
-            candidate.is_none()
-        });
+            _ => left.push(shard),
+        }
+    }
+    left.retain(|&shard| {
+        let candidates = whole(shard as usize).iter().copied();
+        let candidate = primaries.least_loaded_of(candidates);
+        if let Some(rank) = candidate {
+            primaries.take(rank);
+            placed.ranks[shard as usize * copies] = rank;
+        }
+        candidate.is_none()
+    });
+    for shard in left {
+        placed.ranks[shard as usize * copies] = primaries.take_least_loaded(&[]);
     }
 
     for copy in 1..copies {
         let mut replicas = Quota::new(shard_count, world_size);
-        let mut left = order.clone();
-        for pass in 0..2 {
-            left.retain(|&shard| {
-                let taken = &placed.holders(shard)[..copy];
-                let candidate = if pass == 0 {
-                    whole(shard)
-                        .iter()
-                        .copied()
-                        .filter(|rank| !taken.contains(rank) && replicas.has_room(*rank))
-                        .min_by_key(|&rank| replicas.load(rank))
-                } else {
-                    Some(replicas.least_loaded(taken))
-                };
-                if let Some(rank) = candidate {
+        let mut left = Vec::new();
+        for &shard in &order {
+            let holders = &mut placed.ranks[shard as usize * copies..][..=copy];
+            let candidates = whole(shard as usize).iter().copied();
+            let candidate = replicas.least_loaded_of(candidates.filter(|rank| !holders[..copy].contains(rank)));
+            match candidate {
+                Some(rank) => {
                     replicas.take(rank);
-                    placed.ranks[shard * copies + copy] = rank;
+                    holders[copy] = rank;
                 }
-                candidate.is_none()
-            });
+                None => left.push(shard),
+            }
+        }
+        for shard in left {
+            let holders = &mut placed.ranks[shard as usize * copies..][..=copy];
+            holders[copy] = replicas.take_least_loaded(&holders[..copy]);
         }
     }
     placed
 }
 
+/// Shards in order of how many hold them whole, none counted as one; of equals the first first.
+fn scarcest_first(shard_count: usize, whole_count: impl Fn(usize) -> usize) -> Vec<u32> {
+    // Sorted by counting: of a large world nearly all have the same few.
+    let whole_count = |shard| whole_count(shard).max(1);
+    let mut ends: Vec<u32> = Vec::new();
+    for count in (0..shard_count).map(whole_count) {
+        if ends.len() <= count {
+            ends.resize(count + 1, 0);
+        }
+        ends[count] += 1;
+    }
+    let mut before = 0;
+    for end in &mut ends {
+        before += std::mem::replace(end, before);
+    }
+    let mut order = vec![0; shard_count];
+    for shard in 0..shard_count {
+        let end = &mut ends[whole_count(shard)];
+        order[*end as usize] = shard as u32;
+        *end += 1;
+    }
+    order
+}
+
 /// How many shards each rank has taken, against an even share.
 struct Quota {
-    loads: Vec<usize>,
-    share: usize,
+    loads: Vec<u32>,
+    share: u32,
     /// How many ranks may still take one more than the even share.
     extra: usize,
     /// No rank has a smaller load. Loads only grow, so a search goes on where the last one ended.
-    least: usize,
+    least: u32,
     /// Ranks before this one have more than the least load, besides those in `passed_over`.
     searched: usize,
-    /// Ranks that a search came by and could not use, or used; in order.
+    /// Ranks that a search came by and could not use, in order. Those that have more by now are left out at the front at
+    /// once, and elsewhere when they come to the front.
     passed_over: VecDeque<Rank>,
 }
 
@@ -152,7 +172,7 @@ impl Quota {
     fn new(shard_count: usize, world_size: usize) -> Self {
         Self {
             loads: vec![0; world_size],
-            share: shard_count / world_size,
+            share: (shard_count / world_size) as u32,
             extra: shard_count % world_size,
             least: 0,
             searched: 0,
@@ -160,7 +180,7 @@ impl Quota {
         }
     }
 
-    fn load(&self, rank: Rank) -> (usize, Rank) {
+    fn load(&self, rank: Rank) -> (u32, Rank) {
         (self.loads[rank.index()], rank)
     }
 
@@ -179,22 +199,39 @@ impl Quota {
         self.loads[rank.index()] += 1;
     }
 
-    /// The first of the ranks with the least load, besides those in `not`.
-    fn least_loaded(&mut self, not: &[Rank]) -> Rank {
+    /// The first of these with the least load, if one of them has room.
+    fn least_loaded_of(&self, ranks: impl Iterator<Item = Rank>) -> Option<Rank> {
+        let with_room = ranks.filter(|&rank| self.has_room(rank));
+        with_room.min_by_key(|&rank| self.load(rank))
+    }
+
+    /// Takes the first of the ranks with the least load, besides those in `not`.
+    fn take_least_loaded(&mut self, not: &[Rank]) -> Rank {
+        let rank = self.find_least_loaded(not);
+        self.take(rank);
+        rank
+    }
+
+    /// See above: whom it finds must be taken, for the search goes on behind it.
+    fn find_least_loaded(&mut self, not: &[Rank]) -> Rank {
         loop {
             let (loads, least) = (&self.loads, self.least);
-            self.passed_over.retain(|rank| loads[rank.index()] == least);
-            if let Some(&rank) = self.passed_over.iter().find(|rank| !not.contains(rank)) {
+            let has_least = |rank: &Rank| loads[rank.index()] == least;
+            while self.passed_over.front().is_some_and(|rank| !has_least(rank)) {
+                self.passed_over.pop_front();
+            }
+            let mut passed_over = self.passed_over.iter().filter(|rank| has_least(rank));
+            if let Some(&rank) = passed_over.find(|rank| !not.contains(rank)) {
                 return rank;
             }
             while let Some(&load) = self.loads.get(self.searched) {
                 let rank = Rank(self.searched as u32);
                 self.searched += 1;
                 if load == self.least {
-                    self.passed_over.push_back(rank);
                     if !not.contains(&rank) {
                         return rank;
                     }
+                    self.passed_over.push_back(rank);
                 }
             }
             if !self.passed_over.is_empty() {
@@ -215,12 +252,52 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What [`Quota::least_loaded`] means, said plainly.
-    fn plain_least_loaded(loads: &[usize], not: &[Rank]) -> Rank {
+    /// Whom [`Quota::take_least_loaded`] takes, said plainly.
+    fn plain_least_loaded(loads: &[u32], not: &[Rank]) -> Rank {
         let ranks = (0..loads.len() as u32).map(Rank).filter(|rank| !not.contains(rank));
         ranks
             .min_by_key(|rank| (loads[rank.index()], *rank))
             .unwrap_or_default()
+    }
+
+    /// What [`place`] means, said plainly: shard by shard in one order, pass by pass, all loads counted anew.
+    fn plain_place(world_size: usize, copies: usize, whole: &[Vec<Rank>]) -> Vec<Vec<Rank>> {
+        let (share, extra) = (whole.len() / world_size, whole.len() % world_size);
+        let mut order: Vec<usize> = (0..whole.len()).collect();
+        order.sort_by_key(|&shard| whole[shard].len().max(1));
+        let mut placed: Vec<Vec<Rank>> = vec![Vec::new(); whole.len()];
+        for copy in 0..copies.min(world_size) {
+            for pass in 0..3 {
+                for &shard in order.iter() {
+                    if placed[shard].len() > copy {
+                        continue;
+                    }
+                    let mut loads = vec![0; world_size];
+                    placed
+                        .iter()
+                        .filter_map(|holders| holders.get(copy))
+                        .for_each(|rank| loads[rank.index()] += 1);
+                    let beyond = loads.iter().filter(|&&load| load > share as u32).count();
+                    let has_room = |rank: &Rank| match loads.get(rank.index()) {
+                        Some(&load) => (load as usize) < share || (load as usize == share && beyond < extra),
+                        None => false,
+                    };
+                    let taken = &placed[shard];
+                    let free = |rank: &Rank| has_room(rank) && !taken.contains(rank);
+                    let rank = match (pass, copy) {
+                        (0, 0) => whole[shard].first().copied().filter(free),
+                        (0 | 1, _) => whole[shard]
+                            .iter()
+                            .copied()
+                            .filter(free)
+                            .min_by_key(|r| (loads[r.index()], *r)),
+                        _ => Some(plain_least_loaded(&loads, taken)),
+                    };
+                    placed[shard].extend(rank);
+                }
+            }
+        }
+        placed
     }
 
     fn check(map: &ShardMap, world_size: usize, copies: usize) -> (Vec<usize>, Vec<usize>) {
@@ -245,7 +322,24 @@ mod tests {
     }
 
     proptest! {
-        /// Any order of questions and takings, taken as told or elsewhere, and sets of ranks to leave out.
+        /// Holders that are past the world, that are many, or none.
+        #[test]
+        fn placing_quickly_is_placing_plainly(
+            world in 1usize..7, copies in 1usize..4,
+            whole in prop::collection::vec(prop::collection::btree_set(0u32..9, 0..4), 1..24), order in any::<u64>(),
+        ) {
+            let rotated = |ranks: std::collections::BTreeSet<u32>| {
+                let mut ranks: Vec<Rank> = ranks.into_iter().map(Rank).collect();
+                let by = order as usize % ranks.len().max(1);
+                ranks.rotate_left(by);
+                ranks
+            };
+            let whole: Vec<Vec<Rank>> = whole.into_iter().map(rotated).collect();
+            let map = assign(whole.len(), world, copies, &whole);
+            prop_assert_eq!(map.all(), plain_place(world, copies, &whole));
+        }
+
+        /// Any order of takings, the least loaded or another, and sets of ranks to leave out.
         #[test]
         fn a_search_that_goes_on_finds_what_a_new_one_would(
             world in 1usize..6,
@@ -254,9 +348,11 @@ mod tests {
             let mut quota = Quota::new(calls.len(), world);
             for (not, elsewhere) in calls {
                 let not: Vec<Rank> = not.into_iter().map(Rank).collect();
-                let found = quota.least_loaded(&not);
-                prop_assert_eq!(found, plain_least_loaded(&quota.loads, &not));
-                quota.take(elsewhere.map_or(found, |rank| Rank((rank % world) as u32)));
+                if let Some(rank) = elsewhere {
+                    quota.take(Rank((rank % world) as u32));
+                }
+                let expected = plain_least_loaded(&quota.loads, &not);
+                prop_assert_eq!(quota.take_least_loaded(&not), expected);
             }
         }
 
@@ -296,7 +392,7 @@ mod tests {
             prop_assert_eq!(&assign(shards, world, 2, first.all()), &first, "a map is stable under itself");
         }
 
-        /// Searching by a heap finds whom searching all ranks finds.
+        /// Searching on finds whom searching all ranks finds.
         #[test]
         fn the_least_loaded_is_the_first_of_all_with_the_least(
             world in 1usize..12, acts in prop::collection::vec((0u32..12, 0u32..12, any::<bool>()), 0..80)
@@ -306,7 +402,7 @@ mod tests {
                 if search {
                     let not = [Rank(not)];
                     let expected = (0..world as u32).map(Rank).filter(|rank| !not.contains(rank)).min_by_key(|&rank| quota.load(rank));
-                    prop_assert_eq!(quota.least_loaded(&not), expected.unwrap_or_default());
+                    prop_assert_eq!(quota.take_least_loaded(&not), expected.unwrap_or_default());
                 } else {
                     quota.take(Rank(taken % world as u32));
                 }

@@ -171,7 +171,7 @@ mod tests {
         }
 
         fn event(&mut self, event: Event) {
-            for effect in self.machine.on_event(self.now_ms, event) {
+            for effect in self.machine.on_event(self.now_ms, &event) {
                 match effect {
                     Effect::Kill { member, .. } => self.killed.push(member),
                     Effect::Note(Incident::Alarm { silent_ms, .. }) => self.silent_ms.push(silent_ms),

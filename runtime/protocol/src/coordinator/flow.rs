@@ -1,53 +1,44 @@
 //! The machine's moves: one function per event, then the moves between phases.
 
 use super::alarm::Alarm;
-use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase};
+use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase, WorkerSet};
 use crate::commit::{Holders, Survey};
-use crate::message::{Member, RestoreFrom, ToRank};
+use crate::message::{Member, RestoreFrom, StateReport, ToRank};
 use crate::restart::Verdict;
 use tarazed_domain::{Generation, Mutant, Rank, StepsCompleted};
 
 impl Coordinator {
-    /// One fact in, effects out.
-    pub fn on_event(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
+    /// One fact in, effects out. It is only read: the machine keeps what it needs of it, so a driver of a large world tells
+    /// one after the other from the same memory.
+    pub fn on_event(&mut self, now_ms: u64, event: &Event) -> Vec<Effect> {
         if matches!(self.phase, Phase::Done) {
             return Vec::new();
         }
         match event {
-            Event::Ready {
+            &Event::Ready {
                 member,
-                address,
+                ref address,
                 pid,
                 newest,
             } => self.on_ready(now_ms, member, address, pid, newest),
-            Event::Ending { member, cause } => self.on_ending(now_ms, member, cause),
-            Event::Exited { member, cause, orderly } => self.on_exited(now_ms, member, cause, orderly),
-            Event::State {
+            &Event::Ending { member, ref cause } => self.on_ending(now_ms, member, cause.clone()),
+            &Event::Exited {
+                member,
+                ref cause,
+                orderly,
+            } => self.on_exited(now_ms, member, cause, orderly),
+            &Event::State {
                 member,
                 generation,
-                report,
-            } => {
-                if !self.is_current(member, generation) {
-                    return Vec::new();
-                }
-                self.heard(now_ms, member);
-                if let Phase::Fencing { awaiting, survey, .. } = &mut self.phase
-                    && awaiting.remove(member.worker)
-                {
-                    survey.hear(member, &report.shards, report.passed);
-                    if let Some(worker) = self.workers.get_mut(member.worker) {
-                        worker.waits_for = report.waits_for;
-                    }
-                }
-                self.settle_fence(now_ms)
-            }
-            Event::Failed {
+                ref report,
+            } => self.on_state(now_ms, member, generation, report),
+            &Event::Failed {
                 member,
                 generation,
-                cause,
-                suspects,
+                ref cause,
+                ref suspects,
                 fatal,
-                dispute,
+                ref dispute,
             } => {
                 if !self.is_current(member, generation) {
                     return Vec::new();
@@ -56,10 +47,10 @@ impl Coordinator {
                 match dispute {
                     _ if fatal => self.halt(3, format!("{member}: {cause}")),
                     Some(dispute) => self.on_disputed(now_ms, dispute, cause),
-                    None => self.on_failed(now_ms, member, cause, &suspects),
+                    None => self.on_failed(now_ms, member, cause, suspects),
                 }
             }
-            Event::Settled {
+            &Event::Settled {
                 member,
                 generation,
                 step,
@@ -70,7 +61,7 @@ impl Coordinator {
                 }
                 self.on_settled(step, digest)
             }
-            Event::Paused {
+            &Event::Paused {
                 member,
                 generation,
                 step,
@@ -82,12 +73,12 @@ impl Coordinator {
                 self.heard(now_ms, member);
                 self.on_paused(now_ms, member, step, saving)
             }
-            Event::Heartbeat {
+            &Event::Heartbeat {
                 member,
                 generation,
                 step,
                 progress,
-                activity,
+                ref activity,
                 lane_us,
             } => {
                 if self.knows(member)
@@ -106,9 +97,9 @@ impl Coordinator {
                 }
                 Vec::new()
             }
-            Event::LineWritten { step } => self.on_line_written(now_ms, step),
-            Event::Located { checkpoint } => self.on_located(now_ms, checkpoint),
-            Event::CheckpointCommitted { step } => {
+            &Event::LineWritten { step } => self.on_line_written(now_ms, step),
+            Event::Located { checkpoint } => self.on_located(now_ms, checkpoint.clone()),
+            &Event::CheckpointCommitted { step } => {
                 self.checkpointed = self.checkpointed.max(Some(step));
                 self.refuted = None;
                 self.unreadable.clear();
@@ -120,23 +111,44 @@ impl Coordinator {
                 }
                 Vec::new()
             }
-            Event::CheckpointFailed { step, cause, full } => {
+            &Event::CheckpointFailed { step, ref cause, full } => {
                 // Training goes on, and the next checkpoint may succeed; the last one is tried again.
-                self.save_failed = Some((step, cause, full));
+                self.save_failed = Some((step, cause.clone(), full));
                 self.save_again(now_ms)
             }
-            Event::Resize { ranks } => self.on_resize(now_ms, ranks),
-            Event::EndsAt { step } => {
+            &Event::Resize { ranks } => self.on_resize(now_ms, ranks),
+            &Event::EndsAt { step } => {
                 self.ends_at = step;
                 Vec::new()
             }
             Event::GoesBack { rollbacks } => {
-                self.rollbacks = rollbacks;
+                self.rollbacks = rollbacks.clone();
                 Vec::new()
             }
             Event::StopRequested => self.on_stop(now_ms),
             Event::Tick => self.on_tick(now_ms),
         }
+    }
+
+    fn on_state(&mut self, now_ms: u64, member: Member, generation: Generation, report: &StateReport) -> Vec<Effect> {
+        if !self.is_current(member, generation) {
+            return Vec::new();
+        }
+        self.heard(now_ms, member);
+        let Phase::Fencing { awaiting, survey, .. } = &mut self.phase else {
+            return Vec::new();
+        };
+        if awaiting.remove(member.worker) {
+            survey.hear(member, &report.shards, report.passed.as_ref());
+            if let Some(worker) = self.workers.get_mut(member.worker) {
+                worker.waits_for = report.waits_for;
+            }
+        }
+        // Of many, only the last one settles anything.
+        if !awaiting.is_empty() {
+            return Vec::new();
+        }
+        self.settle_fence(now_ms)
     }
 
     fn heard(&mut self, now_ms: u64, member: Member) {
@@ -145,7 +157,7 @@ impl Coordinator {
         }
     }
 
-    fn on_ready(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
+    fn on_ready(&mut self, now_ms: u64, member: Member, address: &str, pid: u32, newest: Generation) -> Vec<Effect> {
         if !self.knows(member) {
             return vec![Effect::Kill {
                 member,
@@ -182,7 +194,7 @@ impl Coordinator {
     }
 
     /// A rank that holds what it held under an earlier controller, or under this one before its session was cut.
-    fn on_back(&mut self, now_ms: u64, member: Member, address: String, pid: u32, newest: Generation) -> Vec<Effect> {
+    fn on_back(&mut self, now_ms: u64, member: Member, address: &str, pid: u32, newest: Generation) -> Vec<Effect> {
         let Phase::Adopting { awaiting, .. } = &mut self.phase else {
             // What it holds may be of a world that is over, and messages between it and this controller are lost.
             let reason = "its control session was interrupted".to_owned();
@@ -265,7 +277,7 @@ impl Coordinator {
         worker.map_or(0, |worker| now_ms.saturating_sub(worker.heard_ms))
     }
 
-    fn on_exited(&mut self, now_ms: u64, member: Member, cause: String, orderly: bool) -> Vec<Effect> {
+    fn on_exited(&mut self, now_ms: u64, member: Member, cause: &str, orderly: bool) -> Vec<Effect> {
         if !self.knows(member) {
             return Vec::new();
         }
@@ -279,7 +291,7 @@ impl Coordinator {
         let cause = if orderly {
             format!("{cause} before it was told to leave")
         } else {
-            cause
+            cause.to_owned()
         };
         let seat = self.rank_of(member);
         let (rank, silent_ms, expected) = match self.workers.get(member.worker).map(|worker| &worker.phase) {
@@ -380,8 +392,8 @@ impl Coordinator {
         self.phase = Phase::Fencing {
             deadline_ms: now_ms + self.options.timeouts.fence_ms,
             alarm,
-            awaiting: survivors.iter().map(|member| member.worker).collect(),
-            survey: Survey::default(),
+            awaiting: WorkerSet::of(&survivors),
+            survey: Survey::with_capacity(survivors.len(), self.options.shard_count * self.options.replicas),
         };
         let mut effects: Vec<Effect> = send_to(survivors, ToRank::Fence { generation }).into_iter().collect();
         effects.extend(self.settle_fence(now_ms));
@@ -479,7 +491,7 @@ impl Coordinator {
         self.begin(now_ms, ground, members)
     }
 
-    fn on_failed(&mut self, now_ms: u64, member: Member, cause: String, suspects: &[Rank]) -> Vec<Effect> {
+    fn on_failed(&mut self, now_ms: u64, member: Member, cause: &str, suspects: &[Rank]) -> Vec<Effect> {
         let roster = &self.roster;
         let named = suspects
             .iter()
@@ -556,7 +568,7 @@ impl Coordinator {
         self.fruitless.on_progress();
         let roster = &self.roster;
         self.workers
-            .on_progress(|member, seat| roster.get(seat).is_some_and(|(seated, _)| *seated == member));
+            .on_progress(|member, seat| roster.get(seat.index()).is_some_and(|(seated, _)| *seated == member));
         let mut effects = self.go_back(now_ms);
         effects.extend(self.leave_when_saved(now_ms));
         effects

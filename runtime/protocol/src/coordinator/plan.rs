@@ -61,11 +61,10 @@ impl Coordinator {
         {
             last.end -= 1;
         }
-        self.roster = members.iter().copied().zip(lanes).collect();
-        for (seat, &member) in members.iter().enumerate().rev() {
-            if let Some(worker) = self.workers.get_mut(member.worker) {
-                worker.seat = seat;
-            }
+        self.roster.clear();
+        self.roster.extend(members.iter().copied().zip(lanes));
+        for (&member, rank) in members.iter().zip(0..) {
+            self.workers.set_seat(member.worker, Rank(rank));
         }
         let restored = ground.holders.is_empty();
         let Remains {
@@ -74,10 +73,8 @@ impl Coordinator {
             holders: memory,
         } = Remains::of(self.plan.take());
         let (shards, copies) = self.place_shards(&ground, holders, memory);
-        for &(member, lanes) in &self.roster {
-            roster.push(RosterEntry { member, lanes });
-            addresses.push(self.workers.address(member.worker));
-        }
+        roster.extend(self.roster.iter().map(|&(member, lanes)| RosterEntry { member, lanes }));
+        self.workers.add_addresses(&members, &mut addresses);
 
         // A dispute about a step that is not done again stays undecided.
         let rollbacks = self.acted();
@@ -139,10 +136,11 @@ impl Coordinator {
         let whole = self.whole_ranks(ground);
         let placed = sharder::place(shard_count, ranks, self.options.replicas, |shard| whole.of(shard));
         self.primaries.clear();
+        holders.reserve(shard_count * placed.copies());
         let mut copies = 0;
         for (shard, ranks) in placed.all().enumerate() {
             let donors = whole.of(shard);
-            holders.extend(ranks.iter().map(|&rank| {
+            for &rank in ranks {
                 let origin = match donors.first() {
                     Some(_) if donors.contains(&rank) => ShardOrigin::Keep,
                     Some(&donor) => ShardOrigin::CopyFrom(donor),
@@ -150,8 +148,8 @@ impl Coordinator {
                     None => ShardOrigin::Initialise,
                 };
                 copies += usize::from(matches!(origin, ShardOrigin::CopyFrom(_)));
-                ShardHolder { rank, origin }
-            }));
+                holders.push(ShardHolder { rank, origin });
+            }
             self.primaries.push(self.roster[ranks[0].index()].0);
         }
         (Placement::new(placed.copies(), holders), copies)

@@ -73,8 +73,8 @@ impl Coordinator {
     pub(super) fn cast(&self, ground: &Ground, survivors: Vec<Member>) -> Cast {
         let wants = self.options.ranks as usize;
         let mut staying = survivors;
-        // Those that the world has no slot for go first, and then the highest: stable, so that the rest stays in order.
-        staying.sort_by_key(|member| (!self.is_wanted(member.worker), *member));
+        // Those that the world has no slot for are the highest: they go first. Stable, since nearly all are in order already.
+        staying.sort();
         let mut leaving = staying.split_off(wants.min(staying.len()));
         let room = wants - staying.len();
         staying.extend(self.workers.ready().take(room));

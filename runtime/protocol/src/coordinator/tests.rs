@@ -107,7 +107,7 @@ impl Cluster {
 
     fn event(&mut self, event: Event) {
         self.now_ms += 1;
-        let effects = self.coordinator.on_event(self.now_ms, event);
+        let effects = self.coordinator.on_event(self.now_ms, &event);
         self.act(effects);
     }
 
@@ -229,7 +229,7 @@ impl Cluster {
 
     fn tell_rollbacks(&mut self) {
         let rollbacks = self.rollbacks.clone();
-        self.coordinator.on_event(self.now_ms, Event::GoesBack { rollbacks });
+        self.coordinator.on_event(self.now_ms, &Event::GoesBack { rollbacks });
     }
 
     /// A fact that comes from the trace or the store.
@@ -653,7 +653,7 @@ fn an_absent_controller_kills_nobody() {
     let ticks = |cluster: &mut Cluster, gap_ms: u64| {
         cluster.now_ms += gap_ms;
         let now_ms = cluster.now_ms;
-        cluster.coordinator.on_event(now_ms, Event::Tick)
+        cluster.coordinator.on_event(now_ms, &Event::Tick)
     };
     assert_eq!(ticks(&mut cluster, 1), []);
     assert_eq!(ticks(&mut cluster, 60_000), [], "the heartbeats wait behind this tick");
@@ -692,7 +692,7 @@ fn messages_of_other_lives_and_generations_are_refused_and_counted() {
         pid: 9,
         newest: Generation(0),
     };
-    let effects = cluster.coordinator.on_event(1, ready);
+    let effects = cluster.coordinator.on_event(1, &ready);
     assert!(matches!(effects[..], [Effect::Kill { member, .. }] if member == stranger));
     let member = Member {
         worker: WorkerId(1),
@@ -704,7 +704,7 @@ fn messages_of_other_lives_and_generations_are_refused_and_counted() {
         generation: Generation(99),
         report,
     };
-    assert!(cluster.coordinator.on_event(2, stale).is_empty());
+    assert!(cluster.coordinator.on_event(2, &stale).is_empty());
     assert_eq!(cluster.coordinator.refused_count(), 2);
 }
 
@@ -743,10 +743,10 @@ fn ticks_between_deadlines_do_nothing() {
             activity,
             lane_us: 0,
         };
-        assert_eq!(cluster.coordinator.on_event(fence - 1, heartbeat), []);
+        assert_eq!(cluster.coordinator.on_event(fence - 1, &heartbeat), []);
     }
-    assert_eq!(cluster.coordinator.on_event(fence - 1, Event::Tick), []);
-    let killed = cluster.coordinator.on_event(fence, Event::Tick);
+    assert_eq!(cluster.coordinator.on_event(fence - 1, &Event::Tick), []);
+    let killed = cluster.coordinator.on_event(fence, &Event::Tick);
     assert_eq!(killed.len(), 3, "{killed:?}");
     let silent = cluster.coordinator.silence_deadline_ms(WorkerId(0)).expect("a member");
     assert_eq!(silent, fence - 1 + 10_000 + 1);
@@ -760,7 +760,7 @@ fn a_plan_is_made_once_for_everybody() {
     let mut cluster = Cluster::new();
     while let Some(event) = cluster.pending.pop_front() {
         cluster.now_ms += 1;
-        let effects = cluster.coordinator.on_event(cluster.now_ms, event);
+        let effects = cluster.coordinator.on_event(cluster.now_ms, &event);
         let plans: Vec<usize> = effects
             .iter()
             .filter_map(|effect| match effect {

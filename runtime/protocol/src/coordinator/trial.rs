@@ -30,18 +30,18 @@ pub(super) struct Trial {
 
 impl Coordinator {
     /// Every rank of a generation reports the same dispute; the first report counts.
-    pub(super) fn on_disputed(&mut self, now_ms: u64, dispute: Dispute, cause: String) -> Vec<Effect> {
+    pub(super) fn on_disputed(&mut self, now_ms: u64, dispute: &Dispute, cause: &str) -> Vec<Effect> {
         if !matches!(self.phase, Phase::Running { .. }) {
             return Vec::new();
         }
-        let Dispute { step, item, claims } = dispute;
+        let &Dispute { step, item, ref claims } = dispute;
         match item {
-            DisputedItem::Base => return self.on_base_differs(now_ms, cause),
+            DisputedItem::Base => return self.on_base_differs(now_ms, cause.to_owned()),
             DisputedItem::Checkpoint => {
-                let effects = self.on_base_differs(now_ms, cause.clone());
+                let effects = self.on_base_differs(now_ms, cause.to_owned());
                 // A newer one has been committed since, or it is not there any more because of that.
                 if self.refuted.is_some() {
-                    self.unreadable.push(cause);
+                    self.unreadable.push(cause.to_owned());
                 }
                 return effects;
             }
@@ -70,12 +70,12 @@ impl Coordinator {
                 self.workers.set_phase(member.worker, WorkerPhase::Released);
             }
         } else if tries >= TRIES_MAX || item == DisputedItem::Finite && tries > 1 {
-            return self.halt(3, undecided(&trial, &cause));
+            return self.halt(3, undecided(&trial, cause));
         } else {
             self.trial = Some(trial);
             self.distrusted = !Mutant::DisputedStateKept.is_on();
         }
-        effects.extend(self.fence(now_ms, cause, None));
+        effects.extend(self.fence(now_ms, cause.to_owned(), None));
         effects
     }
 

@@ -2,16 +2,20 @@
 //! who starts, who is ready and whose deaths count are found without looking at everybody.
 
 use super::{Worker, WorkerPhase};
-use crate::message::Member;
+use crate::message::{Addresses, Member};
 use crate::restart::{RestartLimiter, Verdict};
-use std::collections::BTreeSet;
-use tarazed_domain::{Incarnation, StepsCompleted, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
+use tarazed_domain::{Incarnation, Rank, StepsCompleted, WorkerId};
 
 /// Every worker slot, by its number.
 #[derive(Debug, Default)]
 pub(super) struct Workers {
     slots: Vec<Worker>,
-    addresses: Vec<String>,
+    /// Where in the roster each was last; the roster tells whether it still is.
+    seats: Vec<Rank>,
+    addresses: Addresses,
+    /// Those that are not yet put among `addresses`: in one piece of memory, these are changed all at once.
+    new_addresses: BTreeMap<WorkerId, String>,
     lives: Vec<Life>,
     /// Those told to start, by deadline.
     starting: BTreeSet<(u64, WorkerId)>,
@@ -47,10 +51,10 @@ impl Workers {
             progress: 0,
             lane_us: 0,
             waits_for: None,
-            seat: usize::MAX,
         });
+        self.seats.push(Rank(u32::MAX));
         self.starting.insert((deadline_ms, worker));
-        self.addresses.push(String::new());
+        self.addresses.push("");
         self.lives.push(Life {
             pid: 0,
             activity: String::new(),
@@ -66,6 +70,16 @@ impl Workers {
     /// Phases are changed by [`Self::set_phase`] alone.
     pub(super) fn get_mut(&mut self, worker: WorkerId) -> Option<&mut Worker> {
         self.slots.get_mut(worker.index())
+    }
+
+    /// Where in the roster it was last.
+    pub(super) fn seat(&self, worker: WorkerId) -> Option<Rank> {
+        self.seats.get(worker.index()).copied()
+    }
+
+    /// `worker`, which exists, has this rank in the roster.
+    pub(super) fn set_seat(&mut self, worker: WorkerId, seat: Rank) {
+        self.seats[worker.index()] = seat;
     }
 
     /// The present life of a slot that exists.
@@ -86,21 +100,35 @@ impl Workers {
         self.lives[worker.index()].pid
     }
 
-    pub(super) fn address(&self, worker: WorkerId) -> &str {
-        &self.addresses[worker.index()]
+    /// Adds the addresses of these, which exist.
+    pub(super) fn add_addresses(&mut self, members: &[Member], to: &mut Addresses) {
+        if !self.new_addresses.is_empty() {
+            let mut addresses = Addresses::default();
+            for (worker, address) in std::mem::take(&mut self.new_addresses) {
+                addresses.extend_from(&self.addresses, addresses.len()..worker.index());
+                addresses.push(&address);
+            }
+            addresses.extend_from(&self.addresses, addresses.len()..self.slots.len());
+            self.addresses = addresses;
+        }
+        // Nearly all are one behind the other.
+        for row in members.chunk_by(|one, next| next.worker.index() == one.worker.index() + 1) {
+            let first = row[0].worker.index();
+            to.extend_from(&self.addresses, first..first + row.len());
+        }
     }
 
     pub(super) fn activity(&self, worker: WorkerId) -> &str {
         &self.lives[worker.index()].activity
     }
 
-    pub(super) fn set_process(&mut self, worker: WorkerId, address: String, pid: u32) {
-        self.addresses[worker.index()] = address;
+    pub(super) fn set_process(&mut self, worker: WorkerId, address: &str, pid: u32) {
+        self.new_addresses.insert(worker, address.to_owned());
         self.lives[worker.index()].pid = pid;
     }
 
-    pub(super) fn set_activity(&mut self, worker: WorkerId, activity: String) {
-        self.lives[worker.index()].activity = activity;
+    pub(super) fn set_activity(&mut self, worker: WorkerId, activity: &str) {
+        activity.clone_into(&mut self.lives[worker.index()].activity);
     }
 
     /// The process is gone: the next life of the slot is told to start.
@@ -160,12 +188,11 @@ impl Workers {
     }
 
     /// A step was committed: deaths of those that `took_part` (present life, last seat) no longer count (SUP-3).
-    pub(super) fn on_progress(&mut self, took_part: impl Fn(Member, usize) -> bool) {
-        let (slots, lives) = (&self.slots, &mut self.lives);
+    pub(super) fn on_progress(&mut self, took_part: impl Fn(Member, Rank) -> bool) {
+        let (slots, seats, lives) = (&self.slots, &self.seats, &mut self.lives);
         self.strained.retain(|&worker| {
-            let slot = &slots[worker.index()];
-            let incarnation = slot.incarnation;
-            let took_part = took_part(Member { worker, incarnation }, slot.seat);
+            let incarnation = slots[worker.index()].incarnation;
+            let took_part = took_part(Member { worker, incarnation }, seats[worker.index()]);
             if took_part {
                 lives[worker.index()].limiter.on_progress();
             }
@@ -232,6 +259,18 @@ pub(super) struct WorkerSet {
 }
 
 impl WorkerSet {
+    /// All of these, in order.
+    pub(super) fn of(members: &[Member]) -> Self {
+        let mut has = vec![false; members.last().map_or(0, |last| last.worker.index() + 1)];
+        for member in members {
+            has[member.worker.index()] = true;
+        }
+        Self {
+            has,
+            len: members.len(),
+        }
+    }
+
     pub(super) fn contains(&self, worker: WorkerId) -> bool {
         self.has.get(worker.index()).is_some_and(|&has| has)
     }
@@ -259,15 +298,5 @@ impl WorkerSet {
 
     pub(super) const fn is_empty(&self) -> bool {
         self.len == 0
-    }
-}
-
-impl FromIterator<WorkerId> for WorkerSet {
-    fn from_iter<I: IntoIterator<Item = WorkerId>>(workers: I) -> Self {
-        let mut set = Self::default();
-        for worker in workers {
-            set.insert(worker);
-        }
-        set
     }
 }

@@ -27,7 +27,7 @@ impl Cluster {
 
     fn notes(&mut self, event: Event) -> Vec<Incident> {
         self.now_ms += 1;
-        let effects = self.coordinator.on_event(self.now_ms, event);
+        let effects = self.coordinator.on_event(self.now_ms, &event);
         self.act(effects.clone());
         let noted = effects.into_iter().filter_map(|effect| match effect {
             Effect::Note(incident) => Some(incident),
@@ -124,7 +124,7 @@ fn an_end_of_no_member_is_no_loss() {
         member,
         cause: String::new(),
     };
-    assert_eq!(cluster.coordinator.on_event(1, ending(starting)), []);
+    assert_eq!(cluster.coordinator.on_event(1, &ending(starting)), []);
     cluster.coordinator.options.last_step = StepsCompleted(5);
     while !matches!(cluster.coordinator.phase, Phase::Leaving { .. }) {
         assert!(cluster.end.is_none(), "it leaves first");
@@ -132,5 +132,5 @@ fn an_end_of_no_member_is_no_loss() {
         cluster.event(Event::Tick);
     }
     let leaving = cluster.member(0);
-    assert_eq!(cluster.coordinator.on_event(cluster.now_ms, ending(leaving)), []);
+    assert_eq!(cluster.coordinator.on_event(cluster.now_ms, &ending(leaving)), []);
 }

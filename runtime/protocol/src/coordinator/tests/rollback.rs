@@ -98,7 +98,7 @@ fn a_checkpoint_that_is_left_behind_meanwhile_is_not_restored() {
     for dead in [3, 4] {
         let effects = machine.on_event(
             0,
-            Event::Located {
+            &Event::Located {
                 checkpoint: found(dead),
             },
         );
@@ -106,7 +106,7 @@ fn a_checkpoint_that_is_left_behind_meanwhile_is_not_restored() {
         assert!(again && matches!(machine.phase, Phase::Locating), "{effects:?}");
     }
     assert_eq!(machine.generation(), generation);
-    let effects = machine.on_event(0, Event::Located { checkpoint: found(2) });
+    let effects = machine.on_event(0, &Event::Located { checkpoint: found(2) });
     let again = |effect: &Effect| matches!(effect, Effect::FindCheckpoint { .. });
     assert!(!effects.iter().any(again), "{effects:?}");
     assert!(machine.generation() > generation);

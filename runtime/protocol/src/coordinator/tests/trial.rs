@@ -175,7 +175,7 @@ fn unreadable_checkpoints_are_no_reason_to_begin_anew() {
         let (mut cluster, _) = refuted(item);
         asked_below(&mut cluster);
         let located = Event::Located { checkpoint: None };
-        let effects = cluster.coordinator.on_event(cluster.now_ms, located);
+        let effects = cluster.coordinator.on_event(cluster.now_ms, &located);
         let halt = effects.iter().find_map(|effect| match effect {
             Effect::Halt { code, diagnosis } => Some((*code, diagnosis.clone())),
             _ => None,
@@ -196,7 +196,7 @@ fn a_newer_checkpoint_is_not_passed_over_with_a_refuted_one() {
         let step = StepsCompleted(bad.0 + 1);
         let effects = cluster
             .coordinator
-            .on_event(cluster.now_ms, Event::CheckpointCommitted { step });
+            .on_event(cluster.now_ms, &Event::CheckpointCommitted { step });
         cluster.act(effects);
         refute(&mut cluster, bad, item);
         assert_eq!(asked_below(&mut cluster), None, "{item:?}");
@@ -237,7 +237,7 @@ fn refute(cluster: &mut Cluster, step: StepsCompleted, item: DisputedItem) {
             claims: vec![],
         }),
     };
-    let effects = cluster.coordinator.on_event(cluster.now_ms, event);
+    let effects = cluster.coordinator.on_event(cluster.now_ms, &event);
     let refuted =
         |effect: &Effect| matches!(effect, Effect::Note(Incident::CheckpointRefuted { step: of, .. }) if *of == step);
     assert!(effects.iter().any(refuted), "{effects:?}");
@@ -256,7 +256,7 @@ fn asked_below(cluster: &mut Cluster) -> Option<StepsCompleted> {
                 generation: *generation,
                 report: StateReport::default(),
             };
-            for effect in cluster.coordinator.on_event(cluster.now_ms, event) {
+            for effect in cluster.coordinator.on_event(cluster.now_ms, &event) {
                 if let Effect::FindCheckpoint { below: asked, .. } = effect {
                     below = asked;
                 }
