@@ -749,9 +749,10 @@ impl CoordinatorState {
     fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String, full: bool) -> Result<(), ActorProcessingErr> {
         let now_ms = self.now_ms();
         self.arguments.schedule.on_failed(now_ms, step);
-        self.observe(ObservatoryMessage::Warning(format!(
-            "no checkpoint of step {step}: {cause}"
-        )))?;
+        self.observe(ObservatoryMessage::NoCheckpoint {
+            step,
+            cause: cause.clone(),
+        })?;
         self.event(Event::CheckpointFailed { step, cause, full })
     }
 

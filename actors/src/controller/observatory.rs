@@ -50,6 +50,8 @@ pub enum ObservatoryMessage {
     SavingBegan(StepsCompleted),
     /// A checkpoint exists.
     Checkpoint(StepsCompleted),
+    /// A checkpoint could not be made.
+    NoCheckpoint { step: StepsCompleted, cause: String },
     /// Something is wrong and the run goes on.
     Warning(String),
     /// The end was asked for.
@@ -183,6 +185,7 @@ impl Actor for Observatory {
                 state.saving.entry(step).or_insert_with(Instant::now);
             }
             ObservatoryMessage::Checkpoint(step) => state.checkpoint(step),
+            ObservatoryMessage::NoCheckpoint { step, cause } => state.no_checkpoint(step, &cause),
             ObservatoryMessage::Warning(text) => {
                 state.event("warning", &json!({"cause": text}));
                 state.notify(Notice::Warning(text));
@@ -414,7 +417,7 @@ impl ObservatoryState {
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
             "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
-            "durability_lag_s": self.not_durable.front().map_or(0.0, |(_, since)| (now - *since).as_secs_f64()),
+            "durability_lag_s": self.durability_lag(now).as_secs_f64(),
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
         });
         // Where no peak is known there is nothing to be a share of, and no such key.
@@ -455,6 +458,30 @@ impl ObservatoryState {
             let together = |pair: &[(StepsCompleted, Instant)]| (pair[pair.len() - 1].0, pair[0].1);
             self.not_durable.extend(all.chunks(2).map(together));
         }
+    }
+
+    /// How long the oldest line has waited that no checkpoint covers.
+    fn durability_lag(&self, now: Instant) -> Duration {
+        self.not_durable
+            .front()
+            .map_or(Duration::ZERO, |(_, since)| now - *since)
+    }
+
+    /// Training goes on without it: whoever reads this wants to know what would have to be done again if all ranks were lost
+    /// now.
+    fn no_checkpoint(&mut self, step: StepsCompleted, cause: &str) {
+        let lag_s = self.durability_lag(Instant::now()).as_secs_f64();
+        let behind = match self.durable {
+            Some(durable) => {
+                let steps = self.written.0.saturating_sub(durable.0);
+                format!("the newest one is of step {durable}, {steps} steps and {lag_s:.0} s behind the trace")
+            }
+            None => format!("none has been made since this start, {lag_s:.0} s of training ago"),
+        };
+        let text = format!("no checkpoint of step {step}: {cause}; {behind}");
+        let fields = json!({"cause": text, "durable_step": self.durable, "durability_lag_s": lag_s});
+        self.event("warning", &fields);
+        self.notify(Notice::Warning(text));
     }
 
     /// Time by phase since the report before, of one rank in one generation.

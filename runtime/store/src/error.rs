@@ -1,9 +1,11 @@
 //! What can go wrong, by what the caller does next. Every message names the key, the cause and the remedy, and no
-//! credential: [`Redactor`] removes whatever the environment holds as a secret.
+//! credential: of what a server answers only its code and its sentence are repeated (`answer.rs`), and [`Redactor`] removes
+//! whatever the environment holds as a secret.
 
+use crate::answer::{self, ACCESS, ClockAhead, Remedy};
 use std::error::Error as StdError;
 use std::io::ErrorKind;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// Why the store did not do what was asked; the variant says what to do next.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -98,7 +100,10 @@ impl StoreError {
 #[derive(Clone, Debug)]
 pub(crate) struct Redactor {
     pub(crate) location: Arc<str>,
-    secrets: Arc<[String]>,
+    /// Shared by all clones: keys of a profile that are renewed on disk join them.
+    secrets: Arc<RwLock<Vec<String>>>,
+    /// As the store's own clock shows it.
+    pub(crate) clock: ClockAhead,
 }
 
 /// Environment variables whose values never appear in a message.
@@ -121,10 +126,6 @@ const SECRET_VARIABLES: [&str; 17] = [
     "AZURE_FABRIC_SESSION_TOKEN",
     "GOOGLE_BEARER_TOKEN",
 ];
-/// What to do where a store does not let us in.
-const ACCESS: &str = "check the credentials in the environment (s3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, \
-                      AWS_ENDPOINT_URL; gs: GOOGLE_…; az: AZURE_…) and that they may read, write and list there, and delete, too, \
-                      unless they are a rank's";
 /// Shorter values are no secrets, and removing them would garble messages.
 const SECRET_CHARS_MIN: usize = 8;
 
@@ -134,23 +135,31 @@ impl Redactor {
         Self::with_secrets(location, secrets)
     }
 
-    /// The same, which knows these secrets, too.
+    /// Also knows these secrets from now on, wherever it was cloned to.
     #[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "folders have no secrets"))]
-    pub(crate) fn and_secrets(&self, more: impl Iterator<Item = String>) -> Self {
-        Self::with_secrets(&self.location, self.secrets.iter().cloned().chain(more))
+    pub(crate) fn learn(&self, more: impl Iterator<Item = String>) {
+        let mut secrets = self.secrets.write().unwrap_or_else(PoisonError::into_inner);
+        for secret in more.filter(|value| value.len() >= SECRET_CHARS_MIN) {
+            if !secrets.contains(&secret) {
+                secrets.push(secret);
+            }
+        }
     }
 
     fn with_secrets(location: &str, secrets: impl Iterator<Item = String>) -> Self {
         Self {
             location: location.into(),
-            secrets: secrets.filter(|value| value.len() >= SECRET_CHARS_MIN).collect(),
+            secrets: Arc::new(RwLock::new(
+                secrets.filter(|value| value.len() >= SECRET_CHARS_MIN).collect(),
+            )),
+            clock: ClockAhead::default(),
         }
     }
 
     /// The message without secrets, on one line.
     pub(crate) fn clean(&self, message: &str) -> String {
         let mut message = message.split_whitespace().collect::<Vec<_>>().join(" ");
-        for secret in self.secrets.iter() {
+        for secret in self.secrets.read().unwrap_or_else(PoisonError::into_inner).iter() {
             message = message.replace(secret.as_str(), "***");
         }
         message
@@ -159,7 +168,8 @@ impl Redactor {
     /// Sorts an error of the object store by what the caller does next.
     pub(crate) fn sort(&self, operation: &'static str, key: &str, error: &object_store::Error) -> StoreError {
         use object_store::Error as E;
-        let cause = self.clean(&root_cause(error));
+        let said = root_cause(error);
+        let cause = self.clean(&answer::concise(&said));
         let reconfigure = |remedy: &str| StoreError::Reconfigure {
             location: self.location.to_string(),
             cause: format!("{operation} {key}: {cause}"),
@@ -183,34 +193,37 @@ impl Redactor {
                 _ => {}
             }
         }
-        // Of a listing, the object store says no more than the server's answer.
-        let is_denied = cause.contains("403 Forbidden") || cause.contains("401 Unauthorized");
+        let again = || StoreError::Retry {
+            operation,
+            key: key.to_string(),
+            cause: cause.clone(),
+        };
+        // Before what it may have answered: it is not the store that did not let us in.
+        if cause.contains("/latest/api/token") || cause.contains("169.254.") {
+            return reconfigure(
+                "no credentials in the environment and no instance role answered: set AWS_ACCESS_KEY_ID and \
+                 AWS_SECRET_ACCESS_KEY (or a web identity), or run where an instance role is granted",
+            );
+        }
+        match answer::remedy(&said, &self.clock) {
+            Some(Remedy::Change(remedy)) => return reconfigure(&remedy),
+            Some(Remedy::Again) => return again(),
+            None => {}
+        }
         match error {
-            E::NotFound { .. } | E::Generic { .. } if cause.contains("NoSuchBucket") => {
-                reconfigure("create the bucket, or correct its name in checkpoint.store")
-            }
             E::NotFound { .. } => StoreError::NotFound {
                 what: format!("{key} in {}", self.location),
                 remedy: "the object was deleted or never written".to_string(),
             },
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => reconfigure(ACCESS),
-            E::Generic { .. } if is_denied => reconfigure(ACCESS),
             E::NotImplemented { .. } | E::NotSupported { .. } | E::UnknownConfigurationKey { .. } => {
                 reconfigure("use a store that supports create-if-absent writes and strongly consistent listing")
             }
             E::InvalidPath { .. } => reconfigure("correct checkpoint.store"),
-            _ if cause.contains("/latest/api/token") || cause.contains("169.254.") => reconfigure(
-                "no credentials in the environment and no instance role answered: set AWS_ACCESS_KEY_ID and \
-                 AWS_SECRET_ACCESS_KEY (or a web identity), or run where an instance role is granted",
-            ),
             _ if cause.contains("builder error") || cause.contains("relative URL") => {
                 reconfigure("correct checkpoint.store")
             }
-            _ => StoreError::Retry {
-                operation,
-                key: key.to_string(),
-                cause,
-            },
+            _ => again(),
         }
     }
 }
@@ -296,7 +309,7 @@ mod tests {
             |text: &str| redactor.sort("list", "commits", &generic(format!("Server returned non-2xx: {text}")));
         for (text, remedy) in [
             (
-                "403 Forbidden: <Code>SignatureDoesNotMatch</Code>",
+                "403 Forbidden: <Error><Code>SignatureDoesNotMatch</Code>",
                 "check the credentials",
             ),
             ("404 Not Found: <Code>NoSuchBucket</Code>", "create the bucket"),

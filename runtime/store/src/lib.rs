@@ -19,7 +19,10 @@
 //! processes that died cannot be listed through the object-store interface: give the bucket a lifecycle rule that aborts
 //! them after some days (never one that expires objects: it would eat the chain).
 
+mod answer;
 mod chain;
+#[cfg(feature = "s3")]
+mod clock;
 mod commit;
 mod digest;
 mod download;
@@ -34,6 +37,7 @@ mod profile;
 mod rank;
 mod record;
 mod restore;
+mod room;
 mod self_test;
 mod shard_file;
 mod store;

@@ -8,13 +8,20 @@ pub const MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
 pub const SHARD_HEADER_BYTES_MAX: u64 = 64 * 1024;
 /// Objects up to this size go up in one request; larger ones in parts.
 pub const SINGLE_PUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// Smallest part of a multipart upload; S3 demands at least 5 MiB.
-pub const PART_BYTES_MIN: u64 = 8 * 1024 * 1024;
+/// Smallest part of a multipart upload, which is what S3 demands at least.
+pub const PART_BYTES_MIN: u64 = 5 * 1024 * 1024;
+/// Parts as large as this serve any object that is not so large that it would have too many.
+pub const PART_BYTES: u64 = 8 * 1024 * 1024;
+/// Parts of a smaller object are smaller, so that several fit into a quarter of it.
+pub const PARTS_WANTED: u64 = 16;
 /// Parts of one upload; S3 refuses more than 10,000, so parts of a very large object grow instead.
 pub const PARTS_MAX: u64 = 9_000;
 /// Parts of one object on their way at once.
 pub const PARTS_IN_FLIGHT_MAX: usize = 4;
-/// Bytes copied for uploads on their way, of all objects of one process: what an upload costs in memory besides the snapshot.
+/// Copies for uploads on their way are at most this part of what the uploads are to store, of all objects of one process, but
+/// for one piece that may always go.
+pub const UPLOAD_COPIES_DIVISOR: u64 = 4;
+/// And at most so many bytes: what an upload costs in memory besides the snapshot.
 pub const UPLOAD_BYTES_IN_FLIGHT_MAX: u64 = 32 * 1024 * 1024;
 /// Bytes asked for in one ranged read of a checkpoint shard.
 pub const READ_RANGE_BYTES: u64 = 8 * 1024 * 1024;
@@ -52,6 +59,8 @@ pub const CONNECT_TIMEOUT_MS: u64 = 5_000;
 pub const REQUEST_RETRIES_MAX: usize = 4;
 /// No retry starts later than this after the first attempt of a request.
 pub const RETRY_WINDOW_MS: u64 = 60_000;
+/// Keys of an AWS profile are read again from its files by a request that comes so much later.
+pub const PROFILE_AGE_MS_MAX: u64 = 1_000;
 /// First and longest pause between attempts.
 pub const BACKOFF_MS: (u64, u64) = (100, 5_000);
 /// One operation on one object as a caller sees it, retries included; no call to the store outlives it.
@@ -64,8 +73,8 @@ const _: () = {
     );
     assert!(PARTS_MAX <= 10_000, "S3's part limit");
     assert!(
-        UPLOAD_BYTES_IN_FLIGHT_MAX >= SINGLE_PUT_BYTES_MAX && UPLOAD_BYTES_IN_FLIGHT_MAX <= u32::MAX as u64,
-        "a small object is copied whole; room is counted in bytes by a semaphore"
+        UPLOAD_BYTES_IN_FLIGHT_MAX >= PART_BYTES * PARTS_IN_FLIGHT_MAX as u64,
+        "one large object may have all its parts on their way"
     );
     assert!(
         OPERATION_TIMEOUT_MS > RETRY_WINDOW_MS + REQUEST_TIMEOUT_MS,

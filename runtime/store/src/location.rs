@@ -3,7 +3,7 @@
 
 use crate::error::{Redactor, StoreError};
 #[cfg(feature = "s3")]
-use crate::profile::Profile;
+use crate::profile::{Profile, ProfileKeys};
 use object_store::ObjectStore;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -138,7 +138,7 @@ fn open_cloud(url: &Url, shown: &str) -> Result<Place, StoreError> {
     let bucket = url.host_str().filter(|name| !name.is_empty());
     let bucket = bucket.ok_or_else(|| reconfigure(shown, "the URL names no bucket", REMEDY))?;
     let root = Path::from_url_path(url.path()).map_err(|error| reconfigure(shown, error, REMEDY))?;
-    let mut redactor = Redactor::new(shown);
+    let redactor = Redactor::new(shown);
     let client = [
         (ClientConfigKey::Timeout, crate::limits::REQUEST_TIMEOUT_MS),
         (ClientConfigKey::ConnectTimeout, crate::limits::CONNECT_TIMEOUT_MS),
@@ -154,10 +154,14 @@ fn open_cloud(url: &Url, shown: &str) -> Result<Place, StoreError> {
                     "correct AWS_PROFILE or the profile, or set AWS_ACCESS_KEY_ID",
                 )
             })?;
-            redactor = redactor.and_secrets(profile.secrets());
+            redactor.learn(profile.secrets());
             let mut builder = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
+                .with_http_connector(crate::clock::Looking(redactor.clock.clone()))
                 .with_retry(cloud::retries());
+            if let Some(keys) = ProfileKeys::of(&profile, &redactor) {
+                builder = builder.with_credentials(Arc::new(keys));
+            }
             for (key, value) in profile {
                 builder = builder.with_config(key, value);
             }

@@ -4,10 +4,18 @@
 //! the profile that `AWS_PROFILE` names, or `default`; a role of the machine comes last. Where nothing names a file or a
 //! profile, one that cannot be read or used is none. The formats are those of the AWS SDKs' reference guide, "Shared config and credentials files". Static keys,
 //! region and endpoint are taken; profiles that ask a program or another account for keys are not known here, and say so.
+//!
+//! Keys that are renewed in the files while a process runs are taken from there ([`ProfileKeys`]): temporary ones live for
+//! hours, and runs for weeks.
 
-use object_store::aws::AmazonS3ConfigKey;
+use crate::error::Redactor;
+use crate::limits::PROFILE_AGE_MS_MAX;
+use object_store::CredentialProvider;
+use object_store::aws::{AmazonS3ConfigKey, AwsCredential};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Bytes of such a file that are read at most.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
@@ -98,6 +106,91 @@ impl Profile {
             .iter()
             .filter(move |(key, _)| secret(key))
             .map(|(_, value)| value.clone())
+    }
+}
+
+impl Profile {
+    /// What requests are signed with, where the profile has it.
+    fn keys(&self) -> Option<AwsCredential> {
+        let setting = |wanted| {
+            let found = self.0.iter().find(|(key, _)| *key == wanted);
+            found.map(|(_, value)| value.clone())
+        };
+        Some(AwsCredential {
+            key_id: setting(AmazonS3ConfigKey::AccessKeyId)?,
+            secret_key: setting(AmazonS3ConfigKey::SecretAccessKey)?,
+            token: setting(AmazonS3ConfigKey::Token),
+        })
+    }
+}
+
+/// Reads the profile.
+type Reader = fn() -> Result<Profile, String>;
+
+/// The profile's keys as its files hold them now: a request that comes [`PROFILE_AGE_MS_MAX`] after they were read last reads
+/// them again. Files that cannot be used for a moment change nothing.
+pub(crate) struct ProfileKeys {
+    read: Reader,
+    age_max: Duration,
+    /// When they were read, and what was there.
+    known: Mutex<(Instant, Arc<AwsCredential>)>,
+    redactor: Redactor,
+}
+
+/// Printing it shows no values.
+impl std::fmt::Debug for ProfileKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProfileKeys").finish_non_exhaustive()
+    }
+}
+
+impl ProfileKeys {
+    /// Those of the profile in force for this process, which was just read; none where keys come from elsewhere.
+    pub(crate) fn of(profile: &Profile, redactor: &Redactor) -> Option<Self> {
+        let age_max = Duration::from_millis(PROFILE_AGE_MS_MAX);
+        Self::read_by(Profile::of_environment, age_max, profile, redactor)
+    }
+
+    fn read_by(read: Reader, age_max: Duration, profile: &Profile, redactor: &Redactor) -> Option<Self> {
+        Some(Self {
+            read,
+            age_max,
+            known: Mutex::new((Instant::now(), Arc::new(profile.keys()?))),
+            redactor: redactor.clone(),
+        })
+    }
+
+    /// Whether it is time to read again; whoever is told so does it, and nobody else meanwhile.
+    fn is_due(&self) -> bool {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = known.0.elapsed() >= self.age_max;
+        if is_due {
+            known.0 = Instant::now();
+        }
+        is_due
+    }
+}
+
+#[async_trait::async_trait]
+impl CredentialProvider for ProfileKeys {
+    type Credential = AwsCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
+        if self.is_due() {
+            let read = tokio::task::spawn_blocking(self.read)
+                .await
+                .unwrap_or_else(|error| Err(error.to_string()));
+            match read.map(|profile| (profile.keys(), profile)) {
+                Ok((Some(keys), profile)) => {
+                    self.redactor.learn(profile.secrets());
+                    self.known.lock().unwrap_or_else(PoisonError::into_inner).1 = Arc::new(keys);
+                }
+                Ok((None, _)) => tracing::debug!("the AWS profile holds no keys now; those read before are used"),
+                Err(error) => tracing::debug!(%error, "the AWS profile cannot be read now; its old keys are used"),
+            }
+        }
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Arc::clone(&known.1))
     }
 }
 
@@ -319,5 +412,40 @@ region = nowhere
             (Region, "x"),
         ];
         assert_eq!(Profile::of(&files).unwrap(), profile(&expected));
+    }
+
+    /// A profile on disk that changes while it is used: renewed, then torn, then gone.
+    #[tokio::test]
+    async fn renewed_keys_are_taken_and_a_torn_file_is_not() {
+        static STATE: Mutex<usize> = Mutex::new(0);
+        let read: Reader = || {
+            let mut state = STATE.lock().unwrap();
+            *state += 1;
+            match *state {
+                1 => Ok(profile(&[
+                    (AccessKeyId, "AKIDNEW"),
+                    (SecretAccessKey, "a new secret"),
+                    (AmazonS3ConfigKey::Token, "a new token"),
+                ])),
+                2 => Ok(profile(&[(AccessKeyId, "AKIDTORN")])),
+                _ => Err("gone".to_owned()),
+            }
+        };
+        let redactor = Redactor::new("s3://bucket");
+        let first = profile(&[(AccessKeyId, "AKIDOLD"), (SecretAccessKey, "an old secret")]);
+        let keys = ProfileKeys::read_by(read, Duration::ZERO, &first, &redactor).unwrap();
+        for _ in 0..3 {
+            let now = keys.get_credential().await.unwrap();
+            assert_eq!(
+                (now.key_id.as_str(), now.token.as_deref()),
+                ("AKIDNEW", Some("a new token"))
+            );
+        }
+        assert_eq!(redactor.clean("it was a new secret"), "it was ***");
+        let young = ProfileKeys::read_by(read, Duration::from_secs(3_600), &first, &redactor).unwrap();
+        assert_eq!(young.get_credential().await.unwrap().key_id, "AKIDOLD", "not yet");
+        let none = profile(&[(Region, "x")]);
+        assert!(ProfileKeys::read_by(read, Duration::ZERO, &none, &redactor).is_none());
+        assert!(!format!("{keys:?}").contains("secret"));
     }
 }

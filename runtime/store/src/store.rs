@@ -3,8 +3,9 @@
 use crate::chain::CachedLink;
 use crate::error::{Redactor, StoreError};
 use crate::keys;
-use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX, UPLOAD_BYTES_IN_FLIGHT_MAX};
+use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX};
 use crate::location::{self, IfAbsent, Place};
+use crate::room::{Room, Upload};
 use crate::writer::WriterId;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -17,7 +18,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// A store of checkpoints. Cheap to clone; all clones are one writer.
 #[derive(Clone)]
@@ -32,8 +32,8 @@ struct Inner {
     redactor: Redactor,
     folder: Option<PathBuf>,
     uploads: AtomicU64,
-    /// Room for copies of what is being uploaded, in bytes.
-    room: Arc<Semaphore>,
+    /// Room for copies of what is being uploaded.
+    room: Arc<Room>,
     /// Records read before; they never change, so each is read once as long as its listing looks the same.
     records: Mutex<HashMap<u64, CachedLink>>,
 }
@@ -101,7 +101,7 @@ impl CheckpointStore {
                 redactor: place.redactor,
                 folder: place.folder,
                 uploads: AtomicU64::new(0),
-                room: Arc::new(Semaphore::new(UPLOAD_BYTES_IN_FLIGHT_MAX as usize)),
+                room: Arc::default(),
                 records: Mutex::default(),
             }),
         }
@@ -136,13 +136,9 @@ impl CheckpointStore {
         self.inner.uploads.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Waits until so many bytes may be copied for an upload; the room is free again when this is dropped. Whoever holds
-    /// some waits for one request alone, which ends ([`in_time`]).
-    pub(crate) async fn room_for(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
-        // A part of an object of hundreds of gigabytes may be larger than all the room: it goes alone.
-        let bytes = bytes.min(UPLOAD_BYTES_IN_FLIGHT_MAX) as u32;
-        // Never closed, so there is always a permit.
-        Arc::clone(&self.inner.room).acquire_many_owned(bytes).await.ok()
+    /// Begins an upload of so many bytes, which asks for room before it copies.
+    pub(crate) fn begin_upload(&self, bytes: u64) -> Upload {
+        self.inner.room.begin(bytes)
     }
 
     pub(crate) fn cached(&self, sequence: u64) -> Option<CachedLink> {

@@ -2,8 +2,11 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
+use crate::limits::{
+    PART_BYTES, PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, PARTS_WANTED, SINGLE_PUT_BYTES_MAX,
+};
 use crate::manifest::{ObjectRecord, ShardRecord};
+use crate::room::Upload;
 use crate::shard_file::{self, ShardGeometry};
 use crate::store::{CheckpointStore, Failure, in_time};
 use bytes::Bytes;
@@ -60,10 +63,11 @@ impl Source<'_> {
     }
 }
 
-/// Part size for an object: as small as allowed, larger when there would be too many; a multiple of 4 KiB, so that no
-/// part cuts an element.
+/// Part size for an object: small for a small one, since each part on its way is a copy; larger where there would be too
+/// many; a multiple of 4 KiB, so that no part cuts an element.
 fn part_bytes(length: u64) -> u64 {
-    length.div_ceil(PARTS_MAX).next_multiple_of(4096).max(PART_BYTES_MIN)
+    let wanted = length.div_ceil(PARTS_WANTED).clamp(PART_BYTES_MIN, PART_BYTES);
+    wanted.max(length.div_ceil(PARTS_MAX)).next_multiple_of(4096)
 }
 
 impl CheckpointStore {
@@ -104,14 +108,15 @@ impl CheckpointStore {
             self.writer().nonce,
             self.next_upload(),
         );
+        let upload = self.begin_upload(length);
         let blake3 = if length <= SINGLE_PUT_BYTES_MAX {
-            let _room = self.room_for(length).await;
+            let _copy = upload.piece(length).await;
             let bytes = source.bytes(0..length);
             let hash = blake3::hash(&bytes);
             self.put(&key, bytes).await?;
             hash
         } else {
-            self.put_parts(&key, &source).await?
+            self.put_parts(&key, &source, &upload).await?
         };
         Ok(ShardRecord {
             shard: geometry.shard,
@@ -125,12 +130,12 @@ impl CheckpointStore {
         })
     }
 
-    async fn put_parts(&self, key: &str, source: &Source<'_>) -> Result<blake3::Hash, StoreError> {
+    async fn put_parts(&self, key: &str, source: &Source<'_>, room: &Upload) -> Result<blake3::Hash, StoreError> {
         let path = self.path(key);
         let begun = self.bounded(self.objects().put_multipart(&path)).await;
         let mut upload = begun.map_err(|failure| self.sort("begin upload of", key, failure))?;
         let mut parts = JoinSet::new();
-        let outcome = self.send_parts(source, upload.as_mut(), &mut parts).await;
+        let outcome = self.send_parts(source, room, upload.as_mut(), &mut parts).await;
         let error = match outcome {
             Ok(hash) => return Ok(hash),
             Err(failure) => self.sort("upload", key, failure),
@@ -147,6 +152,7 @@ impl CheckpointStore {
     async fn send_parts(
         &self,
         source: &Source<'_>,
+        room: &Upload,
         upload: &mut dyn MultipartUpload,
         parts: &mut JoinSet<Result<(), Failure>>,
     ) -> Result<blake3::Hash, Failure> {
@@ -158,13 +164,13 @@ impl CheckpointStore {
             while parts.len() >= PARTS_IN_FLIGHT_MAX {
                 part_done(parts).await?;
             }
-            let room = self.room_for(end - start).await;
+            let copy = room.piece(end - start).await;
             let bytes = source.bytes(start..end);
             hasher.update(&bytes);
             let put = upload.put_part(bytes.into());
             parts.spawn(async move {
-                // Whoever waits for this room waits no longer than for a request.
-                let _room = room;
+                // Whoever waits for this one's room waits no longer than for a request.
+                let _copy = copy;
                 in_time(put).await
             });
             start = end;
@@ -195,6 +201,9 @@ mod tests {
             let part = part_bytes(length);
             assert!(part >= PART_BYTES_MIN && part.is_multiple_of(4));
             assert!(length.div_ceil(part) <= PARTS_MAX, "{length}");
+        }
+        for (mebibytes, part) in [(20, 5), (80, 5), (112, 7), (128, 8), (10_000, 8)] {
+            assert_eq!(part_bytes(mebibytes << 20), part << 20);
         }
     }
 

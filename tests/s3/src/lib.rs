@@ -7,21 +7,28 @@
 //! The HTTP and XML side is the crate `s3s`. Its companion `s3s-fs` is not used: it checks a condition and then writes, makes
 //! a bucket that is missing, and cannot hold keys much longer than a hundred characters.
 //!
-//! Its users are two: one who may do everything, and a run's ranks, who may not delete.
+//! Its users are two: one who may do everything, and a run's ranks, who may not delete. Tests let their keys expire, become
+//! unknown and come back, admit others, and set the server's clock ([`Server::set_standing`], [`Server::admit`],
+//! [`Server::shift_clock`]).
 //!
 //! What it does not do: survive a power cut (nothing is synced), keep metadata or checksums that come with an object,
 //! encrypt. It listens on 127.0.0.1 alone. One process serves a folder at a time.
 
 mod folder;
+mod gate;
 mod service;
 #[cfg(test)]
 mod tests;
 
+pub use gate::Standing;
+
 use folder::Folder;
+use gate::Gate;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use s3s::access::{S3Access, S3AccessContext};
-use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{S3Result, s3_error};
 use std::fmt;
@@ -94,6 +101,7 @@ pub struct Server {
     credentials: Credentials,
     of_ranks: Credentials,
     folder: Arc<Folder>,
+    gate: Gate,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -121,11 +129,11 @@ impl Server {
             Some(given) => given,
             None => Credentials::random()?,
         };
-        let mut known = SimpleAuth::new();
-        for Credentials { key_id, secret } in [&credentials, &of_ranks] {
-            known.register(key_id.clone(), secret.clone().into());
+        let gate = Gate::default();
+        for known in [&credentials, &of_ranks] {
+            gate.admit(known);
         }
-        builder.set_auth(known);
+        builder.set_auth(gate.clone());
         builder.set_access(Rights {
             of_ranks: of_ranks.key_id.clone(),
         });
@@ -135,12 +143,13 @@ impl Server {
             .enable_all()
             .build()?;
         let (stop, stopped) = oneshot::channel();
+        let at_the_door = gate.clone();
         let thread = std::thread::Builder::new()
             .name("s3 server".to_owned())
             .spawn(move || {
                 runtime.block_on(async {
                     tokio::select! {
-                        () = accept(listener, service) => {}
+                        () = accept(listener, service, at_the_door) => {}
                         _ = stopped => {}
                     }
                 });
@@ -150,6 +159,7 @@ impl Server {
             credentials,
             of_ranks,
             folder,
+            gate,
             stop: Some(stop),
             thread: Some(thread),
         })
@@ -167,6 +177,28 @@ impl Server {
     /// If it cannot be made, or the name is not one for a bucket.
     pub fn create_bucket(&self, name: &str) -> io::Result<()> {
         self.folder.create_bucket(name)
+    }
+
+    /// Lets somebody else sign, too, who may do everything; or the same with another secret.
+    pub fn admit(&self, credentials: &Credentials) {
+        self.gate.admit(credentials);
+    }
+
+    /// What becomes of a key that was known once.
+    pub fn set_standing(&self, key_id: &str, standing: Standing) {
+        self.gate.set_standing(key_id, standing);
+    }
+
+    /// The same for the keys that [`Self::environment`] and [`Self::environment_of_ranks`] name.
+    pub fn set_standing_of_all(&self, standing: Standing) {
+        for known in [&self.credentials, &self.of_ranks] {
+            self.gate.set_standing(&known.key_id, standing);
+        }
+    }
+
+    /// Sets the server's clock so many seconds ahead of the machine's; below 0 it is behind.
+    pub fn shift_clock(&self, seconds_ahead: i64) {
+        self.gate.shift_clock(seconds_ahead);
     }
 
     /// Variables with which clients find it.
@@ -223,7 +255,7 @@ impl Drop for Server {
     }
 }
 
-async fn accept(listener: TcpListener, service: S3Service) {
+async fn accept(listener: TcpListener, service: S3Service, gate: Gate) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
         return;
     };
@@ -234,11 +266,22 @@ async fn accept(listener: TcpListener, service: S3Service) {
         };
         // Answers are small and waited for. Without it they are only slower.
         let _ = stream.set_nodelay(true);
-        let service = service.clone();
+        let (service, gate) = (service.clone(), gate.clone());
+        let serve = service_fn(move |request: hyper::Request<Incoming>| {
+            let (service, gate) = (service.clone(), gate.clone());
+            async move {
+                let mut answer = match gate.refuse(request).await {
+                    Ok(refused) => refused,
+                    Err(request) => service.call(request.map(s3s::Body::from)).await?,
+                };
+                gate.date(&mut answer);
+                Ok::<_, s3s::HttpError>(answer)
+            }
+        });
         // A client that goes away in the middle is its own matter.
         tokio::spawn(async move {
             http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), service)
+                .serve_connection(TokioIo::new(stream), serve)
                 .await
         });
     }

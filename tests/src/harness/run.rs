@@ -11,7 +11,7 @@ use std::io::{ErrorKind, PipeReader, Read, Seek, SeekFrom, Write, pipe};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Characters of output shown with a failure.
 const TAIL_CHARS: usize = 6_000;
@@ -219,7 +219,16 @@ impl Run {
     /// If it does not come within [`WAIT`].
     #[track_caller]
     pub fn finish(&mut self) -> Outcome {
-        let deadline = Instant::now() + WAIT;
+        self.finish_within(WAIT)
+    }
+
+    /// Waits for the end of the process.
+    ///
+    /// # Panics
+    /// If it does not come within `limit`.
+    #[track_caller]
+    pub fn finish_within(&mut self, limit: Duration) -> Outcome {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(outcome) = self.ended() {
                 return outcome.clone();

@@ -4,6 +4,7 @@
 //! Servers of the store's own tests misbehave on purpose and look at no signature; these are the ones that people use.
 //! Credentials reach the store by its environment, so cases of the store run in a child process of this test.
 
+mod access;
 #[path = "../../../runtime/store/tests/common/checkpoints.rs"]
 mod checkpoints;
 mod place;

@@ -11,7 +11,9 @@ use tarazed_tests::harness::Project;
 const BUCKET: &str = "TARAZED_TEST_BUCKET";
 const CASE: &str = "TARAZED_TEST_CASE";
 const LOCATION: &str = "TARAZED_TEST_LOCATION";
+const KEY_ID: &str = "AWS_ACCESS_KEY_ID";
 const SECRET: &str = "AWS_SECRET_ACCESS_KEY";
+const SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
 
 /// One server, as clients find it.
 #[derive(Clone)]
@@ -21,7 +23,7 @@ pub struct Place {
     variables: Vec<(String, String)>,
     secret: String,
     /// The server and its folder, where they are the test's own; in the order in which they go.
-    _own: Option<Rc<(Server, tempfile::TempDir)>>,
+    own: Option<Rc<(Server, tempfile::TempDir)>>,
 }
 
 impl Place {
@@ -32,7 +34,8 @@ impl Place {
         places
     }
 
-    fn own() -> Self {
+    /// The project's own server.
+    pub fn own() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let credentials = Credentials::random().expect("random numbers");
         let server = Server::start(folder.path(), credentials).expect("a server");
@@ -64,7 +67,7 @@ impl Place {
             bucket,
             variables,
             secret,
-            _own: own,
+            own,
         }
     }
 
@@ -73,6 +76,34 @@ impl Place {
         let mut other = self.clone();
         other.variables.retain(|(known, _)| known != name);
         other.variables.push((name.to_owned(), value.to_owned()));
+        other
+    }
+
+    /// The server, which is the test's own.
+    #[track_caller]
+    pub fn server(&self) -> &Server {
+        let (server, _) = &**self.own.as_ref().expect("the project's own server");
+        server
+    }
+
+    fn variable(&self, wanted: &str) -> &str {
+        let found = self.variables.iter().find(|(name, _)| name == wanted);
+        found.map_or("", |(_, value)| value)
+    }
+
+    /// What the controller signs with.
+    pub fn credentials(&self) -> Credentials {
+        Credentials {
+            key_id: self.variable(KEY_ID).to_owned(),
+            secret: self.variable(SECRET).to_owned(),
+        }
+    }
+
+    /// The same server, whose keys are found elsewhere, by ranks as by the controller.
+    pub fn without_keys(&self) -> Self {
+        let mut other = self.clone();
+        let is_key = |name: &str| [KEY_ID, SECRET, SESSION_TOKEN].iter().any(|key| name.ends_with(key));
+        other.variables.retain(|(name, _)| !is_key(name));
         other
     }
 
@@ -92,6 +123,11 @@ impl Place {
             bucket: bucket.to_owned(),
             ..self.clone()
         }
+    }
+
+    /// The URL of a store with this name, on a server that nobody else uses.
+    pub fn url_of(&self, name: &str) -> String {
+        format!("s3://{}/runs/{name}/store", self.bucket)
     }
 
     /// The URL of a store that nobody has used, with a prefix as long as people's may be.
@@ -135,7 +171,8 @@ impl Place {
     /// Fails if a text holds a secret, and does not show it then.
     #[track_caller]
     pub fn assert_silent(&self, text: &str) {
-        let given = self.variables.iter().filter(|(name, _)| name.ends_with(SECRET));
+        let is_secret = |name: &str| name.ends_with(SECRET) || name.ends_with(SESSION_TOKEN);
+        let given = self.variables.iter().filter(|(name, _)| is_secret(name));
         for secret in given.map(|(_, secret)| secret).chain([&self.secret]) {
             let shown = text.replace(secret.as_str(), "***");
             assert!(!text.contains(secret.as_str()), "a secret was printed: {shown}");

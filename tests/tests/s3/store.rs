@@ -26,6 +26,9 @@ pub async fn run(case: &str, location: &str) {
         "objects" => objects(location).await,
         "no deletion" => no_deletion(location).await,
         "wrong credentials" => refused(&store, "check the credentials").await,
+        "expired" => refused(&store, "renew them").await,
+        "clock behind" => refused(&store, "20 minutes behind").await,
+        "clock ahead" => refused(&store, "120 minutes ahead of").await,
         "no bucket" => refused(&store, "create the bucket").await,
         other => panic!("no case {other}"),
     }

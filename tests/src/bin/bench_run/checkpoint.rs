@@ -7,9 +7,10 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Instant;
 use tarazed_domain::config::Config;
 use tarazed_tests::figures::{Figures, Summary};
-use tarazed_tests::harness::{Project, Run};
+use tarazed_tests::harness::{Project, Run, WAIT};
 
 /// Steps from one checkpoint to the next.
 const INTERVAL_STEPS: u64 = 3;
@@ -26,8 +27,12 @@ pub fn measure(config: &Path, ranks: u32, checkpoints: u64) -> Figures {
         .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("checkpoint.interval_steps", &INTERVAL_STEPS.to_string());
+    let began = Instant::now();
     let mut run = Run::start(&train);
-    run.finish().assert_code(0);
+    run.wait_for_step(INTERVAL_STEPS);
+    // As long as it may take: what came so far, with the start, as often as it is asked for, and again as much.
+    let limit = began.elapsed() * u32::try_from(2 * (checkpoints + 2)).unwrap_or(u32::MAX) + WAIT;
+    run.finish_within(limit).assert_code(0);
     let made: Vec<_> = run.events("checkpoint");
     let steps: BTreeSet<u64> = made
         .iter()

@@ -1,9 +1,11 @@
-//! What whole runs take: recovery from a killed rank, controller or cluster, the cost of fault tolerance, the start of a rank.
+//! What whole runs take: recovery from a killed rank, controller or cluster, the cost of fault tolerance, the start of a rank,
+//! memory for a checkpoint.
 //!
 //! Each part starts real runs of a config, as a person does, and reads their files. Numbers of one part come from runs that
 //! alternate, so that a machine that slows down slows both sides. See `tests/bench/README.md`.
 
 mod checkpoint;
+mod memory;
 mod overhead;
 mod recovery;
 mod start;
@@ -96,6 +98,18 @@ enum Part {
         #[arg(long, default_value_t = 100)]
         checkpoints: u64,
     },
+    /// What a checkpoint adds to the peak of a rank's memory. Takes models of its own, not `--config`.
+    Memory {
+        /// Sizes of the optimizer shard that each rank saves, in MB.
+        #[arg(long, value_delimiter = ',', default_value = "40,160")]
+        megabytes: Vec<u64>,
+        /// Rounds; each runs both sides once.
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// `s3://bucket/prefix` with credentials and endpoint in the environment; a folder of the run where it is left out.
+        #[arg(long)]
+        store: Option<String>,
+    },
     /// Start of a rank process to its readiness.
     Start {
         /// Runs; each starts all ranks.
@@ -123,6 +137,11 @@ fn main() -> Result<()> {
         Part::Takeover { rounds } => takeover::measure(&config, ranks, rounds),
         Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
         Part::Checkpoint { checkpoints } => checkpoint::measure(&config, ranks, checkpoints),
+        Part::Memory {
+            megabytes,
+            rounds,
+            store,
+        } => memory::measure(ranks, &megabytes, rounds, store.as_deref()),
         Part::Start { rounds } => start::measure(&config, ranks, rounds),
     };
     println!("load average at the end {}", figures::load_average());
