@@ -46,7 +46,7 @@ use policy::Policy;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use tarazed_domain::config::{ControllerKind, LearningRateSchedule, StageStart};
-use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_domain::{Mutant, StepIndex, StepsCompleted};
 
 /// Domains named one by one in a reason.
 const REASON_DOMAINS_MAX: usize = 16;
@@ -213,7 +213,9 @@ impl Ate {
             let granted = (first_id..)
                 .zip(requests)
                 .map(|(id, request)| self.grant(line.step, DecisionId(id), request));
-            persons.extend(granted);
+            if !Mutant::PersonUnheard.is_on() {
+                persons.extend(granted);
+            }
         }
         self.decide(line, signals, persons)
     }
