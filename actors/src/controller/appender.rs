@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use tarazed_domain::StepsCompleted;
+use tarazed_domain::{Mutant, StepsCompleted};
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::{Digest, TraceHead};
 
@@ -202,7 +202,7 @@ impl TraceFile {
     }
 
     fn check_in_charge(&self) -> std::io::Result<()> {
-        if crate::run_folder::is_named(&self.file, &self.path) {
+        if crate::run_folder::is_named(&self.file, &self.path) || Mutant::DeposedWrites.is_on() {
             return Ok(());
         }
         Err(std::io::Error::other(

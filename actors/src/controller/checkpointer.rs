@@ -4,7 +4,7 @@ use super::appender::heads_from;
 use super::coordinator::CoordinatorMessage;
 use super::root::OWN_PROGRAM;
 use super::{RunError, TraceHeads, unix_ms};
-use crate::run_folder;
+use crate::run_folder::{self, Tenure};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -72,14 +72,15 @@ pub struct Claimed {
     pub fence: Fence,
 }
 
-/// Opens and claims the store, and tests it where nobody has before.
+/// Opens and claims the store, and tests it where nobody has before. One that is not in charge of the run folder any more
+/// claims nothing: it would fence its successor.
 ///
 /// # Errors
-/// If it cannot be reached, ignores conditional writes, or is claimed by somebody newer.
-pub async fn claim(location: &str) -> Result<Claimed, RunError> {
+/// If it cannot be reached, ignores conditional writes, or is claimed by somebody newer; or if the folder is in other hands.
+pub async fn claim(location: &str, tenure: &Tenure) -> Result<Claimed, RunError> {
     let store = CheckpointStore::open(location, WriterId::fresh(Generation(0))).await?;
     store.self_test().await?;
-    let fence = store.claim(Generation(1)).await?;
+    let fence = store.claim_while(Generation(1), || tenure.holds()).await?;
     Ok(Claimed { store, fence })
 }
 

@@ -34,9 +34,6 @@ use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
 use tokio::time::Instant;
 
-/// Between ticks of the machine; a fraction of every timeout.
-const TICK: Duration = Duration::from_millis(20);
-
 pub enum CoordinatorMessage {
     /// Everybody is there: start.
     Begin(Box<Peers>),
@@ -129,10 +126,9 @@ impl Actor for CoordinatorActor {
 
     async fn pre_start(
         &self,
-        myself: ActorRef<CoordinatorMessage>,
+        _: ActorRef<CoordinatorMessage>,
         arguments: CoordinatorArguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        myself.send_interval(TICK, || CoordinatorMessage::Tick);
         Ok(CoordinatorState {
             arguments,
             peers: None,

@@ -16,9 +16,9 @@ mod tree;
 
 pub use appender::{Appended, JsonLines, TraceFile, TraceRequest, TraceSink};
 pub use checkpointer::{Claimed, ManifestFacts};
-pub use loops::LoopRules;
-pub use root::End;
-pub use tree::{Begun, Ear, Edges, Past, Tree, TreeParts};
+pub use loops::{LoopRules, RequestAnswer};
+pub use root::{DEPOSED, End, TENURE_LOOK, WhileInCharge};
+pub use tree::{Begun, Ear, Edges, Past, TICK, Tree, TreeParts};
 
 use crate::later_data;
 use crate::rank::recipe;

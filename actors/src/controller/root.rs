@@ -8,7 +8,7 @@ use super::loops::{Loop, LoopRules};
 use super::tree::{Ear, Edges, Past, Tree, TreeParts};
 use super::{Notice, Notify, RunError, status};
 use crate::link::{Bind, HubConfig, start_hub};
-use crate::node::{LaunchSpec, NodeAgent, NodeCommand, NodeError, Processes, registry, start_node_agent};
+use crate::node::{LaunchSpec, NodeCommand, NodeError, Processes, registry, start_node_agent};
 use crate::rank::{TOKEN_VARIABLE, recipe};
 use crate::run_folder::{FolderError, InCharge, RunFolder, RunPaths, Tenure};
 use crate::supervision::death;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Prepared, TokenStore};
 use tarazed_domain::config::{ClusterTransport, Config};
-use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_domain::{Mutant, StepIndex, StepsCompleted};
 use tarazed_protocol::coordinator::PastLife;
 use tarazed_protocol::data::decision::DataChange;
 use tarazed_protocol::data::signals::BytesPerToken;
@@ -30,7 +30,7 @@ use tarazed_protocol::restart::{RestartLimiter, Verdict};
 use tokio::sync::oneshot;
 
 /// Between looks whether this controller is still in charge.
-const TENURE_LOOK: Duration = Duration::from_millis(50);
+pub const TENURE_LOOK: Duration = Duration::from_millis(50);
 
 /// How a run ended.
 #[derive(Debug)]
@@ -39,6 +39,30 @@ pub struct End {
     pub code: u8,
     /// For people, where the code is not 0.
     pub diagnosis: String,
+}
+
+impl End {
+    /// That of a controller which has been put out of charge before it began.
+    #[must_use]
+    pub fn deposed() -> Self {
+        Self {
+            code: 33,
+            diagnosis: DEPOSED.to_owned(),
+        }
+    }
+
+    /// As it is to be understood: what one ended of that is not in charge any more may be a consequence of just that, such
+    /// as a trace that is not its own any more.
+    #[must_use]
+    pub fn judged(self, holds: bool) -> Self {
+        if holds || self.code == 0 {
+            return self;
+        }
+        Self {
+            code: 33,
+            diagnosis: format!("{DEPOSED}; {}", self.diagnosis),
+        }
+    }
 }
 
 pub enum RootMessage {
@@ -192,15 +216,17 @@ fn rules_of_ranks(config: &Config) -> String {
 
 /// The node agent, as long as this controller is in charge: a kill or a start by one that has just woken up would hit
 /// its successor's ranks.
-struct WhileInCharge {
-    node: NodeAgent,
-    tenure: Tenure,
+pub struct WhileInCharge<P> {
+    /// The node agent.
+    pub processes: P,
+    /// Whether it is to be listened to.
+    pub tenure: Tenure,
 }
 
-impl Processes for WhileInCharge {
+impl<P: Processes> Processes for WhileInCharge<P> {
     fn command(&self, command: NodeCommand) -> Result<(), NodeError> {
-        if self.tenure.holds() || command == NodeCommand::LetGo {
-            self.node.command(command)
+        if self.tenure.holds() || command == NodeCommand::LetGo || Mutant::DeposedCommands.is_on() {
+            self.processes.command(command)
         } else {
             Ok(()) // it is about to hear that it is deposed
         }
@@ -224,9 +250,17 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let lines = std::mem::take(&mut folder.lines);
     let paths = folder.paths.clone();
     let location = paths.store_location(&config);
-    let claimed = checkpointer::claim(&location).await?;
-    let generation = claimed.fence.generation;
     let tenure = folder.tenure();
+    let claimed = match checkpointer::claim(&location, &tenure).await {
+        Ok(claimed) => claimed,
+        // Data may have been prepared for hours, and the store may have been slow.
+        Err(_) if !tenure.holds() => return Ok(End::deposed()),
+        Err(error) => return Err(error),
+    };
+    let generation = claimed.fence.generation;
+    if !tenure.holds() {
+        return Ok(End::deposed()); // sockets that nobody used may be its successor's now
+    }
     let Legacy {
         lives,
         token,
@@ -287,6 +321,9 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         folder: folder_identity(&paths),
         rules: rules_of_ranks(&config),
     };
+    if !tenure.holds() {
+        return Ok(End::deposed()); // ranks and people are to find its successor
+    }
     in_charge.write(&paths).map_err(disk(paths.controller()))?;
     let heard = ear.clone();
     let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
@@ -311,13 +348,14 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
         processes: Box::new(WhileInCharge {
-            node,
+            processes: node,
             tenure: tenure.clone(),
         }),
         trace: Box::new(trace),
         past,
     });
 
+    let ticking = tokio::spawn(ear.clone().pass_time());
     let (deposed, watched) = (ear.clone(), tenure.clone());
     let guarding = tokio::spawn(async move {
         while watched.holds() {
@@ -330,15 +368,9 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
             ear.stop();
         }
     });
-    let mut end = begun.end().await;
-    if !tenure.holds() && end.code != 0 {
-        // What it ended of may be a consequence, such as a trace that is not its own any more.
-        end = End {
-            code: 33,
-            diagnosis: format!("{DEPOSED}; {}", end.diagnosis),
-        };
-    }
+    let end = begun.end().await.judged(tenure.holds());
     sockets.removable = true;
+    ticking.abort();
     watching.abort();
     guarding.abort();
     serving.abort();

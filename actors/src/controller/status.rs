@@ -2,6 +2,7 @@
 
 use super::coordinator::CoordinatorMessage;
 use super::sharder::SharderMessage;
+use super::tree::Ear;
 use crate::later_data;
 use crate::run_folder::RunPaths;
 use ractor::{ActorRef, rpc::CallResult};
@@ -190,14 +191,13 @@ async fn check_data(desk: &Arc<Desk>, kind: &DecisionKind) -> Result<(), String>
 
 /// Asks the closed loop; the answer names the line that will hold the decision.
 async fn decide(request: Box<Decide>, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
-    let asked = coordinator.call(|reply| CoordinatorMessage::Ask(request, reply), Some(REQUEST_TIMEOUT));
-    match asked.await {
-        Ok(CallResult::Success(Ok((line, step)))) => json!({"line": line, "effective": step}),
-        Ok(CallResult::Success(Err(refused))) => json!({
+    match Ear(coordinator.clone()).ask(request, REQUEST_TIMEOUT).await {
+        Some(Ok((line, step))) => json!({"line": line, "effective": step}),
+        Some(Err(refused)) => json!({
             "error": refused.to_string(),
             "remedy": "`tarazed trace show` lists what is decided; ask for what can stand beside it",
         }),
-        _ => json!({"error": "the controller is starting or ending, or its loop is being made again; ask again"}),
+        None => json!({"error": "the controller is starting or ending, or its loop is being made again; ask again"}),
     }
 }
 

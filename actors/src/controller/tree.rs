@@ -6,7 +6,7 @@
 use super::appender::{Appended, JsonLines, TraceSink, heads_from};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
-use super::loops::{Loop, LoopMessage, LoopRules};
+use super::loops::{Loop, LoopMessage, LoopRules, RequestAnswer};
 use super::observatory::{Ending, Observatory, ObservatoryArguments, ObservatoryMessage};
 use super::root::{Adopt, End, Root, RootMessage, RootState};
 use super::sharder::{OptimizerSharder, SharderMessage};
@@ -14,7 +14,7 @@ use super::{Notify, RunError, TraceHeads};
 use crate::link::{HubEvent, ToRanks};
 use crate::node::{NodeEvent, Processes};
 use crate::run_folder::{RecalledWeights, RunPaths, recall_weights};
-use ractor::{Actor, ActorCell, ActorRef};
+use ractor::{Actor, ActorCell, ActorRef, rpc::CallResult};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{LaneTree, StepsCompleted};
 use tarazed_protocol::checkpoint::CheckpointTracker;
 use tarazed_protocol::coordinator::{Coordinator as Machine, Options, PastLife};
+use tarazed_protocol::data::controller::Request;
 use tarazed_protocol::data::signals::Signals;
 use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::Ledger;
@@ -30,6 +31,10 @@ use tarazed_protocol::schedule::CheckpointSchedule;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_store::Retention;
 use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
+
+/// Between ticks of the coordinator's machine; a fraction of every timeout.
+pub const TICK: Duration = Duration::from_millis(20);
 
 /// What a tree is made of.
 pub struct TreeParts {
@@ -126,6 +131,34 @@ impl Ear {
     /// Somebody asks for a last checkpoint and the end.
     pub fn stop(&self) {
         self.tell(CoordinatorMessage::Stop);
+    }
+
+    /// A person asks for a decision (LOOP-2): the line that will hold it and the step from which it acts, or why it is
+    /// refused. None where nobody answers in time: the controller starts or ends, or its loop is made again.
+    pub async fn ask(&self, request: Box<Request>, patience: Duration) -> Option<RequestAnswer> {
+        let asked = self
+            .0
+            .call(|reply| CoordinatorMessage::Ask(request, reply), Some(patience));
+        match asked.await {
+            Ok(CallResult::Success(answer)) => Some(answer),
+            _ => None,
+        }
+    }
+
+    /// Time has passed. A process that stands still hears of none, so that a long time between two is its own absence.
+    pub fn tick(&self) {
+        self.tell(CoordinatorMessage::Tick);
+    }
+
+    /// Lets time pass, for ever.
+    pub async fn pass_time(self) {
+        let mut timer = tokio::time::interval(TICK);
+        // What was missed is one absence.
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            timer.tick().await;
+            self.tick();
+        }
     }
 
     fn tell(&self, message: CoordinatorMessage) {

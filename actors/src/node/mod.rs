@@ -59,13 +59,14 @@ pub struct LaunchSpec {
     pub log_dir: PathBuf,
     /// Who was started is written down in here, for an agent that comes after this one. Created if missing.
     pub registry: PathBuf,
-    /// Nobody is killed once this is lost: the processes are another agent's then. Without one they are this agent's alone.
+    /// Nobody is started or killed once this is lost: the processes are another agent's then. Without one they are this
+    /// agent's alone.
     pub tenure: Option<Tenure>,
 }
 
 impl LaunchSpec {
-    /// Whether its processes are this agent's to end.
-    fn may_kill(&self) -> bool {
+    /// Whether its processes are this agent's to start and to end.
+    fn is_in_charge(&self) -> bool {
         self.tenure.as_ref().is_none_or(Tenure::holds)
     }
 }

@@ -174,7 +174,7 @@ impl Process {
 
     /// Whether no other agent has taken it over.
     pub fn is_ours(&self) -> bool {
-        self.spec.may_kill()
+        self.spec.is_in_charge()
     }
 
     /// Must be called within a tokio runtime.

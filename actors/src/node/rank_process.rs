@@ -78,6 +78,8 @@ impl RankProcess {
         let adopted = self.adopted;
         let start = move || match adopted {
             true => Process::adopt(&spec, worker, incarnation),
+            // This process may have stood still since the start was asked for. What it wrote down would hide its successor's.
+            false if !spec.is_in_charge() => Err(StartError::Cancelled("another agent is in charge".to_owned())),
             false => Process::start(&spec, worker, incarnation),
         };
         // If this actor is killed while it waits here, the process is dropped where it comes to be, and so killed.

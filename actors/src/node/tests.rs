@@ -445,6 +445,28 @@ async fn processes_of_a_successor_are_left_alone() {
     }
 }
 
+/// SUP-2: an agent that stood still while a start was due, and is out of charge since, starts nobody and writes nothing
+/// down: its successor has started the same worker.
+#[tokio::test]
+async fn a_start_that_is_due_after_the_charge_was_lost_is_cancelled() {
+    let folder = tempfile::tempdir().unwrap();
+    let (lock, registry) = (folder.path().join("lock"), folder.path().join("ranks"));
+    let spec = LaunchSpec {
+        tenure: Some(Tenure::of(lock.clone()).unwrap()),
+        ..shell(IDLE, folder.path())
+    };
+    let mut bench = Bench::with(spec, folder).await;
+    // The one thread of this test asks and takes over before the agent gets a turn.
+    bench.start_after(W0, I0, Duration::from_millis(1));
+    std::fs::rename(&lock, lock.with_extension("old")).unwrap();
+    let error = bench.start_failed().await;
+    assert!(
+        matches!(&error, StartError::Cancelled(why) if why.contains("in charge")),
+        "{error}"
+    );
+    assert!(registry::read(&registry).unwrap().is_empty());
+}
+
 /// SUP-1: the death of a process's actor ends the process and is reported with its cause, once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_supervisor_is_an_exit_of_its_own_kind() {

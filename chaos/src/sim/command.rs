@@ -1,6 +1,7 @@
 //! `tarazed-chaos sim`: one seed in detail, or many.
 
-use super::{Report, run};
+use super::scenario::{Fault, Scenario};
+use super::{Report, run_scenario};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,6 +25,30 @@ pub struct Args {
     /// Threads; each simulation has one.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
+    #[command(flatten)]
+    insist: Insist,
+}
+
+/// What every simulation is to have.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Insist {
+    /// Kinds of fault, as often as all others together, such as `StandStill,TakeOver`.
+    #[arg(long = "often", value_delimiter = ',', value_parser = fault_named)]
+    faults: Vec<Fault>,
+    /// Persons who decide.
+    #[arg(long)]
+    persons: bool,
+}
+
+fn fault_named(name: &str) -> Result<Fault, String> {
+    let found = Fault::ALL.into_iter().find(|fault| format!("{fault:?}") == name);
+    found.ok_or_else(|| format!("there is no such kind; there are {:?}", Fault::ALL))
+}
+
+impl Insist {
+    fn scenario(&self, seed: u64) -> Scenario {
+        Scenario::of(seed).insisting(&self.faults, self.persons)
+    }
 }
 
 /// What a campaign came to.
@@ -44,6 +69,10 @@ pub struct Summary {
 /// Runs seeds on a number of threads.
 #[must_use]
 pub fn campaign(from: u64, seeds: u64, twice: bool, jobs: usize) -> Summary {
+    campaign_of(&Insist::default(), from, seeds, twice, jobs)
+}
+
+fn campaign_of(insist: &Insist, from: u64, seeds: u64, twice: bool, jobs: usize) -> Summary {
     let (next, summary) = (AtomicU64::new(from), Mutex::new(Summary::default()));
     let work = || {
         loop {
@@ -51,7 +80,7 @@ pub fn campaign(from: u64, seeds: u64, twice: bool, jobs: usize) -> Summary {
             if seed >= from + seeds {
                 return;
             }
-            let outcome = std::panic::catch_unwind(|| once_or_twice(seed, twice))
+            let outcome = std::panic::catch_unwind(|| once_or_twice(insist, seed, twice))
                 .unwrap_or_else(|_| Err("the simulation panicked".to_owned()));
             let mut summary = summary.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             summary.seeds += 1;
@@ -75,13 +104,14 @@ pub fn campaign(from: u64, seeds: u64, twice: bool, jobs: usize) -> Summary {
     summary
 }
 
-fn once_or_twice(seed: u64, twice: bool) -> Result<Report, String> {
-    let report = run(seed, false)?;
+fn once_or_twice(insist: &Insist, seed: u64, twice: bool) -> Result<Report, String> {
+    let run = || run_scenario(insist.scenario(seed), false);
+    let report = run()?;
     if let Some(failure) = &report.failure {
         return Err(failure.clone());
     }
     if twice {
-        let again = run(seed, false)?;
+        let again = run()?;
         if again.digest != report.digest {
             return Err(format!("two runs differ: {} and {}", report.digest, again.digest));
         }
@@ -93,10 +123,10 @@ fn once_or_twice(seed: u64, twice: bool) -> Result<Report, String> {
 #[must_use]
 pub fn run_command(args: &Args) -> ExitCode {
     if let Some(seed) = args.seed {
-        return one(seed);
+        return one(&args.insist, seed);
     }
     let began = Instant::now();
-    let summary = campaign(args.from, args.seeds, args.twice, args.jobs);
+    let summary = campaign_of(&args.insist, args.from, args.seeds, args.twice, args.jobs);
     for (seed, failure) in &summary.failures {
         println!("seed {seed}: {failure}");
     }
@@ -113,8 +143,8 @@ pub fn run_command(args: &Args) -> ExitCode {
     ExitCode::from(u8::from(!summary.failures.is_empty()))
 }
 
-fn one(seed: u64) -> ExitCode {
-    let report = match run(seed, true) {
+fn one(insist: &Insist, seed: u64) -> ExitCode {
+    let report = match run_scenario(insist.scenario(seed), true) {
         Ok(report) => report,
         Err(error) => {
             eprintln!("{error}");

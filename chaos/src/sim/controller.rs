@@ -1,22 +1,28 @@
-//! One life of the controller: the production tree of actors between simulated edges.
+//! One life of the controller: the production tree of actors between simulated edges, and its hold on the run folder.
 
+use super::edges::{SimHub, SimNode, SimTrace, carry_down, write_trace};
+use super::gate::Gate;
+use super::persons::PATIENCE;
 use super::process::{Process, exit_of};
-use super::random::Random;
 use super::world::World;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::{
-    Claimed, Ear, Edges, JsonLines, LoopRules, Notice, Past, TraceFile, TraceRequest, TraceSink, Tree, TreeParts,
+    Begun, Claimed, Ear, Edges, End, JsonLines, LoopRules, Notice, Past, RequestAnswer, TENURE_LOOK, TICK, TraceFile,
+    Tree, TreeParts, WhileInCharge,
 };
-use tarazed_actors::link::{Body, HubEvent, LinkError, PeerId, ToRanks};
-use tarazed_actors::node::{ExitCause, NodeCommand, NodeError, NodeEvent, Processes, StartError};
-use tarazed_actors::run_folder;
+use tarazed_actors::link::{Body, HubEvent, PeerId};
+use tarazed_actors::node::{ExitCause, NodeEvent};
+use tarazed_actors::run_folder::{Existing, Occupied, RunFolder, Tenure};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_protocol::message::{Member, ToRank};
-use tokio::sync::{Notify, mpsc};
+use tarazed_protocol::data::controller::Request;
+use tarazed_protocol::message::Member;
+use tarazed_protocol::trace::TraceLine;
+use tokio::sync::{Notify, mpsc, oneshot};
 
 /// Something for the controller's ear.
 type Word = Box<dyn FnOnce(&Ear) + Send>;
@@ -30,13 +36,45 @@ pub enum LifeEnd {
     Killed,
 }
 
+impl LifeEnd {
+    /// The same wherever the run folder lies: it has another name in each simulation.
+    fn without(self, folder: &Path) -> Self {
+        match self {
+            Self::Code(code, diagnosis) => Self::Code(code, diagnosis.replace(&folder.display().to_string(), "RUN")),
+            Self::Killed => Self::Killed,
+        }
+    }
+}
+
+impl From<End> for LifeEnd {
+    fn from(end: End) -> Self {
+        Self::Code(end.code, end.diagnosis)
+    }
+}
+
+/// How a life begins.
+pub struct Start {
+    /// Which it is, from 1 on.
+    pub number: u64,
+    /// The world's size.
+    pub ranks: u32,
+    /// What to do where another holds the run folder.
+    pub occupied: Occupied,
+    /// The program is started after this time.
+    pub after: Duration,
+}
+
 /// One life of the controller.
 pub struct Life {
     /// Which, from 1 on.
     pub number: u64,
+    /// Closed while it stands still.
+    pub gate: Arc<Gate>,
     config: Arc<Config>,
     dead: AtomicBool,
     died: Notify,
+    /// Its hold on the run folder: none before it took it, and none after its end.
+    tenure: Mutex<Option<Tenure>>,
     words: mpsc::UnboundedSender<Word>,
     connections: Mutex<BTreeMap<PeerId, mpsc::UnboundedSender<Vec<u8>>>>,
     processes: Mutex<BTreeMap<Member, Arc<Process>>>,
@@ -44,7 +82,7 @@ pub struct Life {
     waiting: Mutex<BTreeMap<Member, ()>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -56,6 +94,21 @@ fn peer_of(member: Member) -> PeerId {
 }
 
 impl Life {
+    fn new(number: u64, config: &Arc<Config>, words: mpsc::UnboundedSender<Word>) -> Arc<Self> {
+        Arc::new(Self {
+            number,
+            gate: Arc::default(),
+            config: Arc::clone(config),
+            dead: AtomicBool::new(false),
+            died: Notify::new(),
+            tenure: Mutex::default(),
+            words,
+            connections: Mutex::default(),
+            processes: Mutex::default(),
+            waiting: Mutex::default(),
+        })
+    }
+
     /// The config of this life.
     pub fn config(&self) -> Arc<Config> {
         Arc::clone(&self.config)
@@ -66,10 +119,37 @@ impl Life {
         !self.dead.load(Ordering::Relaxed)
     }
 
+    /// Whether it is in charge of the run folder.
+    pub fn holds(&self) -> bool {
+        lock(&self.tenure).as_ref().is_some_and(Tenure::holds)
+    }
+
     /// SIGKILL.
     pub fn kill(&self) {
         self.dead.store(true, Ordering::Relaxed);
         self.died.notify_waiters();
+    }
+
+    /// SIGSTOP, and SIGCONT after a while.
+    pub fn stand_still(&self, world: &World, time: Duration) {
+        let (number, history) = (self.number, world.history.clone());
+        let again = move || history.note(&format!("controller {number} goes on"));
+        if self.gate.close_for(time, again) {
+            world
+                .history
+                .note(&format!("controller {number} stands still for {} ms", time.as_millis()));
+        }
+    }
+
+    /// Waits for its death.
+    pub async fn until_dead(&self) {
+        loop {
+            let died = self.died.notified();
+            if !self.is_alive() {
+                return;
+            }
+            died.await;
+        }
     }
 
     /// Every rank's process, in order.
@@ -81,7 +161,34 @@ impl Life {
             .collect()
     }
 
-    fn say(&self, word: impl FnOnce(&Ear) + Send + 'static) {
+    /// A process that it started or found is its to watch.
+    pub fn watches(&self, process: Arc<Process>) {
+        lock(&self.processes).insert(process.member, process);
+    }
+
+    /// One of those that it watches.
+    pub fn process(&self, member: Member) -> Option<Arc<Process>> {
+        lock(&self.processes).get(&member).cloned()
+    }
+
+    /// A start waits for its time.
+    pub fn will_start(&self, member: Member) {
+        lock(&self.waiting).insert(member, ());
+    }
+
+    /// A start's time has come, or it is cancelled; false if there is none.
+    pub fn starts(&self, member: Member) -> bool {
+        lock(&self.waiting).remove(&member).is_some()
+    }
+
+    /// It watches nobody any more, and starts nobody.
+    pub fn let_go(&self) {
+        lock(&self.processes).clear();
+        lock(&self.waiting).clear();
+    }
+
+    /// Tells it something that it hears as soon as it runs.
+    pub fn say(&self, word: impl FnOnce(&Ear) + Send + 'static) {
         if self.is_alive() {
             // An error means that the life is over.
             let _ = self.words.send(Box::new(word));
@@ -91,6 +198,14 @@ impl Life {
     /// Somebody wants another number of ranks.
     pub fn resize(&self, ranks: u32) {
         self.say(move |ear| ear.resize(ranks));
+    }
+
+    /// A person asks for a decision; what becomes of it is told.
+    pub fn ask(&self, request: Request, answered: impl FnOnce(Option<RequestAnswer>) + Send + 'static) {
+        self.say(move |ear| {
+            let ear = ear.clone();
+            tokio::spawn(async move { answered(ear.ask(Box::new(request), PATIENCE).await) });
+        });
     }
 
     /// A signal asks for the end.
@@ -103,16 +218,17 @@ impl Life {
         self.say(move |ear| ear.node(event));
     }
 
-    /// A process has ended.
+    /// A process has ended; whoever watches it hears of it.
     pub fn hear_of(&self, process: &Process, cause: ExitCause, killed: Option<String>) {
         let Member { worker, incarnation } = process.member;
-        lock(&self.processes).remove(&process.member);
-        let exit = exit_of(cause, killed);
-        self.hear(NodeEvent::Exited {
-            worker,
-            incarnation,
-            exit,
-        });
+        if lock(&self.processes).remove(&process.member).is_some() {
+            let exit = exit_of(cause, killed);
+            self.hear(NodeEvent::Exited {
+                worker,
+                incarnation,
+                exit,
+            });
+        }
     }
 
     /// A rank's message has arrived.
@@ -131,263 +247,95 @@ impl Life {
         }
     }
 
-    /// A rank dials; false if nobody is there.
-    pub fn connect(self: &Arc<Self>, world: &Arc<World>, process: &Arc<Process>) -> bool {
-        if !self.is_alive() {
-            return false;
+    /// A rank dials; nothing if nobody answers. The receiver hears that the connection is lost.
+    pub fn connect(self: &Arc<Self>, world: &Arc<World>, process: &Arc<Process>) -> Option<oneshot::Receiver<()>> {
+        if !self.is_alive() || self.gate.is_closed() {
+            return None;
         }
         let (down, messages) = mpsc::unbounded_channel();
+        let (lose, lost) = oneshot::channel();
         let peer = peer_of(process.member);
         lock(&self.connections).insert(peer, down);
         self.say(move |ear| ear.hub(HubEvent::Connected(peer)));
-        tokio::spawn(carry_down(
-            Arc::clone(world),
-            Arc::clone(self),
-            Arc::clone(process),
-            messages,
-        ));
-        true
+        let (world, life, process) = (Arc::clone(world), Arc::clone(self), Arc::clone(process));
+        tokio::spawn(carry_down(world, life, process, messages, lose));
+        Some(lost)
     }
-}
 
-/// Carries messages to a rank: each takes its time, none overtakes another; the end of the controller ends it.
-async fn carry_down(
-    world: Arc<World>,
-    life: Arc<Life>,
-    process: Arc<Process>,
-    mut messages: mpsc::UnboundedReceiver<Vec<u8>>,
-) {
-    let mut random = world.random("down", (life.number << 32) + u64::from(process.pid));
-    loop {
-        let died = life.died.notified();
-        if !life.is_alive() {
-            break;
-        }
-        let message = tokio::select! {
-            biased;
-            () = died => break,
-            message = messages.recv() => message,
-        };
-        let Some(message) = message else { return };
-        tokio::time::sleep(travel(&world, &mut random)).await;
-        world.until_open(0, process.pid).await;
-        process.told(message).await;
+    /// Where messages to a rank go, if it is connected.
+    pub fn way_to(&self, peer: PeerId) -> Option<mpsc::UnboundedSender<Vec<u8>>> {
+        lock(&self.connections).get(&peer).cloned()
     }
-    tokio::time::sleep(travel(&world, &mut random)).await;
-    process.controller_lost(&world, &life).await;
-}
 
-fn travel(world: &World, random: &mut Random) -> Duration {
-    Duration::from_micros(random.between(20, world.scenario.link_us_max))
-}
-
-struct SimHub {
-    world: Arc<World>,
-    life: Arc<Life>,
-    random: Mutex<Random>,
-}
-
-impl ToRanks for SimHub {
-    fn send(&self, peer: PeerId, body: Vec<u8>) -> Result<(), LinkError> {
-        if !self.life.is_alive() {
-            return Ok(());
-        }
-        self.note(peer, &body);
-        match lock(&self.life.connections).get(&peer) {
-            Some(down) => {
-                // An error means that the connection is just ending.
-                let _ = down.send(body);
-                Ok(())
+    /// Lets time pass for it, as long as it runs.
+    async fn pass_time(self: Arc<Self>, world: Arc<World>, ear: Ear) {
+        let mut random = world.random("ticks", self.number);
+        while self.is_alive() {
+            tokio::time::sleep(TICK).await;
+            // Whether the tick or what came meanwhile is handled first, is chance.
+            if self.gate.passed().await && random.chance(0.5) {
+                tokio::time::sleep(Duration::from_micros(random.between(1, 2_000))).await;
+                self.gate.passed().await;
             }
-            None => Err(LinkError::Disconnected(peer)),
+            ear.tick();
         }
     }
-}
 
-impl SimHub {
-    fn note(&self, peer: PeerId, body: &[u8]) {
-        let (what, recovery) = match ToRank::decode(body) {
-            Ok(ToRank::Fence { generation }) => (format!("fence {generation}"), true),
-            Ok(ToRank::Begin(plan)) => {
-                let copies = plan.shards.copies();
-                self.world.losses.begins(plan.generation, copies);
-                let ranks = plan.roster.len();
-                (
-                    format!("begin {} at {} with {ranks} ranks", plan.generation, plan.base),
-                    true,
-                )
+    /// Looks whether it is still in charge, as long as it runs.
+    async fn look_after_tenure(self: Arc<Self>, ear: Ear) {
+        while self.is_alive() {
+            tokio::time::sleep(TENURE_LOOK).await;
+            self.gate.passed().await;
+            if self.is_alive() && !self.holds() {
+                return ear.deposed();
             }
-            Ok(ToRank::Pause { checkpoint, .. }) => (format!("pause, checkpoint: {checkpoint}"), true),
-            Ok(ToRank::Checkpoint { from, .. }) => (format!("checkpoint from {from} on"), false),
-            Ok(ToRank::Acknowledge { through, .. }) => (format!("acknowledge {through}"), false),
-            Ok(ToRank::Shutdown) => ("shutdown".to_owned(), false),
-            Err(error) => (error.to_string(), false),
-        };
-        self.world.history.note(&format!("to {peer}: {what}"));
-        if recovery {
-            self.world.in_recovery(&self.life, &mut lock(&self.random));
-        }
-    }
-}
-
-struct SimNode {
-    world: Arc<World>,
-    life: Arc<Life>,
-}
-
-impl Processes for SimNode {
-    fn command(&self, command: NodeCommand) -> Result<(), NodeError> {
-        if !self.life.is_alive() {
-            return Ok(());
-        }
-        match command {
-            NodeCommand::Start {
-                worker,
-                incarnation,
-                after,
-            } => {
-                let member = Member { worker, incarnation };
-                lock(&self.life.waiting).insert(member, ());
-                let (world, life) = (Arc::clone(&self.world), Arc::clone(&self.life));
-                tokio::spawn(async move {
-                    tokio::time::sleep(after).await;
-                    if lock(&life.waiting).remove(&member).is_some() && life.is_alive() {
-                        let process = world.new_process(&life, member);
-                        lock(&life.processes).insert(member, process);
-                    }
-                });
-            }
-            NodeCommand::Kill {
-                worker,
-                incarnation,
-                reason,
-            } => {
-                let member = Member { worker, incarnation };
-                if lock(&self.life.waiting).remove(&member).is_some() {
-                    let error = StartError::Cancelled(reason);
-                    self.life.hear(NodeEvent::StartFailed {
-                        worker,
-                        incarnation,
-                        error,
-                    });
-                } else if let Some(process) = lock(&self.life.processes).get(&member).cloned() {
-                    self.world
-                        .history
-                        .note(&format!("the controller kills {member}: {reason}"));
-                    process.end(&self.world, ExitCause::Signal(9), Some(reason));
-                }
-            }
-            NodeCommand::Adopt { worker, incarnation } => {
-                let member = Member { worker, incarnation };
-                let found = self.world.newest_of(worker);
-                match found.filter(|process| process.member == member && process.is_alive()) {
-                    Some(process) => {
-                        process.adopted_by(&self.life);
-                        let pid = process.pid;
-                        lock(&self.life.processes).insert(member, process);
-                        self.life.hear(NodeEvent::Started {
-                            worker,
-                            incarnation,
-                            pid,
-                        });
-                    }
-                    None => self.life.hear(NodeEvent::StartFailed {
-                        worker,
-                        incarnation,
-                        error: StartError::Refused("it has ended".to_owned()),
-                    }),
-                }
-            }
-            NodeCommand::StopAll | NodeCommand::LetGo => {}
-        }
-        Ok(())
-    }
-}
-
-/// The trace's writer: it writes the real file, a moment later, and each line is compared with the undisturbed run's.
-struct SimTrace(mpsc::UnboundedSender<TraceRequest>);
-
-impl TraceSink for SimTrace {
-    fn request(&self, request: TraceRequest) {
-        let _ = self.0.send(request);
-    }
-}
-
-async fn write_trace(
-    world: Arc<World>,
-    life: Arc<Life>,
-    mut file: TraceFile,
-    mut requests: mpsc::UnboundedReceiver<TraceRequest>,
-) {
-    let mut random = world.random("trace", life.number);
-    while let Some(request) = requests.recv().await {
-        tokio::time::sleep(Duration::from_micros(random.between(20, 3_000))).await;
-        if !life.is_alive() {
-            return;
-        }
-        if let TraceRequest::Append(step, text) = &request {
-            world.check_line(*step, text);
-        }
-        match file.perform(request) {
-            Ok(Some(appended)) => life.say(move |ear| ear.appended(appended)),
-            Ok(None) => {}
-            Err(cause) => return world.fail(&format!("the trace cannot be written: {cause}")),
         }
     }
 }
 
 /// Runs one life from the start of the program to its end.
-pub async fn live(world: &Arc<World>, number: u64, ranks: u32) -> LifeEnd {
+pub async fn live(world: &Arc<World>, start: Start) -> (u64, LifeEnd) {
+    let Start { number, ranks, .. } = start;
+    tokio::time::sleep(start.after).await;
     let (words, mut heard) = mpsc::unbounded_channel::<Word>();
     let config = match world.scenario.config(ranks, world.paths.dir()) {
         Ok(config) => Arc::new(config),
-        Err(error) => return LifeEnd::Code(2, error.to_string()),
+        Err(error) => return (number, LifeEnd::Code(2, error.to_string())),
     };
-    let life = Arc::new(Life {
-        number,
-        config: Arc::clone(&config),
-        dead: AtomicBool::new(false),
-        died: Notify::new(),
-        words,
-        connections: Mutex::default(),
-        processes: Mutex::default(),
-        waiting: Mutex::default(),
-    });
+    let life = Life::new(number, &config, words);
     world.begin_life(&life);
+    let beside = match start.occupied {
+        Occupied::TakeOver => ", in the place of another",
+        Occupied::Refuse => "",
+    };
     world
         .history
-        .note(&format!("controller {number} starts, {ranks} ranks"));
+        .note(&format!("controller {number} starts, {ranks} ranks{beside}"));
     let end = tokio::select! {
         biased;
-        () = until_dead(&life) => LifeEnd::Killed,
-        end = run(world, &life, &mut heard) => end,
+        () = life.until_dead() => LifeEnd::Killed,
+        end = run(world, &life, &mut heard, start.occupied) => end.without(world.paths.dir()),
     };
     world.history.note(&format!("controller {number} ends: {end:?}"));
+    let holds = life.holds();
     life.kill();
-    if end == LifeEnd::Killed && world.random("torn", number).chance(0.3) {
+    if end == LifeEnd::Killed && holds && world.random("torn", number).chance(0.3) {
         world.tear_trace();
     }
-    if end != LifeEnd::Killed {
+    if end != LifeEnd::Killed && holds {
         // An orderly end takes along what is left of the ranks; those of a killed one wait for another.
         for process in life.processes() {
             process.end(world, ExitCause::Signal(9), Some("the run is over".to_owned()));
         }
     }
-    end
-}
-
-async fn until_dead(life: &Life) {
-    loop {
-        let died = life.died.notified();
-        if !life.is_alive() {
-            return;
-        }
-        died.await;
-    }
+    // The lock ends with its process.
+    lock(&life.tenure).take();
+    world.end_life(&life);
+    (number, end)
 }
 
 /// Kills the actors of a life, whichever way it is left.
-struct Fall(tarazed_actors::controller::Begun);
+struct Fall(Begun);
 
 impl Drop for Fall {
     fn drop(&mut self) {
@@ -395,31 +343,93 @@ impl Drop for Fall {
     }
 }
 
-async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedReceiver<Word>) -> LifeEnd {
-    let lines = match run_folder::read_trace(&world.paths.trace()) {
-        Ok(lines) => lines,
-        Err(error) => return LifeEnd::Code(3, error.to_string()),
+async fn run(
+    world: &Arc<World>,
+    life: &Arc<Life>,
+    heard: &mut mpsc::UnboundedReceiver<Word>,
+    occupied: Occupied,
+) -> LifeEnd {
+    let halted = |error: String| LifeEnd::Code(3, error);
+    let mut random = world.random("start", life.number);
+    tokio::time::sleep(Duration::from_micros(random.between(500, 20_000))).await;
+    life.gate.passed().await;
+    let mut folder = match RunFolder::open_as(&life.config, Existing::ResumeOrBegin, occupied) {
+        Ok(folder) => folder,
+        Err(error) => return LifeEnd::Code(2, error.to_string()),
     };
+    *lock(&life.tenure) = Some(folder.tenure());
+    let lines = std::mem::take(&mut folder.lines);
+    let store = world.store_of(life);
+    let fence = match store.claim_while(Generation(1), || life.holds()).await {
+        Ok(fence) => fence,
+        Err(_) if !life.holds() => return End::deposed().into(),
+        Err(error) => return LifeEnd::Code(33, error.to_string()),
+    };
+    if !life.holds() {
+        return End::deposed().into();
+    }
     let lives = world.past_lives();
     if !lives.iter().any(|past| past.lives) {
         world.losses.new_life();
     }
     let past = match Past::new(lives, &world.paths.trace(), &lines) {
         Ok(past) => past,
-        Err(error) => return LifeEnd::Code(3, error.to_string()),
+        Err(error) => return halted(error.to_string()),
     };
-    let store = world.store(1_000_000 + life.number);
-    let fence = match store.claim(Generation(1)).await {
-        Ok(fence) => fence,
-        Err(error) => return LifeEnd::Code(33, error.to_string()),
+    let tree = match Tree::start(parts(world, life, lines, Claimed { store, fence })).await {
+        Ok(tree) => tree,
+        Err(error) => return halted(error.to_string()),
     };
+    let trace = match TraceFile::open(&world.paths, tree.weights_bytes()) {
+        Ok(file) => file,
+        Err(error) => return halted(error.to_string()),
+    };
+    if !life.holds() {
+        return End::deposed().into();
+    }
+    // From now on ranks find it.
+    world.put_in_charge(life);
+    let (sink, to_write) = mpsc::unbounded_channel();
+    tokio::spawn(write_trace(Arc::clone(world), Arc::clone(life), trace, to_write));
+    let ear = tree.ear();
+    // Ranks of the life before may be back before the tree has begun.
+    while let Ok(word) = heard.try_recv() {
+        word(&ear);
+    }
+    let mut fall = Fall(tree.begin(Edges {
+        ranks: Box::new(SimHub::new(world, life)),
+        processes: Box::new(WhileInCharge {
+            processes: SimNode::new(world, life),
+            tenure: folder.tenure(),
+        }),
+        trace: Box::new(SimTrace(sink)),
+        past,
+    }));
+    tokio::spawn(Arc::clone(life).pass_time(Arc::clone(world), ear.clone()));
+    tokio::spawn(Arc::clone(life).look_after_tenure(ear.clone()));
+    let listening = async {
+        while let Some(word) = heard.recv().await {
+            life.gate.passed().await;
+            word(&ear);
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        end = fall.0.end() => end.judged(life.holds()).into(),
+        () = listening => LifeEnd::Killed,
+    }
+}
+
+/// What the production tree of a life is made of.
+fn parts(world: &Arc<World>, life: &Arc<Life>, lines: Vec<TraceLine>, claimed: Claimed) -> TreeParts {
     let (shown, checked) = (world.history.clone(), Arc::downgrade(world));
-    let parts = TreeParts {
+    TreeParts {
         config: life.config(),
         last_step: StepsCompleted(world.scenario.steps),
         lines,
         paths: world.paths.clone(),
-        claimed: Claimed { store, fence },
+        claimed,
         facts: world.facts.clone(),
         rules: LoopRules {
             config: world.scenario.loop_config(&life.config),
@@ -452,45 +462,5 @@ async fn run(world: &Arc<World>, life: &Arc<Life>, heard: &mut mpsc::UnboundedRe
             Notice::Decided(decisions) => shown.note(&format!("{} decisions", decisions.len())),
             _ => {}
         }),
-    };
-    let tree = match Tree::start(parts).await {
-        Ok(tree) => tree,
-        Err(error) => return LifeEnd::Code(3, error.to_string()),
-    };
-    let trace = match TraceFile::open(&world.paths, tree.weights_bytes()) {
-        Ok(file) => file,
-        Err(error) => return LifeEnd::Code(3, error.to_string()),
-    };
-    let (sink, to_write) = mpsc::unbounded_channel();
-    tokio::spawn(write_trace(Arc::clone(world), Arc::clone(life), trace, to_write));
-    let ear = tree.ear();
-    // Ranks of the life before may be back before the tree has begun.
-    while let Ok(word) = heard.try_recv() {
-        word(&ear);
-    }
-    let begun = tree.begin(Edges {
-        ranks: Box::new(SimHub {
-            world: Arc::clone(world),
-            life: Arc::clone(life),
-            random: Mutex::new(world.random("hub", life.number)),
-        }),
-        processes: Box::new(SimNode {
-            world: Arc::clone(world),
-            life: Arc::clone(life),
-        }),
-        trace: Box::new(SimTrace(sink)),
-        past,
-    });
-    let mut fall = Fall(begun);
-    let listening = async {
-        while let Some(word) = heard.recv().await {
-            word(&ear);
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        biased;
-        end = fall.0.end() => LifeEnd::Code(end.code, end.diagnosis),
-        () = listening => LifeEnd::Killed,
     }
 }

@@ -1,5 +1,6 @@
 //! What is done to a run: one fault after another, of the kinds and at the times that the seed says.
 
+use super::persons;
 use super::process::Process;
 use super::random::Random;
 use super::scenario::Fault;
@@ -12,6 +13,8 @@ use tarazed_protocol::message::Member;
 use tarazed_train::harm::{Harm, Place};
 use tokio::time::Instant;
 
+/// A controller stands still for so many timeouts at most.
+const NAP_TIMEOUTS_MAX: u64 = 6;
 /// Listings are old for so long at most.
 const STALE_MAX: Duration = Duration::from_millis(1_000);
 
@@ -52,7 +55,7 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
     let timeout_ms = world.scenario.timeout_ms;
     let a_while = Duration::from_millis(random.between(1, timeout_ms * 3));
     let Some(target) = one(random) else {
-        return strike_controller(world, kind);
+        return strike_controller(world, kind, random);
     };
     world.history.note(&format!("fault: {kind:?}, {} first", target.member));
     let kill = |process: &Arc<Process>| process.end(world, ExitCause::Signal(9), None);
@@ -71,6 +74,7 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         Fault::FreezeRank => target.stand_still(a_while),
         Fault::CutControl => {
             let (up, down) = random.pick(&[(true, true), (true, false), (false, true)]);
+            target.disturb();
             if up {
                 world.cut(target.pid, 0, a_while);
             }
@@ -116,8 +120,25 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
             world.history.note(&format!("{ranks} ranks are wanted"));
             life.resize(ranks);
         }
-        Fault::KillController | Fault::Stop | Fault::KillInRecovery | Fault::FlipBit => strike_controller(world, kind),
+        Fault::KillController
+        | Fault::Stop
+        | Fault::StandStill
+        | Fault::TakeOver
+        | Fault::KillInRecovery
+        | Fault::FlipBit => strike_controller(world, kind, random),
     }
+}
+
+/// How long a controller stands still: half of the time too short for anybody to mind, if it is not its own patience that
+/// it loses.
+fn nap(timeout_ms: u64, random: &mut Random) -> Duration {
+    let (short, long) = (timeout_ms / 2, timeout_ms * NAP_TIMEOUTS_MAX);
+    let time_ms = if random.chance(0.5) {
+        random.between(1, short)
+    } else {
+        random.between(short, long)
+    };
+    Duration::from_millis(time_ms)
 }
 
 /// The bit that will flip in a process that starts now, if any.
@@ -147,12 +168,36 @@ pub fn flip(world: &World, pid: u32, member: Member) -> Option<Harm> {
     })
 }
 
-fn strike_controller(world: &Arc<World>, kind: Fault) {
+fn strike_controller(world: &Arc<World>, kind: Fault, random: &mut Random) {
     let Some(life) = world.life() else { return };
+    let timeout_ms = world.scenario.timeout_ms;
     match kind {
         Fault::KillController => {
-            world.history.note("fault: the controller is killed");
-            life.kill();
+            if !world.scenario.persons {
+                world.history.note("fault: the controller is killed");
+                return life.kill();
+            }
+            // What somebody has just asked for may be granted, and even written, or is lost with it.
+            persons::ask(world, random);
+            let (world, after) = (Arc::clone(world), random.between(0, 40));
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(after)).await;
+                world.history.note("fault: the controller is killed");
+                life.kill();
+            });
+        }
+        Fault::StandStill => life.stand_still(world, nap(timeout_ms, random)),
+        Fault::TakeOver => {
+            // As a rule because the one that is there stands still; or while it is at work.
+            let asleep = random.chance(0.75).then(|| nap(timeout_ms, random));
+            let after = asleep.map_or(0, |time| random.between(0, time.as_millis() as u64));
+            if let Some(time) = asleep {
+                life.stand_still(world, time);
+            }
+            world
+                .history
+                .note(&format!("fault: another controller takes over in {after} ms"));
+            world.want_another(Duration::from_millis(after));
         }
         Fault::Stop => {
             world.history.note("fault: a signal asks for the end");

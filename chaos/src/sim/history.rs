@@ -74,3 +74,38 @@ impl History {
         self.with(|inner| inner.lines.clone().unwrap_or_default())
     }
 }
+
+/// The first thing that happened and must never happen.
+#[derive(Debug)]
+pub struct Failure {
+    history: History,
+    first: Mutex<Option<String>>,
+}
+
+impl Failure {
+    /// None yet.
+    #[must_use]
+    pub fn new(history: History) -> Arc<Self> {
+        let first = Mutex::default();
+        Arc::new(Self { history, first })
+    }
+
+    /// Something must never happen and has.
+    pub fn set(&self, what: &str) {
+        self.history.note(&format!("FAILURE: {what}"));
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert_with(|| what.to_owned());
+    }
+
+    /// What went wrong first, if anything did.
+    #[must_use]
+    pub fn get(&self) -> Option<String> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl std::fmt::Debug for History {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("History")
+    }
+}

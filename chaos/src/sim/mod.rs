@@ -16,8 +16,11 @@
 //! Safety is checked while faults happen: each line once, in order, and bit for bit that of the undisturbed run. Liveness
 //! after: once nothing is done to the run any more, it comes to its end, with a last checkpoint that restores.
 //!
-//! What it does not show: real sockets, signals, disks and clocks (end-to-end tests have those), threads inside a step,
-//! and a controller that stands still.
+//! A controller that stands still hears nothing, no time passes for it, and each request to the store, each line and each
+//! start waits until it goes on (`gate`); meanwhile another may be put in charge of the real run folder. Messages are
+//! handled to their end: it never stops within one handler.
+//!
+//! What it does not show: real sockets, signals, disks and clocks (end-to-end tests have those), and threads inside a step.
 
 pub mod command;
 pub mod coroutine;
@@ -31,20 +34,22 @@ pub mod store;
 mod suite;
 
 mod controller;
+mod edges;
 mod faults;
+mod gate;
+mod lives;
 mod losses;
 mod mesh;
+mod persons;
 mod process;
 mod reference;
 mod world;
 
-use controller::LifeEnd;
 use history::History;
-use scenario::{Fault, Scenario};
+use scenario::Scenario;
 use std::path::Path;
 use std::time::Duration;
 use tarazed_actors::run_folder::RunPaths;
-use tarazed_domain::StepsCompleted;
 use tarazed_store::{Depth, Select};
 use world::World;
 
@@ -106,17 +111,19 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
     history.note(&format!("{scenario:?}"));
     let world = World::new(scenario, paths, history.clone())?;
     let disturbing = tokio::spawn(faults::disturb(world.clone()));
+    let deciding = tokio::spawn(persons::decide(world.clone()));
     let scenario = &world.scenario;
     let alone_ms = scenario.steps * u64::from(scenario.lanes) * scenario.lane_ms;
     let bound_ms = scenario.fault_phase_ms + LIVENESS_TIMEOUTS * scenario.timeout_ms + LIVENESS_STEPS * alone_ms;
     let mut lives = 0;
-    if tokio::time::timeout(Duration::from_millis(bound_ms), live_on(&world, &mut lives))
+    if tokio::time::timeout(Duration::from_millis(bound_ms), lives::live_on(&world, &mut lives))
         .await
         .is_err()
     {
         world.fail(&format!("the run did not come to its end within {bound_ms} ms"));
     }
     disturbing.abort();
+    deciding.abort();
     if world.failure().is_none() {
         check_end(&world).await;
     }
@@ -132,43 +139,17 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
     })
 }
 
-/// One controller after another, as a scheduler starts them, until the run is done.
-async fn live_on(world: &std::sync::Arc<World>, lives: &mut u64) {
-    let mut random = world.random("lives", 0);
-    loop {
-        *lives += 1;
-        let resizes = *lives > 1 && world.scenario.has(Fault::Stop);
-        let ranks = if resizes {
-            random.between(1, u64::from(world.scenario.lanes)) as u32
-        } else {
-            world.scenario.ranks
-        };
-        match controller::live(world, *lives, ranks).await {
-            LifeEnd::Code(0, _) => return,
-            LifeEnd::Code(33 | 34, _) | LifeEnd::Killed => {}
-            LifeEnd::Code(code, diagnosis) => {
-                world.fail(&format!("the controller ended with {code}: {diagnosis}"));
-            }
-        }
-        if world.failure().is_some() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(random.between(1, 400))).await;
-    }
-}
-
 /// The trace is that of the undisturbed run, whole, and so is the weight trajectory, and the store holds a checkpoint of its end that restores.
 async fn check_end(world: &World) {
     let last = world.reference.last();
+    if !world.reference.is_over() {
+        world.fail(&format!("the run ends after step {last}, and is not over"));
+    }
     let lines = match std::fs::read_to_string(world.paths.trace()) {
         Ok(text) => text,
         Err(error) => return world.fail(&format!("no trace: {error}")),
     };
-    let expected: String = (1..=last.0)
-        .filter_map(|step| world.reference.line(StepsCompleted(step)))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    if lines != expected {
+    if lines != world.reference.trace() {
         world.fail("the trace's file is not that of the undisturbed run");
     }
     match std::fs::read_to_string(world.paths.weights()) {

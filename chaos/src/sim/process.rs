@@ -29,9 +29,14 @@ use tarazed_train::state::RankState;
 use tarazed_train::waiting::{GiveWay, Waiting};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// Between two looks at something that does not announce itself.
 const GIVE_WAY: Duration = Duration::from_millis(1);
+/// Between two tries to reach a controller that stands still.
+const DIAL_AGAIN: Duration = Duration::from_millis(50);
+/// Between looks for another controller while a session lasts, at most; as `actors/src/rank/home.rs` has it.
+const LOOK_WHEN_LINKED_MAX: Duration = Duration::from_millis(500);
 
 /// Where a process stands.
 #[derive(Default)]
@@ -43,8 +48,18 @@ struct State {
     device_waker: Option<Arc<Notify>>,
     parts: Vec<(Weak<Generational>, usize)>,
     up: Option<mpsc::UnboundedSender<Up>>,
+    /// The controller that its session is to: what another one says is not heard.
+    linked: u64,
     /// What it said and the controller has not read is lost with it.
     unheard: bool,
+}
+
+/// A session to a controller.
+struct Session {
+    /// Which controller.
+    life: u64,
+    /// Says that it is lost.
+    lost: oneshot::Receiver<()>,
 }
 
 /// One rank's process.
@@ -53,10 +68,12 @@ pub struct Process {
     pub pid: u32,
     /// Whose life it is.
     pub member: Member,
-    /// The controller that started it, or has taken it over since.
+    /// The controller that started it, or to which it has found since.
     life: Mutex<Arc<Life>>,
     /// Its device thread hangs.
     stuck: Arc<AtomicBool>,
+    /// Something was done to it for which it may have been silent.
+    disturbed: AtomicBool,
     state: Mutex<State>,
     /// Something about the above changed.
     changed: Notify,
@@ -76,6 +93,7 @@ impl Process {
             member,
             life: Mutex::new(Arc::clone(life)),
             stuck: Arc::default(),
+            disturbed: AtomicBool::new(false),
             state: Mutex::default(),
             changed: Notify::new(),
         });
@@ -88,14 +106,19 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The controller that watches it.
+    /// The controller that it listens to.
     pub fn life(&self) -> Arc<Life> {
         Arc::clone(&self.life.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// From now on this controller watches it.
-    pub fn adopted_by(&self, life: &Arc<Life>) {
-        *self.life.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(life);
+    /// It may be silent from now on, by no fault of its own.
+    pub fn disturb(&self) {
+        self.disturbed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it may have been silent.
+    pub fn is_disturbed(&self) -> bool {
+        self.disturbed.load(Ordering::Relaxed)
     }
 
     /// Whether it is there at all.
@@ -115,6 +138,7 @@ impl Process {
 
     /// SIGSTOP, and SIGCONT after a while.
     pub fn stand_still(self: &Arc<Self>, time: Duration) {
+        self.disturb();
         if std::mem::replace(&mut self.lock().stopped, true) {
             return;
         }
@@ -178,48 +202,86 @@ impl Process {
             }
             tokio::time::sleep(Duration::from_micros(random.between(50, 3_000))).await;
             world.forget(&me);
-            me.life().hear_of(&me, cause, killed);
+            for life in world.lives() {
+                life.hear_of(&me, cause.clone(), killed.clone());
+            }
         });
     }
 
-    /// What the controller said arrives.
-    pub async fn told(&self, message: Vec<u8>) {
+    /// What a controller said arrives.
+    pub async fn told(&self, life: &Life, message: Vec<u8>) {
         self.until_it_runs().await;
-        if let Some(tree) = self.lock().tree.clone() {
+        let state = self.lock();
+        let tree = state.tree.clone().filter(|_| state.linked == life.number);
+        drop(state);
+        if let Some(tree) = tree {
             tree.told(message);
         }
     }
 
-    /// The controller is gone; it looks for the next one, as the run folder names it.
-    pub async fn controller_lost(self: &Arc<Self>, world: &Arc<World>, lost: &Arc<Life>) {
-        self.until_it_runs().await;
-        let Some(tree) = self.lock().tree.clone() else {
-            return;
-        };
-        tree.controller_lost("the controller closed the connection".to_owned());
-        let mut random = world.random("look", (lost.number << 32) + u64::from(self.pid));
-        while self.is_alive() {
-            tokio::time::sleep(Duration::from_millis(random.between(1, 100))).await;
+    /// Stays linked to whoever is in charge, as the run folder names it, until it ends.
+    async fn stay(self: Arc<Self>, world: Arc<World>, tree: RankTree, mut session: Session) {
+        let mut random = world.random("look", u64::from(self.pid));
+        while let Some(reason) = self.until_over(&world, &mut session).await {
+            tree.controller_lost(reason);
+            session = loop {
+                tokio::time::sleep(Duration::from_millis(random.between(1, 100))).await;
+                self.until_it_runs().await;
+                let found = world.in_charge().and_then(|life| self.link(&world, &life, &tree));
+                if let Some(found) = found {
+                    break found;
+                }
+            };
+        }
+    }
+
+    /// Waits until the session is lost, or another controller is in charge; none where this process ended it.
+    async fn until_over(&self, world: &World, session: &mut Session) -> Option<String> {
+        let look = LOOK_WHEN_LINKED_MAX.min(Duration::from_millis(world.scenario.timeout_ms / 4));
+        loop {
+            tokio::select! {
+                biased;
+                lost = &mut session.lost => {
+                    self.until_it_runs().await;
+                    return lost.is_ok().then(|| "the controller closed the connection".to_owned());
+                }
+                () = tokio::time::sleep(look) => {}
+            }
             self.until_it_runs().await;
-            let next = world
-                .life()
-                .filter(|life| life.is_alive() && life.number != lost.number);
-            if let Some(life) = next
-                && self.is_alive()
-                && self.link(world, &life, &tree)
-            {
-                return;
+            if world.in_charge().is_some_and(|life| life.number > session.life) {
+                let mut state = self.lock();
+                state.linked = 0;
+                if let Some(up) = state.up.take() {
+                    let _ = up.send(Up::Closed("another controller is in charge".to_owned()));
+                }
+                return Some("another controller is in charge".to_owned());
             }
         }
     }
 
-    /// Opens a session to a controller; false if nobody is there.
-    fn link(self: &Arc<Self>, world: &Arc<World>, life: &Arc<Life>, tree: &RankTree) -> bool {
-        if !life.connect(world, self) {
-            return false;
+    /// The first session, to the controller that started it; none if that does not answer in time.
+    async fn first(self: &Arc<Self>, world: &Arc<World>, life: &Arc<Life>, tree: &RankTree) -> Option<Session> {
+        let until = Instant::now() + Duration::from_millis(world.scenario.timeout_ms);
+        loop {
+            let session = self.link(world, life, tree);
+            if session.is_some() || !life.is_alive() || Instant::now() >= until {
+                return session;
+            }
+            // Another may be in charge by now, and waits for it in vain.
+            self.disturb();
+            tokio::time::sleep(DIAL_AGAIN).await;
+            self.until_it_runs().await;
         }
+    }
+
+    /// Opens a session to a controller; none if nobody answers.
+    fn link(self: &Arc<Self>, world: &Arc<World>, life: &Arc<Life>, tree: &RankTree) -> Option<Session> {
+        let lost = life.connect(world, self)?;
         let (up, messages) = mpsc::unbounded_channel();
-        self.lock().up = Some(up.clone());
+        let mut state = self.lock();
+        (state.up, state.linked) = (Some(up.clone()), life.number);
+        drop(state);
+        *self.life.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(life);
         tokio::spawn(carry_up(
             Arc::clone(world),
             Arc::clone(self),
@@ -232,7 +294,8 @@ impl Process {
             up,
         };
         tree.linked(Box::new(uplink), format!("process {}", self.pid), self.pid);
-        true
+        let life = life.number;
+        Some(Session { life, lost })
     }
 }
 
@@ -255,9 +318,11 @@ async fn boot(world: Arc<World>, process: Arc<Process>) {
         Err(error) => return world.fail(&format!("{member} could not start: {error}")),
     };
     process.lock().tree = Some(tree.clone());
-    if !process.link(&world, &life, &tree) {
+    let Some(session) = process.first(&world, &life, &tree).await else {
         return process.end(&world, ExitCause::Code(1), None);
-    }
+    };
+    let stays = tokio::spawn(Arc::clone(&process).stay(Arc::clone(&world), tree, session));
+    process.lock().tasks.push(stays);
     let cause = match exit.await {
         Ok(Ok(RankExit::Left)) => ExitCause::Code(0),
         Ok(Ok(RankExit::ControllerLost)) => ExitCause::Code(1),

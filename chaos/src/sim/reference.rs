@@ -16,13 +16,13 @@ use tarazed_kernels::CpuDevice;
 use tarazed_protocol::data::DomainFacts;
 use tarazed_protocol::data::controller::Ate;
 use tarazed_protocol::data::cursor::{DataCursor, DomainRecipe, Recipe};
-use tarazed_protocol::data::decision::{Decision, DecisionKind, DecisionSchedule, expected_end};
+use tarazed_protocol::data::decision::{DataChange, Decision, DecisionSchedule, expected_end};
 use tarazed_protocol::data::signals::Tsm;
 use tarazed_protocol::data::weight_log::WeightLog;
 use tarazed_protocol::ledger::{Ledger, LedgerEffect};
 use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, RosterEntry, StepLine};
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
-use tarazed_protocol::rollback::Rollback;
+use tarazed_protocol::rollback::{Rollback, Rollbacks};
 use tarazed_train::StepError;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
@@ -36,16 +36,16 @@ const TRAIN_SEQUENCES: u64 = 90;
 /// Of so many sequences one is odd, where spikes are skipped.
 const ODD_ONE_IN: u64 = TRAIN_SEQUENCES;
 
-/// The lines of the undisturbed run.
-pub struct Reference {
-    trace: BTreeMap<StepsCompleted, String>,
-    weights: String,
-}
+/// The lines of the undisturbed run. What persons decide is an input of it: where they may, it goes on as far as they are
+/// known to have decided, and takes what they did from the lines that it is compared with.
+pub struct Reference(Mutex<Undisturbed>);
 
 /// Tokens that are a function of their place.
 struct MadeUpTokens {
     /// Few tokens, which are soon learnt, and now and then a sequence of others: a spike of the loss.
     has_odd: bool,
+    /// Of the data set: 0 is the one that the run begins with.
+    set: u64,
 }
 
 impl SampleSource for MadeUpTokens {
@@ -55,7 +55,7 @@ impl SampleSource for MadeUpTokens {
 
     fn training(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
         for (index, token) in (0..).zip(out) {
-            let plain = sequence * 31 + index * 7 + u64::from(domain.0);
+            let plain = sequence * 31 + index * 7 + u64::from(domain.0) + self.set;
             *token = match self.has_odd {
                 false => plain % 264,
                 true if sequence % ODD_ONE_IN == ODD_ONE_IN / 2 => 200 + plain % 64,
@@ -68,12 +68,20 @@ impl SampleSource for MadeUpTokens {
     fn held_out(&self, domain: DomainIndex, sequence: u64, out: &mut [u32]) -> Result<(), String> {
         self.training(domain, sequence + 1_000, out)
     }
+
+    fn open(&self, change: &DataChange) -> Result<Arc<dyn SampleSource>, String> {
+        let digits = change.version.get(..8).unwrap_or_default();
+        let set = u64::from_str_radix(digits, 16).map_err(|e| format!("data set {}: {e}", change.version))?;
+        let has_odd = self.has_odd;
+        Ok(Arc::new(Self { has_odd, set }))
+    }
 }
 
 /// Where samples come from.
 pub fn samples(scenario: &Scenario) -> Arc<dyn SampleSource> {
     Arc::new(MadeUpTokens {
         has_odd: scenario.skips_spikes,
+        set: 0,
     })
 }
 
@@ -120,29 +128,84 @@ pub fn data_of(config: &Config) -> (Recipe, Vec<DomainFacts>) {
 }
 
 impl Reference {
-    /// The line of a step.
-    #[must_use]
-    pub fn line(&self, step: StepsCompleted) -> Option<&str> {
-        self.trace.get(&step).map(String::as_str)
+    /// One whose run has not begun.
+    ///
+    /// # Errors
+    /// What went wrong: a bug of the step or of this module.
+    pub fn new(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
+        let mut run = Undisturbed::new(scenario, paths)?;
+        if !scenario.persons {
+            run.go_on(StepsCompleted(scenario.steps))?;
+        }
+        Ok(Self(Mutex::new(run)))
+    }
+
+    fn run(&self) -> MutexGuard<'_, Undisturbed> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The line of a step, in which persons decided this; none behind the end of the run.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn line(&self, step: StepsCompleted, persons: Vec<Decision>) -> Result<Option<String>, String> {
+        let mut run = self.run();
+        if step > run.written {
+            let point = run.schedule.is_point(step);
+            let next = run.schedule.next_point(step).unwrap_or(StepsCompleted(u64::MAX));
+            let through = if point { step } else { StepsCompleted(next.0 - 1) };
+            run.teller.told().persons.insert(step, persons);
+            run.go_on(through)?;
+        }
+        let line = run.teller.told().lines.get(&step).cloned();
+        Ok(line)
     }
 
     /// All of `weights.jsonl`.
     #[must_use]
-    pub fn weights(&self) -> &str {
-        &self.weights
+    pub fn weights(&self) -> String {
+        self.run().teller.told().weights.clone()
     }
 
-    /// The step of its last line; a decided stop comes before `run.steps`.
+    /// The step of its last line so far; a decided stop comes before `run.steps`.
     #[must_use]
     pub fn last(&self) -> StepsCompleted {
-        self.trace.keys().next_back().copied().unwrap_or(StepsCompleted(0))
+        self.run().written
     }
 
-    /// Runs it.
-    ///
-    /// # Errors
-    /// What went wrong: a bug of the step or of this module.
-    pub fn compute(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
+    /// Whether the run is over by what was decided so far.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.run().is_over()
+    }
+
+    /// All lines so far.
+    #[must_use]
+    pub fn trace(&self) -> String {
+        let run = self.run();
+        let told = run.teller.told();
+        told.lines.values().map(|line| format!("{line}\n")).collect()
+    }
+}
+
+/// The undisturbed run as far as it has come.
+struct Undisturbed {
+    config: Arc<Config>,
+    steps: StepsCompleted,
+    /// Where it is stopped in any case: what a rollback does, begins or ends there.
+    boundaries: Vec<StepsCompleted>,
+    recipe: Recipe,
+    schedule: DecisionSchedule,
+    tree: LaneTree,
+    feeder: Arc<Feeder>,
+    state: RankState<CpuDevice>,
+    teller: Teller,
+    copies: Copies,
+    written: StepsCompleted,
+}
+
+impl Undisturbed {
+    fn new(scenario: &Scenario, paths: &RunPaths) -> Result<Self, String> {
         let config = Arc::new(scenario.config(1, paths.dir()).map_err(|e| e.to_string())?);
         let (recipe, facts) = data_of(&config);
         let schedule = DecisionSchedule::of(&config);
@@ -151,66 +214,76 @@ impl Reference {
         let rules = feed_rules(scenario.lanes);
         let feeder = Feeder::with_waiting(cursor()?, rules, samples(scenario), alone.clone());
         let state = RankState::new(Arc::clone(&config), CpuDevice::new(), Arc::default()).map_err(|e| e.to_string())?;
-        let mut state = state.with_waiting(alone);
-        let tree = LaneTree::new(scenario.lanes);
+        let state = state.with_waiting(alone);
         let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();
+        let (batch, context) = (config.batch_schedule(), config.model.context as u64);
         let teller = Teller {
-            feeder: &feeder,
+            feeder: Arc::clone(&feeder),
             inner: Mutex::new(Told {
-                ledger: Ledger::new(names, config.batch_schedule(), config.model.context as u64, Vec::new()),
-                log: WeightLog::new(
-                    state.layout.clone(),
-                    config.batch_schedule(),
-                    config.model.context as u64,
-                    None,
-                ),
+                ledger: Ledger::new(names, batch.clone(), context, Vec::new()),
+                log: WeightLog::new(state.layout.clone(), batch, context, None),
                 weights: String::new(),
                 monitor: Tsm::new(facts.clone()),
                 engine: Ate::new(&scenario.loop_config(&config), &facts),
                 cursor: cursor()?,
+                persons: BTreeMap::new(),
                 lines: BTreeMap::new(),
                 failure: None,
             }),
         };
-        let mut copies = Copies::default();
-        let mut written = StepsCompleted(0);
-        loop {
-            let decisions = teller.told().ledger.decisions().to_vec();
-            if written >= expected_end(&decisions, None, StepsCompleted(scenario.steps)) {
-                break;
-            }
-            let mut plan = plan(&config, state.shard_layout.shard_count(), written, &decisions);
-            plan.state = teller.told().ledger.state_at(plan.base);
-            let boundaries = scenario.rollback_boundaries().filter(|boundary| *boundary > written);
-            plan.last_step = boundaries.min().unwrap_or(plan.last_step).min(plan.last_step);
-            let world =
-                Ranks::new(&plan, plan.roster[0].member, tree, state.shard_layout).ok_or("not in the roster")?;
-            let known =
-                DataCursor::restore(recipe.clone(), schedule, written, &decisions).map_err(|e| e.to_string())?;
-            feeder.begin(known, &plan, world.rank);
+        Ok(Self {
+            steps: StepsCompleted(scenario.steps),
+            boundaries: scenario.rollback_boundaries().collect(),
+            tree: LaneTree::new(scenario.lanes),
+            config,
+            recipe,
+            schedule,
+            feeder,
+            state,
+            teller,
+            copies: Copies::default(),
+            written: StepsCompleted(0),
+        })
+    }
+
+    fn is_over(&self) -> bool {
+        let end = expected_end(self.teller.told().ledger.decisions(), None, self.steps);
+        self.written >= end
+    }
+
+    /// Runs on through a line, or to the end of the run.
+    fn go_on(&mut self, through: StepsCompleted) -> Result<(), String> {
+        while self.written < through && !self.is_over() {
+            let decisions = self.teller.told().ledger.decisions().to_vec();
+            let written = self.written;
+            let mut plan = plan(&self.config, self.state.shard_layout.shard_count(), written, &decisions);
+            plan.state = self.teller.told().ledger.state_at(plan.base);
+            let boundaries = self.boundaries.iter().copied().filter(|boundary| *boundary > written);
+            plan.last_step = boundaries.chain([through, plan.last_step]).min().unwrap_or(through);
+            let world = Ranks::new(&plan, plan.roster[0].member, self.tree, self.state.shard_layout)
+                .ok_or("not in the roster")?;
+            let known = DataCursor::restore(self.recipe.clone(), self.schedule, written, &decisions)
+                .map_err(|e| e.to_string())?;
+            self.feeder.begin(known, &plan, world.rank);
             let mut mesh = local_mesh(1, plan.generation).remove(0);
             let mut means = Means {
                 fabric: &mut mesh,
-                feeder: &feeder,
-                source: &copies,
+                feeder: &self.feeder,
+                source: &self.copies,
                 switches: &Switches::default(),
-                reporter: &teller,
+                reporter: &self.teller,
             };
-            let paused = generation::run(&mut state, &world, &plan, &mut means).map_err(|e| e.to_string())?;
+            let paused = generation::run(&mut self.state, &world, &plan, &mut means).map_err(|e| e.to_string())?;
+            if let Some(failure) = self.teller.told().failure.take() {
+                return Err(failure);
+            }
             if paused.step <= written {
                 return Err(format!("the undisturbed run stands still at step {written}"));
             }
-            written = paused.step;
-            copies.keep(&state, written)?;
+            self.written = paused.step;
+            self.copies.keep(&self.state, self.written)?;
         }
-        let told = teller.inner.into_inner().unwrap_or_else(PoisonError::into_inner);
-        match told.failure {
-            Some(failure) => Err(failure),
-            None => Ok(Self {
-                trace: told.lines,
-                weights: told.weights,
-            }),
-        }
+        Ok(())
     }
 }
 
@@ -218,10 +291,7 @@ impl Reference {
 /// says so.
 fn plan(config: &Config, shard_count: usize, written: StepsCompleted, decisions: &[Decision]) -> BeginPlan {
     let at = written.next();
-    let back = decisions.iter().find_map(|decision| match decision.kind {
-        DecisionKind::Rollback { to, .. } if decision.effective == at => Some(to),
-        _ => None,
-    });
+    let back = Rollbacks::of(decisions).acting_at(written).map(|rollback| rollback.to);
     let base = back.unwrap_or(written);
     let origin = match back {
         _ if base == StepsCompleted(0) => ShardOrigin::Initialise,
@@ -264,13 +334,15 @@ struct Told {
     monitor: Tsm,
     engine: Ate,
     cursor: DataCursor,
+    /// What persons decided, by line.
+    persons: BTreeMap<StepsCompleted, Vec<Decision>>,
     lines: BTreeMap<StepsCompleted, String>,
     failure: Option<String>,
 }
 
 /// Makes each line's decisions at once, with the production machines, and feeds them back.
-struct Teller<'a> {
-    feeder: &'a Feeder,
+struct Teller {
+    feeder: Arc<Feeder>,
     inner: Mutex<Told>,
 }
 
@@ -280,7 +352,8 @@ impl Told {
         let mut effects = self.ledger.on_line(line);
         while let Some(effect) = effects.pop() {
             match effect {
-                LedgerEffect::Decide(line) => {
+                LedgerEffect::Decide(mut line) => {
+                    line.decisions = self.persons.get(&line.step).cloned().unwrap_or_default();
                     self.monitor.learn(&self.ledger.data_changes());
                     let signals = self.monitor.on_line(&line).map_err(|e| e.to_string())?;
                     let mut decisions = self.engine.on_line(&line, &signals);
@@ -307,14 +380,14 @@ impl Told {
     }
 }
 
-impl Reporter<CpuDevice> for Teller<'_> {
+impl Reporter<CpuDevice> for Teller {
     fn running(&self, _: StepsCompleted) {}
 
     fn settled(&self, _: StepsCompleted, _: [u8; 16]) {}
 
     fn line(&self, line: StepLine) {
         let mut told = self.told();
-        if let Err(failure) = told.line(self.feeder, &line) {
+        if let Err(failure) = told.line(&self.feeder, &line) {
             told.failure.get_or_insert(failure);
         }
     }
@@ -322,7 +395,7 @@ impl Reporter<CpuDevice> for Teller<'_> {
     fn save(&self, _: StepsCompleted, _: Vec<ShardToSave<CpuDevice>>) {}
 }
 
-impl Teller<'_> {
+impl Teller {
     fn told(&self) -> MutexGuard<'_, Told> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -371,18 +444,19 @@ mod tests {
 
     fn reference(scenario: &Scenario) -> Reference {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        Reference::compute(scenario, &RunPaths::new(folder.path())).expect("it runs")
+        Reference::new(scenario, &RunPaths::new(folder.path())).expect("it runs")
     }
 
     /// The first of some seeds whose scenario is `is_wanted`.
     fn scenarios(is_wanted: fn(&Scenario) -> bool) -> impl Iterator<Item = Scenario> {
-        (0..1_000).map(Scenario::of).filter(is_wanted).take(30)
+        let wanted = move |scenario: &Scenario| !scenario.persons && is_wanted(scenario);
+        (0..1_000).map(Scenario::of).filter(wanted).take(30)
     }
 
     /// Policies of scenarios do something: an update is left out, a run ends early, a batch grows.
     #[test]
     fn policies_are_not_idle() {
-        let has = |reference: &Reference, part: &str| reference.trace.values().any(|line| line.contains(part));
+        let has = |reference: &Reference, part: &str| reference.trace().contains(part);
         assert!(scenarios(|s| s.skips_spikes).any(|scenario| has(&reference(&scenario), "\"skipped\":true")));
         let ends_early = |scenario: Scenario| {
             let last = reference(&scenario).last();
@@ -392,7 +466,8 @@ mod tests {
         assert!(scenarios(|s| s.stop_tokens.is_some()).any(ends_early));
         let scenario = scenarios(|s| s.ramp.is_some()).next().expect("one with a ramp");
         let full = u64::from(scenario.lanes) * 2 * 4;
-        let line = reference(&scenario).line(StepsCompleted(1)).expect("a line").to_owned();
+        let line = reference(&scenario).line(StepsCompleted(1), Vec::new());
+        let line = line.expect("it runs").expect("a line");
         assert!(!line.contains(&format!("\"tokens\":{full},")), "{line}");
     }
 }

@@ -19,7 +19,7 @@ const SPIKE_STEPS_MIN: u64 = 80;
 /// `batch.sequences_per_lane`.
 const SEQUENCES_PER_LANE: u32 = 2;
 /// Tokens of a sequence.
-const CONTEXT: u64 = 4;
+pub(super) const CONTEXT: u64 = 4;
 
 /// A kind of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -56,11 +56,15 @@ pub enum Fault {
     StoreSlow,
     /// Listings of the store are old for a while: new objects are missing, deleted ones are still there.
     StoreStale,
+    /// The controller's process stands still for a while: shorter than any timeout, or longer.
+    StandStill,
+    /// A person puts another controller in charge, as a rule because the one that is there stands still; it wakes up later.
+    TakeOver,
 }
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -77,7 +81,11 @@ impl Fault {
         Self::StoreErrors,
         Self::StoreSlow,
         Self::StoreStale,
+        Self::StandStill,
+        Self::TakeOver,
     ];
+    /// Those that are drawn apart from the others, and less often.
+    const OF_CONTROLLERS: [Self; 2] = [Self::StandStill, Self::TakeOver];
 }
 
 impl Fault {
@@ -85,7 +93,7 @@ impl Fault {
     fn spares_steps(self) -> bool {
         matches!(
             self,
-            Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow | Self::StoreStale
+            Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow | Self::StoreStale | Self::StandStill
         )
     }
 }
@@ -126,6 +134,10 @@ pub struct Scenario {
     /// Rollbacks: the line on which each is decided, and the state to go back to. One into what an earlier one has left
     /// behind is not decided.
     pub rollbacks: Vec<(u64, u64)>,
+    /// Persons decide, too.
+    pub persons: bool,
+    /// The learning rate stays level until somebody decides otherwise; where nobody may, it does not.
+    pub decays_on_demand: bool,
     /// `fault.timeout_ms`.
     pub timeout_ms: u64,
     /// One lane's forward and backward (milliseconds).
@@ -157,7 +169,13 @@ impl Scenario {
         let lanes = random.pick(&[1, 2, 3, 4, 4, 5, 6, 8]);
         let ranks = random.between(1, u64::from(lanes.min(5))) as u32;
         let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
-        let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.chance(0.45)).collect();
+        let drawn = Fault::ALL
+            .into_iter()
+            .filter(|fault| !Fault::OF_CONTROLLERS.contains(fault));
+        let mut faults: Vec<Fault> = drawn.filter(|_| random.chance(0.45)).collect();
+        let mut controllers = Random::of(seed, "controllers", 0);
+        faults.extend(Fault::OF_CONTROLLERS.into_iter().filter(|_| controllers.chance(0.3)));
+        let mut persons = Random::of(seed, "who decides", 0);
         let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
         let mut clock = Random::of(seed, "checkpoints by the clock", 0);
         let mut policy = Random::of(seed, "policy", 0);
@@ -199,6 +217,8 @@ impl Scenario {
             fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
             fault_phase_ms: random.between(500, 6_000),
             rollbacks: Vec::new(),
+            persons: persons.chance(0.2),
+            decays_on_demand: persons.chance(0.3),
         };
         let points = (1..=scenario.steps / DECISION_INTERVAL_STEPS).map(|point| point * DECISION_INTERVAL_STEPS);
         let points = points.filter(|_| rolls_back && backs.chance(0.4));
@@ -228,6 +248,23 @@ impl Scenario {
         self.rollbacks.iter().flat_map(boundaries).map(StepsCompleted)
     }
 
+    /// The same with some kinds of fault in it, often; and with persons who decide, if so.
+    #[must_use]
+    pub fn insisting(mut self, faults: &[Fault], persons: bool) -> Self {
+        self.persons |= persons;
+        if !faults.is_empty() {
+            self.wrong_update = false;
+            self.faults.retain(|fault| !faults.contains(fault));
+            // As often as all others together.
+            let times = self.faults.len().div_ceil(faults.len()).max(1);
+            for _ in 0..times {
+                self.faults.extend(faults);
+            }
+            self.fault_every_ms = self.fault_every_ms.min(250.0);
+        }
+        self
+    }
+
     /// Whether a kind of fault happens.
     #[must_use]
     pub fn has(&self, fault: Fault) -> bool {
@@ -240,6 +277,10 @@ impl Scenario {
     /// If the scenario makes no valid config: a bug of this module.
     pub fn config(&self, ranks: u32, dir: &Path) -> Result<Config, ConfigError> {
         let controller = if self.adaptive { "ado" } else { "static" };
+        let (rate, decay_steps) = match self.persons && self.decays_on_demand {
+            true => ("wsd", 6),
+            false => ("cosine", 0),
+        };
         let (replicas, timeout_ms) = (self.replicas.min(ranks), self.timeout_ms);
         let Self {
             seed,
@@ -280,9 +321,9 @@ block_elements = 64
 shards = {shards}
 replicas = {replicas}
 [optimizer.schedule]
-kind = "cosine"
+kind = "{rate}"
 warmup_steps = 2
-decay_steps = 0
+decay_steps = {decay_steps}
 final_fraction = 0.1
 [mixture]
 controller = "{controller}"
@@ -328,7 +369,8 @@ restart_backoff_ms = 20
     /// Sections that only some runs have.
     fn policy(&self) -> String {
         // Where persons may decide, the lines of decisions are as long as rollbacks need them.
-        let mut text = format!("[policy]\npersons = {}\n", !self.rollbacks.is_empty());
+        let persons = self.persons || !self.rollbacks.is_empty();
+        let mut text = format!("[policy]\npersons = {persons}\n");
         // Writing to a string does not fail.
         if self.skips_spikes {
             let _ = writeln!(text, "spikes = \"skip\"");
@@ -391,6 +433,7 @@ mod tests {
             ("stop", with(|s| s.stop_tokens.is_some()), 25..80),
             ("ramp", with(|s| s.ramp.is_some()), 25..80),
             ("rollback", with(|s| !s.rollbacks.is_empty()), 25..80),
+            ("persons", with(|s| s.persons), 25..60),
         ] {
             assert!(range.contains(&count), "{name}: {count} of 200 seeds");
         }

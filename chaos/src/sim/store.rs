@@ -1,6 +1,8 @@
 //! The store's way to its users: requests take time, get lost before or after they were carried out, and go on without the
 //! process that sent them; listings are old. What is behind is an object store in memory, atomic per key.
 
+use super::gate::Gate;
+use super::history::Failure;
 use super::random::Random;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -15,6 +17,8 @@ use std::fmt;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tarazed_domain::Generation;
+use tarazed_store::{CheckpointStore, Depth, Select, WriterId, WriterNonce};
 use tokio::time::Instant;
 
 /// How the store behaves towards everybody; faults change it while a simulation runs.
@@ -31,6 +35,9 @@ struct WeatherNow {
     /// Listings show the store as it was so long ago, until then.
     stale: Option<(Duration, Instant)>,
     changes: Vec<Change>,
+    /// The newest controller that has written into the chain of records.
+    newest: u64,
+    failure: Arc<Failure>,
     random: Random,
 }
 
@@ -43,6 +50,8 @@ struct Change {
     before: Option<ObjectMeta>,
 }
 
+/// Where the chain of records lies.
+const RECORDS: &str = "commits/";
 /// Changes are remembered so long: no listing is older.
 const STALE_MAX: Duration = Duration::from_secs(10);
 
@@ -57,7 +66,7 @@ struct Fate {
 impl Weather {
     /// Fair weather: requests take up to `request_ms_max` and succeed.
     #[must_use]
-    pub fn new(request_ms_max: u64, random: Random) -> Self {
+    pub fn new(request_ms_max: u64, random: Random, failure: Arc<Failure>) -> Self {
         Self {
             inner: Mutex::new(WeatherNow {
                 request_ms_max,
@@ -65,6 +74,8 @@ impl Weather {
                 errors_until: None,
                 stale: None,
                 changes: Vec::new(),
+                newest: 0,
+                failure,
                 random,
             }),
         }
@@ -101,6 +112,39 @@ impl Weather {
             now.changes.retain(|change| at - change.at < STALE_MAX);
             now.changes.push(Change { at, location, before });
         });
+    }
+
+    /// CKPT-3: a controller has written a record; none older than it may do so any more.
+    fn recorded(&self, owner: u64) {
+        self.with(|now| {
+            if owner < now.newest {
+                let newest = now.newest;
+                now.failure.set(&format!(
+                    "controller {owner} writes a record behind the claim of {newest}"
+                ));
+            }
+            now.newest = now.newest.max(owner);
+        });
+    }
+
+    /// CKPT-3, CKPT-5: a controller that may be fenced has deleted something. It must be something that an earlier record
+    /// gave up.
+    async fn check_deleted(&self, owner: u64, behind: Arc<dyn ObjectStore>, location: &Path) {
+        if self.with(|now| owner >= now.newest) {
+            return;
+        }
+        let writer = WriterId {
+            nonce: WriterNonce([0xfe; 16]),
+            generation: Generation(0),
+        };
+        let store = CheckpointStore::with_object_store(behind, "", writer);
+        let failure = self.with(|now| Arc::clone(&now.failure));
+        match store.verify(Select::All, Depth::Quick).await {
+            Ok(report) if report.is_clean() => {}
+            found => failure.set(&format!(
+                "controller {owner} is fenced and deletes {location}: {found:?}"
+            )),
+        }
     }
 
     /// A listing as the store gives it now.
@@ -151,26 +195,43 @@ fn lost() -> object_store::Error {
     }
 }
 
+/// The controller whose handle it is.
+#[derive(Clone)]
+pub struct Owner {
+    /// Which.
+    pub number: u64,
+    /// Closed while it stands still: it sends nothing then, and hears no answer.
+    pub gate: Arc<Gate>,
+}
+
 /// One process's handle.
 #[derive(Clone)]
 pub struct SimStore {
     behind: Arc<dyn ObjectStore>,
     weather: Arc<Weather>,
+    owner: Option<Owner>,
 }
 
 impl SimStore {
-    /// A handle on the store `behind`.
+    /// A handle on the store `behind`; that of a rank has no owner.
     #[must_use]
-    pub fn new(behind: Arc<dyn ObjectStore>, weather: Arc<Weather>) -> Arc<Self> {
-        Arc::new(Self { behind, weather })
+    pub fn new(behind: Arc<dyn ObjectStore>, weather: Arc<Weather>, owner: Option<Owner>) -> Arc<Self> {
+        Arc::new(Self { behind, weather, owner })
     }
 
-    /// Carries a request out on its own: it goes on when the process that sent it dies.
+    async fn until_it_runs(&self) {
+        if let Some(owner) = &self.owner {
+            owner.gate.passed().await;
+        }
+    }
+
+    /// Carries a request out on its own: it goes on when the process that sent it dies or stands still.
     async fn request<T, F>(&self, work: impl FnOnce(Arc<dyn ObjectStore>) -> F + Send + 'static) -> Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send,
     {
+        self.until_it_runs().await;
         let (fate, behind) = (self.weather.fate(), Arc::clone(&self.behind));
         let request = tokio::spawn(async move {
             tokio::time::sleep(fate.before).await;
@@ -181,7 +242,9 @@ impl SimStore {
             tokio::time::sleep(fate.after).await;
             if fate.lost_after { Err(lost()) } else { answer }
         });
-        request.await.unwrap_or_else(|_| Err(lost()))
+        let answer = request.await.unwrap_or_else(|_| Err(lost()));
+        self.until_it_runs().await;
+        answer
     }
 }
 
@@ -201,9 +264,13 @@ impl fmt::Debug for SimStore {
 impl ObjectStore for SimStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let (location, weather) = (location.clone(), Arc::clone(&self.weather));
+        let owner = self.owner.as_ref().map(|owner| owner.number);
         self.request(move |behind| async move {
             let before = behind.head(&location).await.ok();
             let put = behind.put_opts(&location, payload, options).await?;
+            if let Some(owner) = owner.filter(|_| location.as_ref().starts_with(RECORDS)) {
+                weather.recorded(owner);
+            }
             weather.changed(location, before);
             Ok(put)
         })
@@ -238,13 +305,16 @@ impl ObjectStore for SimStore {
             let me = me.clone();
             async move {
                 let location = location?;
-                let weather = Arc::clone(&me.weather);
+                let (weather, owner) = (Arc::clone(&me.weather), me.owner.as_ref().map(|owner| owner.number));
                 me.request(move |behind| async move {
                     let before = behind.head(&location).await.ok();
                     let one = futures::stream::once(async move { Ok(location) }).boxed();
                     let deleted: Vec<Path> = behind.delete_stream(one).try_collect().await?;
                     let location = deleted.into_iter().next().ok_or_else(lost)?;
                     weather.changed(location.clone(), before);
+                    if let Some(owner) = owner {
+                        weather.check_deleted(owner, behind, &location).await;
+                    }
                     Ok(location)
                 })
                 .await

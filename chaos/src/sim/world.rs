@@ -1,17 +1,18 @@
 //! What everything in a simulation shares: the scenario, the way between processes, the store, the trace, and the checks.
 
 use super::controller::Life;
-use super::history::History;
+use super::history::{Failure, History};
 use super::losses::Losses;
 use super::mesh::Generational;
+use super::persons::{self, Persons};
 use super::process::Process;
 use super::random::Random;
 use super::reference::{self, Reference};
 use super::scenario::{Fault, Scenario};
-use super::store::{SimStore, Weather};
+use super::store::{Owner, SimStore, Weather};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,6 +25,7 @@ use tarazed_protocol::data::cursor::Recipe;
 use tarazed_protocol::message::Member;
 use tarazed_store::{BinaryId, CheckpointStore, WriterId, WriterNonce};
 use tarazed_train::feeder::{FeedRules, SampleSource};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 /// Everything shared.
@@ -44,6 +46,8 @@ pub struct World {
     pub reference: Reference,
     /// What deaths may have cost.
     pub losses: Losses,
+    /// What persons ask for.
+    pub persons: Persons,
     /// How the store behaves.
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
@@ -52,11 +56,17 @@ pub struct World {
     spoiled: AtomicBool,
     cuts: Mutex<BTreeMap<(u32, u32), Instant>>,
     meetings: Mutex<BTreeMap<(u64, Generation), Arc<Generational>>>,
-    life: Mutex<Option<Arc<Life>>>,
+    /// Controllers whose processes are there, and the newest even when it is gone.
+    lives: Mutex<Vec<Arc<Life>>>,
+    /// The one that the run folder names to ranks.
+    in_charge: Mutex<Option<Arc<Life>>>,
+    another_wanted: Notify,
+    /// Lives of ranks that were started.
+    started: Mutex<BTreeSet<Member>>,
     faults_over: AtomicBool,
     compute: Mutex<Random>,
     written: Mutex<StepsCompleted>,
-    failure: Mutex<Option<String>>,
+    failure: Arc<Failure>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,9 +89,14 @@ impl World {
             libraries: Vec::new(),
         };
         let facts = ManifestFacts::of_program(&config, "simulated", binary, || 0);
-        let reference = Reference::compute(&scenario, &paths)?;
+        let reference = Reference::new(&scenario, &paths)?;
         let seed = scenario.seed;
-        let weather = Weather::new(scenario.store_ms_max, Random::of(seed, "store", 0));
+        let failure = Failure::new(history.clone());
+        let weather = Weather::new(
+            scenario.store_ms_max,
+            Random::of(seed, "store", 0),
+            Arc::clone(&failure),
+        );
         Ok(Arc::new(Self {
             history,
             paths,
@@ -90,6 +105,7 @@ impl World {
             facts,
             reference,
             losses: Losses::default(),
+            persons: Persons::default(),
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),
@@ -97,11 +113,14 @@ impl World {
             spoiled: AtomicBool::new(false),
             cuts: Mutex::default(),
             meetings: Mutex::default(),
-            life: Mutex::default(),
+            lives: Mutex::default(),
+            in_charge: Mutex::default(),
+            another_wanted: Notify::new(),
+            started: Mutex::default(),
             faults_over: AtomicBool::new(false),
             compute: Mutex::new(Random::of(seed, "compute", 0)),
             written: Mutex::default(),
-            failure: Mutex::default(),
+            failure,
             scenario,
         }))
     }
@@ -113,13 +132,12 @@ impl World {
 
     /// Something that must never happen has happened; the first one counts.
     pub fn fail(&self, what: &str) {
-        self.history.note(&format!("FAILURE: {what}"));
-        lock(&self.failure).get_or_insert_with(|| what.to_owned());
+        self.failure.set(what);
     }
 
     /// What has gone wrong, if anything.
     pub fn failure(&self) -> Option<String> {
-        lock(&self.failure).clone()
+        self.failure.get()
     }
 
     // Data.
@@ -136,15 +154,28 @@ impl World {
 
     // The store.
 
-    /// A process's own handle on the store.
+    /// A rank's own handle on the store.
     pub fn store(&self, writer: u64) -> CheckpointStore {
+        self.open_store(writer, None)
+    }
+
+    /// A controller's.
+    pub fn store_of(&self, life: &Life) -> CheckpointStore {
+        let owner = Owner {
+            number: life.number,
+            gate: Arc::clone(&life.gate),
+        };
+        self.open_store(1_000_000 + life.number, Some(owner))
+    }
+
+    fn open_store(&self, writer: u64, owner: Option<Owner>) -> CheckpointStore {
         let mut nonce = [0; 16];
         nonce[..8].copy_from_slice(&writer.to_be_bytes());
         let writer = WriterId {
             nonce: WriterNonce(nonce),
             generation: Generation(0),
         };
-        let handle = SimStore::new(Arc::clone(&self.behind), Arc::clone(&self.weather));
+        let handle = SimStore::new(Arc::clone(&self.behind), Arc::clone(&self.weather), owner);
         CheckpointStore::with_object_store(handle, "", writer)
     }
 
@@ -182,14 +213,52 @@ impl World {
         past.collect()
     }
 
-    /// A controller lives.
+    /// A controller's process is there.
     pub fn begin_life(&self, life: &Arc<Life>) {
-        *lock(&self.life) = Some(Arc::clone(life));
+        let mut lives = lock(&self.lives);
+        lives.retain(|other| other.is_alive());
+        lives.push(Arc::clone(life));
     }
 
-    /// The present controller.
+    /// A controller's process is gone.
+    pub fn end_life(&self, life: &Life) {
+        let mut lives = lock(&self.lives);
+        let newest = lives.last().map_or(0, |newest| newest.number);
+        lives.retain(|other| other.number != life.number || other.number == newest);
+    }
+
+    /// The newest controller, alive or not.
     pub fn life(&self) -> Option<Arc<Life>> {
-        lock(&self.life).clone()
+        lock(&self.lives).last().cloned()
+    }
+
+    /// All that are there.
+    pub fn lives(&self) -> Vec<Arc<Life>> {
+        lock(&self.lives).clone()
+    }
+
+    /// Ranks find this one from now on.
+    pub fn put_in_charge(&self, life: &Arc<Life>) {
+        *lock(&self.in_charge) = Some(Arc::clone(life));
+    }
+
+    /// Whom ranks find.
+    pub fn in_charge(&self) -> Option<Arc<Life>> {
+        lock(&self.in_charge).clone()
+    }
+
+    /// A person starts another controller in the place of the one that is there, after a while.
+    pub fn want_another(self: &Arc<Self>, after: Duration) {
+        let world = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            world.another_wanted.notify_one();
+        });
+    }
+
+    /// Waits until somebody does.
+    pub async fn until_another_is_wanted(&self) {
+        self.another_wanted.notified().await;
     }
 
     /// The meeting point of a generation's ranks.
@@ -316,20 +385,59 @@ impl World {
         }
     }
 
-    /// Each line once, in order, and exactly that of the undisturbed run (STEP-3, STEP-5, DET-1, LOOP-1).
-    pub fn check_line(&self, step: StepsCompleted, text: &str) {
+    /// A life of a rank is started once, and only by the controller in charge (SUP-2).
+    pub fn check_start(&self, life: &Life, member: Member) {
+        if !life.holds() {
+            let number = life.number;
+            self.fail(&format!("controller {number} starts {member}, and is not in charge"));
+        }
+        if !lock(&self.started).insert(member) {
+            self.fail(&format!("{member} is started twice"));
+        }
+    }
+
+    /// Only the controller in charge kills, and nobody is silent because its controller stood still.
+    pub fn check_kill(&self, life: &Life, process: &Process, reason: &str) {
+        let (number, member) = (life.number, process.member);
+        if !life.holds() {
+            self.fail(&format!("controller {number} kills {member}, and is not in charge"));
+        }
+        let for_silence = ["no heartbeat for", "not back within", "of its start"];
+        if for_silence.iter().any(|why| reason.contains(why)) && !process.is_disturbed() {
+            self.fail(&format!("{member} is killed ({reason}), and was never silent"));
+        }
+    }
+
+    /// Each line once, in order, and exactly that of the undisturbed run (STEP-3, STEP-5, DET-1, LOOP-1); acknowledged by
+    /// the controller in charge alone.
+    pub fn check_line(&self, life: &Life, step: StepsCompleted, text: &str) {
         self.history.note(&format!("line {step}"));
+        if !life.holds() {
+            let number = life.number;
+            self.fail(&format!("controller {number} writes line {step}, and is not in charge"));
+        }
         let mut written = lock(&self.written);
         if step != written.next().completed() {
             self.fail(&format!("line {step} follows line {written}", written = *written));
         }
         *written = step;
-        let expected = self.reference.line(step);
-        if expected != Some(text) {
-            let expected = expected.unwrap_or("none");
-            self.fail(&format!(
-                "line {step} differs:\n  undisturbed {expected}\n  here        {text}"
-            ));
+        let decisions = match self.scenario.persons.then(|| persons::decisions_in(text)).transpose() {
+            Ok(decisions) => decisions.unwrap_or_default(),
+            Err(cause) => return self.fail(&cause),
+        };
+        if let Err(failure) = self.persons.recorded(life.number, step, &decisions) {
+            self.fail(&failure);
+        }
+        let persons = decisions.into_iter().filter(|decision| decision.by.is_person());
+        match self.reference.line(step, persons.collect()) {
+            Ok(Some(expected)) if expected == text => {}
+            Ok(expected) => {
+                let expected = expected.as_deref().unwrap_or("none");
+                self.fail(&format!(
+                    "line {step} differs:\n  undisturbed {expected}\n  here        {text}"
+                ));
+            }
+            Err(cause) => self.fail(&format!("the undisturbed run cannot go on to line {step}: {cause}")),
         }
     }
 }

@@ -105,6 +105,16 @@ mutants! {
     GreedyCollector,
     /// A line that a crash cut short stays in the trace.
     TornLineKept,
+    /// The time in which the controller stood still counts against its ranks.
+    AbsenceCounted,
+    /// A controller that has been put out of charge starts and kills ranks.
+    DeposedCommands,
+    /// Lines in a trace that has lost its name are acknowledged.
+    DeposedWrites,
+    /// Another controller's claim is not looked for before a commit or a collection (CKPT-3).
+    FenceIgnored,
+    /// What a person asked for and was granted is not written (LOOP-2).
+    PersonUnheard,
 }
 
 #[cfg(feature = "mutants")]

@@ -253,6 +253,8 @@ impl Coordinator {
     /// The first effects: start every worker but those whose `past` life is still there. Those are waited for, since they
     /// hold the state, and a worker's next life is one after its past one (SUP-2).
     pub fn start(&mut self, now_ms: u64, past: &[PastLife]) -> Vec<Effect> {
+        // Whoever stands still before the first tick was absent, too.
+        self.ticked_ms = Some(now_ms);
         let timeouts = self.options.timeouts;
         let past_slots = past.iter().map(|past| past.member.worker.0 + 1).max();
         let slots = past_slots.unwrap_or(0).max(self.slots_wanted());

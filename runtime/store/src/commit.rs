@@ -10,7 +10,7 @@ use crate::record::{CommitRecord, RecordKind};
 use crate::store::CheckpointStore;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_domain::{Generation, Mutant, StepsCompleted};
 
 /// Proof that this controller claimed the store; good until another claims it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +47,9 @@ impl Committed {
 impl CheckpointStore {
     /// Whether the fence is still in force on the chain as judged (CKPT-3). Where that cannot be known, it is not.
     pub(crate) fn check_fence(&self, fence: &Fence, judgement: &Judgement) -> Result<(), StoreError> {
+        if Mutant::FenceIgnored.is_on() {
+            return Ok(());
+        }
         if let Some(later) = judgement.other_holder_after(fence.sequence, self.writer().nonce) {
             return Err(StoreError::Fenced {
                 key: keys::record(later.record.sequence),
@@ -76,9 +79,21 @@ impl CheckpointStore {
     /// # Errors
     /// [`StoreError::Retry`], [`StoreError::Full`] or [`StoreError::Reconfigure`] by cause.
     pub async fn claim(&self, at_least: Generation) -> Result<Fence, StoreError> {
+        self.claim_while(at_least, || true).await
+    }
+
+    /// As [`Self::claim`], but only as long as `wanted` says so, which is asked before each try: whoever has been replaced
+    /// while it waited for the store must not claim it from its successor.
+    ///
+    /// # Errors
+    /// As [`Self::claim`]; [`StoreError::Refused`] where it is not wanted any more: nothing was written.
+    pub async fn claim_while(&self, at_least: Generation, wanted: impl Fn() -> bool) -> Result<Fence, StoreError> {
         let floor = at_least.max(self.writer().generation);
         let claimed = self
             .append(|_, judgement| {
+                if !wanted() {
+                    return Err(StoreError::refused("whoever claims the store has been replaced"));
+                }
                 let generation = judgement.next_generation().max(floor);
                 Ok(Decision::Write(generation, RecordKind::Fence {}))
             })

@@ -160,6 +160,34 @@ async fn a_fenced_controller_can_neither_commit_nor_delete() {
     assert_eq!(restore(&new).await.unwrap(), Some(40));
 }
 
+// CKPT-3: whoever is replaced while it waits for the store fences nobody, not even where its first try was overtaken.
+#[tokio::test]
+async fn a_claim_that_is_not_wanted_any_more_fences_nobody() {
+    let mut refused_late = false;
+    for fail_at in 0..12 {
+        let objects = memory();
+        let new = open(&objects, 2);
+        let fence = new.claim(Generation(0)).await.unwrap();
+        let before = objects_under(&objects).await;
+        let faulty = Faulty::new(objects.clone(), fail_at, Fault::ConflictBefore, false);
+        let old = CheckpointStore::with_object_store(faulty, "runs/a", writer(1));
+        let asked = std::sync::atomic::AtomicU64::new(0);
+        let once = || asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 0;
+        let late = matches!(
+            old.claim_while(Generation(0), once).await,
+            Err(StoreError::Refused { .. })
+        );
+        let refused = old.claim_while(Generation(0), || false).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Refused { .. }), "{refused}");
+        if late {
+            refused_late = true;
+            assert_eq!(objects_under(&objects).await, before);
+            checkpoint(&new, &fence, 10).await;
+        }
+    }
+    assert!(refused_late, "some fault hits the claim's own write");
+}
+
 async fn objects_under(objects: &Arc<dyn ObjectStore>) -> Vec<Path> {
     use futures::TryStreamExt;
     let mut keys: Vec<Path> = objects

@@ -118,7 +118,7 @@ impl Coordinator {
     /// Where this process was stopped or starved, what came meanwhile waits behind this tick: nobody was silent.
     fn excuse_own_absence(&mut self, now_ms: u64) {
         let absent_ms = now_ms.saturating_sub(self.ticked_ms.replace(now_ms).unwrap_or(now_ms));
-        if absent_ms <= self.options.timeouts.failure_ms / 2 {
+        if absent_ms <= self.options.timeouts.failure_ms / 2 || Mutant::AbsenceCounted.is_on() {
             return;
         }
         self.workers.excuse(absent_ms);
@@ -129,6 +129,11 @@ impl Coordinator {
             | Phase::Leaving { deadline_ms } => {
                 *deadline_ms += absent_ms;
             }
+            // Whose death failed the collective may be among what waits.
+            Phase::Running {
+                failed: Some((since, _)),
+                ..
+            } => *since += absent_ms,
             _ => {}
         }
         self.stop = self.stop.map(|since| since + absent_ms);

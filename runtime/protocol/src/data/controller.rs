@@ -52,7 +52,7 @@ use policy::Policy;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use tarazed_domain::config::{ControllerKind, StageStart};
-use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_domain::{Mutant, StepIndex, StepsCompleted};
 
 /// Domains named one by one in a reason.
 const REASON_DOMAINS_MAX: usize = 16;
@@ -255,7 +255,9 @@ impl Ate {
             let mut granted = self.grant(line, DecisionId(id), request);
             discard_nothing(&mut granted.kind, course.domains_at(granted.effective));
             let _ = course.adopt(&granted);
-            persons.push(granted);
+            if !Mutant::PersonUnheard.is_on() {
+                persons.push(granted);
+            }
         }
     }
 

@@ -1,0 +1,202 @@
+//! People who decide (LOOP-2): they ask the controller that is there for something, at any moment, and what becomes of it
+//! stands in the trace.
+//!
+//! - What is granted stands in the line that was named, where the controller that granted it writes that line; a request is
+//!   lost with its controller.
+//! - The trace holds nothing that nobody asked for, and nothing twice.
+
+use super::random::Random;
+use super::scenario::CONTEXT;
+use super::world::World;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tarazed_actors::controller::RequestAnswer;
+use tarazed_domain::{StepIndex, StepsCompleted};
+use tarazed_protocol::data::controller::Request;
+use tarazed_protocol::data::decision::{
+    DataChange, Decision, DecisionAuthor, DecisionId, DecisionKind, DomainEdition, SpikeBounds,
+};
+use tarazed_protocol::trace::TraceLine;
+
+/// They wait so long for an answer.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Domains that a run begins with.
+const DOMAINS: u16 = 2;
+/// Steps that they look ahead, at most.
+const AHEAD_STEPS_MAX: u64 = 12;
+
+/// What was asked for, and what became of it.
+#[derive(Default)]
+pub struct Persons(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    asked: BTreeMap<String, Asked>,
+    newest: DecisionId,
+    /// Domains by all that is decided.
+    domains: u16,
+    written: StepsCompleted,
+}
+
+struct Asked {
+    kind: DecisionKind,
+    /// By which controller, for which line, from which step on.
+    granted: Option<(u64, StepsCompleted, StepIndex)>,
+    is_recorded: bool,
+}
+
+/// Asks now and then, until the faults are over.
+pub async fn decide(world: Arc<World>) {
+    let mut random = world.random("persons", 0);
+    let every_ms = random.pick(&[60.0, 200.0, 500.0]);
+    while world.scenario.persons && !world.is_calm() {
+        tokio::time::sleep(Duration::from_millis(random.waiting_ms(every_ms))).await;
+        ask(&world, &mut random);
+    }
+}
+
+/// Somebody asks for something.
+pub fn ask(world: &Arc<World>, random: &mut Random) {
+    let Some(life) = world.life().filter(|life| life.is_alive()) else {
+        return;
+    };
+    let request = world.persons.think(random);
+    let (person, number) = (request.person.clone(), life.number);
+    world.history.note(&format!(
+        "{person} asks controller {number} for {:?} from {:?} on",
+        request.kind, request.not_before
+    ));
+    let told = Arc::clone(world);
+    life.ask(request, move |answer| {
+        told.history.note(&format!("{person} is told {answer:?}"));
+        told.persons.answered(&person, number, answer);
+    });
+}
+
+impl Persons {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn think(&self, random: &mut Random) -> Request {
+        let mut inner = self.lock();
+        let domains = inner.domains.max(DOMAINS);
+        let kind = match random.between(0, 13) {
+            0..=2 => DecisionKind::Mixture {
+                weights: weights(random, domains),
+            },
+            3 => DecisionKind::Pin,
+            4 => DecisionKind::Release,
+            5 | 6 => DecisionKind::LearningRate {
+                factor: random.between(50, 200) as f64 / 100.0,
+            },
+            7 | 8 => DecisionKind::Veto {
+                decision: DecisionId(random.between(1, inner.newest.0 + 1)),
+            },
+            9 => DecisionKind::SpikeBounds(SpikeBounds {
+                expected: (0..domains).map(|_| random.chance(0.7).then_some(5.0)).collect(),
+                residual_loss: random.between(0, 20) as f64 / 10.0,
+                grad_norm: random.between(1, 60) as f64 / 10.0,
+            }),
+            10 => DecisionKind::Decay,
+            11 | 12 => DecisionKind::Data(change(random, domains)),
+            _ => DecisionKind::Stop,
+        };
+        // Most runs come to their end, and data change at a step that is still to be decided.
+        let late = matches!(kind, DecisionKind::Stop | DecisionKind::Data(_)) || random.chance(0.3);
+        let ahead = random.between(0, AHEAD_STEPS_MAX);
+        let person = format!("person {}", inner.asked.len());
+        let asked = Asked {
+            kind: kind.clone(),
+            granted: None,
+            is_recorded: false,
+        };
+        inner.asked.insert(person.clone(), asked);
+        Request {
+            person,
+            kind,
+            not_before: late.then(|| StepIndex(inner.written.0 + ahead)),
+            reason: "they like it".to_owned(),
+        }
+    }
+
+    fn answered(&self, person: &str, controller: u64, answer: Option<RequestAnswer>) {
+        if let Some(asked) = self.lock().asked.get_mut(person)
+            && let Some(Ok((line, step))) = answer
+        {
+            asked.granted = Some((controller, line, step));
+        }
+    }
+
+    /// A controller has written a line with these decisions: what of it is as it should be, as far as persons are concerned.
+    ///
+    /// # Errors
+    /// What is not.
+    pub fn recorded(&self, controller: u64, line: StepsCompleted, decisions: &[Decision]) -> Result<(), String> {
+        let mut inner = self.lock();
+        inner.written = line;
+        for decision in decisions {
+            inner.newest = inner.newest.max(decision.id);
+            if let DecisionKind::Data(change) = &decision.kind {
+                let newest = change.domains.iter().map(|edition| edition.domain + 1).max();
+                inner.domains = inner.domains.max(newest.unwrap_or_default());
+            }
+            let DecisionAuthor::Person(person) = &decision.by else {
+                continue;
+            };
+            let asked = inner.asked.get_mut(person);
+            let asked = asked.ok_or_else(|| format!("line {line} holds what {person} never asked for"))?;
+            if std::mem::replace(&mut asked.is_recorded, true) {
+                return Err(format!("line {line} holds what {person} decided a second time"));
+            }
+            let promised = asked.granted.filter(|(by, ..)| *by == controller);
+            let kept = promised.is_none_or(|(_, at, from)| (at, from) == (line, decision.effective));
+            if !kept || asked.kind != decision.kind {
+                return Err(format!(
+                    "line {line} holds {decision:?}, and {person} was told {promised:?}"
+                ));
+            }
+        }
+        let broken = inner.asked.iter().find(|(_, asked)| {
+            let due = asked.granted.is_some_and(|(by, at, _)| (by, at) == (controller, line));
+            due && !asked.is_recorded
+        });
+        match broken {
+            Some((person, _)) => Err(format!("line {line} does not hold what {person} was granted")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn weights(random: &mut Random, domains: u16) -> Vec<f64> {
+    (0..domains).map(|_| random.between(1, 9) as f64).collect()
+}
+
+/// Other text for a domain, or another domain.
+fn change(random: &mut Random, domains: u16) -> DataChange {
+    let domain = random.between(0, u64::from(domains.min(DOMAINS))) as u16;
+    let train_sequences = random.between(5, 90);
+    let edition = DomainEdition {
+        name: ["one", "two", "three"][usize::from(domain)].to_owned(),
+        domain,
+        index: random.between(0, 3) as u16,
+        language: "en".to_owned(),
+        train_sequences,
+        train_tokens: train_sequences * CONTEXT,
+    };
+    DataChange {
+        version: blake3::hash(&random.bits().to_le_bytes()).to_hex().to_string(),
+        domains: vec![edition],
+        weights: weights(random, domains.max(domain + 1)),
+    }
+}
+
+/// The decisions in a line.
+///
+/// # Errors
+/// If it is no line.
+pub fn decisions_in(text: &str) -> Result<Vec<Decision>, String> {
+    let line = TraceLine::parse(text, 0).map_err(|e| e.to_string())?;
+    Ok(line.decisions)
+}
