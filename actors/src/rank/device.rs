@@ -86,7 +86,10 @@ impl DeviceChoice {
     ///
     /// # Errors
     /// The key at fault, with what is possible.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "processors take any shape"))]
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "processors take any shape")
+    )]
     pub fn takes(self, config: &Config) -> Result<(), ConfigError> {
         match self {
             Self::Cpu => Ok(()),

@@ -218,6 +218,18 @@ impl Life {
         self.say(move |ear| ear.node(event));
     }
 
+    /// A process begins to end; whoever watches it hears of it.
+    pub fn hear_of_dying(&self, process: &Process, killed: Option<String>) {
+        let Member { worker, incarnation } = process.member;
+        if lock(&self.processes).contains_key(&process.member) {
+            self.hear(NodeEvent::Ending {
+                worker,
+                incarnation,
+                killed,
+            });
+        }
+    }
+
     /// A process has ended; whoever watches it hears of it.
     pub fn hear_of(&self, process: &Process, cause: ExitCause, killed: Option<String>) {
         let Member { worker, incarnation } = process.member;

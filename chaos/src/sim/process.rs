@@ -190,17 +190,29 @@ impl Process {
             Arc::clone(world),
         );
         self.lock().unheard = random.chance(0.5);
+        // Its lifeline breaks first; then it may take its time to be gone, as with a device to give back.
+        let lifeline = matches!(cause, ExitCause::Signal(_)) && random.chance(0.5);
+        let gone_us = match lifeline && random.chance(0.2) {
+            true => random.between(3_000, 2_000_000),
+            false => random.between(50, 3_000),
+        };
         if let Some(up) = up {
             let _ = up.send(Up::Closed("the connection was closed".to_owned()));
         }
         tokio::spawn(async move {
+            if lifeline {
+                tokio::time::sleep(Duration::from_micros(random.between(20, 300))).await;
+                for life in world.lives() {
+                    life.hear_of_dying(&me, killed.clone());
+                }
+            }
             tokio::time::sleep(Duration::from_micros(random.between(50, 1_500))).await;
             for (shared, rank) in parts {
                 if let Some(shared) = shared.upgrade() {
                     shared.lose(rank);
                 }
             }
-            tokio::time::sleep(Duration::from_micros(random.between(50, 3_000))).await;
+            tokio::time::sleep(Duration::from_micros(gone_us)).await;
             world.forget(&me);
             for life in world.lives() {
                 life.hear_of(&me, cause.clone(), killed.clone());
