@@ -678,10 +678,10 @@ fn an_absent_controller_kills_none_of_those_that_it_waits_for() {
     let effects = machine.start(1_000, &[PastLife { member, lives: true }]);
     assert!(effects.contains(&Effect::Adopt { member }), "{effects:?}");
     let woken_ms = 1_000 + 10 * failure_ms;
-    assert_eq!(machine.on_event(woken_ms, Event::Tick), [], "they had no time to come");
+    assert_eq!(machine.on_event(woken_ms, &Event::Tick), [], "they had no time to come");
     let mut killed = Vec::new();
     for passed_ms in (0..2 * failure_ms).step_by(10) {
-        killed.extend(machine.on_event(woken_ms + passed_ms, Event::Tick));
+        killed.extend(machine.on_event(woken_ms + passed_ms, &Event::Tick));
     }
     let late = |effect: &Effect| matches!(effect, Effect::Kill { member: late, .. } if *late == member);
     assert!(killed.iter().any(late), "now they had");
@@ -695,7 +695,7 @@ fn an_absent_controller_blames_nobody_for_a_failed_collective() {
     let now_ms = cluster.now_ms;
     let (reporter, suspect) = (cluster.coordinator.roster()[0].0, Rank(1));
     let generation = cluster.coordinator.generation();
-    assert_eq!(cluster.coordinator.on_event(now_ms, Event::Tick), []);
+    assert_eq!(cluster.coordinator.on_event(now_ms, &Event::Tick), []);
     let failed = Event::Failed {
         member: reporter,
         generation,
@@ -704,14 +704,14 @@ fn an_absent_controller_blames_nobody_for_a_failed_collective() {
         fatal: false,
         dispute: None,
     };
-    assert_eq!(cluster.coordinator.on_event(now_ms, failed), []);
+    assert_eq!(cluster.coordinator.on_event(now_ms, &failed), []);
     let woken_ms = now_ms + 60_000;
     assert_eq!(
-        cluster.coordinator.on_event(woken_ms, Event::Tick),
+        cluster.coordinator.on_event(woken_ms, &Event::Tick),
         [],
         "an exit may wait behind this tick"
     );
-    let fenced = cluster.coordinator.on_event(woken_ms + 200, Event::Tick);
+    let fenced = cluster.coordinator.on_event(woken_ms + 200, &Event::Tick);
     let fences = fenced.iter().any(|effect| {
         matches!(
             effect,
