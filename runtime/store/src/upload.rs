@@ -2,9 +2,7 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{
-    PART_BYTES, PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, PARTS_WANTED, SINGLE_PUT_BYTES_MAX,
-};
+use crate::limits::{PART_BYTES, PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, PARTS_WANTED, SINGLE_PUT_BYTES_MAX};
 use crate::manifest::{ObjectRecord, ShardRecord};
 use crate::room::Upload;
 use crate::shard_file::{self, ShardGeometry};
