@@ -2,8 +2,8 @@
 //!
 //! A snapshot lies in memory until it is stored, and each part on its way is a copy of some of it. Copies of all uploads of a
 //! process together are at most a quarter of what these uploads are to store, and never more than
-//! [`UPLOAD_BYTES_IN_FLIGHT_MAX`]; one piece may always go, since a part cannot be as small as one likes. So a rank that saves
-//! S bytes holds at most `S + max(S / 4, one part)` for it, where S/4 is below that limit.
+//! [`UPLOAD_BYTES_IN_FLIGHT_MAX`]; one piece may always go, since a part cannot be as small as one likes.
+//! This bounds the copies alone; what a process really needs beside them is measured (docs/STATUS.md).
 
 use crate::limits::{UPLOAD_BYTES_IN_FLIGHT_MAX, UPLOAD_COPIES_DIVISOR};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
