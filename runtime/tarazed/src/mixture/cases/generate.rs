@@ -114,6 +114,7 @@ fn noise(corpus: &[Domain], share: f64, seed: u64) -> Domain {
         language: Language::En,
         judged: false,
         made: format!("characters drawn with the corpus' frequencies, seed {seed}, {share} of its bytes"),
+        from_step: 0,
         documents,
     }
 }
