@@ -156,6 +156,7 @@ mod tests {
             language: Language::Zh,
             judged: true,
             made: String::new(),
+            from_step: 0,
             documents: texts.iter().enumerate().map(document).collect(),
         }
     }
