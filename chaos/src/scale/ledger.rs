@@ -176,9 +176,10 @@ impl Ledger {
         self.blame = blame;
     }
 
-    /// A run that stood at `stood` goes back to the checkpoint at `base`.
+    /// A run that stood at `stood` goes on from the checkpoint at `base`. That may be the later one: its upload went on behind
+    /// a dispute whose restore never got whole. Then some steps that had been given up are there again.
     pub fn restore(&mut self, base: u64, stood: u64) {
-        self.steps_lost += stood.saturating_sub(base);
+        self.steps_lost = (self.steps_lost + stood).saturating_sub(base);
         self.replay_blame = self.blame;
     }
 
