@@ -425,7 +425,7 @@ mod tests {
             "figures/noise-curves.svg",
             "figures/plain-mixture-ado.svg",
             "The sweep chose `",
-            "- case `late`: data cannot change during a run yet",
+            "- case `late`: not in every test",
         ] {
             assert!(text.contains(part), "{part} is missing from\n{text}");
         }
