@@ -47,6 +47,10 @@ pub fn gather<D: HostVisible>(
             mine.extend(moments.sum.to_le_bytes());
             mine.extend(moments.square_sum.to_le_bytes());
         }
+        // Nothing else vouches for what was just read: the next update would find a changed word, and the line be told by then.
+        if let Some(held) = state.shards.get_mut(&shard) {
+            held.check_memory(&state.device, &mut state.stream, &state.layout)?;
+        }
     }
     let ranks = || (0..world.size() as u32).map(Rank);
     let of_rank = |rank| {

@@ -231,6 +231,27 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
+    /// Hashes the state again, between two updates: it must be as the last one left it (DET-3).
+    ///
+    /// # Errors
+    /// [`StepError::Rotten`] if it has changed by itself; if the device fails.
+    pub fn check_memory(
+        &mut self,
+        device: &D,
+        stream: &mut D::Stream,
+        layout: &ParameterLayout,
+    ) -> Result<(), StepError> {
+        let (step, before) = (self.read_steps(), self.read().hashes.clone());
+        self.rehash(device, stream, layout)?;
+        if self.read().hashes != before {
+            return Err(StepError::Rotten {
+                shard: self.index,
+                step,
+            });
+        }
+        Ok(())
+    }
+
     /// Hashes the state as it stands, after it came from the seed, a peer or a checkpoint.
     ///
     /// # Errors

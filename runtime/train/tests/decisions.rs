@@ -13,6 +13,8 @@ use tarazed_protocol::data::decision::{
 };
 use tarazed_protocol::data::stats::LaneStats;
 use tarazed_protocol::message::StepLine;
+use tarazed_train::StepError;
+use tarazed_train::harm::{Harm, Place};
 
 /// Every line is a decision point, and what it decides acts on the step behind it.
 const OPEN: [&str; 4] = [
@@ -112,6 +114,44 @@ fn a_spike_is_skipped_by_everybody() {
     assert_eq!(saved(2), saved(4), "two steps that change nothing");
     assert_ne!(saved(4), saved(5));
     assert_ne!(skipping[1].state, skipping[2].state, "the count is part of the state");
+}
+
+/// DET-3: a step that is skipped reads no state, but the weight trajectory may; what changed by itself is in no line (found by
+/// the simulator).
+#[test]
+fn no_line_tells_of_weights_that_changed_during_a_skipped_step() {
+    let config = config_with(&[&OPEN[..], &["monitor.weights_interval_steps=3"]].concat());
+    let bounds = DecisionKind::SpikeBounds(SpikeBounds {
+        expected: vec![Some(5.0), None],
+        residual_loss: 100.0,
+        grad_norm: 0.0,
+    });
+    let wanted = Wanted {
+        generation: 1,
+        members: vec![member(0)],
+        replicas: 1,
+        last_step: 4,
+        ..Wanted::default()
+    };
+    let mut plan = plan(&wanted, &BTreeMap::new());
+    plan.decisions = vec![decision(1, 2, bounds)];
+    plan.decided = StepsCompleted(100);
+    let mut nodes = vec![Node::of(0, &config)];
+    nodes[0].state.harm = Some(Harm {
+        step: StepIndex(2), // skipped, and its line has the weights
+        place: Place::Master,
+        shard: 1,
+        element: 70,
+        bit: 3,
+        stuck: false,
+    });
+    let outcome = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore).remove(0);
+    assert!(
+        matches!(outcome.ended, Err(StepError::Rotten { .. })),
+        "{:?}",
+        outcome.ended
+    );
+    assert_eq!(outcome.lines().count(), 2);
 }
 
 /// A domain that comes, and another text of the second one.
