@@ -133,7 +133,7 @@ impl Coordinator {
             Phase::Running {
                 failed: Some((since, _)),
                 ..
-            } => *since += absent_ms,
+            } => *since = (*since + absent_ms).min(now_ms), // it may have been heard of just now
             _ => {}
         }
         self.stop = self.stop.map(|since| since + absent_ms);

@@ -164,7 +164,8 @@ impl Coordinator {
                 reason: "a life that was given up".to_owned(),
             }];
         }
-        if self.workers.is(member.worker, &WorkerPhase::Left) {
+        let phase = self.workers.get(member.worker).map(|worker| &worker.phase);
+        if matches!(phase, Some(WorkerPhase::Left | WorkerPhase::Ending { .. })) {
             return Vec::new(); // its last words, overtaken by its end
         }
         self.heard(now_ms, member);
@@ -249,13 +250,14 @@ impl Coordinator {
         send_to(members, message).into_iter().collect()
     }
 
-    /// It can do nothing any more, and holds nothing: the others are fenced now. What became of it, and its next life, wait
+    /// It can do nothing any more, and holds nothing: the others of its generation are fenced now. What became of it, and its next life, wait
     /// for its exit.
     fn on_ending(&mut self, now_ms: u64, member: Member, cause: String) -> Vec<Effect> {
-        if !self.knows(member) || !self.workers.is(member.worker, &WorkerPhase::Member) {
+        if !self.knows(member) || matches!(self.phase, Phase::Leaving { .. } | Phase::Adopting { .. }) {
             return Vec::new();
         }
-        if matches!(self.phase, Phase::Leaving { .. } | Phase::Adopting { .. }) {
+        let holds = self.workers.is(member.worker, &WorkerPhase::Member);
+        if !holds && !self.workers.is(member.worker, &WorkerPhase::Ready) {
             return Vec::new();
         }
         let rank = self.rank_of(member);
@@ -268,7 +270,10 @@ impl Coordinator {
             cause: cause.clone(),
             silent_ms,
         })];
-        effects.extend(self.go_on_without(now_ms, member, rank, cause));
+        // A spare is only not admitted any more.
+        if holds {
+            effects.extend(self.go_on_without(now_ms, member, rank, format!("{member}: {cause}")));
+        }
         effects
     }
 

@@ -2,6 +2,8 @@
 
 use super::*;
 
+const ABSENT_MS: u64 = 60_000;
+
 /// A controller that was stopped for a while does not take its own absence for everybody's silence.
 #[test]
 fn an_absent_controller_kills_nobody() {
@@ -47,6 +49,13 @@ fn an_absent_controller_kills_none_of_those_that_it_waits_for() {
 /// The grace in which the cause of a failed collective may show is time in which this process runs.
 #[test]
 fn an_absent_controller_blames_nobody_for_a_failed_collective() {
+    for heard_after_ms in [0, ABSENT_MS] {
+        fences_in_time(heard_after_ms);
+    }
+}
+
+/// The failure is heard before the absence, or right behind it, before the first tick.
+fn fences_in_time(heard_after_ms: u64) {
     let mut cluster = Cluster::new();
     cluster.settle(20);
     let now_ms = cluster.now_ms;
@@ -61,8 +70,8 @@ fn an_absent_controller_blames_nobody_for_a_failed_collective() {
         fatal: false,
         dispute: None,
     };
-    assert_eq!(cluster.coordinator.on_event(now_ms, &failed), []);
-    let woken_ms = now_ms + 60_000;
+    assert_eq!(cluster.coordinator.on_event(now_ms + heard_after_ms, &failed), []);
+    let woken_ms = now_ms + ABSENT_MS;
     assert_eq!(
         cluster.coordinator.on_event(woken_ms, &Event::Tick),
         [],

@@ -134,3 +134,40 @@ fn an_end_of_no_member_is_no_loss() {
     let leaving = cluster.member(0);
     assert_eq!(cluster.coordinator.on_event(cluster.now_ms, &ending(leaving)), []);
 }
+
+/// A spare that is dying itself takes nobody's place.
+#[test]
+fn a_dying_spare_is_not_admitted() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.coordinator.options.spares = 1;
+    cluster.event(Event::Resize { ranks: WORKERS });
+    cluster.settle(12);
+    assert_eq!(cluster.coordinator.workers()[4].state, "ready");
+    cluster.kill_slowly(4);
+    cluster.kill_slowly(1);
+    let exits: Vec<Event> = cluster.pending.drain(..).collect();
+    cluster.settle(6);
+    assert!(cluster.coordinator.is_running());
+    assert_eq!(cluster.coordinator.roster().len(), WORKERS as usize - 1);
+    exits.into_iter().for_each(|exit| cluster.event(exit));
+    cluster.settle(60);
+    assert_eq!(cluster.coordinator.roster().len(), WORKERS as usize);
+}
+
+/// What a process said before may be heard behind the news of its end.
+#[test]
+fn a_word_behind_its_end_brings_nobody_back() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.settle(12);
+    let dying = cluster.member(1);
+    cluster.kill_slowly(1);
+    cluster.event(Event::Ready {
+        member: dying,
+        address: String::new(),
+        pid: 1,
+        newest: Generation(0),
+    });
+    assert_eq!(cluster.coordinator.workers()[1].state, "ending");
+}
