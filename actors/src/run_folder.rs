@@ -9,7 +9,7 @@ mod weights;
 pub use weights::{RecalledWeights, recall_weights};
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -574,7 +574,14 @@ const fn device_name(device: ClusterDevice) -> &'static str {
 
 fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> {
     let path = paths.config();
-    let theirs = Config::load(&path, &[]).map_err(|e| {
+    // A run that was begun before there were notices of rollbacks goes on without.
+    let text = std::fs::read_to_string(&path).unwrap_or_default();
+    let unannounced = "policy.rollback_notice_steps=0".to_owned();
+    let before: &[String] = match text.contains("rollback_notice_steps") {
+        true => &[],
+        false => &[unannounced],
+    };
+    let theirs = Config::load(&path, before).map_err(|e| {
         FolderError::new(
             &path,
             format!("cannot be read back ({e})"),
@@ -608,12 +615,17 @@ fn check_same_run(paths: &RunPaths, config: &Config) -> Result<(), FolderError> 
     if ours == theirs {
         return Ok(());
     }
-    let section = |text: &str| text.split(';').map(str::to_owned).collect::<Vec<_>>();
-    let changed: Vec<String> = section(&ours)
-        .iter()
-        .zip(&section(&theirs))
-        .filter(|(a, b)| a != b)
-        .filter_map(|(a, _)| a.split('=').next().map(str::to_owned))
+    // By name: some sections are there only where something of them is set.
+    let sections = |text: &str| -> BTreeMap<String, String> {
+        let parts = text.split(';').map(|part| part.split_once('=').unwrap_or((part, "")));
+        parts.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    };
+    let (ours, theirs) = (sections(&ours), sections(&theirs));
+    let names: BTreeSet<&String> = ours.keys().chain(theirs.keys()).collect();
+    let changed: Vec<&str> = names
+        .into_iter()
+        .filter(|name| ours.get(*name) != theirs.get(*name))
+        .map(String::as_str)
         .collect();
     Err(FolderError::new(
         paths.dir(),

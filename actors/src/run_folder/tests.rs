@@ -169,3 +169,38 @@ fn a_full_disk_a_failing_one_and_a_file_in_the_way_are_told_apart() {
     assert_eq!(refused.trouble, Trouble::Unfit, "{refused}");
     assert_eq!(names(base.path()), ["file"]);
 }
+
+/// A run of a program that knew no notices of rollbacks goes on without, and with one it is another run.
+#[test]
+fn a_run_that_knew_no_notices_goes_on_without() {
+    let base = tempfile::tempdir().expect("a temporary folder");
+    let of = |notice: &[&str]| config(base.path(), &[&["policy.spikes=rollback_and_skip"], notice].concat());
+    let without = of(&["policy.rollback_notice_steps=0"]);
+    let folder = RunFolder::open(&without, Existing::ResumeOrBegin).expect("opened");
+    write_some(&folder, &without);
+    let path = folder.paths.config();
+    drop(folder);
+    let text = std::fs::read_to_string(&path).expect("a config");
+    let old: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("rollback_notice_steps"))
+        .collect();
+    assert!(old.len() < text.lines().count());
+    std::fs::write(&path, old.join("\n")).expect("written");
+    let refused = RunFolder::open(&of(&[]), Existing::ResumeOrBegin).expect_err("another run");
+    assert!(refused.cause.contains("differs in: policy"), "{refused}");
+    drop(RunFolder::open(&without, Existing::ResumeOrBegin).expect("the same run"));
+}
+
+/// A section that only one of two configs has is named like any other.
+#[test]
+fn what_is_new_in_a_config_is_named() {
+    let base = tempfile::tempdir().expect("a temporary folder");
+    let plain = config(base.path(), &[]);
+    let folder = RunFolder::open(&plain, Existing::ResumeOrBegin).expect("opened");
+    write_some(&folder, &plain);
+    drop(folder);
+    let more = config(base.path(), &["policy.persons=true"]);
+    let refused = RunFolder::open(&more, Existing::ResumeOrBegin).expect_err("another run");
+    assert!(refused.cause.contains("differs in: policy"), "{refused}");
+}
