@@ -152,6 +152,20 @@ pub fn announced(decisions: &[Decision]) -> Option<&Decision> {
     (!decisions.iter().any(settles)).then_some(notice)
 }
 
+/// The newest live state that must stay for rollbacks to come, as the checkpoint of `step` knows it: `reach` is how many steps
+/// behind it the policy may still go ([`reach_steps`]), `to_come` where decided ones go that have not acted.
+#[must_use]
+pub fn must_stay(
+    step: StepsCompleted,
+    reach: Option<u64>,
+    to_come: Option<StepsCompleted>,
+    acted: &Rollbacks,
+) -> Option<StepsCompleted> {
+    let reached = reach.map(|steps| StepsCompleted(step.0.saturating_sub(steps)));
+    let oldest = [reached, to_come].into_iter().flatten().min()?;
+    Some(acted.newest_live(oldest))
+}
+
 /// How many steps before the newest checkpoint a rollback of the policy may go back that is not decided yet, or has not acted
 /// yet. A checkpoint that is so old spares it the way from the seed; it is not needed for more than that. Persons may go back
 /// further.

@@ -82,7 +82,7 @@ pub enum Command {
         #[arg(long, value_name = "STEPS", default_value_t = 0)]
         keep_every_steps: u64,
         /// The run has ended: keep nothing for a rollback that it could still decide. Without this, one checkpoint stays that is
-        /// as old as its `policy` may go back, and what a rollback that is decided goes back to.
+        /// as old as its `policy` may go back, and what a rollback that is decided goes back to, as far as the newest checkpoint knows.
         #[arg(long)]
         ended: bool,
         /// Claim the store: a run that still writes there halts. A run collects its own store by itself.

@@ -9,7 +9,7 @@ use crate::exit::{Exit, Failure};
 use serde_json::{Value, json};
 use tarazed_domain::StepsCompleted;
 use tarazed_protocol::data::decision::Decision;
-use tarazed_protocol::rollback::Rollbacks;
+use tarazed_protocol::rollback::{Rollbacks, must_stay};
 use tarazed_store::{CheckpointState, CheckpointStore, CheckpointSummary, Manifest, StoreError};
 
 /// Rollbacks as far as checkpoints know.
@@ -33,8 +33,10 @@ impl LeftBehind {
         for step in steps.into_iter().rev() {
             match store.at_step(step).await {
                 Ok(found) => return Self::of(&found.manifest),
-                Err(error @ StoreError::Retry { .. }) => return Err(failure(error)),
-                Err(_) => {} // whoever needs it says what is wrong with it
+                // An older one knows less: whoever needs this one says what is wrong with it.
+                Err(error) if error.is_bad_object() => {}
+                Err(StoreError::NotFound { .. }) => {} // collected since the listing
+                Err(error) => return Err(failure(error)),
             }
         }
         Ok(Self::default())
@@ -71,10 +73,8 @@ impl LeftBehind {
         let written = StepsCompleted(step.0.saturating_sub(1));
         let acted = all.acted(written);
         let reach = manifest.rollback_reach_steps.map(u64::from);
-        let reached = reach.map(|steps| StepsCompleted(step.0.saturating_sub(steps)));
-        let oldest = [reached, all.oldest_to_come(written)].into_iter().flatten().min();
         Ok(Self {
-            back_to: oldest.map(|oldest| acted.newest_live(oldest)),
+            back_to: must_stay(step, reach, all.oldest_to_come(written), &acted),
             acted,
         })
     }
