@@ -14,7 +14,7 @@ use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsComplete
 use tarazed_protocol::checkpoint::StoredShard;
 use tarazed_protocol::data::decision::Decision;
 use tarazed_protocol::message::RestoreFrom;
-use tarazed_protocol::rollback::Rollbacks;
+use tarazed_protocol::rollback::{Rollbacks, must_stay};
 use tarazed_protocol::trace::{NewLineage, Program, TraceLine, writer_of};
 use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
@@ -398,9 +398,7 @@ impl CheckpointerState {
             ..
         } = &self.arguments;
         let step = manifest.step;
-        let reached = reach_steps.map(|reach| StepsCompleted(step.0.saturating_sub(reach)));
-        let oldest = [reached, back_to].into_iter().flatten().min();
-        let back_to = oldest.map(|oldest| rollbacks.newest_live(oldest));
+        let back_to = must_stay(step, *reach_steps, back_to, rollbacks);
         let retention = Retention { back_to, ..*retention };
         let live = |step| rollbacks.is_live(step);
         // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).

@@ -199,6 +199,14 @@ impl Actor for Observatory {
     }
 }
 
+/// What is said of a lost rank, when its end begins and when it is gone.
+fn loss(member: Member, rank: Option<Rank>, cause: &str, silent_ms: u64) -> Value {
+    json!({
+        "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
+        "detection_ms": silent_ms
+    })
+}
+
 impl ObservatoryState {
     fn notify(&self, notice: Notice) {
         (self.arguments.notify)(notice);
@@ -220,12 +228,10 @@ impl ObservatoryState {
                 cause,
                 silent_ms,
             } => {
-                let fields = json!({
-                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
-                    "detection_ms": silent_ms
-                });
-                self.event("rank_ending", &fields);
-                self.recovery_begins(Some((member, rank)), &cause, silent_ms);
+                self.event("rank_ending", &loss(member, rank, &cause, silent_ms));
+                if rank.is_some() {
+                    self.recovery_begins(Some((member, rank)), &cause, silent_ms);
+                }
                 self.notify(Notice::RankLost { member, cause });
             }
             Incident::RankLost {
@@ -235,10 +241,8 @@ impl ObservatoryState {
                 silent_ms,
                 expected,
             } => {
-                let fields = json!({
-                    "worker": member.worker, "incarnation": member.incarnation, "rank": rank, "cause": cause,
-                    "detection_ms": silent_ms, "expected": expected
-                });
+                let mut fields = loss(member, rank, &cause, silent_ms);
+                fields["expected"] = expected.into();
                 self.event("rank_lost", &fields);
                 if rank.is_some() && !expected {
                     self.recovery_begins(Some((member, rank)), &cause, silent_ms);

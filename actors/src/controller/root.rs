@@ -321,8 +321,12 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         folder: folder_identity(&paths),
         rules: rules_of_ranks(&config),
     };
+    let heard = ear.clone();
+    let trace = TraceAppender::open(&paths, tree.weights_bytes(), move |appended| heard.appended(appended))
+        .map_err(disk(paths.trace()))?;
     if !tenure.holds() {
-        return Ok(End::deposed()); // ranks and people are to find its successor
+        // What was opened may be its successor's trace, whom ranks and people are to find.
+        return Ok(End::deposed());
     }
     in_charge.write(&paths).map_err(disk(paths.controller()))?;
     let heard = ear.clone();
@@ -342,9 +346,6 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
             sharder: tree.sharder.clone(),
         },
     ));
-    let heard = ear.clone();
-    let trace = TraceAppender::open(&paths, tree.weights_bytes(), move |appended| heard.appended(appended))
-        .map_err(disk(paths.trace()))?;
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
         processes: Box::new(WhileInCharge {

@@ -1,13 +1,14 @@
 //! Seeing the end of a killed process when it begins, and not when the system has cleared it away.
 //!
 //! A pidfd tells of an end once every thread has died and memory is given back. On a machine whose cores all compute, threads
-//! that want the processor must each be given some to die with: 20 to 40 ms on two cores; giving back a GPU takes longer. A
+//! that want the processor must each be given some to die with: 20 to 40 ms on two cores. A
 //! thread that sleeps is woken by SIGKILL at once, so each rank has one that does nothing else: the *lifeline*. It alone, in a
 //! table of files of its own, holds the writing end of a pipe, which came as the process's standard input; when it dies the
 //! table goes, and the agent reads the pipe's end (p50 0.3 ms on the same machine).
 //!
 //! One byte says that it holds, so that a process without one (an old kernel, a sandbox) is not taken for a dead one. Another says
-//! that the process ends by itself: then it has last words on other ways, which an early report would overtake.
+//! that the process ends by itself: then it has last words on other ways, which an early report would overtake. A process that a later
+//! agent adopts has its pipe at the one that is gone: its end is seen by the pidfd.
 
 use rustix::fd::OwnedFd;
 use std::fs::OpenOptions;

@@ -56,8 +56,6 @@ fn harm_for(worker: u32, incarnation: u32, text: Option<String>) -> Result<Optio
 /// # Errors
 /// Transient: the node agent counts it as a lost rank and starts another.
 pub fn run(args: Args) -> Result<Exit, Failure> {
-    // Dropped last: it says that the process ends by itself.
-    let _lifeline = args.lifeline.then(Lifeline::hold);
     // It was started by another name (`controller::root`); `pkill tarazed` and `top` are to know it. Nothing depends on it.
     let _ = std::fs::write("/proc/self/comm", env!("CARGO_PKG_NAME"));
     let paths = RunPaths::new(&args.run_dir);
@@ -69,6 +67,8 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
         endpoint: telemetry::endpoint(&config.telemetry, std::env::var(ENDPOINT_VARIABLE).ok()),
         log_file: Some(paths.logs().join(format!("{}.log", role.process_name()))),
     })?;
+    // Dropped at the very end: it says that the process ends by itself.
+    let _lifeline = args.lifeline.then(Lifeline::hold);
     let who = format!("worker {} (incarnation {})", args.worker, args.incarnation);
     let ended = rank::run(&RankArgs {
         run_dir: args.run_dir,
