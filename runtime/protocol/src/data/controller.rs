@@ -137,7 +137,8 @@ pub struct Stage {
     pub weights: Vec<f64>,
 }
 
-/// What a person asks for; it becomes a decision in the next decision point's line.
+/// What a person asks for; it becomes a decision in the next decision point's line, a rollback in that of the point which decides its
+/// step.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Request {
     /// Who asks.

@@ -575,7 +575,7 @@ fn check_editions(change: &DataChange, before: usize) -> Result<(usize, Vec<usiz
 }
 
 /// Shares leave something to the domains that were there: they could not be divided up otherwise.
-fn check_shares(shares: &[f64]) -> Result<(), String> {
+pub(super) fn check_shares(shares: &[f64]) -> Result<(), String> {
     if let Some(share) = shares.iter().find(|share| !(share.is_finite() && **share > 0.0)) {
         return Err(format!("{share} is no share of a new domain"));
     }

@@ -13,7 +13,7 @@
 
 use super::Ate;
 use super::guards::{Guards, share_range};
-use crate::data::course::with_shares;
+use crate::data::course::{check_shares, with_shares};
 use crate::data::decision::{DataChange, Decision, DecisionAuthor, DecisionId, DecisionKind};
 use crate::data::{DomainFacts, LoopConfig};
 use std::collections::BTreeMap;
@@ -168,6 +168,8 @@ impl Ate {
             .collect();
         let stated = change.shares(new.len()).map(<[f64]>::to_vec);
         let mut shares = match stated {
+            // For the course to refuse.
+            Some(shares) if check_shares(&shares).is_err() => return change.clone(),
             Some(shares) => shares,
             None if change.weights.is_empty() => self.natural_shares(change, &new),
             None => return change.clone(),
@@ -175,15 +177,22 @@ impl Ate {
         if self.adapts() {
             let count = before + new.len();
             let tokens = self.config.tokens_before(from);
-            for (share, train_tokens) in shares.iter_mut().zip(&new) {
-                let (low, high) = share_range(count, *train_tokens, tokens);
-                *share = share.clamp(low, high);
+            let range = |train_tokens: &f64| share_range(count, *train_tokens, tokens);
+            let ranges: Vec<(f64, f64)> = new.iter().map(range).collect();
+            for (share, (low, high)) in shares.iter_mut().zip(&ranges) {
+                *share = share.clamp(*low, *high);
             }
-            // What is left is enough for the floors of the others.
+            // What is left is enough for the floors of the others; it is taken from what is above the new ones' own.
             let most = 1.0 - super::weight_floor(count) * before as f64;
-            let sum: f64 = shares.iter().sum();
+            let (sum, floors) = (
+                shares.iter().sum::<f64>(),
+                ranges.iter().map(|(low, _)| low).sum::<f64>(),
+            );
             if sum > most {
-                shares.iter_mut().for_each(|share| *share *= most / sum);
+                let kept = ((most - floors) / (sum - floors)).max(0.0);
+                for (share, (low, _)) in shares.iter_mut().zip(&ranges) {
+                    *share = low + (*share - low) * kept;
+                }
             }
         }
         DataChange {

@@ -222,7 +222,28 @@ proptest! {
     }
 }
 
-/// Each controller gives a new domain more than it came with where it learns fast, by evidence of its own.
+/// Shares that are too large for the floors of the others are cut down to their own floors at most, and none to more than four
+/// epochs of its text.
+#[test]
+fn shares_of_two_are_brought_within_the_guards() {
+    for (tiny_sequences, tiny) in [(LATE_SEQUENCES, 0.04), (8, 4.0 * 8.0 / 6_400.0)] {
+        let mut config = config(ControllerKind::Ado, &[]);
+        let editions = [edition("late", 3, LATE_SEQUENCES), edition("tiny", 4, tiny_sequences)];
+        config.planned = vec![(StepIndex(200), change(&editions, &[0.9, 0.04]))];
+        let mut world = world(&config);
+        world.run(200);
+        world.laws.push(late_law());
+        world.laws.push(law("tiny", 0.0, tiny_sequences, 1.0, 25.0, 0.25));
+        world.grow();
+        world.run(5);
+        let shares = shares(world.lines.last().unwrap());
+        // A fifth is for floors, divided among five.
+        assert!((shares[3] + shares[4] - 0.88).abs() < 1e-9, "{shares:?}");
+        assert!((shares[4] - tiny).abs() < 1e-9, "{shares:?} and not {tiny}");
+    }
+}
+
+/// Each controller decides on a new domain by evidence of its own, which begins empty; ADO gives it more where it learns fast.
 #[test]
 fn what_learns_fast_is_given_more() {
     for kind in [ControllerKind::Ado, ControllerKind::Excess] {
@@ -399,6 +420,13 @@ fn what_a_controller_cannot_begin_with_is_refused() {
     assert!(refused.contains("nothing to begin with"), "{refused}");
     let refused = engine.request(ask(late(&[1.0; 2]), 100)).unwrap_err().0;
     assert!(refused.contains("2 weights for 4 domains"), "{refused}");
+    for none in [-0.5, 0.0, 5.0] {
+        let refused = engine.request(ask(late(&[none]), 100)).unwrap_err().0;
+        assert!(
+            refused.contains("share"),
+            "{none} is no share to be brought into range: {refused}"
+        );
+    }
 
     let mut plan = config(ControllerKind::Ado, &[]);
     plan.planned = vec![(StepIndex(90), late(&[0.2]))];
