@@ -199,7 +199,8 @@ impl Redactor {
             cause: cause.clone(),
         };
         // Before what it may have answered: it is not the store that did not let us in.
-        if cause.contains("/latest/api/token") || cause.contains("169.254.") {
+        let is_role = ["/latest/api/token", "169.254.169.254", "169.254.170."];
+        if !matches!(error, E::NotFound { .. }) && is_role.iter().any(|place| cause.contains(place)) {
             return reconfigure(
                 "no credentials in the environment and no instance role answered: set AWS_ACCESS_KEY_ID and \
                  AWS_SECRET_ACCESS_KEY (or a web identity), or run where an instance role is granted",

@@ -1,7 +1,7 @@
 //! Memory for uploads: how much may be copied out of snapshots at once.
 //!
-//! A snapshot lies in memory until it is stored, and each part on its way is a copy of some of it. Copies of all uploads of a
-//! process together are at most a quarter of what these uploads are to store, and never more than
+//! A snapshot lies in memory until it is stored, and each part on its way is a copy of some of it. When a piece is
+//! copied, all copies together are at most a quarter of what the uploads then under way are to store, and never more than
 //! [`UPLOAD_BYTES_IN_FLIGHT_MAX`]; one piece may always go, since a part cannot be as small as one likes.
 //! This bounds the copies alone; what a process really needs beside them is measured (docs/STATUS.md).
 
