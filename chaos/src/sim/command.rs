@@ -62,6 +62,10 @@ pub struct Summary {
     pub virtual_ms: u64,
     /// Lives of controllers.
     pub lives: u64,
+    /// Those of them that had a successor when they ended.
+    pub deposed: u64,
+    /// What persons decided.
+    pub decided: u64,
     /// Seeds that failed, and how.
     pub failures: Vec<(u64, String)>,
 }
@@ -89,6 +93,8 @@ fn campaign_of(insist: &Insist, from: u64, seeds: u64, twice: bool, jobs: usize)
                     summary.events += report.events;
                     summary.virtual_ms += report.virtual_ms;
                     summary.lives += report.lives;
+                    summary.deposed += report.deposed;
+                    summary.decided += report.decided;
                 }
                 Err(failure) => summary.failures.push((seed, failure)),
             }

@@ -81,10 +81,7 @@ impl SimHub {
             Ok(ToRank::Fence { generation }) => (format!("fence {generation}"), true),
             Ok(ToRank::Begin(plan)) => {
                 let copies = plan.shards.copies();
-                // What one says that is not in charge any more, its ranks no longer hear.
-                if self.life.holds() {
-                    self.world.losses.begins(plan.generation, copies);
-                }
+                self.world.losses.begins(plan.generation, copies);
                 let ranks = plan.roster.len();
                 (
                     format!("begin {} at {} with {ranks} ranks", plan.generation, plan.base),

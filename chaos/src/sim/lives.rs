@@ -6,7 +6,9 @@ use super::world::World;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tarazed_actors::controller::DEPOSED;
 use tarazed_actors::run_folder::Occupied;
 
 /// Controllers at the same time: more are not started, whatever the faults want.
@@ -39,9 +41,17 @@ pub async fn live_on(world: &Arc<World>, lives: &mut u64) {
         tokio::select! {
             biased;
             Some((number, end)) = living.next() => match end {
+                LifeEnd::Code(0, _) if !world.reference.is_over() => {
+                    world.fail(&format!("controller {number} says that the run is over, and it is not"));
+                }
                 LifeEnd::Code(0, _) if number == *lives => done = true,
                 // One that has a successor, and may have finished just before it was put out of charge.
-                LifeEnd::Code(0 | 33 | 34, _) | LifeEnd::Killed if number < *lives => {}
+                LifeEnd::Code(0 | 33 | 34, _) | LifeEnd::Killed if number < *lives => {
+                    world.deposed.fetch_add(1, Ordering::Relaxed);
+                }
+                LifeEnd::Code(33, diagnosis) if diagnosis.starts_with(DEPOSED) => {
+                    world.fail(&format!("controller {number} has no successor, and ends: {diagnosis}"));
+                }
                 LifeEnd::Code(33 | 34, _) | LifeEnd::Killed => {
                     // One that ended before it took the folder leaves it to the one before, which may stand still.
                     let is_held = world.lives().iter().any(|life| life.is_alive() && life.holds());

@@ -37,7 +37,8 @@ impl Losses {
     /// A generation begins, with so many copies of each shard; said once for each of its ranks.
     pub fn begins(&self, generation: Generation, copies: usize) {
         let mut count = self.lock();
-        if count.generation != generation {
+        // One that is not in charge any more may be heard a little longer.
+        if generation > count.generation {
             (count.generation, count.copies) = (generation, copies);
             count.before += std::mem::take(&mut count.since);
         }

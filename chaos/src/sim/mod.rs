@@ -73,6 +73,10 @@ pub struct Report {
     pub virtual_ms: u64,
     /// Lives of the controller.
     pub lives: u64,
+    /// Those of them that had a successor when they ended.
+    pub deposed: u64,
+    /// What persons decided.
+    pub decided: u64,
     /// The events as lines, where they were asked for.
     pub history: Vec<String>,
 }
@@ -135,6 +139,8 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
         events,
         virtual_ms: history.now_ms(),
         lives,
+        deposed: world.deposed.load(std::sync::atomic::Ordering::Relaxed),
+        decided: world.persons.recorded_count(),
         history: history.lines(),
     })
 }

@@ -41,6 +41,8 @@ struct Inner {
 
 struct Asked {
     kind: DecisionKind,
+    not_before: Option<StepIndex>,
+    is_refused: bool,
     /// By which controller, for which line, from which step on.
     granted: Option<(u64, StepsCompleted, StepIndex)>,
     is_recorded: bool,
@@ -107,8 +109,11 @@ impl Persons {
         let late = matches!(kind, DecisionKind::Stop | DecisionKind::Data(_)) || random.chance(0.3);
         let ahead = random.between(0, AHEAD_STEPS_MAX);
         let person = format!("person {}", inner.asked.len());
+        let not_before = late.then(|| StepIndex(inner.written.0 + ahead));
         let asked = Asked {
             kind: kind.clone(),
+            not_before,
+            is_refused: false,
             granted: None,
             is_recorded: false,
         };
@@ -116,17 +121,25 @@ impl Persons {
         Request {
             person,
             kind,
-            not_before: late.then(|| StepIndex(inner.written.0 + ahead)),
+            not_before,
             reason: "they like it".to_owned(),
         }
     }
 
     fn answered(&self, person: &str, controller: u64, answer: Option<RequestAnswer>) {
-        if let Some(asked) = self.lock().asked.get_mut(person)
-            && let Some(Ok((line, step))) = answer
-        {
-            asked.granted = Some((controller, line, step));
+        if let Some(asked) = self.lock().asked.get_mut(person) {
+            match answer {
+                Some(Ok((line, step))) => asked.granted = Some((controller, line, step)),
+                Some(Err(_)) => asked.is_refused = true,
+                None => {}
+            }
         }
+    }
+
+    /// How much of what they asked for stands in the trace.
+    pub fn recorded_count(&self) -> u64 {
+        let inner = self.lock();
+        inner.asked.values().filter(|asked| asked.is_recorded).count() as u64
     }
 
     /// A controller has written a line with these decisions: what of it is as it should be, as far as persons are concerned.
@@ -152,7 +165,8 @@ impl Persons {
             }
             let promised = asked.granted.filter(|(by, ..)| *by == controller);
             let kept = promised.is_none_or(|(_, at, from)| (at, from) == (line, decision.effective));
-            if !kept || asked.kind != decision.kind {
+            let early = asked.not_before.is_some_and(|step| decision.effective < step);
+            if !kept || early || asked.is_refused || asked.kind != decision.kind {
                 return Err(format!(
                     "line {line} holds {decision:?}, and {person} was told {promised:?}"
                 ));

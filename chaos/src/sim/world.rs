@@ -13,7 +13,7 @@ use super::store::{Owner, SimStore, Weather};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::ManifestFacts;
@@ -48,6 +48,8 @@ pub struct World {
     pub losses: Losses,
     /// What persons ask for.
     pub persons: Persons,
+    /// Controllers that had a successor when they ended.
+    pub deposed: AtomicU64,
     /// How the store behaves.
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
@@ -106,6 +108,7 @@ impl World {
             reference,
             losses: Losses::default(),
             persons: Persons::default(),
+            deposed: AtomicU64::new(0),
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),

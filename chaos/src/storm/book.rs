@@ -179,6 +179,8 @@ impl Book {
             }
             let hit = |found: &Victim| victim == Some((u64::from(found.worker), u64::from(found.incarnation)));
             let fits = match kind {
+                // The exit behind an end that was seen to begin is nobody else's news.
+                "rank_lost" if event["expected"] == true => record.victims.iter().any(hit),
                 "rank_ending" | "rank_lost" => record.victims.is_empty() || record.victims.iter().any(hit),
                 _ => record.victims.is_empty(),
             };

@@ -78,11 +78,10 @@ pub struct Counts {
     pub controllers_killed: u64,
     /// Lives that ended with 33.
     pub transient_ends: u64,
-    /// Time that as many lines take in the same storm while nothing is wrong, over the wall time; none where such times are
-    /// too short.
+    /// Time that as many fault-free lines take, over the wall time; none where no fault-free stretch was made.
     pub goodput: Option<f64>,
-    /// The same by the fault-free stretches before and after; none where there were none.
-    pub goodput_of_stretches: Option<f64>,
+    /// The same by the lines of the storm itself while nothing was wrong; none where such times were too short.
+    pub goodput_between_faults: Option<f64>,
     /// Rates between the faults of the storm itself.
     pub undisturbed: Calms,
     /// Rates of the stretches before and after.
@@ -195,7 +194,7 @@ impl Report {
         );
         least(
             "goodput",
-            counts.goodput.or(counts.goodput_of_stretches).unwrap_or(0.0),
+            counts.goodput.unwrap_or(0.0),
             goal.goodput_min.unwrap_or(0.0),
         );
         let per_hour = self.done as f64 * 3600.0 / counts.wall_s.max(1.0);
@@ -245,11 +244,11 @@ impl Report {
             |goodput: Option<f64>| goodput.map_or("not measured".to_owned(), |share| format!("{:.1} %", share * 100.0));
         writeln!(
             out,
-            "  {} new lines, {} computed again; goodput {} of the steps without faults, by the times between faults; {} by the stretches before and after",
+            "  {} new lines, {} computed again; goodput {} of fault-free steps; by the storm's own times between faults {}",
             counts.lines,
             counts.lines_replayed,
             share(counts.goodput),
-            share(counts.goodput_of_stretches)
+            share(counts.goodput_between_faults)
         )?;
         for (world, calm) in &counts.undisturbed {
             writeln!(
