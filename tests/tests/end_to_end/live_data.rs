@@ -231,6 +231,11 @@ fn a_controller_adapts_while_data_come(controller: &str) {
     run.leave();
     let mut second = Run::start(&train(3));
     second.wait_for_step(AT.max(replaced) + 60);
+    assert!(
+        !second.events("adopted").is_empty(),
+        "it goes on with the living ranks\n{}",
+        second.tail()
+    );
     second.signal(Signal::KILL);
     second.finish();
     second.processes().kill_all();

@@ -140,6 +140,10 @@ fn a_run_that_is_rolled_back_is_the_same_whatever_happens() {
     assert_eq!(alone.events("rolled_back").len(), found.len(), "{}", alone.tail());
     // Each is announced two decision points ahead, for the same step and state.
     let announced = notices(&expected);
+    assert!(
+        announced.len() >= found.len(),
+        "{found:?} were announced as {announced:?}"
+    );
     for (notice, back) in announced.iter().zip(&found) {
         assert_eq!((notice.at, notice.to, notice.line + 20), (back.at, back.to, back.line));
     }
@@ -270,7 +274,8 @@ fn a_person_rolls_a_run_back_to_a_checkpoint() {
     run.wait_for("two checkpoints", |run| (run.newest_checkpoint() >= 40).then_some(()));
     let none = decide(&project, "live", &["force", "rollback", "--to", "3", "--at-checkpoint"]);
     assert_refused(&none, &["names no checkpoint"]);
-    let last = run.newest_checkpoint() + 5;
+    let newest = run.newest_checkpoint();
+    let last = newest + 5;
     let decided = decide(
         &project,
         "live",
@@ -278,7 +283,7 @@ fn a_person_rolls_a_run_back_to_a_checkpoint() {
     );
     decided.assert_code(0);
     let back = rollbacks(&run.trace())[0];
-    assert!(back.to.is_multiple_of(20) && back.to <= last, "{back:?}");
+    assert_eq!(back.to, newest, "{back:?}");
     run.wait_for_step(back.at + 5);
     run.signal(Signal::TERM);
     run.finish().assert_code(34);
@@ -334,7 +339,12 @@ fn collection_by_hand_keeps_what_a_rollback_may_need() {
         .skip(acted)
         .find(|event| event["kind"] == "generation")
         .expect("a generation");
-    assert_eq!(begins["restored"], true, "{begins}");
+    // From the seed, too, it would be the same trace.
+    let base = begins["base"].as_u64();
+    assert!(
+        base.is_some_and(|base| 0 < base && base <= back.to),
+        "{begins} and {back:?}"
+    );
     // The run has ended: no more is kept than was asked for.
     let collected = project.tarazed(&["checkpoint", "gc", store, "--keep-last", "1", "--ended", "--claim"]);
     collected.assert_code(0);
