@@ -193,7 +193,7 @@ mod tests {
     use std::cell::Cell;
     use std::time::Instant;
     use tarazed_domain::{Generation, StepsCompleted};
-    use tarazed_store::{BinaryId, CheckpointStore, Lineage, ShardGeometry, ShardSlices, TraceHead, WriterId};
+    use tarazed_store::{BinaryId, CheckpointStore, Lineage, ShardGeometry, ShardPayload, TraceHead, WriterId};
 
     const STEP: StepsCompleted = StepsCompleted(7);
     const SHARD: OptimizerShardIndex = OptimizerShardIndex(0);
@@ -223,12 +223,7 @@ mod tests {
             block_elements: 4,
         };
         let fence = store.claim(Generation(0)).await.unwrap();
-        let tensor = [value; 4];
-        let state = ShardSlices {
-            master: &tensor,
-            exp_avg: &tensor,
-            exp_avg_sq: &tensor,
-        };
+        let state = ShardPayload::new([[value; 4]; 3]);
         let shard = store.put_shard(STEP, fence.generation, &geometry, state).await.unwrap();
         let manifest = Manifest {
             run: Digest::of(b"run"),

@@ -7,7 +7,8 @@
 use super::writer::{Snapshot, WriterMessage};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
-use tarazed_kernels::{BlockHash, Blocks, CpuDevice, Device, DeviceError};
+use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, Device, DeviceError, View};
+use tarazed_store::ShardPayload;
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardToSave;
 use tarazed_train::host::HostVisible;
@@ -97,41 +98,31 @@ impl<D: HostVisible> Saving for OnDevice<D> {
         let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
         let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         assert_eq!(state.steps, step, "the next update waits for this copy");
-        let [master, exp_avg, exp_avg_sq] = device
+        let copies = device
             .copies([&state.master, &state.first_moment, &state.second_moment])
             .map_err(|e| format!("a snapshot of shard {}: {e}", shard.shard))?;
-        let snapshot = Snapshot {
-            step,
-            generation,
-            shard: shard.shard,
-            master,
-            exp_avg,
-            exp_avg_sq,
-            upload: shard.upload,
-        };
         let hashes = state.hashes.clone();
         drop(state);
         drop(shard.ticket);
-        if hashes_of(&snapshot, shard.blocks, hashes.len()).map_err(|e| e.to_string())? == hashes {
-            Ok(snapshot)
-        } else {
+        if hashes_of(&copies, shard.blocks, hashes.len()).map_err(|e| e.to_string())? != hashes {
             let shard = shard.shard;
-            Err(StepError::Rotten { shard, step }.to_string())
+            return Err(StepError::Rotten { shard, step }.to_string());
         }
+        Ok(Snapshot {
+            step,
+            generation,
+            shard: shard.shard,
+            payload: ShardPayload::new(copies),
+            upload: shard.upload,
+        })
     }
 }
 
 /// Hashes are the same on every device, so the host's check its copy.
-fn hashes_of(snapshot: &Snapshot, blocks: Blocks, count: usize) -> Result<Vec<BlockHash>, DeviceError> {
+fn hashes_of(copies: &[CpuBuffer; 3], blocks: Blocks, count: usize) -> Result<Vec<BlockHash>, DeviceError> {
     let device = CpuDevice::new();
     let mut hashes = vec![BlockHash::default(); count];
-    device.block_hashes(
-        &mut device.stream()?,
-        blocks,
-        (&snapshot.master).into(),
-        (&snapshot.exp_avg).into(),
-        (&snapshot.exp_avg_sq).into(),
-        &mut hashes,
-    )?;
+    let [master, exp_avg, exp_avg_sq] = copies.each_ref().map(View::from);
+    device.block_hashes(&mut device.stream()?, blocks, master, exp_avg, exp_avg_sq, &mut hashes)?;
     Ok(hashes)
 }

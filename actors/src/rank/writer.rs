@@ -12,9 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::limits::CHECKPOINTS_IN_FLIGHT_MAX;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
-use tarazed_kernels::CpuBuffer;
 use tarazed_protocol::message::FromRank;
-use tarazed_store::{ShardGeometry, ShardSlices, StoreError};
+use tarazed_store::{ShardGeometry, ShardPayload, StoreError};
 use tarazed_train::snapshot::UploadTicket;
 
 /// Tries of one upload; the store's own retries come on top.
@@ -25,9 +24,7 @@ pub struct Snapshot {
     pub step: StepsCompleted,
     pub generation: Generation,
     pub shard: OptimizerShardIndex,
-    pub master: CpuBuffer,
-    pub exp_avg: CpuBuffer,
-    pub exp_avg_sq: CpuBuffer,
+    pub payload: ShardPayload,
     /// Held until this shard is stored or given up.
     #[expect(dead_code, reason = "it counts as long as it is there")]
     pub upload: Arc<UploadTicket>,
@@ -164,12 +161,8 @@ async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -
     let geometry = ShardGeometry::of(&layout, shard);
     let mut tries = 0;
     loop {
-        let slices = ShardSlices {
-            master: &snapshot.master,
-            exp_avg: &snapshot.exp_avg,
-            exp_avg_sq: &snapshot.exp_avg_sq,
-        };
-        match store.put_shard(step, snapshot.generation, &geometry, slices).await {
+        let payload = snapshot.payload.clone();
+        match store.put_shard(step, snapshot.generation, &geometry, payload).await {
             Ok(record) => {
                 let object = record.object;
                 return FromRank::ShardSaved {

@@ -1,21 +1,33 @@
 //! CPU memory: aligned, zeroed, fallible.
 
 use crate::device::DeviceError;
+use memmap2::MmapMut;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 /// Bytes to which every buffer is aligned: a cache line and an AVX-512 register. Results do not depend on it (DET-1).
 const ALIGNMENT_BYTES: usize = 64;
-/// Buffers from this size on are aligned to it, so that the kernel can back them with huge pages.
+/// Buffers from this size on are mappings of their own, aligned to it: the kernel can back them with huge pages, and they go
+/// back to the system when they are dropped. An allocator may keep what it is given back, and give the next thread other
+/// memory: a rank that saves one shard after another then holds two.
 const HUGE_PAGE_BYTES: usize = 2 * 1024 * 1024;
 
 /// Flat f32 memory; both precisions are f32 on the CPU. Dereferences to a slice.
 pub struct CpuBuffer {
-    /// What was allocated; the elements begin at the next aligned address in it.
-    base: NonNull<u8>,
     pointer: NonNull<f32>,
     len: usize,
+    memory: Memory,
+}
+
+/// What a buffer's elements lie in.
+enum Memory {
+    /// No elements.
+    None,
+    /// The allocator's: the elements begin at its start.
+    Heap(Layout),
+    /// A mapping, longer than the elements: they begin at the first aligned address in it.
+    Mapping(#[expect(dead_code, reason = "it is there as long as the buffer is")] MmapMut),
 }
 
 // SAFETY: the buffer owns its memory, and shared access only reads.
@@ -37,26 +49,43 @@ impl CpuBuffer {
     /// # Errors
     /// [`DeviceError::OutOfMemory`] if the system has no memory of that size.
     pub fn zeroed(len: usize) -> Result<Self, DeviceError> {
-        if len == 0 {
-            return Ok(Self {
-                base: NonNull::dangling(),
+        let needed_bytes = len.saturating_mul(size_of::<f32>());
+        match needed_bytes {
+            0 => Some(Self {
                 pointer: NonNull::dangling(),
                 len,
-            });
+                memory: Memory::None,
+            }),
+            HUGE_PAGE_BYTES.. => Self::mapped(len, needed_bytes),
+            _ => Self::on_heap(len, needed_bytes),
         }
-        let needed_bytes = len.saturating_mul(size_of::<f32>());
-        let out_of_memory = out_of_memory(needed_bytes);
-        let Some((layout, alignment)) = layout(len) else {
-            return Err(out_of_memory);
-        };
+        .ok_or(out_of_memory(needed_bytes))
+    }
+
+    fn on_heap(len: usize, bytes: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes, ALIGNMENT_BYTES).ok()?;
         // SAFETY: the layout's size is not zero.
-        let Some(base) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
-            return Err(out_of_memory);
-        };
-        // SAFETY: the allocation is longer than the elements by the alignment, so they fit behind the next aligned address.
-        let pointer = unsafe { base.add(base.align_offset(alignment)) }.cast::<f32>();
-        prefer_huge_pages(pointer, needed_bytes);
-        Ok(Self { base, pointer, len })
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?.cast();
+        Some(Self {
+            pointer,
+            len,
+            memory: Memory::Heap(layout),
+        })
+    }
+
+    fn mapped(len: usize, bytes: usize) -> Option<Self> {
+        let mut mapping = MmapMut::map_anon(bytes.checked_add(HUGE_PAGE_BYTES)?).ok()?;
+        let offset = mapping.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        // The rest behind whole pages is in small ones, or it would occupy a large one. A refusal of the advice costs speed alone.
+        #[cfg(target_os = "linux")]
+        let _ = mapping.advise_range(memmap2::Advice::HugePage, offset, bytes - bytes % HUGE_PAGE_BYTES);
+        // Longer than the elements by the alignment, it holds them behind the next aligned address.
+        let pointer = NonNull::from(mapping.get_mut(offset..offset + bytes)?).cast();
+        Some(Self {
+            pointer,
+            len,
+            memory: Memory::Mapping(mapping),
+        })
     }
 
     /// A buffer with the values of `from`.
@@ -70,39 +99,11 @@ impl CpuBuffer {
     }
 }
 
-/// What is allocated for `len` elements, and to what they are aligned in it. Asked for with a larger alignment, the
-/// allocator would write zeros over fresh pages that are zero already, and every page would be touched at once.
-fn layout(len: usize) -> Option<(Layout, usize)> {
-    let bytes = len.checked_mul(size_of::<f32>())?;
-    let alignment = if bytes >= HUGE_PAGE_BYTES {
-        HUGE_PAGE_BYTES
-    } else {
-        ALIGNMENT_BYTES
-    };
-    let layout = Layout::from_size_align(bytes.checked_add(alignment)?, align_of::<f32>()).ok()?;
-    Some((layout, alignment))
-}
-
-#[cfg(target_os = "linux")]
-fn prefer_huge_pages(pointer: NonNull<f32>, bytes: usize) {
-    if bytes >= HUGE_PAGE_BYTES {
-        // SAFETY: the range is ours and page-aligned; the advice changes no contents, and a refusal changes nothing.
-        unsafe {
-            libc::madvise(pointer.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE);
-        }
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn prefer_huge_pages(_: NonNull<f32>, _: usize) {}
-
 impl Drop for CpuBuffer {
     fn drop(&mut self) {
-        if self.len > 0
-            && let Some((layout, _)) = layout(self.len)
-        {
+        if let Memory::Heap(layout) = self.memory {
             // SAFETY: the memory came from `alloc_zeroed` with this same layout.
-            unsafe { dealloc(self.base.as_ptr(), layout) }
+            unsafe { dealloc(self.pointer.as_ptr().cast(), layout) }
         }
     }
 }
@@ -120,6 +121,12 @@ impl DerefMut for CpuBuffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         // SAFETY: as above, and `self` is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.len) }
+    }
+}
+
+impl AsRef<[f32]> for CpuBuffer {
+    fn as_ref(&self) -> &[f32] {
+        self
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
     BYTES_PER_ELEMENT, BinaryId, CheckpointStore, Digest, Fence, Lineage, Manifest, Retention, ShardGeometry,
-    ShardRecord, ShardSlices, StoreError, TraceHead, WriterId,
+    ShardPayload, ShardRecord, StoreError, TraceHead, WriterId,
 };
 
 const BLOCK_ELEMENTS: u64 = 1024;
@@ -60,11 +60,7 @@ async fn put(
     geometry: &ShardGeometry,
 ) -> Result<Manifest, StoreError> {
     let tensor: Vec<f32> = (0..geometry.elements()).map(|i| i as f32).collect();
-    let state = ShardSlices {
-        master: &tensor,
-        exp_avg: &tensor,
-        exp_avg_sq: &tensor,
-    };
+    let state = ShardPayload::new([tensor.clone(), tensor.clone(), tensor]);
     let shard = store
         .put_shard(StepsCompleted(step), fence.generation, geometry, state)
         .await?;

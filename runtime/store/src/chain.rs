@@ -350,7 +350,7 @@ impl CheckpointStore {
             let bytes = Bytes::from(record.encode()?);
             let digest = Digest::of(&bytes);
             let key = keys::record(sequence);
-            let written = match self.put_raw(&key, bytes.clone(), PutMode::Create).await {
+            let written = match self.put_raw(&key, bytes.clone().into(), PutMode::Create).await {
                 Ok(()) => true,
                 Err(failure) => self.settle(&key, &bytes, failure).await?,
             };

@@ -37,7 +37,6 @@ mod profile;
 mod rank;
 mod record;
 mod restore;
-mod room;
 mod self_test;
 mod shard_file;
 mod store;
@@ -57,5 +56,5 @@ pub use shard_file::{BYTES_PER_ELEMENT, ShardGeometry, TENSORS};
 #[doc(hidden)]
 pub use shard_file::{check_header, encode_header};
 pub use store::CheckpointStore;
-pub use upload::ShardSlices;
+pub use upload::ShardPayload;
 pub use writer::{WriterId, WriterNonce};

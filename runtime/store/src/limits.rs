@@ -8,21 +8,12 @@ pub const MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
 pub const SHARD_HEADER_BYTES_MAX: u64 = 64 * 1024;
 /// Objects up to this size go up in one request; larger ones in parts.
 pub const SINGLE_PUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// Smallest part of a multipart upload, which is what S3 demands at least.
-pub const PART_BYTES_MIN: u64 = 5 * 1024 * 1024;
 /// Parts as large as this serve any object that is not so large that it would have too many.
 pub const PART_BYTES: u64 = 8 * 1024 * 1024;
-/// Parts of a smaller object are smaller, so that several fit into a quarter of it.
-pub const PARTS_WANTED: u64 = 16;
 /// Parts of one upload; S3 refuses more than 10,000, so parts of a very large object grow instead.
 pub const PARTS_MAX: u64 = 9_000;
 /// Parts of one object on their way at once.
 pub const PARTS_IN_FLIGHT_MAX: usize = 4;
-/// Copies for uploads on their way are at most this part of what the uploads are to store, of all objects of one process, but
-/// for one piece that may always go.
-pub const UPLOAD_COPIES_DIVISOR: u64 = 4;
-/// And at most so many bytes: what an upload costs in memory besides the snapshot.
-pub const UPLOAD_BYTES_IN_FLIGHT_MAX: u64 = 32 * 1024 * 1024;
 /// Bytes asked for in one ranged read of a checkpoint shard.
 pub const READ_RANGE_BYTES: u64 = 8 * 1024 * 1024;
 /// Ranged reads of one object on their way at once.
@@ -68,14 +59,10 @@ pub const OPERATION_TIMEOUT_MS: u64 = 150_000;
 
 const _: () = {
     assert!(
-        SINGLE_PUT_BYTES_MAX >= 5 * 1024 * 1024 && PART_BYTES_MIN >= 5 * 1024 * 1024,
+        SINGLE_PUT_BYTES_MAX >= 5 * 1024 * 1024 && PART_BYTES >= 5 * 1024 * 1024,
         "S3's smallest part"
     );
     assert!(PARTS_MAX <= 10_000, "S3's part limit");
-    assert!(
-        UPLOAD_BYTES_IN_FLIGHT_MAX >= PART_BYTES * PARTS_IN_FLIGHT_MAX as u64,
-        "one large object may have all its parts on their way"
-    );
     assert!(
         OPERATION_TIMEOUT_MS > RETRY_WINDOW_MS + REQUEST_TIMEOUT_MS,
         "the last attempt of a request may run to its own time-out"

@@ -7,7 +7,7 @@ use crate::error::StoreError;
 use crate::manifest::{Manifest, ObjectRecord, ShardRecord};
 use crate::shard_file::ShardGeometry;
 use crate::store::CheckpointStore;
-use crate::upload::ShardSlices;
+use crate::upload::ShardPayload;
 use crate::writer::WriterId;
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 
@@ -40,7 +40,7 @@ impl RankStore {
         step: StepsCompleted,
         generation: Generation,
         geometry: &ShardGeometry,
-        state: ShardSlices<'_>,
+        state: ShardPayload,
     ) -> Result<ShardRecord, StoreError> {
         self.0.put_shard(step, generation, geometry, state).await
     }

@@ -92,7 +92,7 @@ impl CheckpointStore {
     async fn create(&self, key: &str, body: &[u8]) -> Result<bool, StoreError> {
         use object_store::Error as E;
         for _ in 0..SELF_TEST_CREATES_MAX {
-            let put = self.put_raw(key, Bytes::copy_from_slice(body), PutMode::Create);
+            let put = self.put_raw(key, Bytes::copy_from_slice(body).into(), PutMode::Create);
             match put.await {
                 Ok(()) => return Ok(true),
                 Err(Failure::Store(E::AlreadyExists { .. } | E::Precondition { .. })) => {}

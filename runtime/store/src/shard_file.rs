@@ -171,15 +171,6 @@ pub fn check_header(bytes: &[u8], step: StepsCompleted, geometry: &ShardGeometry
     Ok(())
 }
 
-/// Appends `values` to `bytes`, little-endian.
-pub(crate) fn push_f32(bytes: &mut Vec<u8>, values: &[f32]) {
-    let start = bytes.len();
-    bytes.resize(start + values.len() * 4, 0);
-    for (place, value) in bytes[start..].chunks_exact_mut(4).zip(values) {
-        place.copy_from_slice(&value.to_le_bytes());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -199,7 +190,7 @@ mod tests {
         let mut file = encode_header(StepsCompleted(8), Generation(2), &geometry).unwrap();
         let header_len = file.len() as u64;
         let values: Vec<f32> = (0..18).map(|i| i as f32 / 7.0 - 1.0).collect();
-        push_f32(&mut file, &values);
+        file.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         assert_eq!(header_bytes(file.len() as u64, &geometry), Ok(header_len));
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).unwrap();
         assert_eq!(metadata.metadata().as_ref().unwrap()["first_block"], "4");

@@ -5,7 +5,6 @@ use crate::error::{Redactor, StoreError};
 use crate::keys;
 use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX};
 use crate::location::{self, IfAbsent, Place};
-use crate::room::{Room, Upload};
 use crate::writer::WriterId;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -32,8 +31,6 @@ struct Inner {
     redactor: Redactor,
     folder: Option<PathBuf>,
     uploads: AtomicU64,
-    /// Room for copies of what is being uploaded.
-    room: Arc<Room>,
     /// Records read before; they never change, so each is read once as long as its listing looks the same.
     records: Mutex<HashMap<u64, CachedLink>>,
 }
@@ -101,7 +98,6 @@ impl CheckpointStore {
                 redactor: place.redactor,
                 folder: place.folder,
                 uploads: AtomicU64::new(0),
-                room: Arc::default(),
                 records: Mutex::default(),
             }),
         }
@@ -134,11 +130,6 @@ impl CheckpointStore {
     /// A number that no other upload of this process has.
     pub(crate) fn next_upload(&self) -> u64 {
         self.inner.uploads.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Begins an upload of so many bytes, which asks for room before it copies.
-    pub(crate) fn begin_upload(&self, bytes: u64) -> Upload {
-        self.inner.room.begin(bytes)
     }
 
     pub(crate) fn cached(&self, sequence: u64) -> Option<CachedLink> {
@@ -189,19 +180,16 @@ impl CheckpointStore {
         }
     }
 
-    pub(crate) async fn put_raw(&self, key: &str, bytes: Bytes, mode: PutMode) -> Result<(), Failure> {
+    pub(crate) async fn put_raw(&self, key: &str, payload: PutPayload, mode: PutMode) -> Result<(), Failure> {
         let path = self.path(key);
         let options = PutOptions::from(mode);
-        let put = self
-            .inner
-            .objects
-            .put_opts(&path, PutPayload::from_bytes(bytes), options);
+        let put = self.inner.objects.put_opts(&path, payload, options);
         self.bounded(put).await.map(|_| ())
     }
 
     /// Writes an object whose key only this process or this content can have: writing it twice is harmless.
-    pub(crate) async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
-        let put = self.put_raw(key, bytes, PutMode::Overwrite).await;
+    pub(crate) async fn put(&self, key: &str, payload: PutPayload) -> Result<(), StoreError> {
+        let put = self.put_raw(key, payload, PutMode::Overwrite).await;
         put.map_err(|failure| self.sort("write", key, failure))
     }
 

@@ -2,9 +2,8 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{PART_BYTES, PART_BYTES_MIN, PARTS_IN_FLIGHT_MAX, PARTS_MAX, PARTS_WANTED, SINGLE_PUT_BYTES_MAX};
+use crate::limits::{PART_BYTES, PARTS_IN_FLIGHT_MAX, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
 use crate::manifest::{ObjectRecord, ShardRecord};
-use crate::room::Upload;
 use crate::shard_file::{self, ShardGeometry};
 use crate::store::{CheckpointStore, Failure, in_time};
 use bytes::Bytes;
@@ -13,92 +12,93 @@ use std::ops::Range;
 use tarazed_domain::{Generation, StepsCompleted};
 use tokio::task::JoinSet;
 
-/// The state of one optimizer shard, borrowed from a snapshot: three tensors of the same length.
-#[derive(Clone, Copy, Debug)]
-pub struct ShardSlices<'a> {
-    /// fp32 master weights.
-    pub master: &'a [f32],
-    /// First AdamW moment.
-    pub exp_avg: &'a [f32],
-    /// Second AdamW moment.
-    pub exp_avg_sq: &'a [f32],
-}
+/// The state of one optimizer shard as it goes up: three tensors of the same length, shared with whoever holds the snapshot.
+/// Nothing of it is copied on its way into a request, so an upload costs no memory beside the snapshot. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct ShardPayload([Bytes; 3]);
 
-impl ShardSlices<'_> {
-    const fn tensors(&self) -> [&[f32]; 3] {
-        [self.master, self.exp_avg, self.exp_avg_sq]
+/// Tensors in memory are what the file holds, byte for byte.
+const _: () = assert!(cfg!(target_endian = "little"), "checkpoint shards are little-endian");
+
+/// A tensor as bytes.
+struct Tensor<T>(T);
+
+impl<T: AsRef<[f32]>> AsRef<[u8]> for Tensor<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(self.0.as_ref())
     }
 }
 
-/// Where a shard's bytes come from: its header, then the tensors one after the other.
-struct Source<'a> {
-    header: Vec<u8>,
-    tensors: [&'a [f32]; 3],
-    length: u64,
+impl ShardPayload {
+    /// Takes master weights (fp32), first and second AdamW moment. They are freed with the last clone.
+    #[must_use]
+    pub fn new<T: AsRef<[f32]> + Send + 'static>(tensors: [T; 3]) -> Self {
+        Self(tensors.map(|tensor| Bytes::from_owner(Tensor(tensor))))
+    }
 }
 
-impl Source<'_> {
-    /// The file's bytes in `range`; ranges are asked for in order, and all but the header's end lie on whole elements.
-    fn bytes(&self, range: Range<u64>) -> Bytes {
-        let mut bytes = Vec::with_capacity((range.end - range.start) as usize);
+/// Where a file's bytes come from: its header, then the tensors one after the other.
+struct Source([Bytes; 4]);
+
+impl Source {
+    fn length(&self) -> u64 {
+        self.0.iter().map(|piece| piece.len() as u64).sum()
+    }
+
+    /// The file's bytes in `range`, as views of the memory in which they lie.
+    fn pieces(&self, range: Range<u64>) -> Vec<Bytes> {
+        let mut pieces = Vec::new();
         let mut start = 0;
-        if range.start < self.header.len() as u64 {
-            bytes.extend_from_slice(&self.header[range.start as usize..self.header.len().min(range.end as usize)]);
-        }
-        start += self.header.len() as u64;
-        for tensor in self.tensors {
-            let end = start + tensor.len() as u64 * 4;
+        for piece in &self.0 {
+            let end = start + piece.len() as u64;
             let (from, to) = (range.start.max(start), range.end.min(end));
             if from < to {
-                shard_file::push_f32(
-                    &mut bytes,
-                    &tensor[((from - start) / 4) as usize..((to - start) / 4) as usize],
-                );
+                pieces.push(piece.slice((from - start) as usize..(to - start) as usize));
             }
             start = end;
         }
-        Bytes::from(bytes)
+        pieces
     }
 }
 
-/// Part size for an object: small for a small one, since each part on its way is a copy; larger where there would be too
-/// many; a multiple of 4 KiB, so that no part cuts an element.
+fn hash(hasher: &mut blake3::Hasher, pieces: &[Bytes]) {
+    for piece in pieces {
+        hasher.update(piece);
+    }
+}
+
+/// Part size for an object: larger where there would be too many parts.
 fn part_bytes(length: u64) -> u64 {
-    let wanted = length.div_ceil(PARTS_WANTED).clamp(PART_BYTES_MIN, PART_BYTES);
-    wanted.max(length.div_ceil(PARTS_MAX)).next_multiple_of(4096)
+    PART_BYTES.max(length.div_ceil(PARTS_MAX)).next_multiple_of(4096)
 }
 
 impl CheckpointStore {
-    /// Uploads one checkpoint shard. The key is new with every call, so a shard uploaded again (after a failure, or by a
+    /// Uploads one checkpoint shard, straight from the snapshot's memory. The key is new with every call, so a shard uploaded again (after a failure, or by a
     /// rank that is out of date) never touches bytes that a manifest may name. What a failed call leaves behind counts
     /// for nothing and is collected later.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] if the slices do not have the geometry's length; else [`StoreError::Retry`],
+    /// [`StoreError::Refused`] if the tensors do not have the geometry's length; else [`StoreError::Retry`],
     /// [`StoreError::Full`] or [`StoreError::Reconfigure`] by cause.
     pub async fn put_shard(
         &self,
         step: StepsCompleted,
         generation: Generation,
         geometry: &ShardGeometry,
-        state: ShardSlices<'_>,
+        state: ShardPayload,
     ) -> Result<ShardRecord, StoreError> {
-        let tensors = state.tensors();
-        if geometry.elements() == 0 || tensors.iter().any(|tensor| tensor.len() as u64 != geometry.elements()) {
+        let [master, exp_avg, exp_avg_sq] = state.0;
+        let lengths = [&master, &exp_avg, &exp_avg_sq].map(|tensor| tensor.len() as u64 / 4);
+        if geometry.elements() == 0 || lengths.iter().any(|length| *length != geometry.elements()) {
             return Err(StoreError::refused(format!(
-                "optimizer shard {} has {} elements, its slices {:?}",
+                "optimizer shard {} has {} elements, its tensors {lengths:?}",
                 geometry.shard,
                 geometry.elements(),
-                tensors.map(<[f32]>::len)
             )));
         }
-        let header = shard_file::encode_header(step, generation, geometry)?;
-        let length = header.len() as u64 + geometry.payload_bytes();
-        let source = Source {
-            header,
-            tensors,
-            length,
-        };
+        let header = Bytes::from(shard_file::encode_header(step, generation, geometry)?);
+        let source = Source([header, master, exp_avg, exp_avg_sq]);
+        let length = source.length();
         let key = keys::shard(
             step,
             generation,
@@ -106,16 +106,14 @@ impl CheckpointStore {
             self.writer().nonce,
             self.next_upload(),
         );
-        let upload = self.begin_upload(length);
-        let blake3 = if length <= SINGLE_PUT_BYTES_MAX {
-            let _copy = upload.piece(length).await;
-            let bytes = source.bytes(0..length);
-            let hash = blake3::hash(&bytes);
-            self.put(&key, bytes).await?;
-            hash
+        let mut hasher = blake3::Hasher::new();
+        if length <= SINGLE_PUT_BYTES_MAX {
+            let pieces = source.pieces(0..length);
+            hash(&mut hasher, &pieces);
+            self.put(&key, pieces.into_iter().collect()).await?;
         } else {
-            self.put_parts(&key, &source, &upload).await?
-        };
+            self.put_parts(&key, &source, &mut hasher).await?;
+        }
         Ok(ShardRecord {
             shard: geometry.shard,
             first_block: geometry.first_block,
@@ -123,19 +121,19 @@ impl CheckpointStore {
             object: ObjectRecord {
                 key,
                 length,
-                blake3: blake3.into(),
+                blake3: hasher.finalize().into(),
             },
         })
     }
 
-    async fn put_parts(&self, key: &str, source: &Source<'_>, room: &Upload) -> Result<blake3::Hash, StoreError> {
+    async fn put_parts(&self, key: &str, source: &Source, hasher: &mut blake3::Hasher) -> Result<(), StoreError> {
         let path = self.path(key);
         let begun = self.bounded(self.objects().put_multipart(&path)).await;
         let mut upload = begun.map_err(|failure| self.sort("begin upload of", key, failure))?;
         let mut parts = JoinSet::new();
-        let outcome = self.send_parts(source, room, upload.as_mut(), &mut parts).await;
+        let outcome = self.send_parts(source, hasher, upload.as_mut(), &mut parts).await;
         let error = match outcome {
-            Ok(hash) => return Ok(hash),
+            Ok(()) => return Ok(()),
             Err(failure) => self.sort("upload", key, failure),
         };
         parts.shutdown().await;
@@ -149,35 +147,29 @@ impl CheckpointStore {
 
     async fn send_parts(
         &self,
-        source: &Source<'_>,
-        room: &Upload,
+        source: &Source,
+        hasher: &mut blake3::Hasher,
         upload: &mut dyn MultipartUpload,
         parts: &mut JoinSet<Result<(), Failure>>,
-    ) -> Result<blake3::Hash, Failure> {
-        let mut hasher = blake3::Hasher::new();
-        let part = part_bytes(source.length);
+    ) -> Result<(), Failure> {
+        let length = source.length();
+        let part = part_bytes(length);
         let mut start = 0;
-        while start < source.length {
-            let end = source.length.min(start + part);
+        while start < length {
+            let end = length.min(start + part);
             while parts.len() >= PARTS_IN_FLIGHT_MAX {
                 part_done(parts).await?;
             }
-            let copy = room.piece(end - start).await;
-            let bytes = source.bytes(start..end);
-            hasher.update(&bytes);
-            let put = upload.put_part(bytes.into());
-            parts.spawn(async move {
-                // Whoever waits for this one's room waits no longer than for a request.
-                let _copy = copy;
-                in_time(put).await
-            });
+            let pieces = source.pieces(start..end);
+            hash(hasher, &pieces);
+            parts.spawn(in_time(upload.put_part(pieces.into_iter().collect())));
             start = end;
         }
         while !parts.is_empty() {
             part_done(parts).await?;
         }
         self.bounded(upload.complete()).await?;
-        Ok(hasher.finalize())
+        Ok(())
     }
 }
 
@@ -197,33 +189,36 @@ mod tests {
     fn parts_stay_within_the_stores_limits() {
         for length in [1, 5 << 20, 100 << 30, 5 << 40] {
             let part = part_bytes(length);
-            assert!(part >= PART_BYTES_MIN && part.is_multiple_of(4));
+            assert!(part >= PART_BYTES);
             assert!(length.div_ceil(part) <= PARTS_MAX, "{length}");
-        }
-        for (mebibytes, part) in [(20, 5), (80, 5), (112, 7), (128, 8), (10_000, 8)] {
-            assert_eq!(part_bytes(mebibytes << 20), part << 20);
         }
     }
 
     proptest! {
-        // However a file is cut into parts, the parts make up the same file.
+        // However a file is cut into parts, the parts make up the same file; and nothing of it is copied.
         #[test]
-        fn parts_add_up(elements in 1_usize..40, words in 1_u64..20) {
+        fn parts_add_up(elements in 1_usize..40, part in 1_u64..80) {
             let values: Vec<f32> = (0..elements * 3).map(|i| i as f32).collect();
-            let tensors = [&values[..elements], &values[elements..2 * elements], &values[2 * elements..]];
+            let tensor = |at: usize| values[at * elements..(at + 1) * elements].to_vec();
+            let ShardPayload([master, exp_avg, exp_avg_sq]) = ShardPayload::new([tensor(0), tensor(1), tensor(2)]);
             let header: Vec<u8> = (0..24).collect();
-            let length = 24 + elements as u64 * 12;
-            let source = Source { header, tensors, length };
-            let whole = source.bytes(0..length);
-            prop_assert_eq!(whole.len() as u64, length);
+            let mut whole = header.clone();
+            values.iter().for_each(|value| whole.extend_from_slice(&value.to_le_bytes()));
+            let source = Source([header.into(), master, exp_avg, exp_avg_sq]);
+            let length = source.length();
+            prop_assert_eq!(length, whole.len() as u64);
             let mut glued = Vec::new();
             let mut start = 0;
             while start < length {
-                let end = length.min(start + words * 4);
-                glued.extend_from_slice(&source.bytes(start..end));
+                let end = length.min(start + part);
+                for piece in source.pieces(start..end) {
+                    let within = |whole: &Bytes| whole.as_ptr_range().start <= piece.as_ptr() && piece.as_ptr() < whole.as_ptr_range().end;
+                    prop_assert!(source.0.iter().any(within));
+                    glued.extend_from_slice(&piece);
+                }
                 start = end;
             }
-            prop_assert_eq!(&glued[..], &whole[..]);
+            prop_assert_eq!(glued, whole);
         }
     }
 }

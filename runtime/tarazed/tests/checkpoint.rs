@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
-    BinaryId, CheckpointStore, Digest, Lineage, Manifest, ShardGeometry, ShardSlices, TraceHead, WriterId,
+    BinaryId, CheckpointStore, Digest, Lineage, Manifest, ShardGeometry, ShardPayload, TraceHead, WriterId,
 };
 
 fn tarazed(args: &[&str]) -> Output {
@@ -42,15 +42,10 @@ async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'st
             block_count: 2,
             block_elements: 64,
         };
-        let values = vec![step as f32; 128];
-        let slices = ShardSlices {
-            master: &values,
-            exp_avg: &values,
-            exp_avg_sq: &values,
-        };
+        let payload = ShardPayload::new([0, 1, 2].map(|_| vec![step as f32; 128]));
         let step = StepsCompleted(step);
         let shard = store
-            .put_shard(step, fence.generation, &geometry, slices)
+            .put_shard(step, fence.generation, &geometry, payload)
             .await
             .expect("put");
         let manifest = Manifest {

@@ -4,7 +4,7 @@
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
     BinaryId, CheckpointStore, Committed, Depth, Digest, Fence, Lineage, Manifest, Retention, Select, ShardGeometry,
-    ShardRecord, ShardSlices, StoreError, TraceHead, WriterId, WriterNonce,
+    ShardPayload, ShardRecord, StoreError, TraceHead, WriterId, WriterNonce,
 };
 
 pub const BLOCK_ELEMENTS: u64 = 4;
@@ -48,12 +48,7 @@ pub async fn put_one(
     generation: Generation,
     geometry: &ShardGeometry,
 ) -> Result<ShardRecord, StoreError> {
-    let tensors: Vec<Vec<f32>> = (0..3).map(|tensor| values(step, geometry, tensor)).collect();
-    let state = ShardSlices {
-        master: &tensors[0],
-        exp_avg: &tensors[1],
-        exp_avg_sq: &tensors[2],
-    };
+    let state = ShardPayload::new([0, 1, 2].map(|tensor| values(step, geometry, tensor)));
     store.put_shard(StepsCompleted(step), generation, geometry, state).await
 }
 
@@ -169,14 +164,8 @@ async fn large(store: &CheckpointStore) {
         block_elements: 500_000,
         ..geometries()[0]
     };
-    let tensors: Vec<Vec<f32>> = (0..3)
-        .map(|t| (0..1_000_000).map(|i| (i * 3 + t) as f32).collect())
-        .collect();
-    let state = ShardSlices {
-        master: &tensors[0],
-        exp_avg: &tensors[1],
-        exp_avg_sq: &tensors[2],
-    };
+    let tensors = [0, 1, 2].map(|t| (0..1_000_000).map(|i| (i * 3 + t) as f32).collect::<Vec<_>>());
+    let state = ShardPayload::new(tensors.clone());
     let record = store
         .put_shard(StepsCompleted(10), Generation(1), &geometry, state)
         .await

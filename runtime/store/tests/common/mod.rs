@@ -12,7 +12,8 @@ use object_store::{
     PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
 };
 use std::fmt;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use checkpoints::*;
@@ -46,26 +47,22 @@ pub struct Faulty {
     schedule: u64,
 }
 
-/// Bytes of uploads on their way.
+/// Where in memory the bytes of requests lay.
 #[derive(Debug, Default)]
-pub struct Carried {
-    now: AtomicU64,
-    most: AtomicU64,
-}
+pub struct Carried(Mutex<Vec<Range<usize>>>);
 
 impl Carried {
-    /// The most there ever were.
-    pub fn most(&self) -> u64 {
-        self.most.load(Ordering::SeqCst)
+    /// All of them, so far.
+    pub fn pieces(&self) -> Vec<Range<usize>> {
+        self.0.lock().unwrap().clone()
     }
 
-    fn take(&self, bytes: u64) {
-        let now = self.now.fetch_add(bytes, Ordering::SeqCst) + bytes;
-        self.most.fetch_max(now, Ordering::SeqCst);
-    }
-
-    fn put_down(&self, bytes: u64) {
-        self.now.fetch_sub(bytes, Ordering::SeqCst);
+    fn see(&self, payload: &PutPayload) {
+        let pieces = payload.iter().map(|piece| {
+            let bytes = piece.as_ptr_range();
+            bytes.start.addr()..bytes.end.addr()
+        });
+        self.0.lock().unwrap().extend(pieces);
     }
 }
 
@@ -196,11 +193,8 @@ impl ObjectStore for Faulty {
         if stops(fault) {
             return Err(lost());
         }
-        let bytes = payload.content_length() as u64;
-        self.carried.take(bytes);
-        let put = self.inner.put_opts(location, payload, opts).await;
-        self.carried.put_down(bytes);
-        outcome(fault, conditional, put)
+        self.carried.see(&payload);
+        outcome(fault, conditional, self.inner.put_opts(location, payload, opts).await)
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
@@ -276,15 +270,12 @@ impl MultipartUpload for FaultyUpload {
         if stops(fault) {
             return async { Err(lost()) }.boxed();
         }
-        let (bytes, carried) = (data.content_length() as u64, self.carried.clone());
-        carried.take(bytes);
+        self.carried.see(&data);
         let part = self.inner.put_part(data);
         async move {
             // Others of the same process begin theirs meanwhile.
             tokio::task::yield_now().await;
-            let part = part.await;
-            carried.put_down(bytes);
-            outcome(fault, false, part)
+            outcome(fault, false, part.await)
         }
         .boxed()
     }

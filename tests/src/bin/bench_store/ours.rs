@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
-    BYTES_PER_ELEMENT, BinaryId, CheckpointStore, Digest, Fence, Lineage, Manifest, ShardGeometry, ShardSlices,
+    BYTES_PER_ELEMENT, BinaryId, CheckpointStore, Digest, Fence, Lineage, Manifest, ShardGeometry, ShardPayload,
     TraceHead, WriterId,
 };
 
@@ -18,7 +18,7 @@ pub struct Ours {
     fence: Fence,
     geometries: Vec<ShardGeometry>,
     /// Master weights and moments of each shard.
-    state: Vec<Arc<[Vec<f32>; 3]>>,
+    state: Vec<(ShardPayload, [Arc<[f32]>; 3])>,
     newest: Option<Arc<Manifest>>,
 }
 
@@ -45,10 +45,13 @@ impl Ours {
             word ^= word << 17;
             (word >> 40) as f32 / 1e6
         };
-        let mut tensor = |geometry: &ShardGeometry| (0..geometry.elements()).map(|_| value()).collect::<Vec<f32>>();
+        let mut tensor = |geometry: &ShardGeometry| (0..geometry.elements()).map(|_| value()).collect::<Arc<[f32]>>();
         let state = geometries
             .iter()
-            .map(|g| Arc::new([tensor(g), tensor(g), tensor(g)]))
+            .map(|geometry| {
+                let tensors = [0, 1, 2].map(|_| tensor(geometry));
+                (ShardPayload::new(tensors.clone()), tensors)
+            })
             .collect();
         Ok(Self {
             store,
@@ -66,9 +69,9 @@ impl Ours {
 
     /// The same bytes as files, for whoever copies files.
     pub fn write_files(&self, folder: &Path) -> Result<()> {
-        for (index, tensors) in self.state.iter().enumerate() {
+        for (index, (_, tensors)) in self.state.iter().enumerate() {
             let mut file = std::fs::File::create(folder.join(format!("shard-{index}")))?;
-            for tensor in &**tensors {
+            for tensor in tensors {
                 let bytes: Vec<u8> = tensor.iter().flat_map(|value| value.to_le_bytes()).collect();
                 file.write_all(&bytes)?;
             }
@@ -81,16 +84,10 @@ impl Ours {
         let (step, generation) = (StepsCompleted(step), self.fence.generation);
         let started = Instant::now();
         // A task each, as ranks have: what a shard needs of a processor is not in line behind the others.
-        let uploads = self.geometries.iter().zip(&self.state).map(|(geometry, tensors)| {
-            let (store, geometry, tensors) = (self.store.clone(), *geometry, Arc::clone(tensors));
+        let uploads = self.geometries.iter().zip(&self.state).map(|(geometry, (payload, _))| {
+            let (store, geometry, payload) = (self.store.clone(), *geometry, payload.clone());
             tokio::spawn(async move {
-                let [master, exp_avg, exp_avg_sq] = &*tensors;
-                let state = ShardSlices {
-                    master,
-                    exp_avg,
-                    exp_avg_sq,
-                };
-                store.put_shard(step, generation, &geometry, state).await
+                store.put_shard(step, generation, &geometry, payload).await
             })
         });
         let uploads = futures::future::try_join_all(uploads).await?;
@@ -134,8 +131,8 @@ impl Ours {
         let downloads = futures::future::try_join_all(downloads).await?;
         let shards = downloads.into_iter().collect::<Result<Vec<_>, _>>()?;
         let seconds = started.elapsed().as_secs_f64();
-        for (shard, tensors) in shards.iter().zip(&self.state) {
-            let [master, first, second] = &**tensors;
+        for (shard, (_, tensors)) in shards.iter().zip(&self.state) {
+            let [master, first, second] = tensors;
             let same = shard.master == *master && shard.exp_avg == *first && shard.exp_avg_sq == *second;
             ensure!(same, "what came back is not what was stored");
         }
