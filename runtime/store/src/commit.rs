@@ -143,8 +143,11 @@ impl CheckpointStore {
             return Ok(Committed::of(standing, manifest.step));
         }
         self.check_objects(manifest).await?;
-        self.put(&keys::manifest(manifest.step, manifest.generation, &digest), bytes.into())
-            .await?;
+        self.put(
+            &keys::manifest(manifest.step, manifest.generation, &digest),
+            bytes.into(),
+        )
+        .await?;
         let standing = self.append(decide).await?;
         Ok(Committed::of(standing, manifest.step))
     }

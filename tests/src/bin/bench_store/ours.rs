@@ -86,9 +86,7 @@ impl Ours {
         // A task each, as ranks have: what a shard needs of a processor is not in line behind the others.
         let uploads = self.geometries.iter().zip(&self.state).map(|(geometry, (payload, _))| {
             let (store, geometry, payload) = (self.store.clone(), *geometry, payload.clone());
-            tokio::spawn(async move {
-                store.put_shard(step, generation, &geometry, payload).await
-            })
+            tokio::spawn(async move { store.put_shard(step, generation, &geometry, payload).await })
         });
         let uploads = futures::future::try_join_all(uploads).await?;
         let shards = uploads.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -133,7 +131,7 @@ impl Ours {
         let seconds = started.elapsed().as_secs_f64();
         for (shard, (_, tensors)) in shards.iter().zip(&self.state) {
             let [master, first, second] = tensors;
-            let same = shard.master == *master && shard.exp_avg == *first && shard.exp_avg_sq == *second;
+            let same = shard.master[..] == **master && shard.exp_avg[..] == **first && shard.exp_avg_sq[..] == **second;
             ensure!(same, "what came back is not what was stored");
         }
         Ok(seconds)

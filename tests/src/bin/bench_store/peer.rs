@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use tarazed_tests::peer::Peer;
 
-/// Bytes of a part, as ours has them for shards of up to 80 MiB.
-const PART_BYTES: u64 = tarazed_store::limits::PART_BYTES_MIN;
+/// Bytes of a part, as ours has them.
+const PART_BYTES: u64 = tarazed_store::limits::PART_BYTES;
 
 /// Another tool, at the same place.
 pub struct Other {
