@@ -4,18 +4,19 @@
 //! Replicas can be switched off (`optimizer.replicas = 1`): no forwarding of reduced gradients, no second update, nothing to
 //! compare. Block hashes and the barrier cannot, as the trace needs both. So the hashes are timed by themselves, as all
 //! ranks make them at once over what each holds, and the barrier by the run's own clock of its phases, waiting for the
-//! slowest rank included.
+//! slowest rank included. An update hashes each block in the pass that updates it, while it lies in the cache: what counts is
+//! what a further hash of a block costs right after a first one, and not the way from memory.
 //!
 //! The whole cost is one ratio, by round: a step with all of it over a step with none of it, that is the step with one
-//! copy less the hashes of that copy, before and after the update, and its barrier. It is an upper bound: hashes are made in
-//! the update's own pass over the state and not in two of theirs, and gradients would have to be waited for without a
-//! barrier, too. Wall-clock time scatters by more than what is looked for where others share the machine, so the processor
-//! time of all processes of a run, start included, is compared as well: ranks keep all processors busy, so it is what steps
-//! cost, less what they wait. Audits, one lane computed twice each `fault.audit_interval_steps`, are on on both sides and in no median.
+//! copy less the hashes of that copy, before and after the update, and its barrier. It is an upper bound: gradients would
+//! have to be waited for without a barrier, too. Wall-clock time scatters by more than what is looked for where others share the machine, so the processor
+//! time of all ranks, from the last step that does not count to the last of all, is compared as well: ranks keep all processors
+//! busy, so it is what steps cost, less what they wait. It is read between steps, and divided by the steps between. Audits, one
+//! lane computed twice each `fault.audit_interval_steps`, are on on both sides. All runs train on one data set, made before the first.
 
 use anyhow::{Result, anyhow};
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tarazed_domain::BlockIndex;
 use tarazed_domain::config::Config;
 use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, CpuStream, Device, Precision, View};
@@ -26,25 +27,34 @@ use tarazed_tests::harness::{Project, Run};
 const WARM_UP_STEPS: u64 = 5;
 /// An update hashes what it reads and what it writes.
 const HASHES_PER_UPDATE: f64 = 2.0;
+/// Steps that a run would go on for after those that count.
+const MORE_STEPS: u64 = 1_000;
+/// The kernel tells processor time in hundredths of a second (proc(5)).
+const MS_PER_TICK: f64 = 10.0;
+/// Between looks at the trace.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// Hashes of a block on top of the first, which finds it in memory.
+const MORE_HASHES: usize = 4;
 /// Times that the hashes are made in each round.
 const HASH_TURNS: usize = 15;
 
 struct Side {
     step_ms: f64,
-    /// Processor time of all processes of the run, per step.
+    /// Processor time of all ranks, per step.
     cpu_ms: f64,
     barrier_ms: f64,
 }
 
 pub fn measure(config: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<Figures> {
     let project = Project::of(config);
+    let data = prepared(&project);
     let loaded = Config::load(config, &[])?;
     let mut seen = Rounds {
         ranks,
         ..Rounds::default()
     };
     for round in 0..rounds {
-        let side = |replicas: u32| run(&project, ranks, steps, replicas, round);
+        let side = |replicas: u32| run(&project, &data, ranks, steps, replicas, round);
         // The order alternates, so that neither side always meets the warmer machine.
         let (on, off) = if round.is_multiple_of(2) {
             let on = side(2);
@@ -162,23 +172,34 @@ fn percent(ratio: f64) -> f64 {
     100.0 * (ratio - 1.0)
 }
 
-fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -> Side {
+/// The data folder that all runs share.
+fn prepared(project: &Project) -> PathBuf {
+    let first = project.train("data").ranks(1).steps(1).complete();
+    first.dir().join("data")
+}
+
+fn run(project: &Project, data: &Path, ranks: u32, steps: u64, replicas: u32, round: usize) -> Side {
+    let name = format!("replicas-{replicas}-{round}");
+    let folder = project.run_dir(&name);
+    std::fs::create_dir_all(&folder).expect("a run folder");
+    std::os::unix::fs::symlink(data, folder.join("data")).expect("a link to the data");
     let train = project
-        .train(&format!("replicas-{replicas}-{round}"))
+        .train(&name)
         .ranks(ranks)
-        .steps(steps)
+        // The ranks must live when their time is read: the run is ended as it is dropped.
+        .set("run.steps", &(steps + MORE_STEPS).to_string())
         .set("optimizer.replicas", &replicas.to_string())
         .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
         .set("checkpoint.interval_steps", "0");
-    let before_ms = children_cpu_ms();
     let mut run = Run::start(&train);
-    run.finish().assert_code(0);
-    let cpu_ms = (children_cpu_ms() - before_ms) / steps as f64;
+    let (first_step, first_ms) = spent(&mut run, WARM_UP_STEPS);
+    let (last_step, last_ms) = spent(&mut run, steps);
+    let cpu_ms = (last_ms - first_ms) / (last_step - first_step) as f64;
     let metrics = run.json_lines("metrics.jsonl");
     let counted = metrics
         .iter()
-        .filter(|line| line["step"].as_u64() > Some(WARM_UP_STEPS));
+        .filter(|line| (WARM_UP_STEPS + 1..=steps).contains(&line["step"].as_u64().unwrap_or_default()));
     let (mut step_ms, mut barrier_ms) = (Vec::new(), Vec::new());
     for line in counted {
         step_ms.extend(line["step_ms"].as_f64());
@@ -191,36 +212,50 @@ fn run(project: &Project, ranks: u32, steps: u64, replicas: u32, round: usize) -
     }
 }
 
-/// Processor time of all children that have ended, and of theirs (proc(5), fields 16 and 17, in hundredths of a second).
-fn children_cpu_ms() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    let ticks = after_name.split_whitespace().skip(13).take(2);
-    ticks.filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() * 10.0
+/// Processor time of all ranks as soon as this step, or one after it, is committed, and which one that was.
+fn spent(run: &mut Run, step: u64) -> (u64, f64) {
+    loop {
+        assert!(run.ended().is_none(), "the run ended before step {step}");
+        let reached = run.step();
+        if reached >= step {
+            return (reached, run.processes().ticks() as f64 * MS_PER_TICK);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
-/// Hashing what all of `ranks` ranks hold, each on a thread, all at once: from the first to the last, the start of the
-/// threads included. They share the processors as the ranks of a run do.
+/// A hash of all that `ranks` ranks hold, each on a thread, all at once, of blocks that are in the cache already: how much
+/// longer passes take that hash each block some times more, from the first thread to the last. They share the processors as
+/// the ranks of a run do.
 fn hash_ms(config: &Config, ranks: u32, copies: usize) -> Result<f64> {
     let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
     let block_count = (copies * layout.block_count()).div_ceil(ranks as usize);
     let mut held = (0..ranks)
         .map(|_| Held::new(layout.block_elements(), block_count))
         .collect::<Result<Vec<_>>>()?;
-    let mut times_ms = Vec::new();
+    let mut added_ms = Vec::new();
     for _ in 0..HASH_TURNS {
-        let began = Instant::now();
-        let hashed: Vec<Result<()>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = held.iter_mut().map(|held| scope.spawn(|| held.hash())).collect();
-            let ended = threads.into_iter().map(|thread| thread.join());
-            ended
-                .map(|ended| ended.unwrap_or_else(|_| Err(anyhow!("a thread that hashes panicked"))))
-                .collect()
-        });
-        times_ms.push(began.elapsed().as_secs_f64() * 1e3);
-        hashed.into_iter().collect::<Result<()>>()?;
+        let once_ms = pass_ms(&mut held, 1)?;
+        added_ms.push((pass_ms(&mut held, 1 + MORE_HASHES)? - once_ms) / MORE_HASHES as f64);
     }
-    Ok(Summary::of(&times_ms).median)
+    Ok(Summary::of(&added_ms).median)
+}
+
+/// One pass over all that is held, which hashes each block so many times.
+fn pass_ms(held: &mut [Held], times: usize) -> Result<f64> {
+    let began = Instant::now();
+    let hashed: Vec<Result<()>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = held
+            .iter_mut()
+            .map(|held| scope.spawn(move || held.hash(times)))
+            .collect();
+        let ended = threads.into_iter().map(|thread| thread.join());
+        ended
+            .map(|ended| ended.unwrap_or_else(|_| Err(anyhow!("a thread that hashes panicked"))))
+            .collect()
+    });
+    hashed.into_iter().collect::<Result<()>>()?;
+    Ok(began.elapsed().as_secs_f64() * 1e3)
 }
 
 /// What one rank holds: a share of the copies of the state.
@@ -246,15 +281,20 @@ impl Held {
         })
     }
 
-    fn hash(&mut self) -> Result<()> {
-        let blocks = Blocks {
-            first: BlockIndex(0),
-            block_elements: self.block_elements,
-        };
-        let [master, first, second] = self.state.each_ref().map(View::from);
-        let hashes = &mut self.hashes;
-        self.device
-            .block_hashes(&mut self.stream, blocks, master, first, second, hashes)?;
+    fn hash(&mut self, times: usize) -> Result<()> {
+        for (index, hash) in self.hashes.iter_mut().enumerate() {
+            let blocks = Blocks {
+                first: BlockIndex(index as u32),
+                block_elements: self.block_elements,
+            };
+            let offset = index * self.block_elements;
+            let [master, first, second] = self.state.each_ref().map(|tensor| View::at(tensor, offset));
+            for _ in 0..times {
+                let hash = std::slice::from_mut(hash);
+                self.device
+                    .block_hashes(&mut self.stream, blocks, master, first, second, hash)?;
+            }
+        }
         Ok(())
     }
 }
