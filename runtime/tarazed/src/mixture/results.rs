@@ -6,6 +6,7 @@
 //! mean difference is below zero and the exact p-value, corrected for the three comparisons (Holm), is at most
 //! `1 - confidence`; *worse* likewise. Everything else, and every other pair and metric, is shown without a verdict.
 
+use super::book::Book;
 use super::cases::{Overlapping, Ready};
 use super::margin::{self, Margin};
 use super::measure::{Facts, Outcome};
@@ -139,20 +140,15 @@ fn opponents(controller: &str) -> [String; 3] {
 impl Results {
     /// Judges what is finished. `cases` and `ready` are in the plan's order.
     #[must_use]
-    pub fn of(
-        plan: &Plan,
-        cases: &[CaseRuns<'_>],
-        ready: &[&Ready],
-        finished: &Finished,
-        programs: &BTreeSet<String>,
-    ) -> Self {
+    pub fn of(plan: &Plan, cases: &[CaseRuns<'_>], ready: &[&Ready], book: &Book) -> Self {
+        let finished = book.finished();
         let judged = cases
             .iter()
             .zip(ready)
             .map(|(case, ready)| judge(case, ready, finished));
         Self {
             plan: plan.clone(),
-            programs: programs.clone(),
+            programs: book.programs().clone(),
             finished: finished.len(),
             total: cases.iter().map(|case| case.total(finished)).sum(),
             cases: judged.collect(),
@@ -328,8 +324,7 @@ fn give_verdicts(plan: &Plan, family: &mut [&mut Comparison]) {
 pub(crate) mod tests {
     use super::super::measure::tests::facts;
     use super::super::plan::tests::TEXT;
-    use super::super::schedule::carry_out;
-    use super::super::schedule::tests::{Fake, runs};
+    use super::super::schedule::tests::{Fake, do_all, runs};
     use super::*;
     use std::path::PathBuf;
 
@@ -355,12 +350,12 @@ pub(crate) mod tests {
     pub(crate) fn whole(plan: &Plan) -> (Results, Finished) {
         let facts = facts();
         let cases = [runs(plan, "plain", &facts), runs(plan, "noise", &facts)];
-        let mut finished = Finished::new();
-        carry_out(&cases, &mut Fake::default(), &mut finished, &mut |_, _| Ok(())).expect("done");
+        let mut book = Book::default();
+        do_all(&cases, &Fake::default(), 3, &mut book).expect("done");
         let ready = ready(&facts);
         (
-            Results::of(plan, &cases, &[&ready, &ready], &finished, &BTreeSet::new()),
-            finished,
+            Results::of(plan, &cases, &[&ready, &ready], &book),
+            book.finished().clone(),
         )
     }
 
@@ -432,14 +427,14 @@ pub(crate) mod tests {
         let plan = plan_of("[1, 2, 3, 4, 5, 6, 7, 8]");
         let facts = facts();
         let cases = [runs(&plan, "plain", &facts)];
-        let mut fake = Fake {
+        let fake = Fake {
             patience: Some(30),
             ..Fake::default()
         };
-        let mut finished = Finished::new();
-        assert!(carry_out(&cases, &mut fake, &mut finished, &mut |_, _| Ok(())).is_err());
+        let mut book = Book::default();
+        assert!(do_all(&cases, &fake, 1, &mut book).is_err());
         let ready = ready(&facts);
-        let results = Results::of(&plan, &cases, &[&ready], &finished, &BTreeSet::new());
+        let results = Results::of(&plan, &cases, &[&ready], &book);
         assert_eq!(results.finished, 30);
         assert!(results.total > 30);
         assert!(

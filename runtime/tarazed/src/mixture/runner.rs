@@ -3,18 +3,20 @@
 use super::cases::{Late, Ready};
 use super::measure::{Outcome, Unfit};
 use super::plan::Plan;
-use super::schedule::{RunId, RunSpec, Runner};
+use super::schedule::{RunId, RunSpec, Runner, Whole};
 use crate::exit::{Exit, Failure};
 use crate::run_folder::RunFolder;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use tarazed_domain::config::{Config, LaterConfig};
 use tarazed_protocol::trace::parse_whole_lines;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 /// What the bench notes in a run's folder when the run is whole.
 const NOTE_FILE: &str = "bench.json";
@@ -37,6 +39,37 @@ struct Note {
     seconds: f64,
 }
 
+/// Whether a signal has asked for the end. Whoever waits for a run waits for this, too: several do at once.
+pub type Stop = watch::Receiver<bool>;
+
+/// The runtime that runs are waited for on, and the ear for signals, which end runs in order from here on.
+///
+/// # Errors
+/// If signals cannot be heard.
+pub fn listen() -> Result<(Runtime, Stop), Failure> {
+    let no_signals = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(no_signals)?;
+    let entered = runtime.enter();
+    let hear = |kind: SignalKind| signal(kind).map_err(no_signals);
+    let mut terminate = hear(SignalKind::terminate())?;
+    let mut interrupt = hear(SignalKind::interrupt())?;
+    let mut user = hear(SignalKind::user_defined1())?;
+    let (tell, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = user.recv() => {}
+        }
+        tell.send_replace(true);
+    });
+    drop(entered);
+    Ok((runtime, stop))
+}
+
 /// Runs as processes.
 #[derive(Debug)]
 pub struct Processes<'a> {
@@ -46,24 +79,20 @@ pub struct Processes<'a> {
     work: &'a Path,
     program: PathBuf,
     program_hash: String,
-    runtime: tokio::runtime::Runtime,
-    stop: Vec<Signal>,
-    /// Times of whole runs, for estimates.
-    pub seconds: Vec<f64>,
-    /// Hashes of the programs whose runs were found or done.
-    pub programs: BTreeSet<String>,
+    stop: Stop,
 }
 
 impl<'a> Processes<'a> {
-    /// A runner for these cases below `work`. From here on signals end runs in order.
+    /// A runner for these cases below `work`.
     ///
     /// # Errors
-    /// If this program cannot be found, or signals cannot be heard.
+    /// If this program cannot be found.
     pub fn new(
         plan: &'a Plan,
         base: &'a Config,
         cases: &'a BTreeMap<String, Ready>,
         work: &'a Path,
+        stop: Stop,
     ) -> Result<Self, Failure> {
         let no_program = |e: std::io::Error| {
             let cause = format!("cannot find or read itself ({e})");
@@ -74,24 +103,6 @@ impl<'a> Processes<'a> {
         File::open(&program)
             .and_then(|file| hasher.update_reader(file).map(drop))
             .map_err(no_program)?;
-        let no_signals =
-            |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(no_signals)?;
-        let entered = runtime.enter();
-        let kinds = [
-            SignalKind::terminate(),
-            SignalKind::interrupt(),
-            SignalKind::user_defined1(),
-        ];
-        let stop = kinds
-            .into_iter()
-            .map(signal)
-            .collect::<Result<_, _>>()
-            .map_err(no_signals)?;
-        drop(entered);
         Ok(Self {
             plan,
             base,
@@ -99,10 +110,7 @@ impl<'a> Processes<'a> {
             work,
             program,
             program_hash: hasher.finalize().to_hex().to_string(),
-            runtime,
             stop,
-            seconds: Vec::new(),
-            programs: BTreeSet::new(),
         })
     }
 
@@ -189,7 +197,7 @@ impl<'a> Processes<'a> {
     }
 
     /// One life of the run's process, to its end.
-    fn live(&mut self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
+    async fn live(&self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
         let folder = self.folder(&run.id);
         let log = folder.with_extension("log");
         let failed =
@@ -209,34 +217,36 @@ impl<'a> Processes<'a> {
             .stdout(out)
             .stderr(errors)
             .process_group(0);
-        let stop = &mut self.stop;
-        self.runtime.block_on(async {
-            wait_until_free(&folder.join("lock"), stop).await?;
-            let mut child = command.spawn().map_err(|e| {
-                Failure::transient(
-                    "a run",
-                    format!("cannot be started ({e})"),
-                    "free resources and try again",
-                )
-            })?;
-            let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
-            tokio::select! {
-                status = child.wait() => return status.map_err(lost),
-                () = next(stop) => {}
-            }
-            let pid = child
-                .id()
-                .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
-            if let Some(pid) = pid {
-                // It may have ended just now.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            }
-            child.wait().await.map_err(lost)?;
-            Err(stopped())
-        })
+        let mut stop = self.stop.clone();
+        wait_until_free(&folder.join("lock"), &mut stop).await?;
+        if *stop.borrow() {
+            return Err(stopped());
+        }
+        let mut child = command.spawn().map_err(|e| {
+            Failure::transient(
+                "a run",
+                format!("cannot be started ({e})"),
+                "free resources and try again",
+            )
+        })?;
+        let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
+        tokio::select! {
+            status = child.wait() => return status.map_err(lost),
+            () = until(&mut stop) => {}
+        }
+        let pid = child
+            .id()
+            .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+        if let Some(pid) = pid {
+            // It may have ended just now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let status = child.wait().await.map_err(lost)?;
+        // One that came to its end all the same is kept.
+        if status.success() { Ok(status) } else { Err(stopped()) }
     }
 
-    fn note(&mut self, run: &RunSpec, seconds: f64) -> Result<(), Failure> {
+    fn note(&self, run: &RunSpec, seconds: f64) -> Result<(), Failure> {
         let folder = RunFolder::new(self.folder(&run.id));
         let note = Note {
             data_version: self.cases[&run.id.case].facts.data_version.clone(),
@@ -293,17 +303,13 @@ fn stopped() -> Failure {
     )
 }
 
-async fn next(signals: &mut [Signal]) {
-    let [terminate, interrupt, user] = signals else { return };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = user.recv() => {}
-    }
+async fn until(stop: &mut Stop) {
+    // Whoever tells goes only after having told.
+    let _ = stop.wait_for(|told| *told).await;
 }
 
 /// A bench that was killed leaves its run going: waits for that one's end.
-async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure> {
+async fn wait_until_free(lock: &Path, stop: &mut Stop) -> Result<(), Failure> {
     let mut said = false;
     loop {
         let held = File::open(lock).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
@@ -319,13 +325,13 @@ async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            () = next(stop) => return Err(stopped()),
+            () = until(stop) => return Err(stopped()),
         }
     }
 }
 
 impl Runner for Processes<'_> {
-    fn find(&mut self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+    fn find(&self, run: &RunSpec) -> Result<Option<Whole>, Failure> {
         // Without a note the run's own process has the last word on whether it is whole, and on this data.
         let Ok(text) = std::fs::read(self.folder(&run.id).join(NOTE_FILE)) else {
             return Ok(None);
@@ -340,19 +346,18 @@ impl Runner for Processes<'_> {
                 "put it back, or name another --work",
             ));
         }
-        let outcome = self.outcome(run)?;
-        if outcome.is_some() {
-            self.seconds.push(note.seconds);
-            self.programs.insert(note.program);
-        }
-        Ok(outcome)
+        Ok(self.outcome(run)?.map(|outcome| Whole {
+            outcome,
+            program: note.program,
+            seconds: note.seconds,
+        }))
     }
 
-    fn run(&mut self, run: &RunSpec) -> Result<Outcome, Failure> {
+    async fn run(&self, run: &RunSpec) -> Result<Whole, Failure> {
         let began = Instant::now();
         let config = self.prepare(run)?;
         for _ in 0..TRIES_MAX {
-            let status = self.live(run, &config)?;
+            let status = self.live(run, &config).await?;
             let exit = status
                 .code()
                 .and_then(|code| u8::try_from(code).ok())
@@ -369,9 +374,11 @@ impl Runner for Processes<'_> {
                     };
                     let seconds = began.elapsed().as_secs_f64();
                     self.note(run, seconds)?;
-                    self.seconds.push(seconds);
-                    self.programs.insert(self.program_hash.clone());
-                    return Ok(outcome);
+                    return Ok(Whole {
+                        outcome,
+                        program: self.program_hash.clone(),
+                        seconds,
+                    });
                 }
                 Exit::Transient => {}
                 other => return Err(self.ended_badly(run, other, &status.to_string())),
