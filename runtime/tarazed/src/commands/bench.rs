@@ -4,9 +4,11 @@
 //! decided there.
 
 use crate::exit::{Exit, Failure};
+use crate::mixture::again::{again, choose, is_done};
 use crate::mixture::book::Book;
 use crate::mixture::cases::{self, Ready};
 use crate::mixture::plan::Plan;
+use crate::mixture::record::Header;
 use crate::mixture::results::Results;
 use crate::mixture::runner::{Processes, listen};
 use crate::mixture::schedule::{Arm, CaseRuns, Finished, RunId, carry_out, recall};
@@ -36,6 +38,12 @@ pub struct Args {
     /// Make the data and say what is due and how long it takes; train nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Keep what is finished in this file (JSON lines): its runs are not done again, even where the work folder is gone.
+    #[arg(long, value_name = "FILE")]
+    outcomes: Option<PathBuf>,
+    /// First do N of the finished runs again, and halt where a trace is another; which, is decided by hashes.
+    #[arg(long, value_name = "N", requires = "outcomes")]
+    again: Option<NonZeroUsize>,
     /// Runs to do at once; decides no number [default: the processors over cluster.threads_per_rank times ranks].
     #[arg(long, value_name = "N")]
     parallel: Option<NonZeroUsize>,
@@ -78,13 +86,23 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
     let (runtime, stop) = listen()?;
     let processes = Processes::new(&plan, &base, &ready, &work, stop)?;
     check_configs(&runs, &processes)?;
-    let mut book = recall(&runs, &processes)?;
+    let mut book = match &args.outcomes {
+        Some(path) => Book::open(path, Header::of(&plan, &runs).map_err(|e| damaged(path, &e))?)?,
+        None => Book::default(),
+    };
+    recall(&runs, &processes, &mut book)?;
     hold_to(&plan, &work)?;
     print(&estimate(&plan, &runs, &book, parallel))?;
     if args.dry_run {
         return Ok(Exit::Done);
     }
-    let ended = runtime.block_on(go(&runs, &processes, parallel, &mut book));
+    book.begin()?;
+    let ended = runtime.block_on(async {
+        if let Some(count) = args.again {
+            do_again(&runs, &processes, count.get(), parallel, &mut book).await?;
+        }
+        go(&runs, &processes, parallel, &mut book).await
+    });
     // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
     let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
     let results = Results::of(&plan, &runs, &in_order, &book);
@@ -133,20 +151,16 @@ fn base(plan: &Plan) -> Result<Config, Failure> {
     Ok(base)
 }
 
-/// What is judged, and how, is fixed before the first run: a work folder keeps its first plan. Keys that decide no finding, and
-/// the base, whose config every run is compared with, may change.
+fn damaged(path: &Path, e: &serde_json::Error) -> Failure {
+    let cause = format!("cannot be read or written as JSON ({e})");
+    Failure::refused(path.display(), cause, "restore the file, or name another --work")
+}
+
+/// What is judged, and how, is fixed before the first run: a work folder keeps its first plan.
 fn hold_to(plan: &Plan, work: &Path) -> Result<(), Failure> {
     let path = work.join("plan.json");
-    let damaged = |e: serde_json::Error| {
-        let cause = format!("cannot be read or written as JSON ({e})");
-        Failure::refused(path.display(), cause, "restore the file, or name another --work")
-    };
-    let mut fixed = serde_json::to_value(plan).map_err(damaged)?;
-    if let Some(keys) = fixed.as_object_mut() {
-        for free in ["base", "ranks", "expected_seconds_per_run"] {
-            keys.remove(free);
-        }
-    }
+    let damaged = |e: serde_json::Error| damaged(&path, &e);
+    let fixed = plan.fixed().map_err(damaged)?;
     let failed =
         |e: std::io::Error| Failure::io(path.display(), &e, "cannot be read or written", "check its permissions");
     match std::fs::read(&path) {
@@ -263,7 +277,7 @@ fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], book: &Book, parallel: usize) ->
     let finished = book.finished();
     let total: usize = runs.iter().map(|case| case.total(finished)).sum();
     let left = total.saturating_sub(finished.len());
-    let each = seconds_per_run(plan, book.seconds());
+    let each = seconds_per_run(plan, &book.seconds());
     let whence = if book.seconds().is_empty() {
         "the plan expects"
     } else {
@@ -275,6 +289,26 @@ fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], book: &Book, parallel: usize) ->
         duration(seconds_of(left, each, parallel)),
         side_by_side(parallel)
     )
+}
+
+/// Finished runs once more, before the rest: what would not hold is better known early.
+async fn do_again(
+    runs: &[CaseRuns<'_>],
+    processes: &Processes<'_>,
+    count: usize,
+    parallel: usize,
+    book: &mut Book,
+) -> Result<(), Failure> {
+    let program = processes.program();
+    let chosen = choose(runs, book, program, count);
+    let before = chosen.iter().filter(|run| is_done(book, program, &run.id)).count();
+    print(&format!(
+        "{} of {} finished runs to do again, {before} of them done again before\n",
+        chosen.len(),
+        book.finished().len()
+    ))?;
+    let mut told = |run: &RunId| print(&format!("again {run}: the same trace\n"));
+    again(&chosen, &processes.again(), program, parallel, book, &mut told).await
 }
 
 async fn go(runs: &[CaseRuns<'_>], processes: &Processes<'_>, parallel: usize, book: &mut Book) -> Result<(), Failure> {

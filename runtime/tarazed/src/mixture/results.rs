@@ -23,12 +23,25 @@ pub struct Results {
     pub plan: Plan,
     /// Hashes of the programs that did the runs: more than one is a reason for doubt.
     pub programs: BTreeSet<String>,
+    /// Runs that were done once more, with the same traces, by the program that did them again.
+    pub again: Vec<DoneAgain>,
     /// Finished runs.
     pub finished: usize,
     /// Runs in all.
     pub total: usize,
     /// By case.
     pub cases: Vec<CaseResults>,
+}
+
+/// Runs that one program did again, with the same traces, bit for bit.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct DoneAgain {
+    /// Its hash.
+    pub program: String,
+    /// Those that another program had done first.
+    pub of_others: usize,
+    /// Those that it had done first itself.
+    pub of_its_own: usize,
 }
 
 /// One case.
@@ -148,12 +161,29 @@ impl Results {
             .map(|(case, ready)| judge(case, ready, finished));
         Self {
             plan: plan.clone(),
-            programs: book.programs().clone(),
+            programs: book.programs(),
+            again: done_again(book),
             finished: finished.len(),
             total: cases.iter().map(|case| case.total(finished)).sum(),
             cases: judged.collect(),
         }
     }
+}
+
+fn done_again(book: &Book) -> Vec<DoneAgain> {
+    let lines: BTreeSet<(&String, &RunId)> = book.again().iter().map(|line| (&line.program, &line.run)).collect();
+    let programs: BTreeSet<&String> = lines.iter().map(|(program, _)| *program).collect();
+    let of = |program: &String| {
+        let runs = lines.iter().filter(|(by, _)| *by == program);
+        let is_own = |run: &RunId| book.proof(run).is_some_and(|proof| proof.program == *program);
+        let (own, others): (Vec<&RunId>, Vec<&RunId>) = runs.map(|(_, run)| *run).partition(|run| is_own(run));
+        DoneAgain {
+            program: program.clone(),
+            of_others: others.len(),
+            of_its_own: own.len(),
+        }
+    };
+    programs.into_iter().map(of).collect()
 }
 
 fn judge(case: &CaseRuns<'_>, ready: &Ready, finished: &Finished) -> CaseResults {

@@ -3,6 +3,7 @@
 use super::cases::{Late, Ready};
 use super::measure::{Outcome, Unfit};
 use super::plan::Plan;
+use super::record::Proof;
 use super::schedule::{RunId, RunSpec, Runner, Whole};
 use crate::exit::{Exit, Failure};
 use crate::run_folder::RunFolder;
@@ -12,7 +13,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use tarazed_domain::config::{Config, LaterConfig};
+use tarazed_domain::config::{ClusterDevice, Config, LaterConfig};
 use tarazed_protocol::trace::parse_whole_lines;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,6 +21,8 @@ use tokio::sync::watch;
 
 /// What the bench notes in a run's folder when the run is whole.
 const NOTE_FILE: &str = "bench.json";
+/// Where runs are done again, below the work folder.
+const AGAIN_FOLDER: &str = "again";
 /// Weight of a domain without weight: a config has none, and a batch none of it.
 const WEIGHT_LEAST: f64 = 1e-9;
 /// Tries of a run that fails for now (exit code 33).
@@ -71,12 +74,14 @@ pub fn listen() -> Result<(Runtime, Stop), Failure> {
 }
 
 /// Runs as processes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Processes<'a> {
     plan: &'a Plan,
     base: &'a Config,
     cases: &'a BTreeMap<String, Ready>,
     work: &'a Path,
+    /// Whether runs are done in `again/`, each from nothing.
+    is_again: bool,
     program: PathBuf,
     program_hash: String,
     stop: Stop,
@@ -108,14 +113,31 @@ impl<'a> Processes<'a> {
             base,
             cases,
             work,
+            is_again: false,
             program,
             program_hash: hasher.finalize().to_hex().to_string(),
             stop,
         })
     }
 
+    /// The same program, which does runs again, from nothing and in a folder of their own.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self {
+            is_again: true,
+            ..self.clone()
+        }
+    }
+
+    /// BLAKE3 of the program.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.program_hash
+    }
+
     fn folder(&self, run: &RunId) -> PathBuf {
-        self.work.join(run.folder())
+        let below = if self.is_again { AGAIN_FOLDER } else { "" };
+        self.work.join(below).join(run.folder())
     }
 
     /// The config of a run.
@@ -151,8 +173,8 @@ impl<'a> Processes<'a> {
         )?)
     }
 
-    /// The outcome in a run's folder; none where its trace has not come to its end.
-    fn outcome(&self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+    /// What is in a run's folder, with what its note says; none where its trace has not come to its end.
+    fn whole(&self, run: &RunSpec, note: Note) -> Result<Option<Whole>, Failure> {
         let folder = RunFolder::new(self.folder(&run.id));
         let path = folder.trace();
         let bytes = match std::fs::read(&path) {
@@ -174,7 +196,30 @@ impl<'a> Processes<'a> {
                 "holds a run of another config: the plan has changed since".to_owned(),
             ));
         }
-        Ok(Some(outcome))
+        let proof = Proof {
+            config: digest(&theirs),
+            data_version: note.data_version,
+            program: note.program,
+            device: device(&theirs).to_owned(),
+            seconds: note.seconds,
+            trace: blake3::hash(&bytes).to_hex().to_string(),
+        };
+        Ok(Some(Whole { outcome, proof }))
+    }
+
+    /// Removes the folder of a run: what an earlier bench did there would be found, and not done again.
+    async fn remove(&self, run: &RunSpec) -> Result<(), Failure> {
+        let folder = self.folder(&run.id);
+        wait_until_free(&folder.join("lock"), &mut self.stop.clone()).await?;
+        match std::fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Failure::io(
+                folder.display(),
+                &e,
+                "cannot be removed",
+                "remove it by hand",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the folder of a run and its config file.
@@ -186,7 +231,8 @@ impl<'a> Processes<'a> {
         let data = folder.join("data");
         if !data.exists() {
             // From runs/<case>/<arm>/seed-<n>/ to cases/<case>/data: the work folder may be moved.
-            let target = Path::new("../../../../cases").join(&run.id.case).join("data");
+            let up = if self.is_again { "../../../../.." } else { "../../../.." };
+            let target = Path::new(up).join("cases").join(&run.id.case).join("data");
             // One whose target was gone would stand in the way.
             let _ = std::fs::remove_file(&data);
             std::os::unix::fs::symlink(target, &data).map_err(failed)?;
@@ -246,13 +292,8 @@ impl<'a> Processes<'a> {
         if status.success() { Ok(status) } else { Err(stopped()) }
     }
 
-    fn note(&self, run: &RunSpec, seconds: f64) -> Result<(), Failure> {
+    fn note(&self, run: &RunSpec, note: &Note) -> Result<(), Failure> {
         let folder = RunFolder::new(self.folder(&run.id));
-        let note = Note {
-            data_version: self.cases[&run.id.case].facts.data_version.clone(),
-            program: self.program_hash.clone(),
-            seconds,
-        };
         let path = folder.dir().join(NOTE_FILE);
         let failed =
             |e: std::io::Error| Failure::io(path.display(), &e, "cannot be written", "free space and try again");
@@ -292,6 +333,19 @@ fn static_with(late: &Late) -> Vec<String> {
         format!("mixture.interval_steps={point}"),
         "mixture.lag_steps=1".to_owned(),
     ]
+}
+
+fn digest(config: &Config) -> String {
+    blake3::hash(config.identity().as_bytes()).to_hex().to_string()
+}
+
+/// Of a config as it was resolved when its run started.
+const fn device(config: &Config) -> &'static str {
+    match config.cluster.device {
+        ClusterDevice::Auto => "auto",
+        ClusterDevice::Cpu => "cpu",
+        ClusterDevice::Cuda => "cuda",
+    }
 }
 
 fn stopped() -> Failure {
@@ -346,14 +400,17 @@ impl Runner for Processes<'_> {
                 "put it back, or name another --work",
             ));
         }
-        Ok(self.outcome(run)?.map(|outcome| Whole {
-            outcome,
-            program: note.program,
-            seconds: note.seconds,
-        }))
+        self.whole(run, note)
+    }
+
+    fn config_digest(&self, run: &RunSpec) -> Result<String, Failure> {
+        Ok(digest(&self.config(run)?))
     }
 
     async fn run(&self, run: &RunSpec) -> Result<Whole, Failure> {
+        if self.is_again {
+            self.remove(run).await?;
+        }
         let began = Instant::now();
         let config = self.prepare(run)?;
         for _ in 0..TRIES_MAX {
@@ -364,7 +421,12 @@ impl Runner for Processes<'_> {
                 .map_or(Exit::Halted, Exit::from_code);
             match exit {
                 Exit::Done => {
-                    let Some(outcome) = self.outcome(run)? else {
+                    let note = Note {
+                        data_version: self.cases[&run.id.case].facts.data_version.clone(),
+                        program: self.program_hash.clone(),
+                        seconds: began.elapsed().as_millis() as f64 / 1000.0,
+                    };
+                    let Some(whole) = self.whole(run, note.clone())? else {
                         let remedy = "keep the folder and report this";
                         return Err(Failure::halted(
                             run.id.to_string(),
@@ -372,13 +434,8 @@ impl Runner for Processes<'_> {
                             remedy,
                         ));
                     };
-                    let seconds = began.elapsed().as_secs_f64();
-                    self.note(run, seconds)?;
-                    return Ok(Whole {
-                        outcome,
-                        program: self.program_hash.clone(),
-                        seconds,
-                    });
+                    self.note(run, &note)?;
+                    return Ok(whole);
                 }
                 Exit::Transient => {}
                 other => return Err(self.ended_badly(run, other, &status.to_string())),

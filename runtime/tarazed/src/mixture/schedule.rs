@@ -13,16 +13,18 @@
 use super::book::Book;
 use super::measure::{Facts, Outcome, target};
 use super::plan::{Controller, NamedStatic, Plan};
+use super::record::Proof;
 use super::{statics, statistics};
 use crate::exit::Failure;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 /// Which run.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RunId {
     /// The case.
     pub case: String,
@@ -57,6 +59,14 @@ pub struct RunSpec {
     pub mixture: Vec<f64>,
     /// Config keys of its controller; none for a static run.
     pub set: Vec<String>,
+}
+
+impl RunSpec {
+    /// Whether something decides on its mixture while it trains.
+    #[must_use]
+    pub const fn is_adaptive(&self) -> bool {
+        !self.set.is_empty()
+    }
 }
 
 /// Outcomes so far.
@@ -188,6 +198,14 @@ impl CaseRuns<'_> {
     /// All runs that can be done now and are not finished, in order; none when the case is done.
     #[must_use]
     pub fn due(&self, finished: &Finished) -> Vec<RunSpec> {
+        let mut runs = self.all(finished);
+        runs.retain(|run| !finished.contains_key(&run.id));
+        runs
+    }
+
+    /// The same with those that are finished.
+    #[must_use]
+    pub fn all(&self, finished: &Finished) -> Vec<RunSpec> {
         let candidates = self.candidates();
         let spec = |arm: &str, seed, mixture: &[f64], set: &[String]| RunSpec {
             id: self.id(arm, seed),
@@ -218,7 +236,6 @@ impl CaseRuns<'_> {
                 }
             }
         }
-        runs.retain(|run| !finished.contains_key(&run.id));
         runs
     }
 
@@ -231,15 +248,13 @@ impl CaseRuns<'_> {
     }
 }
 
-/// A run that is whole: what is judged, and what is known of how it was done.
+/// A run that is whole.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Whole {
     /// What is judged.
     pub outcome: Outcome,
-    /// BLAKE3 of the program that ended it.
-    pub program: String,
-    /// Its time from start to end; less where an earlier life did a part.
-    pub seconds: f64,
+    /// How it was done.
+    pub proof: Proof,
 }
 
 /// Who does runs: processes, or a stand-in for tests. Several are done at once, so it is shared.
@@ -250,6 +265,12 @@ pub trait Runner {
     /// If what is there cannot be of this run.
     fn find(&self, run: &RunSpec) -> Result<Option<Whole>, Failure>;
 
+    /// BLAKE3 of the identity of the run's config.
+    ///
+    /// # Errors
+    /// As a config is refused.
+    fn config_digest(&self, run: &RunSpec) -> Result<String, Failure>;
+
     /// Does a run, or what is missing of it.
     ///
     /// # Errors
@@ -257,24 +278,25 @@ pub trait Runner {
     fn run(&self, run: &RunSpec) -> impl Future<Output = Result<Whole, Failure>>;
 }
 
-/// Takes over what is there already of these cases.
+/// Takes over what is there already of these cases: what the book's file holds, and what the runner finds.
 ///
 /// # Errors
-/// As [`Runner::find`].
-pub fn recall(cases: &[CaseRuns<'_>], runner: &impl Runner) -> Result<Book, Failure> {
-    let mut book = Book::default();
+/// As [`Runner::find`], and where the file holds what these cases do not ask for.
+pub fn recall(cases: &[CaseRuns<'_>], runner: &impl Runner, book: &mut Book) -> Result<(), Failure> {
     // What is found may show which runs come next: until nothing more is.
     loop {
         let before = book.finished().len();
         for case in cases {
             for run in case.due(book.finished()) {
-                if let Some(whole) = runner.find(&run)? {
-                    book.add(&run.id, whole);
+                if book.holds(&run.id) {
+                    book.take_up(&run, &runner.config_digest(&run)?, case.facts)?;
+                } else if let Some(whole) = runner.find(&run)? {
+                    book.add(&run.id, whole)?;
                 }
             }
         }
         if book.finished().len() == before {
-            return Ok(book);
+            return book.expect_no_more();
         }
     }
 }
@@ -282,10 +304,8 @@ pub fn recall(cases: &[CaseRuns<'_>], runner: &impl Runner) -> Result<Book, Fail
 /// Does all that is missing, up to `parallel` runs at once: always the first that are due over all cases in order, so that no
 /// processor idles at the end of a case. `told` hears of each run when it is finished.
 ///
-/// After a failure no run is begun; those under way come to their ends, and what they finish is kept.
-///
 /// # Errors
-/// The first of [`Runner::run`] or `told`; what was finished stays in `book`.
+/// As [`side_by_side`].
 pub async fn carry_out(
     cases: &[CaseRuns<'_>],
     runner: &impl Runner,
@@ -293,14 +313,37 @@ pub async fn carry_out(
     book: &mut Book,
     told: &mut dyn FnMut(&RunId, &Book) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
+    let due = |book: &Book, begun: &dyn Fn(&RunId) -> bool| {
+        let mut due = cases.iter().flat_map(|case| case.due(book.finished()));
+        due.find(|run| !begun(&run.id))
+    };
+    let mut done = |book: &mut Book, run: &RunId, whole: Whole| {
+        book.add(run, whole)?;
+        told(run, book)
+    };
+    side_by_side(runner, parallel, book, &due, &mut done).await
+}
+
+/// Does the runs that `due` names next, given those that are begun, up to `parallel` at once, and hands each to `done`.
+///
+/// After a failure no run is begun; those under way come to their ends, and what they finish is kept.
+///
+/// # Errors
+/// The first of [`Runner::run`] or `done`.
+pub(super) async fn side_by_side(
+    runner: &impl Runner,
+    parallel: usize,
+    book: &mut Book,
+    due: &dyn Fn(&Book, &dyn Fn(&RunId) -> bool) -> Option<RunSpec>,
+    done: &mut dyn FnMut(&mut Book, &RunId, Whole) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let mut begun = BTreeSet::new();
     let mut running = FuturesUnordered::new();
     let mut ended = Ok(());
     loop {
         // What has just ended may have made others due.
         while ended.is_ok() && running.len() < parallel.max(1) {
-            let mut due = cases.iter().flat_map(|case| case.due(book.finished()));
-            let Some(run) = due.find(|run| !begun.contains(&run.id)) else {
+            let Some(run) = due(book, &|run| begun.contains(run)) else {
                 break;
             };
             begun.insert(run.id.clone());
@@ -312,12 +355,8 @@ pub async fn carry_out(
         let Some((id, whole)) = running.next().await else {
             return ended;
         };
-        let kept = whole.and_then(|whole| {
-            book.add(&id, whole);
-            told(&id, book)
-        });
         // The first failure is the cause of others.
-        ended = ended.and(kept);
+        ended = ended.and(whole.and_then(|whole| done(book, &id, whole)));
     }
 }
 
@@ -337,6 +376,9 @@ pub(crate) mod tests {
         pub(crate) disk: RefCell<Finished>,
         pub(crate) done: RefCell<Vec<RunId>>,
         pub(crate) patience: Option<usize>,
+        pub(crate) program: &'static str,
+        /// A run whose trace it computes otherwise than the others.
+        pub(crate) wrong: Option<RunId>,
         pub(crate) running: Cell<usize>,
         pub(crate) running_most: Cell<usize>,
     }
@@ -351,17 +393,46 @@ pub(crate) mod tests {
         Outcome::read(&lines, &facts(), 2).expect("an outcome")
     }
 
-    fn whole(outcome: Outcome) -> Whole {
-        Whole {
-            outcome,
-            program: "p".to_owned(),
-            seconds: 1.0,
+    impl Fake {
+        pub(crate) fn of(program: &'static str) -> Self {
+            Self {
+                program,
+                ..Self::default()
+            }
         }
+
+        fn whole(&self, run: &RunSpec, outcome: Outcome) -> Whole {
+            let is_wrong = self.wrong.as_ref() == Some(&run.id);
+            let trace = format!("{is_wrong} {outcome:?}");
+            Whole {
+                outcome,
+                proof: Proof {
+                    config: digest_of(run),
+                    data_version: facts().data_version,
+                    program: self.program.to_owned(),
+                    device: "cpu".to_owned(),
+                    seconds: 1.0,
+                    trace: blake3::hash(trace.as_bytes()).to_hex().to_string(),
+                },
+            }
+        }
+    }
+
+    fn digest_of(run: &RunSpec) -> String {
+        blake3::hash(format!("{run:?}").as_bytes()).to_hex().to_string()
     }
 
     impl Runner for Fake {
         fn find(&self, run: &RunSpec) -> Result<Option<Whole>, Failure> {
-            Ok(self.disk.borrow().get(&run.id).cloned().map(whole))
+            Ok(self
+                .disk
+                .borrow()
+                .get(&run.id)
+                .map(|outcome| self.whole(run, outcome.clone())))
+        }
+
+        fn config_digest(&self, run: &RunSpec) -> Result<String, Failure> {
+            Ok(digest_of(run))
         }
 
         async fn run(&self, run: &RunSpec) -> Result<Whole, Failure> {
@@ -380,7 +451,7 @@ pub(crate) mod tests {
             let outcome = outcome_of(run);
             self.done.borrow_mut().push(run.id.clone());
             self.disk.borrow_mut().insert(run.id.clone(), outcome.clone());
-            Ok(whole(outcome))
+            Ok(self.whole(run, outcome))
         }
     }
 
@@ -508,6 +579,9 @@ pub(crate) mod tests {
             fn find(&self, run: &RunSpec) -> Result<Option<Whole>, Failure> {
                 self.0.find(run)
             }
+            fn config_digest(&self, run: &RunSpec) -> Result<String, Failure> {
+                self.0.config_digest(run)
+            }
             async fn run(&self, run: &RunSpec) -> Result<Whole, Failure> {
                 match run.id.arm.as_str() {
                     "uniform" => Err(Failure::halted(run.id.to_string(), "is broken", "look at it")),
@@ -543,7 +617,8 @@ pub(crate) mod tests {
                     patience: Some(lives),
                     ..Fake::default()
                 };
-                let mut book = recall(&cases, &fake).expect("what is there");
+                let mut book = Book::default();
+                recall(&cases, &fake, &mut book).expect("what is there");
                 assert_eq!(book.finished().len(), done.len(), "all that was done is found");
                 let ended = do_all(&cases, &fake, parallel, &mut book);
                 done.append(&mut fake.done.borrow_mut());
