@@ -7,6 +7,7 @@ use super::book::Book;
 use super::record::Again;
 use super::schedule::{CaseRuns, RunId, RunSpec, Runner, Whole, side_by_side};
 use crate::exit::Failure;
+use std::collections::BTreeSet;
 
 const CONTEXT: &str = "tarazed bench mixture again v1";
 
@@ -22,13 +23,13 @@ pub fn choose(cases: &[CaseRuns<'_>], book: &Book, program: &str, count: usize) 
         });
         for is_own in [false, true] {
             let mut group: Vec<_> = finished.clone().filter(|(own, ..)| *own == is_own).collect();
-            group.sort_by(|a, b| a.1.cmp(&b.1));
+            group.sort_by_key(|(_, rank, _)| *rank);
             // The first of each case come before the second of any.
             let turns = group.into_iter().enumerate();
             all.extend(turns.map(|(turn, (_, rank, run))| ((is_own, turn, rank), run)));
         }
     }
-    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all.sort_by_key(|(order, _)| *order);
     let mut all: Vec<RunSpec> = all.into_iter().map(|(_, run)| run).collect();
     let rest = all.split_off(count.min(all.len()));
     if !all.iter().any(RunSpec::is_adaptive)
@@ -66,9 +67,9 @@ pub async fn again(
     book: &mut Book,
     told: &mut dyn FnMut(&RunId) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let due = |book: &Book, begun: &dyn Fn(&RunId) -> bool| {
+    let due = |book: &Book, begun: &BTreeSet<RunId>| {
         let mut left = chosen.iter().filter(|run| !is_done(book, program, &run.id));
-        left.find(|run| !begun(&run.id)).cloned()
+        left.find(|run| !begun.contains(&run.id)).cloned()
     };
     let mut done = |book: &mut Book, run: &RunId, whole: Whole| {
         let line = compared(book, run, &whole)?;
@@ -113,7 +114,6 @@ mod tests {
     use super::super::schedule::tests::{Fake, do_all, runs};
     use super::*;
     use crate::exit::Exit;
-    use std::collections::BTreeSet;
 
     fn cases<'a>(plan: &'a Plan, facts: &'a Facts) -> [CaseRuns<'a>; 2] {
         [runs(plan, "plain", facts), runs(plan, "noise", facts)]

@@ -313,9 +313,9 @@ pub async fn carry_out(
     book: &mut Book,
     told: &mut dyn FnMut(&RunId, &Book) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let due = |book: &Book, begun: &dyn Fn(&RunId) -> bool| {
+    let due = |book: &Book, begun: &BTreeSet<RunId>| {
         let mut due = cases.iter().flat_map(|case| case.due(book.finished()));
-        due.find(|run| !begun(&run.id))
+        due.find(|run| !begun.contains(&run.id))
     };
     let mut done = |book: &mut Book, run: &RunId, whole: Whole| {
         book.add(run, whole)?;
@@ -334,7 +334,7 @@ pub(super) async fn side_by_side(
     runner: &impl Runner,
     parallel: usize,
     book: &mut Book,
-    due: &dyn Fn(&Book, &dyn Fn(&RunId) -> bool) -> Option<RunSpec>,
+    due: &dyn Fn(&Book, &BTreeSet<RunId>) -> Option<RunSpec>,
     done: &mut dyn FnMut(&mut Book, &RunId, Whole) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
     let mut begun = BTreeSet::new();
@@ -343,7 +343,7 @@ pub(super) async fn side_by_side(
     loop {
         // What has just ended may have made others due.
         while ended.is_ok() && running.len() < parallel.max(1) {
-            let Some(run) = due(book, &|run| begun.contains(run)) else {
+            let Some(run) = due(book, &begun) else {
                 break;
             };
             begun.insert(run.id.clone());

@@ -150,7 +150,7 @@ fn lines_of_another_comparison_are_refused() {
     let lines: Vec<&str> = text.lines().collect();
     let place = |arm: &str, seed: u64| {
         let is_it = |line: &&str| line.contains(&format!("\"case\":\"noise\",\"arm\":\"{arm}\",\"seed\":{seed}}}"));
-        lines.iter().position(|line| is_it(&line)).expect("a line")
+        lines.iter().position(is_it).expect("a line")
     };
     let changed = |at: usize, from: &str, to: &str| {
         let mut lines: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
@@ -229,7 +229,7 @@ fn lines_of_runs_that_were_done_again_are_kept() {
     book.add_again(again.clone()).expect("written");
     drop(book);
     let book = bench.open(&Fake::of("first")).expect("a good file");
-    assert_eq!(book.again(), [again.clone()]);
+    assert_eq!(book.again(), std::slice::from_ref(&again));
     drop(book);
     let other = Again {
         trace: "0".repeat(64),
