@@ -58,7 +58,11 @@ fn command(folder: &Path, work: &str) -> Command {
 }
 
 fn whole(folder: &Path, work: &str) -> (Output, String) {
-    let output = command(folder, work).output().expect("the program runs");
+    to_its_end(command(folder, work))
+}
+
+fn to_its_end(mut command: Command) -> (Output, String) {
+    let output = command.output().expect("the program runs");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
         output.status.success(),
@@ -72,14 +76,8 @@ fn read(folder: &Path, file: &str) -> String {
     std::fs::read_to_string(folder.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
 }
 
-/// Stopped after its third run and gone on with, a bench finds what one finds that nothing happened to (DET-1), and does
-/// nothing twice.
-#[test]
-fn a_stopped_bench_goes_on_and_finds_the_same() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let folder = folder.path();
-    project(folder);
-    let mut child = command(folder, "stopped")
+fn stop_after_the_third_run(mut command: Command) {
+    let mut child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -92,6 +90,96 @@ fn a_stopped_bench_goes_on_and_finds_the_same() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("sent");
     lines.for_each(|line| drop(line.expect("text")));
     assert_eq!(child.wait().expect("its end").code(), Some(34));
+}
+
+/// Runs that a call finished, as it said.
+fn finished(said: &str) -> usize {
+    said.lines().filter(|line| line.starts_with('[')).count()
+}
+
+/// What is finished outlives the work folder: a bench that does two runs at once, is stopped and loses its folder, goes on from
+/// the file of outcomes alone and finds what one finds that has neither (DET-1). Runs that are done again have the same traces,
+/// and where one has not, that is said.
+#[test]
+fn outcomes_outlive_the_work_folder() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    project(folder);
+    let with = |more: &[&str]| {
+        let mut command = command(folder, "work");
+        command
+            .args(["--outcomes", "kept/tiny.jsonl", "--parallel", "2"])
+            .args(more);
+        command
+    };
+    stop_after_the_third_run(with(&[]));
+    let kept = read(folder, "kept/tiny.jsonl");
+    let before = kept.lines().count() - 1;
+    assert!((3..RUNS).contains(&before), "{kept}");
+    std::fs::remove_dir_all(folder.join("work")).expect("removed");
+    let (_, said) = to_its_end(with(&[]));
+    assert!(said.contains(&format!("{before} done before")), "{said}");
+    assert_eq!(finished(&said), RUNS - before, "{said}");
+    whole(folder, "undisturbed");
+    assert_eq!(
+        read(folder, "work/report.json"),
+        read(folder, "undisturbed/report.json")
+    );
+    let all = read(folder, "kept/tiny.jsonl");
+    assert!(all.starts_with(&kept) && all.lines().count() == 1 + RUNS, "{all}");
+
+    // Again, also twice: the second call finds that it is done.
+    std::fs::remove_dir_all(folder.join("work")).expect("removed");
+    for before in [0, 3] {
+        let (_, said) = to_its_end(with(&["--again", "3"]));
+        let part = format!("3 of {RUNS} finished runs to do again, {before} of them done again before");
+        assert!(said.contains(&part), "{said}");
+        assert_eq!(finished(&said), 0, "{said}");
+        let text = read(folder, "kept/tiny.jsonl");
+        assert_eq!(text.strip_prefix(&all).expect("added to").lines().count(), 3, "{text}");
+        let report = read(folder, "work/report.md");
+        let part = format!("3 of the {RUNS} runs were done again by the program that had done them");
+        assert!(report.contains(&part), "{report}");
+    }
+    assert!(folder.join("work/again/runs/plain").exists() && !folder.join("work/runs").exists());
+
+    // A record that says what no run finds, and one of another plan.
+    let planted: String = all
+        .lines()
+        .map(|line| {
+            line.split_once("\"trace\":\"").map_or_else(
+                || format!("{line}\n"),
+                |(before, after)| format!("{before}\"trace\":\"{}{}\n", "0".repeat(64), &after[64..]),
+            )
+        })
+        .collect();
+    std::fs::write(folder.join("kept/tiny.jsonl"), planted).expect("written");
+    let output = with(&["--again", "1"]).output().expect("the program runs");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(
+        message.contains("it has another trace") && message.contains(&"0".repeat(64)),
+        "{message}"
+    );
+    let plan = read(folder, "plan.toml").replacen("judging = [1, 2]", "judging = [1, 3]", 1);
+    std::fs::write(folder.join("plan.toml"), plan).expect("written");
+    let output = with(&[]).output().expect("the program runs");
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(
+        message.contains("tiny.jsonl line 1: says that all is of another plan"),
+        "{message}"
+    );
+}
+
+/// Stopped after its third run and gone on with, a bench finds what one finds that nothing happened to (DET-1), and does
+/// nothing twice.
+#[test]
+fn a_stopped_bench_goes_on_and_finds_the_same() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    project(folder);
+    stop_after_the_third_run(command(folder, "stopped"));
     assert!(read(folder, "stopped/report.md").contains("**Unfinished: "));
 
     let (_, said) = whole(folder, "stopped");

@@ -4,15 +4,19 @@
 //! decided there.
 
 use crate::exit::{Exit, Failure};
+use crate::mixture::again::{again, choose, is_done};
+use crate::mixture::book::Book;
 use crate::mixture::cases::{self, Ready};
 use crate::mixture::plan::Plan;
+use crate::mixture::record::Header;
 use crate::mixture::results::Results;
-use crate::mixture::runner::Processes;
+use crate::mixture::runner::{Processes, listen};
 use crate::mixture::schedule::{Arm, CaseRuns, Finished, RunId, carry_out, recall};
 use crate::mixture::{figure, report};
 use crate::output::{print, short};
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use tarazed_domain::config::{Config, ConfigError};
 
@@ -34,6 +38,15 @@ pub struct Args {
     /// Make the data and say what is due and how long it takes; train nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Keep what is finished in this file (JSON lines): its runs are not done again, even where the work folder is gone.
+    #[arg(long, value_name = "FILE")]
+    outcomes: Option<PathBuf>,
+    /// First do N of the finished runs again, and halt where a trace is another; which, is decided by hashes.
+    #[arg(long, value_name = "N", requires = "outcomes")]
+    again: Option<NonZeroUsize>,
+    /// Runs to do at once; decides no number [default: the processors over cluster.threads_per_rank times ranks].
+    #[arg(long, value_name = "N")]
+    parallel: Option<NonZeroUsize>,
 }
 
 /// Runs the command.
@@ -58,7 +71,8 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
         )
     })?;
     let _lock = lock(&work)?;
-    print(&whole_plan(&plan))?;
+    let parallel = args.parallel.map_or_else(|| fitting(&base), NonZeroUsize::get);
+    print(&whole_plan(&plan, parallel))?;
     let ready = data(&plan, &base, &work)?;
     let runs: Vec<CaseRuns<'_>> = plan
         .cases()
@@ -69,22 +83,30 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
             run_tokens: plan.steps * base.tokens_per_step(),
         })
         .collect();
-    let mut processes = Processes::new(&plan, &base, &ready, &work)?;
+    let (runtime, stop) = listen()?;
+    let processes = Processes::new(&plan, &base, &ready, &work, stop)?;
     check_configs(&runs, &processes)?;
-    let mut finished = recall(&runs, &mut processes)?;
+    let mut book = match &args.outcomes {
+        Some(path) => Book::open(path, Header::of(&plan, &runs).map_err(|e| damaged(path, &e))?)?,
+        None => Book::default(),
+    };
+    recall(&runs, &processes, &mut book)?;
     hold_to(&plan, &work)?;
-    print(&estimate(&plan, &runs, &finished, &processes.seconds))?;
+    print(&estimate(&plan, &runs, &book, parallel))?;
     if args.dry_run {
         return Ok(Exit::Done);
     }
-    let write = |finished: &Finished, processes: &Processes<'_>| {
-        let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
-        let results = Results::of(&plan, &runs, &in_order, finished, &processes.programs);
-        write_report(&work, &runs, &results, finished)
-    };
-    let ended = go(&runs, &mut processes, &mut finished);
+    book.begin()?;
+    let ended = runtime.block_on(async {
+        if let Some(count) = args.again {
+            do_again(&runs, &processes, count.get(), parallel, &mut book).await?;
+        }
+        go(&runs, &processes, parallel, &mut book).await
+    });
     // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
-    let written = write(&finished, &processes);
+    let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
+    let results = Results::of(&plan, &runs, &in_order, &book);
+    let written = write_report(&work, &runs, &results, book.finished());
     ended.and(written)?;
     print(&format!("report: {}\n", short(&work.join("report.md")).display()))?;
     Ok(Exit::Done)
@@ -129,20 +151,16 @@ fn base(plan: &Plan) -> Result<Config, Failure> {
     Ok(base)
 }
 
-/// What is judged, and how, is fixed before the first run: a work folder keeps its first plan. Keys that decide no finding, and
-/// the base, whose config every run is compared with, may change.
+fn damaged(path: &Path, e: &serde_json::Error) -> Failure {
+    let cause = format!("cannot be read or written as JSON ({e})");
+    Failure::refused(path.display(), cause, "restore the file, or name another --work")
+}
+
+/// What is judged, and how, is fixed before the first run: a work folder keeps its first plan.
 fn hold_to(plan: &Plan, work: &Path) -> Result<(), Failure> {
     let path = work.join("plan.json");
-    let damaged = |e: serde_json::Error| {
-        let cause = format!("cannot be read or written as JSON ({e})");
-        Failure::refused(path.display(), cause, "restore the file, or name another --work")
-    };
-    let mut fixed = serde_json::to_value(plan).map_err(damaged)?;
-    if let Some(keys) = fixed.as_object_mut() {
-        for free in ["base", "ranks", "expected_seconds_per_run"] {
-            keys.remove(free);
-        }
-    }
+    let damaged = |e: serde_json::Error| damaged(&path, &e);
+    let fixed = plan.fixed().map_err(damaged)?;
     let failed =
         |e: std::io::Error| Failure::io(path.display(), &e, "cannot be read or written", "check its permissions");
     match std::fs::read(&path) {
@@ -224,39 +242,83 @@ fn duration(seconds: f64) -> String {
     }
 }
 
+/// Runs that fit beside each other: what one computes on, it computes on alone.
+fn fitting(base: &Config) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let of_a_run = u64::from(base.cluster.threads_per_rank) * u64::from(base.cluster.ranks);
+    (processors / usize::try_from(of_a_run).unwrap_or(usize::MAX).max(1)).max(1)
+}
+
+/// Seconds that so many runs take, `parallel` at once.
+fn seconds_of(runs: usize, each: f64, parallel: usize) -> f64 {
+    runs.div_ceil(parallel) as f64 * each
+}
+
+fn side_by_side(parallel: usize) -> String {
+    match parallel {
+        1 => "one after another".to_owned(),
+        _ => format!("{parallel} at once"),
+    }
+}
+
 /// Said before anything is made: data take a while, too.
-fn whole_plan(plan: &Plan) -> String {
+fn whole_plan(plan: &Plan, parallel: usize) -> String {
     let runs = plan.cases().count() * plan.runs_per_case(false);
     let each = plan.expected_seconds_per_run;
     format!(
-        "plan {}: {runs} runs at most, about {} at the plan's {each:.0} s a run; the data first\n",
+        "plan {}: {runs} runs at most, about {} at the plan's {each:.0} s a run, {}; the data first\n",
         plan.name,
-        duration(runs as f64 * each)
+        duration(seconds_of(runs, each, parallel)),
+        side_by_side(parallel)
     )
 }
 
-fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], finished: &Finished, seconds: &[f64]) -> String {
+fn estimate(plan: &Plan, runs: &[CaseRuns<'_>], book: &Book, parallel: usize) -> String {
+    let finished = book.finished();
     let total: usize = runs.iter().map(|case| case.total(finished)).sum();
     let left = total.saturating_sub(finished.len());
-    let each = seconds_per_run(plan, seconds);
-    let whence = if seconds.is_empty() {
+    let each = seconds_per_run(plan, &book.seconds());
+    let whence = if book.seconds().is_empty() {
         "the plan expects"
     } else {
         "as those before took"
     };
     format!(
-        "{total} runs, {} done before, {left} to do: about {} at {each:.0} s a run, {whence}\n",
+        "{total} runs, {} done before, {left} to do: about {} at {each:.0} s a run, {whence}, {}\n",
         finished.len(),
-        duration(left as f64 * each)
+        duration(seconds_of(left, each, parallel)),
+        side_by_side(parallel)
     )
 }
 
-fn go(runs: &[CaseRuns<'_>], processes: &mut Processes<'_>, finished: &mut Finished) -> Result<(), Failure> {
+/// Finished runs once more, before the rest: what would not hold is better known early.
+async fn do_again(
+    runs: &[CaseRuns<'_>],
+    processes: &Processes<'_>,
+    count: usize,
+    parallel: usize,
+    book: &mut Book,
+) -> Result<(), Failure> {
+    let program = processes.program();
+    let chosen = choose(runs, book, program, count);
+    let before = chosen.iter().filter(|run| is_done(book, program, &run.id)).count();
+    print(&format!(
+        "{} of {} finished runs to do again, {before} of them done again before\n",
+        chosen.len(),
+        book.finished().len()
+    ))?;
+    let mut told = |run: &RunId| print(&format!("again {run}: the same trace\n"));
+    again(&chosen, &processes.again(), program, parallel, book, &mut told).await
+}
+
+async fn go(runs: &[CaseRuns<'_>], processes: &Processes<'_>, parallel: usize, book: &mut Book) -> Result<(), Failure> {
     let began = std::time::Instant::now();
-    let before = finished.len();
-    let mut told = |run: &RunId, finished: &Finished| {
+    let before = book.finished().len();
+    let mut told = |run: &RunId, book: &Book| {
+        let finished = book.finished();
         let total: usize = runs.iter().map(|case| case.total(finished)).sum();
         let done = finished.len();
+        // By the clock, so that runs which are done at once count as that.
         let each = began.elapsed().as_secs_f64() / (done - before) as f64;
         let left = duration(total.saturating_sub(done) as f64 * each);
         let end = finished[run].macro_end();
@@ -264,7 +326,7 @@ fn go(runs: &[CaseRuns<'_>], processes: &mut Processes<'_>, finished: &mut Finis
             "[{done}/{total}] {run}: {end:.4} bits per byte; {left} left\n"
         ))
     };
-    carry_out(runs, processes, finished, &mut told)
+    carry_out(runs, processes, parallel, book, &mut told).await
 }
 
 fn write_report(work: &Path, runs: &[CaseRuns<'_>], results: &Results, finished: &Finished) -> Result<(), Failure> {
@@ -315,6 +377,10 @@ mod tests {
             (duration(61.0), duration(119.0 * 60.0), duration(9_000.0)),
             ("2 min".into(), "119 min".into(), "2.5 h".into())
         );
+        assert_eq!((seconds_of(7, 60.0, 1), seconds_of(7, 60.0, 2)), (420.0, 240.0));
+        let said = |parallel| whole_plan(&plan, parallel);
+        assert!(said(1).contains("one after another") && said(3).contains("3 at once"));
+        assert_ne!(said(1).split("about").nth(1), said(3).split("about").nth(1));
     }
 
     /// The plans that ship are whole: their base loads, and it has what a comparison needs.

@@ -5,7 +5,8 @@
 //! the weights before step `s`, so it stands at the tokens of line `s - 1`.
 
 use super::plan::{Metric, NamedStatic, Plan, Target};
-use serde::Serialize;
+use super::record::OutcomeText;
+use serde::{Deserialize, Serialize};
 use std::f64::consts::LN_2;
 use tarazed_protocol::trace::TraceLine;
 
@@ -57,12 +58,10 @@ impl Facts {
 }
 
 /// One evaluation.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Evaluation {
     /// Training tokens that the weights have seen.
     pub tokens: u64,
-    /// Bits per byte by domain, those that are not judged too.
-    pub bits_per_byte: Vec<f64>,
     /// Mean over the judged domains.
     pub macro_mean: f64,
     /// Mixture in force, by domain.
@@ -70,10 +69,13 @@ pub struct Evaluation {
 }
 
 /// What a finished run leaves to judge.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(into = "OutcomeText", try_from = "OutcomeText")]
 pub struct Outcome {
     /// Evaluations, in order.
     pub curve: Vec<Evaluation>,
+    /// Bits per byte by domain at the end, those that are not judged too.
+    pub end: Vec<f64>,
     /// Mean over all steps of the mixture in force.
     pub mean_mixture: Vec<f64>,
     /// Mixture of the last step.
@@ -124,27 +126,26 @@ impl Outcome {
             .iter()
             .map(|line| mixture(line, facts))
             .collect::<Result<_, _>>()?;
-        let mut curve = Vec::new();
+        let (mut curve, mut end) = (Vec::new(), Vec::new());
         let mut tokens_before = 0;
         for (line, mixture) in lines.iter().zip(&mixtures) {
             // Before all domains are there, there is no mean over them that later ones could be compared with.
             let is_whole = facts.domains.iter().all(|domain| domain.is_there(line));
             if line.heldout.is_some() && is_whole {
-                curve.push(evaluation(line, tokens_before, mixture, facts)?);
+                end = bits_per_byte(line, facts)?;
+                curve.push(Evaluation {
+                    tokens: tokens_before,
+                    macro_mean: macro_mean(&end, facts),
+                    mixture: mixture.clone(),
+                });
             }
             tokens_before = line.tokens;
         }
         let last_is_measured = lines.last().is_some_and(|line| line.heldout.is_some());
-        let Some(end) = curve.last().filter(|_| last_is_measured) else {
+        if curve.is_empty() || !last_is_measured {
             return Err(Unfit::Other("its last line holds no evaluation".to_owned()));
-        };
-        let judged = || {
-            facts
-                .domains
-                .iter()
-                .zip(&end.bits_per_byte)
-                .filter(|(domain, _)| domain.judged)
-        };
+        }
+        let judged = || facts.domains.iter().zip(&end).filter(|(domain, _)| domain.judged);
         let bytes: f64 = judged().map(|(domain, _)| domain.train_bytes as f64).sum();
         let weighted: f64 = judged().map(|(domain, bits)| domain.train_bytes as f64 * bits).sum();
         let arrives = |line: &TraceLine| facts.domains.iter().any(|domain| domain.from_step + 1 == line.step.0);
@@ -159,6 +160,7 @@ impl Outcome {
             worst: judged().map(|(_, bits)| *bits).fold(f64::NEG_INFINITY, f64::max),
             area: area(&curve),
             curve,
+            end,
         })
     }
 
@@ -241,9 +243,9 @@ fn mixture(line: &TraceLine, facts: &Facts) -> Result<Vec<f64>, Unfit> {
     Ok(facts.domains.iter().map(weight).collect())
 }
 
-fn evaluation(line: &TraceLine, tokens: u64, mixture: &[f64], facts: &Facts) -> Result<Evaluation, Unfit> {
-    let mut bits_per_byte = Vec::with_capacity(facts.domains.len());
-    for domain in &facts.domains {
+/// By domain, those that are not judged too.
+fn bits_per_byte(line: &TraceLine, facts: &Facts) -> Result<Vec<f64>, Unfit> {
+    let of = |domain: &DomainFacts| {
         let loss = line.heldout.as_ref().and_then(|losses| losses.get(&domain.name));
         let Some(loss) = loss.filter(|loss| loss.loss.is_finite() && loss.tokens == domain.scored_tokens) else {
             let cause = format!(
@@ -252,21 +254,19 @@ fn evaluation(line: &TraceLine, tokens: u64, mixture: &[f64], facts: &Facts) -> 
             );
             return Err(Unfit::Other(cause));
         };
-        bits_per_byte.push(loss.loss / LN_2 * domain.scored_tokens as f64 / domain.scored_bytes);
-    }
-    let judged: Vec<f64> = facts
-        .domains
-        .iter()
-        .zip(&bits_per_byte)
+        Ok(loss.loss / LN_2 * domain.scored_tokens as f64 / domain.scored_bytes)
+    };
+    facts.domains.iter().map(of).collect()
+}
+
+/// Over the judged domains.
+fn macro_mean(bits_per_byte: &[f64], facts: &Facts) -> f64 {
+    let domains = facts.domains.iter().zip(bits_per_byte);
+    let judged: Vec<f64> = domains
         .filter(|(domain, _)| domain.judged)
         .map(|(_, bits)| *bits)
         .collect();
-    Ok(Evaluation {
-        tokens,
-        macro_mean: judged.iter().sum::<f64>() / judged.len() as f64,
-        bits_per_byte,
-        mixture: mixture.to_vec(),
-    })
+    judged.iter().sum::<f64>() / judged.len() as f64
 }
 
 /// Mean height of the curve over tokens, by trapezoids; of a single evaluation, that one's.

@@ -6,6 +6,8 @@
 //! | [`cases`] | the corpus, changed; held-out text that overlaps with training text goes |
 //! | [`statics`] | the static mixtures: powers of size, UniMax, points of the simplex |
 //! | [`schedule`] | which runs are due, given those that are finished: pure, so a killed bench goes on |
+//! | [`record`], [`book`] | finished runs as lines of text, and the file that keeps them |
+//! | [`again`] | finished runs done once more, trace against trace |
 //! | [`runner`] | a run as a `tarazed train` process of its own |
 //! | [`measure`] | from a trace to bits per byte |
 //! | [`statistics`] | paired differences: intervals, exact tests, corrections |
@@ -15,12 +17,15 @@
 //! them is their committed traces. By the promise (DET-1) a comparison is a function of plan, corpus, program and device
 //! type, whatever was killed on the way.
 
+pub mod again;
+pub mod book;
 pub mod cases;
 pub mod figure;
 pub mod margin;
 pub mod measure;
 pub mod plan;
 pub mod random;
+pub mod record;
 pub mod report;
 pub mod results;
 pub mod runner;

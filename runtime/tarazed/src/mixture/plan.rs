@@ -372,6 +372,21 @@ impl Plan {
         self.controllers.iter().filter(|controller| controller.enabled)
     }
 
+    /// What is fixed before the first run, as data. Keys that decide no finding, and the base, whose config every run is compared
+    /// with, may change.
+    ///
+    /// # Errors
+    /// None that a plan which was checked could cause.
+    pub fn fixed(&self) -> Result<serde_json::Value, serde_json::Error> {
+        let mut fixed = serde_json::to_value(self)?;
+        if let Some(keys) = fixed.as_object_mut() {
+            for free in ["base", "ranks", "expected_seconds_per_run"] {
+                keys.remove(free);
+            }
+        }
+        Ok(fixed)
+    }
+
     /// Static candidates of each case.
     #[must_use]
     pub const fn candidates(&self) -> usize {

@@ -65,6 +65,7 @@ pub fn markdown(results: &Results) -> String {
             "**Runs were done by more than one program: numbers of different programs need not be comparable.**\n\n",
         );
     }
+    done_again(&mut text, results);
     verdicts(&mut text, results);
     reading(&mut text, results);
     margins(&mut text, results);
@@ -75,9 +76,32 @@ pub fn markdown(results: &Results) -> String {
     text
 }
 
+fn head(hash: &str) -> &str {
+    hash.get(..16).unwrap_or(hash)
+}
+
 fn short(programs: &std::collections::BTreeSet<String>) -> String {
-    let heads: Vec<&str> = programs.iter().map(|hash| hash.get(..16).unwrap_or(hash)).collect();
+    let heads: Vec<&str> = programs.iter().map(|hash| head(hash)).collect();
     heads.join(", ")
+}
+
+/// Whole traces were compared, by their hashes; a run whose trace differs halts the bench.
+fn done_again(text: &mut String, results: &Results) {
+    for again in &results.again {
+        for (count, by) in [
+            (again.of_others, "another program"),
+            (again.of_its_own, "the program that had done them"),
+        ] {
+            if count > 0 {
+                let _ = writeln!(
+                    text,
+                    "{count} of the {} runs were done again by {by} ({}), with the same trace, bit for bit.\n",
+                    results.finished,
+                    head(&again.program)
+                );
+            }
+        }
+    }
 }
 
 const fn word(verdict: Verdict) -> &'static str {
@@ -407,6 +431,7 @@ fn left_out(text: &mut String, results: &Results) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::results::DoneAgain;
     use super::super::results::tests::{plan_of, whole};
     use super::*;
 
@@ -435,6 +460,28 @@ mod tests {
             let count = line.starts_with('|').then(|| line.matches('|').count());
             assert!(count.is_none() || cells.is_none() || count == cells, "{line}");
             cells = count;
+        }
+    }
+
+    #[test]
+    fn runs_that_were_done_again_are_told_by_program() {
+        let (mut results, _) = whole(&plan_of("[1, 2]"));
+        assert!(!markdown(&results).contains("done again"));
+        let of = |program: &str, of_others, of_its_own| DoneAgain {
+            program: program.repeat(64),
+            of_others,
+            of_its_own,
+        };
+        results.again = vec![of("a", 5, 0), of("b", 0, 2)];
+        let (text, runs) = (markdown(&results), results.finished);
+        let (a, b) = ("a".repeat(16), "b".repeat(16));
+        for said in [
+            format!("5 of the {runs} runs were done again by another program ({a}), with the same trace, bit for bit."),
+            format!(
+                "2 of the {runs} runs were done again by the program that had done them ({b}), with the same trace"
+            ),
+        ] {
+            assert!(text.contains(&said), "{said} is missing from\n{text}");
         }
     }
 

@@ -6,6 +6,7 @@
 //! mean difference is below zero and the exact p-value, corrected for the three comparisons (Holm), is at most
 //! `1 - confidence`; *worse* likewise. Everything else, and every other pair and metric, is shown without a verdict.
 
+use super::book::Book;
 use super::cases::{Overlapping, Ready};
 use super::margin::{self, Margin};
 use super::measure::{Facts, Outcome};
@@ -22,12 +23,25 @@ pub struct Results {
     pub plan: Plan,
     /// Hashes of the programs that did the runs: more than one is a reason for doubt.
     pub programs: BTreeSet<String>,
+    /// Runs that were done once more, with the same traces, by the program that did them again.
+    pub again: Vec<DoneAgain>,
     /// Finished runs.
     pub finished: usize,
     /// Runs in all.
     pub total: usize,
     /// By case.
     pub cases: Vec<CaseResults>,
+}
+
+/// Runs that one program did again, with the same traces, bit for bit.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct DoneAgain {
+    /// Its hash.
+    pub program: String,
+    /// Those that another program had done first.
+    pub of_others: usize,
+    /// Those that it had done first itself.
+    pub of_its_own: usize,
 }
 
 /// One case.
@@ -139,25 +153,37 @@ fn opponents(controller: &str) -> [String; 3] {
 impl Results {
     /// Judges what is finished. `cases` and `ready` are in the plan's order.
     #[must_use]
-    pub fn of(
-        plan: &Plan,
-        cases: &[CaseRuns<'_>],
-        ready: &[&Ready],
-        finished: &Finished,
-        programs: &BTreeSet<String>,
-    ) -> Self {
+    pub fn of(plan: &Plan, cases: &[CaseRuns<'_>], ready: &[&Ready], book: &Book) -> Self {
+        let finished = book.finished();
         let judged = cases
             .iter()
             .zip(ready)
             .map(|(case, ready)| judge(case, ready, finished));
         Self {
             plan: plan.clone(),
-            programs: programs.clone(),
+            programs: book.programs(),
+            again: done_again(book),
             finished: finished.len(),
             total: cases.iter().map(|case| case.total(finished)).sum(),
             cases: judged.collect(),
         }
     }
+}
+
+fn done_again(book: &Book) -> Vec<DoneAgain> {
+    let lines: BTreeSet<(&String, &RunId)> = book.again().iter().map(|line| (&line.program, &line.run)).collect();
+    let programs: BTreeSet<&String> = lines.iter().map(|(program, _)| *program).collect();
+    let of = |program: &String| {
+        let runs = lines.iter().filter(|(by, _)| *by == program);
+        let is_own = |run: &RunId| book.proof(run).is_some_and(|proof| proof.program == *program);
+        let (own, others): (Vec<&RunId>, Vec<&RunId>) = runs.map(|(_, run)| *run).partition(|run| is_own(run));
+        DoneAgain {
+            program: program.clone(),
+            of_others: others.len(),
+            of_its_own: own.len(),
+        }
+    };
+    programs.into_iter().map(of).collect()
 }
 
 fn judge(case: &CaseRuns<'_>, ready: &Ready, finished: &Finished) -> CaseResults {
@@ -328,8 +354,7 @@ fn give_verdicts(plan: &Plan, family: &mut [&mut Comparison]) {
 pub(crate) mod tests {
     use super::super::measure::tests::facts;
     use super::super::plan::tests::TEXT;
-    use super::super::schedule::carry_out;
-    use super::super::schedule::tests::{Fake, runs};
+    use super::super::schedule::tests::{Fake, do_all, runs};
     use super::*;
     use std::path::PathBuf;
 
@@ -355,12 +380,12 @@ pub(crate) mod tests {
     pub(crate) fn whole(plan: &Plan) -> (Results, Finished) {
         let facts = facts();
         let cases = [runs(plan, "plain", &facts), runs(plan, "noise", &facts)];
-        let mut finished = Finished::new();
-        carry_out(&cases, &mut Fake::default(), &mut finished, &mut |_, _| Ok(())).expect("done");
+        let mut book = Book::default();
+        do_all(&cases, &Fake::default(), 3, &mut book).expect("done");
         let ready = ready(&facts);
         (
-            Results::of(plan, &cases, &[&ready, &ready], &finished, &BTreeSet::new()),
-            finished,
+            Results::of(plan, &cases, &[&ready, &ready], &book),
+            book.finished().clone(),
         )
     }
 
@@ -432,14 +457,14 @@ pub(crate) mod tests {
         let plan = plan_of("[1, 2, 3, 4, 5, 6, 7, 8]");
         let facts = facts();
         let cases = [runs(&plan, "plain", &facts)];
-        let mut fake = Fake {
+        let fake = Fake {
             patience: Some(30),
             ..Fake::default()
         };
-        let mut finished = Finished::new();
-        assert!(carry_out(&cases, &mut fake, &mut finished, &mut |_, _| Ok(())).is_err());
+        let mut book = Book::default();
+        assert!(do_all(&cases, &fake, 1, &mut book).is_err());
         let ready = ready(&facts);
-        let results = Results::of(&plan, &cases, &[&ready], &finished, &BTreeSet::new());
+        let results = Results::of(&plan, &cases, &[&ready], &book);
         assert_eq!(results.finished, 30);
         assert!(results.total > 30);
         assert!(

@@ -3,21 +3,26 @@
 use super::cases::{Late, Ready};
 use super::measure::{Outcome, Unfit};
 use super::plan::Plan;
-use super::schedule::{RunId, RunSpec, Runner};
+use super::record::Proof;
+use super::schedule::{RunId, RunSpec, Runner, Whole};
 use crate::exit::{Exit, Failure};
 use crate::run_folder::RunFolder;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use tarazed_domain::config::{Config, LaterConfig};
+use tarazed_domain::config::{ClusterDevice, Config, LaterConfig};
 use tarazed_protocol::trace::parse_whole_lines;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 /// What the bench notes in a run's folder when the run is whole.
 const NOTE_FILE: &str = "bench.json";
+/// Where runs are done again, below the work folder.
+const AGAIN_FOLDER: &str = "again";
 /// Weight of a domain without weight: a config has none, and a batch none of it.
 const WEIGHT_LEAST: f64 = 1e-9;
 /// Tries of a run that fails for now (exit code 33).
@@ -37,33 +42,62 @@ struct Note {
     seconds: f64,
 }
 
+/// Whether a signal has asked for the end. Whoever waits for a run waits for this, too: several do at once.
+pub type Stop = watch::Receiver<bool>;
+
+/// The runtime that runs are waited for on, and the ear for signals, which end runs in order from here on.
+///
+/// # Errors
+/// If signals cannot be heard.
+pub fn listen() -> Result<(Runtime, Stop), Failure> {
+    let no_signals = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(no_signals)?;
+    let entered = runtime.enter();
+    let hear = |kind: SignalKind| signal(kind).map_err(no_signals);
+    let mut terminate = hear(SignalKind::terminate())?;
+    let mut interrupt = hear(SignalKind::interrupt())?;
+    let mut user = hear(SignalKind::user_defined1())?;
+    let (tell, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = user.recv() => {}
+        }
+        tell.send_replace(true);
+    });
+    drop(entered);
+    Ok((runtime, stop))
+}
+
 /// Runs as processes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Processes<'a> {
     plan: &'a Plan,
     base: &'a Config,
     cases: &'a BTreeMap<String, Ready>,
     work: &'a Path,
+    /// Whether runs are done in `again/`, each from nothing.
+    is_again: bool,
     program: PathBuf,
     program_hash: String,
-    runtime: tokio::runtime::Runtime,
-    stop: Vec<Signal>,
-    /// Times of whole runs, for estimates.
-    pub seconds: Vec<f64>,
-    /// Hashes of the programs whose runs were found or done.
-    pub programs: BTreeSet<String>,
+    stop: Stop,
 }
 
 impl<'a> Processes<'a> {
-    /// A runner for these cases below `work`. From here on signals end runs in order.
+    /// A runner for these cases below `work`.
     ///
     /// # Errors
-    /// If this program cannot be found, or signals cannot be heard.
+    /// If this program cannot be found.
     pub fn new(
         plan: &'a Plan,
         base: &'a Config,
         cases: &'a BTreeMap<String, Ready>,
         work: &'a Path,
+        stop: Stop,
     ) -> Result<Self, Failure> {
         let no_program = |e: std::io::Error| {
             let cause = format!("cannot find or read itself ({e})");
@@ -74,40 +108,36 @@ impl<'a> Processes<'a> {
         File::open(&program)
             .and_then(|file| hasher.update_reader(file).map(drop))
             .map_err(no_program)?;
-        let no_signals =
-            |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(no_signals)?;
-        let entered = runtime.enter();
-        let kinds = [
-            SignalKind::terminate(),
-            SignalKind::interrupt(),
-            SignalKind::user_defined1(),
-        ];
-        let stop = kinds
-            .into_iter()
-            .map(signal)
-            .collect::<Result<_, _>>()
-            .map_err(no_signals)?;
-        drop(entered);
         Ok(Self {
             plan,
             base,
             cases,
             work,
+            is_again: false,
             program,
             program_hash: hasher.finalize().to_hex().to_string(),
-            runtime,
             stop,
-            seconds: Vec::new(),
-            programs: BTreeSet::new(),
         })
     }
 
+    /// The same program, which does runs again, from nothing and in a folder of their own.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self {
+            is_again: true,
+            ..self.clone()
+        }
+    }
+
+    /// BLAKE3 of the program.
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.program_hash
+    }
+
     fn folder(&self, run: &RunId) -> PathBuf {
-        self.work.join(run.folder())
+        let below = if self.is_again { AGAIN_FOLDER } else { "" };
+        self.work.join(below).join(run.folder())
     }
 
     /// The config of a run.
@@ -143,8 +173,8 @@ impl<'a> Processes<'a> {
         )?)
     }
 
-    /// The outcome in a run's folder; none where its trace has not come to its end.
-    fn outcome(&self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+    /// What is in a run's folder, with what its note says; none where its trace has not come to its end.
+    fn whole(&self, run: &RunSpec, note: Note) -> Result<Option<Whole>, Failure> {
         let folder = RunFolder::new(self.folder(&run.id));
         let path = folder.trace();
         let bytes = match std::fs::read(&path) {
@@ -166,7 +196,30 @@ impl<'a> Processes<'a> {
                 "holds a run of another config: the plan has changed since".to_owned(),
             ));
         }
-        Ok(Some(outcome))
+        let proof = Proof {
+            config: digest(&theirs),
+            data_version: note.data_version,
+            program: note.program,
+            device: device(&theirs).to_owned(),
+            seconds: note.seconds,
+            trace: blake3::hash(&bytes).to_hex().to_string(),
+        };
+        Ok(Some(Whole { outcome, proof }))
+    }
+
+    /// Removes the folder of a run: what an earlier bench did there would be found, and not done again.
+    async fn remove(&self, run: &RunSpec) -> Result<(), Failure> {
+        let folder = self.folder(&run.id);
+        wait_until_free(&folder.join("lock"), &mut self.stop.clone()).await?;
+        match std::fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Failure::io(
+                folder.display(),
+                &e,
+                "cannot be removed",
+                "remove it by hand",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the folder of a run and its config file.
@@ -178,7 +231,8 @@ impl<'a> Processes<'a> {
         let data = folder.join("data");
         if !data.exists() {
             // From runs/<case>/<arm>/seed-<n>/ to cases/<case>/data: the work folder may be moved.
-            let target = Path::new("../../../../cases").join(&run.id.case).join("data");
+            let up = if self.is_again { "../../../../.." } else { "../../../.." };
+            let target = Path::new(up).join("cases").join(&run.id.case).join("data");
             // One whose target was gone would stand in the way.
             let _ = std::fs::remove_file(&data);
             std::os::unix::fs::symlink(target, &data).map_err(failed)?;
@@ -189,7 +243,7 @@ impl<'a> Processes<'a> {
     }
 
     /// One life of the run's process, to its end.
-    fn live(&mut self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
+    async fn live(&self, run: &RunSpec, config: &Path) -> Result<ExitStatus, Failure> {
         let folder = self.folder(&run.id);
         let log = folder.with_extension("log");
         let failed =
@@ -209,40 +263,37 @@ impl<'a> Processes<'a> {
             .stdout(out)
             .stderr(errors)
             .process_group(0);
-        let stop = &mut self.stop;
-        self.runtime.block_on(async {
-            wait_until_free(&folder.join("lock"), stop).await?;
-            let mut child = command.spawn().map_err(|e| {
-                Failure::transient(
-                    "a run",
-                    format!("cannot be started ({e})"),
-                    "free resources and try again",
-                )
-            })?;
-            let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
-            tokio::select! {
-                status = child.wait() => return status.map_err(lost),
-                () = next(stop) => {}
-            }
-            let pid = child
-                .id()
-                .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
-            if let Some(pid) = pid {
-                // It may have ended just now.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            }
-            child.wait().await.map_err(lost)?;
-            Err(stopped())
-        })
+        let mut stop = self.stop.clone();
+        wait_until_free(&folder.join("lock"), &mut stop).await?;
+        if *stop.borrow() {
+            return Err(stopped());
+        }
+        let mut child = command.spawn().map_err(|e| {
+            Failure::transient(
+                "a run",
+                format!("cannot be started ({e})"),
+                "free resources and try again",
+            )
+        })?;
+        let lost = |e: std::io::Error| Failure::transient("a run", format!("was lost sight of ({e})"), "try again");
+        tokio::select! {
+            status = child.wait() => return status.map_err(lost),
+            () = until(&mut stop) => {}
+        }
+        let pid = child
+            .id()
+            .and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()));
+        if let Some(pid) = pid {
+            // It may have ended just now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let status = child.wait().await.map_err(lost)?;
+        // One that came to its end all the same is kept.
+        if status.success() { Ok(status) } else { Err(stopped()) }
     }
 
-    fn note(&mut self, run: &RunSpec, seconds: f64) -> Result<(), Failure> {
+    fn note(&self, run: &RunSpec, note: &Note) -> Result<(), Failure> {
         let folder = RunFolder::new(self.folder(&run.id));
-        let note = Note {
-            data_version: self.cases[&run.id.case].facts.data_version.clone(),
-            program: self.program_hash.clone(),
-            seconds,
-        };
         let path = folder.dir().join(NOTE_FILE);
         let failed =
             |e: std::io::Error| Failure::io(path.display(), &e, "cannot be written", "free space and try again");
@@ -284,6 +335,19 @@ fn static_with(late: &Late) -> Vec<String> {
     ]
 }
 
+fn digest(config: &Config) -> String {
+    blake3::hash(config.identity().as_bytes()).to_hex().to_string()
+}
+
+/// Of a config as it was resolved when its run started.
+const fn device(config: &Config) -> &'static str {
+    match config.cluster.device {
+        ClusterDevice::Auto => "auto",
+        ClusterDevice::Cpu => "cpu",
+        ClusterDevice::Cuda => "cuda",
+    }
+}
+
 fn stopped() -> Failure {
     Failure::new(
         Exit::Stopped,
@@ -293,17 +357,13 @@ fn stopped() -> Failure {
     )
 }
 
-async fn next(signals: &mut [Signal]) {
-    let [terminate, interrupt, user] = signals else { return };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = user.recv() => {}
-    }
+async fn until(stop: &mut Stop) {
+    // Whoever tells goes only after having told.
+    let _ = stop.wait_for(|told| *told).await;
 }
 
 /// A bench that was killed leaves its run going: waits for that one's end.
-async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure> {
+async fn wait_until_free(lock: &Path, stop: &mut Stop) -> Result<(), Failure> {
     let mut said = false;
     loop {
         let held = File::open(lock).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
@@ -319,13 +379,13 @@ async fn wait_until_free(lock: &Path, stop: &mut [Signal]) -> Result<(), Failure
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            () = next(stop) => return Err(stopped()),
+            () = until(stop) => return Err(stopped()),
         }
     }
 }
 
 impl Runner for Processes<'_> {
-    fn find(&mut self, run: &RunSpec) -> Result<Option<Outcome>, Failure> {
+    fn find(&self, run: &RunSpec) -> Result<Option<Whole>, Failure> {
         // Without a note the run's own process has the last word on whether it is whole, and on this data.
         let Ok(text) = std::fs::read(self.folder(&run.id).join(NOTE_FILE)) else {
             return Ok(None);
@@ -340,26 +400,33 @@ impl Runner for Processes<'_> {
                 "put it back, or name another --work",
             ));
         }
-        let outcome = self.outcome(run)?;
-        if outcome.is_some() {
-            self.seconds.push(note.seconds);
-            self.programs.insert(note.program);
-        }
-        Ok(outcome)
+        self.whole(run, note)
     }
 
-    fn run(&mut self, run: &RunSpec) -> Result<Outcome, Failure> {
+    fn config_digest(&self, run: &RunSpec) -> Result<String, Failure> {
+        Ok(digest(&self.config(run)?))
+    }
+
+    async fn run(&self, run: &RunSpec) -> Result<Whole, Failure> {
+        if self.is_again {
+            self.remove(run).await?;
+        }
         let began = Instant::now();
         let config = self.prepare(run)?;
         for _ in 0..TRIES_MAX {
-            let status = self.live(run, &config)?;
+            let status = self.live(run, &config).await?;
             let exit = status
                 .code()
                 .and_then(|code| u8::try_from(code).ok())
                 .map_or(Exit::Halted, Exit::from_code);
             match exit {
                 Exit::Done => {
-                    let Some(outcome) = self.outcome(run)? else {
+                    let note = Note {
+                        data_version: self.cases[&run.id.case].facts.data_version.clone(),
+                        program: self.program_hash.clone(),
+                        seconds: began.elapsed().as_millis() as f64 / 1000.0,
+                    };
+                    let Some(whole) = self.whole(run, note.clone())? else {
                         let remedy = "keep the folder and report this";
                         return Err(Failure::halted(
                             run.id.to_string(),
@@ -367,11 +434,8 @@ impl Runner for Processes<'_> {
                             remedy,
                         ));
                     };
-                    let seconds = began.elapsed().as_secs_f64();
-                    self.note(run, seconds)?;
-                    self.seconds.push(seconds);
-                    self.programs.insert(self.program_hash.clone());
-                    return Ok(outcome);
+                    self.note(run, &note)?;
+                    return Ok(whole);
                 }
                 Exit::Transient => {}
                 other => return Err(self.ended_badly(run, other, &status.to_string())),
