@@ -12,8 +12,9 @@ pub const SINGLE_PUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
 pub const PART_BYTES: u64 = 8 * 1024 * 1024;
 /// Parts of one upload; S3 refuses more than 10,000, so parts of a very large object grow instead.
 pub const PARTS_MAX: u64 = 9_000;
-/// Parts of one object on their way at once.
-pub const PARTS_IN_FLIGHT_MAX: usize = 4;
+/// Parts, and objects that go up whole, on their way at once, of all uploads of one process: each has its share of the link
+/// within [`REQUEST_TIMEOUT_MS`].
+pub const UPLOADS_IN_FLIGHT_MAX: usize = 4;
 /// Bytes asked for in one ranged read of a checkpoint shard.
 pub const READ_RANGE_BYTES: u64 = 8 * 1024 * 1024;
 /// Ranged reads of one object on their way at once.
@@ -42,7 +43,8 @@ pub const SELF_TEST_WRITERS: usize = 8;
 /// controller that is just starting, and is left alone.
 pub const SELF_TEST_MS_MAX: u64 = 60 * 60 * 1000;
 
-/// One HTTP request, from connecting to the last byte of its answer. A part of 8 MiB passes at 140 KB/s.
+/// One HTTP request, from connecting to the last byte of its answer. A part of 8 MiB passes at 140 KB/s, four at once on a link
+/// that carries 560 KB/s.
 pub const REQUEST_TIMEOUT_MS: u64 = 60_000;
 /// Connecting to the store.
 pub const CONNECT_TIMEOUT_MS: u64 = 5_000;

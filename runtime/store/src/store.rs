@@ -3,7 +3,7 @@
 use crate::chain::CachedLink;
 use crate::error::{Redactor, StoreError};
 use crate::keys;
-use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX};
+use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX, UPLOADS_IN_FLIGHT_MAX};
 use crate::location::{self, IfAbsent, Place};
 use crate::writer::WriterId;
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// A store of checkpoints. Cheap to clone; all clones are one writer.
 #[derive(Clone)]
@@ -31,6 +32,8 @@ struct Inner {
     redactor: Redactor,
     folder: Option<PathBuf>,
     uploads: AtomicU64,
+    /// One for each part that may be on its way.
+    upload_permits: Arc<Semaphore>,
     /// Records read before; they never change, so each is read once as long as its listing looks the same.
     records: Mutex<HashMap<u64, CachedLink>>,
 }
@@ -98,6 +101,7 @@ impl CheckpointStore {
                 redactor: place.redactor,
                 folder: place.folder,
                 uploads: AtomicU64::new(0),
+                upload_permits: Arc::new(Semaphore::new(UPLOADS_IN_FLIGHT_MAX)),
                 records: Mutex::default(),
             }),
         }
@@ -130,6 +134,12 @@ impl CheckpointStore {
     /// A number that no other upload of this process has.
     pub(crate) fn next_upload(&self) -> u64 {
         self.inner.uploads.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Waits until one more part may go. First come, first served, whichever upload it is of; a part that is on its way ends
+    /// with its request. The semaphore is never closed, so there is one.
+    pub(crate) async fn upload_permit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.inner.upload_permits).acquire_owned().await.ok()
     }
 
     pub(crate) fn cached(&self, sequence: u64) -> Option<CachedLink> {

@@ -2,7 +2,7 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{PART_BYTES, PARTS_IN_FLIGHT_MAX, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
+use crate::limits::{PART_BYTES, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
 use crate::manifest::{ObjectRecord, ShardRecord};
 use crate::shard_file::{self, ShardGeometry};
 use crate::store::{CheckpointStore, Failure, in_time};
@@ -10,7 +10,7 @@ use bytes::Bytes;
 use object_store::{MultipartUpload, ObjectStoreExt};
 use std::ops::Range;
 use tarazed_domain::{Generation, StepsCompleted};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 /// The state of one optimizer shard as it goes up: three tensors of the same length, shared with whoever holds the snapshot.
 /// Nothing of it is copied on its way into a request, so an upload costs no memory beside the snapshot. Cheap to clone.
@@ -110,6 +110,7 @@ impl CheckpointStore {
         if length <= SINGLE_PUT_BYTES_MAX {
             let pieces = source.pieces(0..length);
             hash(&mut hasher, &pieces);
+            let _permit = self.upload_permit().await;
             self.put(&key, pieces.into_iter().collect()).await?;
         } else {
             self.put_parts(&key, &source, &mut hasher).await?;
@@ -157,27 +158,30 @@ impl CheckpointStore {
         let mut start = 0;
         while start < length {
             let end = length.min(start + part);
-            while parts.len() >= PARTS_IN_FLIGHT_MAX {
-                part_done(parts).await?;
+            let permit = self.upload_permit().await;
+            // One that failed ends the upload here, and not behind all the others.
+            while let Some(joined) = parts.try_join_next() {
+                part_done(joined)?;
             }
             let pieces = source.pieces(start..end);
             hash(hasher, &pieces);
-            parts.spawn(in_time(upload.put_part(pieces.into_iter().collect())));
+            let put = upload.put_part(pieces.into_iter().collect());
+            parts.spawn(async move {
+                let _permit = permit;
+                in_time(put).await
+            });
             start = end;
         }
-        while !parts.is_empty() {
-            part_done(parts).await?;
+        while let Some(joined) = parts.join_next().await {
+            part_done(joined)?;
         }
         self.bounded(upload.complete()).await?;
         Ok(())
     }
 }
 
-async fn part_done(parts: &mut JoinSet<Result<(), Failure>>) -> Result<(), Failure> {
-    match parts.join_next().await {
-        Some(joined) => joined.map_err(|error| Failure::Store(error.into()))?,
-        None => Ok(()),
-    }
+fn part_done(joined: Result<Result<(), Failure>, JoinError>) -> Result<(), Failure> {
+    joined.map_err(|error| Failure::Store(error.into()))?
 }
 
 #[cfg(test)]

@@ -441,7 +441,7 @@ async fn large_shards_go_up_in_parts_and_come_back() {
 }
 
 /// However many shards go up at once, large or small: every byte of a tensor is read by its request where it lies in the
-/// snapshot, so uploads need no memory beside it.
+/// snapshot, so uploads need no memory beside it; and only so many requests share the link.
 #[tokio::test]
 async fn uploads_copy_nothing() {
     let objects = Faulty::interleaved(memory(), 7);
@@ -484,6 +484,12 @@ async fn uploads_copy_nothing() {
     let of_tensors: usize = places.iter().map(|place| 3 * place.len()).sum();
     assert_eq!(bytes(&in_place), of_tensors, "all of the tensors");
     assert!(bytes(&copied) <= 24 * 1024, "headers alone: {copied:?}");
+    let most = carried.most();
+    assert_eq!(
+        most,
+        tarazed_store::limits::UPLOADS_IN_FLIGHT_MAX as u64,
+        "requests at once"
+    );
 }
 
 fn walk(folder: &std::path::Path) -> Vec<String> {

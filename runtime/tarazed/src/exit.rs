@@ -69,7 +69,7 @@ impl Exit {
 }
 
 /// Why a command did not finish, and the exit code that says what to do about it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Failure {
     /// The exit code.
     pub exit: Exit,

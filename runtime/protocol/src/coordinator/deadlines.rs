@@ -95,7 +95,10 @@ impl Coordinator {
             && now_ms > since + timeouts.stop_ms
             && !matches!(self.phase, Phase::Done)
         {
-            let late = format!("no last checkpoint within {} ms of the stop", timeouts.stop_ms);
+            let late = format!(
+                "no last checkpoint within {} ms of the stop, and of the last shard stored for it",
+                timeouts.stop_ms
+            );
             return match self.verdict.take() {
                 Some((code, diagnosis)) => self.halt(code, format!("{diagnosis}\n{late}")),
                 None => self.halt(33, late),
@@ -121,8 +124,10 @@ impl Coordinator {
         if absent_ms <= self.options.timeouts.failure_ms / 2 || Mutant::AbsenceCounted.is_on() {
             return;
         }
-        self.workers.excuse(absent_ms);
-        self.progressed_ms += absent_ms;
+        // What was heard right behind the absence, before this tick, is no older than now.
+        let excused = |since_ms: u64| (since_ms + absent_ms).min(now_ms);
+        self.workers.excuse(absent_ms, excused);
+        self.progressed_ms = excused(self.progressed_ms);
         match &mut self.phase {
             Phase::Fencing { deadline_ms, .. }
             | Phase::Finishing { deadline_ms, .. }
@@ -133,10 +138,10 @@ impl Coordinator {
             Phase::Running {
                 failed: Some((since, _)),
                 ..
-            } => *since = (*since + absent_ms).min(now_ms), // it may have been heard of just now
+            } => *since = excused(*since),
             _ => {}
         }
-        self.stop = self.stop.map(|since| since + absent_ms);
+        self.stop = self.stop.map(excused);
     }
 
     fn kill_the_silent(&self, now_ms: u64) -> Vec<Effect> {

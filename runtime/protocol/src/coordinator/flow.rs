@@ -108,6 +108,8 @@ impl Coordinator {
             Event::ShardSaved => {
                 if let Phase::Finishing { deadline_ms, .. } = &mut self.phase {
                     *deadline_ms = now_ms + self.options.timeouts.stop_ms;
+                    // A large state takes its time; nothing new for so long is what counts.
+                    self.stop = self.stop.map(|_| now_ms);
                 }
                 Vec::new()
             }
@@ -165,7 +167,7 @@ impl Coordinator {
             }];
         }
         let phase = self.workers.get(member.worker).map(|worker| &worker.phase);
-        if matches!(phase, Some(WorkerPhase::Left | WorkerPhase::Ending { .. })) {
+        if matches!(phase, Some(WorkerPhase::Left | WorkerPhase::Ending { .. })) || self.workers.is_doomed(member) {
             return Vec::new(); // its last words, overtaken by its end
         }
         self.heard(now_ms, member);
@@ -256,9 +258,15 @@ impl Coordinator {
         if !self.knows(member) || matches!(self.phase, Phase::Leaving { .. } | Phase::Adopting { .. }) {
             return Vec::new();
         }
-        let holds = self.workers.is(member.worker, &WorkerPhase::Member);
-        if !holds && !self.workers.is(member.worker, &WorkerPhase::Ready) {
-            return Vec::new();
+        let phase = self.workers.get(member.worker).map(|worker| &worker.phase);
+        let holds = matches!(phase, Some(WorkerPhase::Member));
+        match phase {
+            Some(WorkerPhase::Member | WorkerPhase::Ready) => {}
+            Some(WorkerPhase::Starting { .. }) => {
+                self.workers.doom(member);
+                return Vec::new();
+            }
+            _ => return Vec::new(),
         }
         let rank = self.rank_of(member);
         let silent_ms = self.silent_ms(now_ms, member);

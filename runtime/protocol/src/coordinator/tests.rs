@@ -592,6 +592,18 @@ impl Cluster {
         }
     }
 
+    /// It lives, and does nothing new.
+    fn heartbeat(&self, member: Member) -> Event {
+        Event::Heartbeat {
+            member,
+            generation: self.coordinator.generation(),
+            step: StepsCompleted(0),
+            progress: 0,
+            activity: String::new(),
+            lane_us: 0,
+        }
+    }
+
     fn with_restarts(restarts_max: u32) -> Self {
         let mut cluster = Self::new();
         cluster.coordinator.options.restarts_max = restarts_max;

@@ -31,6 +31,8 @@ struct Life {
     pid: u32,
     activity: String,
     limiter: RestartLimiter,
+    /// The life whose end began before it was ready.
+    ending: Option<Incarnation>,
 }
 
 impl Workers {
@@ -58,6 +60,7 @@ impl Workers {
         self.lives.push(Life {
             pid: 0,
             activity: String::new(),
+            ending: None,
             limiter,
         });
         self.member(worker)
@@ -122,6 +125,15 @@ impl Workers {
         &self.lives[worker.index()].activity
     }
 
+    /// A life that is not ready yet ends: it never will be.
+    pub(super) fn doom(&mut self, member: Member) {
+        self.lives[member.worker.index()].ending = Some(member.incarnation);
+    }
+
+    pub(super) fn is_doomed(&self, member: Member) -> bool {
+        self.lives[member.worker.index()].ending == Some(member.incarnation)
+    }
+
     pub(super) fn set_process(&mut self, worker: WorkerId, address: &str, pid: u32) {
         self.new_addresses.insert(worker, address.to_owned());
         self.lives[worker.index()].pid = pid;
@@ -168,10 +180,10 @@ impl Workers {
         slot.step = step;
     }
 
-    /// Everybody stands back from `absent_ms` of the observer's own absence.
-    pub(super) fn excuse(&mut self, absent_ms: u64) {
+    /// Everybody stands back from `absent_ms` of the observer's own absence; `excused` is what a time that is counted from becomes.
+    pub(super) fn excuse(&mut self, absent_ms: u64, excused: impl Fn(u64) -> u64) {
         for slot in &mut self.slots {
-            slot.heard_ms += absent_ms;
+            slot.heard_ms = excused(slot.heard_ms);
             if let WorkerPhase::Starting { deadline_ms } = &mut slot.phase {
                 *deadline_ms += absent_ms;
             }

@@ -47,22 +47,37 @@ pub struct Faulty {
     schedule: u64,
 }
 
-/// Where in memory the bytes of requests lay.
+/// Requests with bytes: where in memory these lay, and how many were on their way at once.
 #[derive(Debug, Default)]
-pub struct Carried(Mutex<Vec<Range<usize>>>);
+pub struct Carried {
+    pieces: Mutex<Vec<Range<usize>>>,
+    now: AtomicU64,
+    most: AtomicU64,
+}
 
 impl Carried {
-    /// All of them, so far.
+    /// All pieces, so far.
     pub fn pieces(&self) -> Vec<Range<usize>> {
-        self.0.lock().unwrap().clone()
+        self.pieces.lock().unwrap().clone()
     }
 
-    fn see(&self, payload: &PutPayload) {
+    /// The most requests that there were at once.
+    pub fn most(&self) -> u64 {
+        self.most.load(Ordering::SeqCst)
+    }
+
+    fn end(&self) {
+        self.now.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn begin(&self, payload: &PutPayload) {
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
         let pieces = payload.iter().map(|piece| {
             let bytes = piece.as_ptr_range();
             bytes.start.addr()..bytes.end.addr()
         });
-        self.0.lock().unwrap().extend(pieces);
+        self.pieces.lock().unwrap().extend(pieces);
     }
 }
 
@@ -193,8 +208,12 @@ impl ObjectStore for Faulty {
         if stops(fault) {
             return Err(lost());
         }
-        self.carried.see(&payload);
-        outcome(fault, conditional, self.inner.put_opts(location, payload, opts).await)
+        self.carried.begin(&payload);
+        // Others of the same process would begin theirs meanwhile.
+        tokio::task::yield_now().await;
+        let put = self.inner.put_opts(location, payload, opts).await;
+        self.carried.end();
+        outcome(fault, conditional, put)
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
@@ -270,12 +289,14 @@ impl MultipartUpload for FaultyUpload {
         if stops(fault) {
             return async { Err(lost()) }.boxed();
         }
-        self.carried.see(&data);
+        let carried = self.carried.clone();
+        carried.begin(&data);
         let part = self.inner.put_part(data);
         async move {
-            // Others of the same process begin theirs meanwhile.
             tokio::task::yield_now().await;
-            outcome(fault, false, part.await)
+            let part = part.await;
+            carried.end();
+            outcome(fault, false, part)
         }
         .boxed()
     }

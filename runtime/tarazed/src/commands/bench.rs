@@ -103,7 +103,10 @@ fn mixture(args: &Args) -> Result<Exit, Failure> {
         }
         go(&runs, &processes, parallel, &mut book).await
     });
-    // What is there is worth a report, however the bench ended; its end says more than a report that failed after it.
+    if book.is_contradicted() {
+        return ended.map(|()| Exit::Halted);
+    }
+    // Otherwise what is there is worth a report, however the bench ended; its end says more than a report that failed after it.
     let in_order: Vec<&Ready> = runs.iter().map(|case| &ready[case.name]).collect();
     let results = Results::of(&plan, &runs, &in_order, &book);
     let written = write_report(&work, &runs, &results, book.finished());

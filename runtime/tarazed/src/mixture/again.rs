@@ -1,7 +1,8 @@
 //! Finished runs, done once more: does another program, or another machine, find the same, bit for bit (DET-1)?
 //!
-//! Which ones is decided by hashes alone, of the program that does them and of their ids: nobody picks those that would agree,
-//! and a bench that was stopped goes on with the same.
+//! Which ones is decided by hashes alone, of the program that does them and of their ids: nobody picks those that would agree.
+//! A bench that was stopped goes on with the same: what this program has done again counts first. One that comes out otherwise
+//! ends the comparison (BOOK-5).
 
 use super::book::Book;
 use super::record::Again;
@@ -11,22 +12,23 @@ use std::collections::BTreeSet;
 
 const CONTEXT: &str = "tarazed bench mixture again v1";
 
-/// The finished runs that this program (its hash) is to do again, `count` where there are as many. Those that another program
-/// did come first; they are spread over the cases, and one of them at least adapts its mixture, if any does.
+/// The finished runs that this program (its hash) is to do again, `count` where there are as many: those that it has done again
+/// before, then those that another program did; they are spread over the cases, and one of them at least adapts its mixture, if any does.
 #[must_use]
 pub fn choose(cases: &[CaseRuns<'_>], book: &Book, program: &str, count: usize) -> Vec<RunSpec> {
+    let before: BTreeSet<&RunId> = done_by(book, program).collect();
     let mut all = Vec::new();
     for case in cases {
         let finished = case.all(book.finished()).into_iter().filter_map(|run| {
             let is_own = book.proof(&run.id)?.program == program;
-            Some((is_own, rank(program, &run.id), run))
+            Some(((!before.contains(&run.id), is_own), rank(program, &run.id), run))
         });
-        for is_own in [false, true] {
-            let mut group: Vec<_> = finished.clone().filter(|(own, ..)| *own == is_own).collect();
+        for kind in [(false, false), (false, true), (true, false), (true, true)] {
+            let mut group: Vec<_> = finished.clone().filter(|(of, ..)| *of == kind).collect();
             group.sort_by_key(|(_, rank, _)| *rank);
             // The first of each case come before the second of any.
             let turns = group.into_iter().enumerate();
-            all.extend(turns.map(|(turn, (_, rank, run))| ((is_own, turn, rank), run)));
+            all.extend(turns.map(|(turn, (_, rank, run))| ((kind, turn, rank), run)));
         }
     }
     all.sort_by_key(|(order, _)| *order);
@@ -50,12 +52,16 @@ fn rank(program: &str, run: &RunId) -> [u8; 32] {
 /// Whether this program has done the run again before.
 #[must_use]
 pub fn is_done(book: &Book, program: &str, run: &RunId) -> bool {
-    let mut lines = book.again().iter();
-    lines.any(|line| line.run == *run && line.program == program)
+    done_by(book, program).any(|done| done == run)
 }
 
-/// Does those of these runs again that this program has not yet, compares whole traces by their hashes, and writes down what is
-/// equal. `told` hears of each.
+fn done_by<'a>(book: &'a Book, program: &'a str) -> impl Iterator<Item = &'a RunId> {
+    let lines = book.again().iter().filter(move |line| line.program == program);
+    lines.map(|line| &line.run)
+}
+
+/// Does those of these runs again that this program has not yet, compares whole traces by their hashes, and writes down what came
+/// out. `told` hears of each.
 ///
 /// # Errors
 /// Halted where a trace is another; else as [`Runner::run`]. What was equal stays in the book.
@@ -84,16 +90,9 @@ fn compared(book: &Book, run: &RunId, whole: &Whole) -> Result<Again, Failure> {
         return Err(Failure::halted(run, "was never finished", "report this as a bug"));
     };
     let second = &whole.proof;
-    if first.trace != second.trace {
-        let cause = format!(
-            "done again, it has another trace: {} by program {} on {}, first {} by program {} on {}",
-            second.trace, second.program, second.device, first.trace, first.program, first.device
-        );
-        let remedy = "runs of these two programs cannot stand in one comparison: use the first program, or begin anew";
-        return Err(Failure::halted(run, cause, remedy));
-    }
     // By their texts: a number that is none equals itself there.
-    if serde_json::to_string(outcome).ok() != serde_json::to_string(&whole.outcome).ok() {
+    if first.trace == second.trace && serde_json::to_string(outcome).ok() != serde_json::to_string(&whole.outcome).ok()
+    {
         let cause = "done again, it has the trace that is recorded, and another outcome: the record was changed";
         return Err(Failure::halted(run, cause, "restore the file, or remove its line"));
     }
@@ -178,7 +177,7 @@ mod tests {
         let go = |fake: &Fake, book: &mut Book| {
             futures::executor::block_on(again(&chosen, fake, "second", 2, book, &mut |_| Ok(())))
         };
-        // Stopped half way, the same ones are gone on with, each once.
+        // Stopped half way, the same ones are gone on with, each once, and chosen again.
         let stopped = Fake {
             patience: Some(2),
             ..Fake::of("second")
@@ -193,6 +192,11 @@ mod tests {
         let mut asked: Vec<&RunId> = chosen.iter().map(|run| &run.id).collect();
         asked.sort();
         assert_eq!(done, asked);
+        let sorted = |mut runs: Vec<RunSpec>| {
+            runs.sort_by(|a, b| a.id.cmp(&b.id));
+            runs
+        };
+        assert_eq!(sorted(choose(&cases, &book, "second", 6)), sorted(chosen.clone()));
 
         // One that computes something else is found out.
         let other = Fake {
@@ -213,5 +217,7 @@ mod tests {
         }
         let is_it = |line: &&Again| line.run == chosen[3].id && line.program == "third";
         assert!(book.again().iter().find(is_it).is_none());
+        assert!(book.is_contradicted());
+        assert_eq!(book.begin().expect_err("the end of it").message, failure.message);
     }
 }

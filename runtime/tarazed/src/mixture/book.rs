@@ -4,7 +4,9 @@
 //! - **BOOK-2** A line is taken only for the run that the plan asks for: of this plan, this data, this config. Whatever else
 //!   stands in the file is refused, and nothing of it is lost.
 //! - **BOOK-3** A run is in the file, on the disk, before anybody hears of it. A line that was being written when the bench
-//!   died is cut off; it was never taken for one.
+//!   died, or when the disk was full, is cut off; it was never taken for one.
+//! - **BOOK-4** All runs are of one device type: numbers are a function of it, too (DET-1).
+//! - **BOOK-5** A run that was done again with another trace ends the comparison: that is kept, and nothing goes on behind it.
 //!
 //! Nothing is written before [`Book::begin`].
 
@@ -15,6 +17,7 @@ use crate::exit::Failure;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 const ANOTHER_FILE: &str = "put it back, or name another file with --outcomes";
@@ -25,6 +28,8 @@ pub struct Book {
     finished: Finished,
     proofs: BTreeMap<RunId, Proof>,
     again: Vec<Again>,
+    /// The first run that was done again and came out otherwise.
+    difference: Option<Failure>,
     /// Lines of the file, each with its number, that are not taken up yet.
     recorded: BTreeMap<RunId, (usize, Recorded)>,
     outcomes: Option<Outcomes>,
@@ -39,6 +44,8 @@ struct Outcomes {
     file: Option<File>,
     bytes: Vec<u8>,
     has_begun: bool,
+    /// How long the file is, in whole lines; none when it could not be brought back to that.
+    length: Option<u64>,
     /// Lines that came before it began.
     waiting: Vec<Line>,
 }
@@ -63,7 +70,7 @@ impl Book {
             let place = format!("{} line {number}{what}", outcomes.path.display());
             Err(Failure::refused(place, cause, remedy))
         };
-        let restore = "restore the file, or remove the line to do that run again";
+        let restore = "restore the file, or remove the line, and those of runs made of it, to do that run again";
         let line = match serde_json::from_str::<Line>(text) {
             Ok(line) => line,
             Err(e) => return refuse("", format!("is none of this format ({e})"), restore),
@@ -84,17 +91,23 @@ impl Book {
                 if self.recorded.contains_key(&recorded.run) {
                     return refuse(&what, "stands twice".to_owned(), restore);
                 }
+                let mut others = self.recorded.values();
+                if let Some(cause) = others
+                    .next()
+                    .and_then(|(_, other)| of_another_device(&recorded.proof, &other.proof))
+                {
+                    return refuse(&what, cause, restore);
+                }
                 self.recorded.insert(recorded.run.clone(), (number, *recorded));
                 Ok(())
             }
             Line::Again(again) => {
                 let what = format!(" ({})", again.run);
-                let first = self.recorded.get(&again.run).map(|(_, recorded)| &recorded.proof.trace);
-                if first != Some(&again.trace) {
-                    let cause = "is of a run that no line before has with this trace".to_owned();
-                    return refuse(&what, cause, restore);
-                }
-                self.again.push(again);
+                let Some((_, first)) = self.recorded.get(&again.run) else {
+                    return refuse(&what, "is of a run that no line before has".to_owned(), restore);
+                };
+                let difference = difference(&first.proof, &again);
+                self.keep(again, difference);
                 Ok(())
             }
         }
@@ -179,11 +192,27 @@ impl Book {
         Failure::refused(place, cause, remedy)
     }
 
+    fn keep(&mut self, again: Again, difference: Option<Failure>) {
+        match difference {
+            None => self.again.push(again),
+            Some(difference) => self.difference = self.difference.take().or(Some(difference)),
+        }
+    }
+
+    /// Whether a run came out otherwise when it was done again.
+    #[must_use]
+    pub const fn is_contradicted(&self) -> bool {
+        self.difference.is_some()
+    }
+
     /// From here on the file is written: what broke off at its end is cut, and runs that were found elsewhere are added.
     ///
     /// # Errors
-    /// As files fail.
+    /// Halted where a run came out otherwise when it was done again; else as files fail.
     pub fn begin(&mut self) -> Result<(), Failure> {
+        if let Some(difference) = &self.difference {
+            return Err(difference.clone());
+        }
         match &mut self.outcomes {
             Some(outcomes) => outcomes.begin(),
             None => Ok(()),
@@ -193,9 +222,15 @@ impl Book {
     /// Takes up a run that is finished, and writes it down (BOOK-3).
     ///
     /// # Errors
-    /// As files fail.
+    /// Refused where it is of another device type than the others; else as files fail.
     pub fn add(&mut self, run: &RunId, whole: Whole) -> Result<(), Failure> {
         let Whole { outcome, proof } = whole;
+        let others = self.recorded.values().map(|(_, other)| &other.proof);
+        let other = self.proofs.values().chain(others).next();
+        if let Some(cause) = other.and_then(|other| of_another_device(&proof, other)) {
+            let remedy = "set cluster.device in the plan's base to that of the others, or begin anew";
+            return Err(Failure::refused(run, cause, remedy));
+        }
         if let Some(outcomes) = &mut self.outcomes {
             outcomes.write(Line::Run(Box::new(Recorded {
                 run: run.clone(),
@@ -208,17 +243,42 @@ impl Book {
         Ok(())
     }
 
-    /// Writes down that a run was done again, with the same trace.
+    /// Writes down that a finished run was done again.
     ///
     /// # Errors
-    /// As files fail.
+    /// Halted where its trace was another (BOOK-5); else as files fail.
     pub fn add_again(&mut self, again: Again) -> Result<(), Failure> {
+        let first = self.proofs.get(&again.run);
+        let difference = first.and_then(|first| difference(first, &again));
         if let Some(outcomes) = &mut self.outcomes {
             outcomes.write(Line::Again(again.clone()))?;
         }
-        self.again.push(again);
-        Ok(())
+        self.keep(again, difference.clone());
+        difference.map_or(Ok(()), Err)
     }
+}
+
+/// Why a run cannot stand beside another; none where it can.
+fn of_another_device(proof: &Proof, other: &Proof) -> Option<String> {
+    (proof.device != other.device).then(|| {
+        format!(
+            "was done on {}, others on {}: numbers are a function of the device type, too",
+            proof.device, other.device
+        )
+    })
+}
+
+/// What is to be said of a run that came out otherwise; none where the traces are the same.
+fn difference(first: &Proof, again: &Again) -> Option<Failure> {
+    (first.trace != again.trace).then(|| {
+        let cause = format!(
+            "done again, it has another trace: {} by program {} on {}, first {} by program {} on {}",
+            again.trace, again.program, again.device, first.trace, first.program, first.device
+        );
+        let remedy =
+            "runs of these two programs cannot stand in one comparison: begin anew, with another --work and --outcomes";
+        Failure::halted(&again.run, cause, remedy)
+    })
 }
 
 impl Header {
@@ -270,18 +330,23 @@ impl Outcomes {
             file,
             bytes,
             has_begun: false,
+            length: Some(0),
             waiting: Vec::new(),
         })
     }
 
-    /// Bytes up to the last line end: what follows broke off.
+    /// Bytes of whole lines: what follows broke off. A last line that lacks its end alone is whole: an editor may have left
+    /// that out.
     fn whole(&self) -> &[u8] {
         let end = self
             .bytes
             .iter()
             .rposition(|byte| *byte == b'\n')
             .map_or(0, |at| at + 1);
-        &self.bytes[..end]
+        match serde_json::from_slice::<Line>(&self.bytes[end..]) {
+            Ok(_) => &self.bytes,
+            Err(_) => &self.bytes[..end],
+        }
     }
 
     fn lines(&self) -> Result<Vec<&str>, Failure> {
@@ -326,11 +391,23 @@ impl Outcomes {
             self.file = Some(file);
         }
         let whole = self.whole().len();
-        if let Some(file) = self.file.as_ref().filter(|_| whole < self.bytes.len()) {
+        let (broken, lacks_end) = (
+            self.bytes.len() - whole,
+            !self.bytes[..whole].is_empty() && self.bytes[whole - 1] != b'\n',
+        );
+        if let Some(file) = self.file.as_ref().filter(|_| broken > 0) {
+            eprintln!(
+                "{}: {broken} bytes at its end broke off, and are cut",
+                self.path.display()
+            );
             file.set_len(whole as u64).map_err(|e| self.failed(&e))?;
         }
         self.bytes.clear();
+        self.length = Some(whole as u64);
         self.has_begun = true;
+        if lacks_end {
+            self.append("\n")?;
+        }
         if whole == 0 {
             self.write(Line::Plan(self.header.clone()))?;
         }
@@ -356,12 +433,47 @@ impl Outcomes {
             return Ok(());
         }
         let text = self.text(&line)?;
+        self.append(&text)
+    }
+
+    /// All of it, or nothing: what a full disk leaves of it is cut off again, or the next line would begin in its middle.
+    fn append(&mut self, text: &str) -> Result<(), Failure> {
         let Some(file) = &mut self.file else {
             return Ok(());
         };
+        let lost = |cause: &str| {
+            Failure::halted(
+                self.path.display(),
+                cause,
+                "the same command goes on: the work folder has what it lacks",
+            )
+        };
+        let Some(length) = self.length else {
+            return Err(lost("ends in half a line that could not be cut off"));
+        };
+        if !is_at(file, &self.path) {
+            return Err(lost("is another file than the one that was opened"));
+        }
         let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
-        written.map_err(|e| self.failed(&e))
+        match written {
+            Ok(()) => {
+                self.length = Some(length + text.len() as u64);
+                Ok(())
+            }
+            Err(e) => {
+                self.length = file.set_len(length).is_ok().then_some(length);
+                Err(self.failed(&e))
+            }
+        }
     }
+}
+
+/// Whether the path still names this file: a checkout of the folder, or an editor, may have put another in its place.
+fn is_at(file: &File, path: &Path) -> bool {
+    let (Ok(ours), Ok(theirs)) = (file.metadata(), std::fs::metadata(path)) else {
+        return false;
+    };
+    (ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino())
 }
 
 fn hold(path: &Path, file: &File) -> Result<(), Failure> {

@@ -3,8 +3,8 @@
 //!
 //! Each rank saves one optimizer shard and holds a replica of another. Peaks are the kernel's (`VmHWM`), reset when the run is
 //! warm, so that start and data do not count, and read when some checkpoints are there. Rounds alternate between the two
-//! sides. What a checkpoint adds should be the snapshot, which is as large as the shard, and copies on their way to the store:
-//! 1.25 times the shard at most, as long as a quarter of it is no less than one part of an upload.
+//! sides. What a checkpoint adds should be the snapshot, which is as large as the shard, and what the store's client needs for
+//! itself: 1.25 times the shard at most.
 
 use std::path::Path;
 use tarazed_domain::config::Config;

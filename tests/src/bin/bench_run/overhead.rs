@@ -11,7 +11,8 @@
 //! copy less the hashes of that copy, before and after the update, and its barrier. It is an upper bound: gradients would
 //! have to be waited for without a barrier, too. Wall-clock time scatters by more than what is looked for where others share the machine, so the processor
 //! time of all ranks, from the last step that does not count to the last of all, is compared as well: ranks keep all processors
-//! busy, so it is what steps cost, less what they wait. It is read between steps, and divided by the steps between. Audits, one
+//! busy, so it is what steps cost, less what they wait, and its whole ratio is that of replicas and hashes (the barrier's own
+//! work is on both sides, and too little to be seen). It is read between steps, and divided by the steps between. Audits, one
 //! lane computed twice each `fault.audit_interval_steps`, are on on both sides. All runs train on one data set, made before the first.
 
 use anyhow::{Result, anyhow};
@@ -271,11 +272,16 @@ struct Held {
 impl Held {
     fn new(block_elements: usize, block_count: usize) -> Result<Self> {
         let device = CpuDevice::new();
-        let alloc = || device.alloc(block_count * block_elements, Precision::Full);
+        // Written to: memory that is only asked for is one page of zeros, however large.
+        let alloc = |value: f32| -> Result<CpuBuffer> {
+            let mut tensor = device.alloc(block_count * block_elements, Precision::Full)?;
+            tensor.fill(value);
+            Ok(tensor)
+        };
         Ok(Self {
             device,
             stream: device.stream()?,
-            state: [alloc()?, alloc()?, alloc()?],
+            state: [alloc(1.0)?, alloc(2.0)?, alloc(3.0)?],
             block_elements,
             hashes: vec![BlockHash::default(); block_count],
         })

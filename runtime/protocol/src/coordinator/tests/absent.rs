@@ -24,6 +24,26 @@ fn an_absent_controller_kills_nobody() {
     assert!(silent, "with ticks in time, silence is silence");
 }
 
+/// Whoever is heard right behind the absence, before the first tick, is heard of now and not in the future: one that falls
+/// silent then is missed as soon as any.
+#[test]
+fn a_word_behind_an_absence_is_of_now() {
+    let mut cluster = Cluster::new();
+    cluster.settle(20);
+    let failure_ms = cluster.coordinator.options.timeouts.failure_ms;
+    let now_ms = cluster.now_ms;
+    assert_eq!(cluster.coordinator.on_event(now_ms, &Event::Tick), []);
+    let woken_ms = now_ms + ABSENT_MS;
+    for worker in 0..WORKERS {
+        let member = cluster.member(worker);
+        let heartbeat = cluster.heartbeat(member);
+        cluster.coordinator.on_event(woken_ms, &heartbeat);
+    }
+    assert_eq!(cluster.coordinator.on_event(woken_ms, &Event::Tick), []);
+    let silent_from_ms = cluster.coordinator.silence_deadline_ms(WorkerId(0));
+    assert_eq!(silent_from_ms, Some(woken_ms + failure_ms + 1));
+}
+
 /// The same before its first tick, when it waits for the ranks of the controller before.
 #[test]
 fn an_absent_controller_kills_none_of_those_that_it_waits_for() {

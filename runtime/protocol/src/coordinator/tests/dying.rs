@@ -171,3 +171,35 @@ fn a_word_behind_its_end_brings_nobody_back() {
     });
     assert_eq!(cluster.coordinator.workers()[1].state, "ending");
 }
+
+/// Nor does one that dies before it was ready, whose word is heard behind the news of its end.
+#[test]
+fn a_starting_process_that_dies_is_never_ready() {
+    let mut cluster = Cluster::new();
+    cluster.coordinator.options.last_step = StepsCompleted(10_000);
+    cluster.settle(12);
+    cluster.kill(1);
+    let starting = cluster.member(1);
+    assert_eq!(cluster.coordinator.workers()[1].state, "starting");
+    cluster.kill_slowly(1);
+    let exit = cluster.pending.pop_back().expect("its exit");
+    let ready = |member| Event::Ready {
+        member,
+        address: String::new(),
+        pid: 1,
+        newest: Generation(0),
+    };
+    cluster.event(ready(starting));
+    assert_eq!(
+        cluster.coordinator.workers()[1].state,
+        "starting",
+        "until its exit is heard"
+    );
+    cluster.event(exit);
+    cluster.settle(60);
+    assert_eq!(
+        cluster.coordinator.roster().len(),
+        WORKERS as usize,
+        "its next life is ready as any"
+    );
+}

@@ -123,7 +123,9 @@ fn a_line_that_broke_off_is_cut() {
     for cut in 0..=whole.len() {
         bench.write(&whole[..cut]);
         let mut book = bench.open(&Fake::of("first")).expect("a good file");
-        let runs = lines(&whole[..cut]).saturating_sub(1);
+        // A line that lacks its end alone is one.
+        let is_ended = |at: usize| whole.get(at) == Some(&b'\n') && cut == at;
+        let runs = (lines(&whole[..cut]) + usize::from(is_ended(cut))).saturating_sub(1);
         assert_eq!(book.finished().len(), runs, "cut to {cut} bytes");
         book.begin().expect("written");
         drop(book);
@@ -231,14 +233,89 @@ fn lines_of_runs_that_were_done_again_are_kept() {
     let book = bench.open(&Fake::of("first")).expect("a good file");
     assert_eq!(book.again(), std::slice::from_ref(&again));
     drop(book);
+    let text = bench.text();
+    let mut elsewhere = again.clone();
+    elsewhere.run.seed = 999;
+    bench.write((text.clone() + &Line::Again(elsewhere).print().expect("a line")).as_bytes());
+    let refused = bench.open(&Fake::of("first")).expect_err("no such run");
+    assert!(
+        refused.message.contains("of a run that no line before has"),
+        "{refused}"
+    );
+
+    // BOOK-5: what came out otherwise is kept, and nothing goes on behind it.
+    bench.write(text.as_bytes());
+    let mut book = bench.open(&Fake::of("first")).expect("a good file");
+    book.begin().expect("nothing differs");
     let other = Again {
         trace: "0".repeat(64),
         ..again
     };
-    bench.write((bench.text() + &Line::Again(other).print().expect("a line")).as_bytes());
-    let refused = bench.open(&Fake::of("first")).expect_err("another trace");
+    let halted = book.add_again(other).expect_err("another trace");
+    assert_eq!(halted.exit, Exit::Halted);
+    drop(book);
+    let mut book = bench.open(&Fake::of("first")).expect("a good file");
+    assert_eq!(book.begin().expect_err("it ends here").message, halted.message);
+}
+
+/// BOOK-3: what a full disk leaves of a line is no line, and whoever writes next does not write behind it.
+#[test]
+fn a_line_that_found_no_room_is_cut_off() {
+    let bench = Bench::new();
+    let (mut book, _) = bench.call(Some(2));
+    let text = bench.text();
+    let outcomes = book.outcomes.as_mut().expect("a file");
+    // A file that cannot be written, under the same name: the write fails, and the length is put right.
+    let reader = File::open(bench.path()).expect("the file");
+    let writer = outcomes.file.replace(reader).expect("a file");
+    assert!(outcomes.append("half a").is_err());
+    assert_eq!(outcomes.length, None, "not even cut");
     assert!(
-        refused.message.contains("no line before has with this trace"),
-        "{refused}"
+        outcomes
+            .append("more")
+            .expect_err("no more")
+            .message
+            .contains("half a line")
     );
+    outcomes.length = Some(text.len() as u64);
+    outcomes.file = Some(writer);
+    outcomes.append("{}\n").expect("written");
+    assert_eq!(bench.text(), text + "{}\n");
+}
+
+/// A file that was put in the place of the one that is written, by a checkout or an editor.
+#[test]
+fn another_file_under_the_same_name_is_noticed() {
+    let bench = Bench::new();
+    let (mut book, _) = bench.call(Some(2));
+    let text = bench.text();
+    std::fs::remove_file(bench.path()).expect("removed");
+    bench.write(text.as_bytes());
+    let fake = Fake::of("first");
+    let halted = do_all(&bench.cases(), &fake, 1, &mut book).expect_err("another file");
+    assert!(
+        halted.message.contains("another file than the one that was opened"),
+        "{halted}"
+    );
+    assert_eq!(bench.text(), text);
+}
+
+/// BOOK-4.
+#[test]
+fn runs_of_another_device_are_refused() {
+    let bench = Bench::new();
+    let (mut book, _) = bench.call(Some(3));
+    let (run, proof) = book.proofs.iter().next().expect("a run");
+    let (mut other, mut proof) = (run.clone(), proof.clone());
+    other.seed = 7;
+    proof.device = "cuda".to_owned();
+    let outcome = book.finished().values().next().expect("a run").clone();
+    let refused = book.add(&other, Whole { outcome, proof }).expect_err("a GPU's");
+    assert!(refused.message.contains("was done on cuda, others on cpu"), "{refused}");
+    drop(book);
+    let text = bench.text();
+    let at = text.rfind("\"device\":\"cpu\"").expect("the last run's");
+    bench.write((text[..at].to_owned() + &text[at..].replace("\"cpu\"", "\"cuda\"")).as_bytes());
+    let refused = bench.open(&Fake::of("first")).expect_err("a GPU's");
+    assert!(refused.message.contains("was done on cuda, others on cpu"), "{refused}");
 }
