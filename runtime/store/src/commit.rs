@@ -155,26 +155,34 @@ impl CheckpointStore {
     /// Whether every checkpoint shard is there at its length. Its hash was taken while it went up, and is checked by
     /// whoever reads it.
     pub(crate) async fn check_objects(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        let bad = self.bad_objects(manifest).await?;
+        bad.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// What is wrong with each checkpoint shard that is not there at its length, in the manifest's order. An error only
+    /// if the store did not answer.
+    pub(crate) async fn bad_objects(&self, manifest: &Manifest) -> Result<Vec<StoreError>, StoreError> {
         // Owned items: a closure over borrowed ones makes futures that are not `Send` in the compiler's eyes.
         let objects: Vec<(String, u64)> = manifest
             .shards
             .iter()
             .map(|record| (record.object.key.clone(), record.object.length))
             .collect();
-        futures::stream::iter(objects)
+        let looked_up: Vec<Option<StoreError>> = futures::stream::iter(objects)
             .map(|(key, length)| async move {
-                match self.length_of(&key).await? {
-                    Some(found) if found == length => Ok(()),
-                    Some(found) => Err(StoreError::corrupt(&key, format!("{found} bytes instead of {length}"))),
-                    None => Err(StoreError::NotFound {
+                Ok::<_, StoreError>(match self.length_of(&key).await? {
+                    Some(found) if found == length => None,
+                    Some(found) => Some(StoreError::corrupt(&key, format!("{found} bytes instead of {length}"))),
+                    None => Some(StoreError::NotFound {
                         what: format!("{key} in {}", self.location()),
                         remedy: "the checkpoint shard was never uploaded or has been deleted".to_string(),
                     }),
-                }
+                })
             })
-            .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT_MAX)
+            .buffered(SMALL_REQUESTS_IN_FLIGHT_MAX)
             .try_collect()
-            .await
+            .await?;
+        Ok(looked_up.into_iter().flatten().collect())
     }
 
     /// Keeps the newest checkpoint of `step` from every collection until it is unpinned (CKPT-5). Needs no claim: a

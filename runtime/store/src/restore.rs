@@ -355,7 +355,9 @@ impl CheckpointStore {
         };
         match depth {
             Depth::Quick => {
-                note(self.check_objects(&manifest).await)?;
+                for error in self.bad_objects(&manifest).await? {
+                    note(Err(error))?;
+                }
             }
             Depth::Full => {
                 let mut bytes_hashed = 0;

@@ -232,6 +232,10 @@ async fn an_interrupted_collection_is_finished_by_the_next() {
         assert_eq!(keys(&objects, "manifests/").await.len(), 1, "death at {fail_at}");
         assert_eq!(keys(&objects, "shards/").await.len(), 3, "death at {fail_at}");
         if finished {
+            assert!(
+                fail_at > 20,
+                "death at each of a collection's operations, the last of 8 deletions included: {fail_at}"
+            );
             break;
         }
     }

@@ -12,7 +12,10 @@ use proptest::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointState, CheckpointStore, Depth, Fence, Manifest, Retention, Select, StoreError};
+use tarazed_store::{
+    CheckpointState, CheckpointStore, Depth, Fence, Manifest, Retention, Select, ShardGeometry, ShardPayload,
+    StoreError,
+};
 
 fn open(objects: &Arc<dyn ObjectStore>, number: u8) -> CheckpointStore {
     CheckpointStore::with_object_store(objects.clone(), "runs/a", writer(number))
@@ -130,6 +133,83 @@ async fn any_death_leaves_a_whole_checkpoint_or_none() {
         }
         assert!(seen[0], "some death comes before the commit record");
         assert!(seen[1] || fault == Fault::Before, "some death comes after it");
+    }
+}
+
+/// A checkpoint of one shard of 12 MB, so that it goes up in two parts.
+async fn large_life_without_retry(store: &CheckpointStore, step: u64, state: ShardPayload) -> Result<(), StoreError> {
+    let fence = store.claim(Generation(0)).await?;
+    let geometry = large_geometry();
+    let shard = store
+        .put_shard(StepsCompleted(step), fence.generation, &geometry, state)
+        .await?;
+    let mut manifest = common::manifest(store, step, fence.generation, vec![shard]);
+    manifest.block_elements = geometry.block_elements;
+    store.commit(&fence, &manifest).await.map(|_| ())
+}
+
+fn large_geometry() -> ShardGeometry {
+    ShardGeometry {
+        block_elements: 500_000,
+        ..geometries()[0]
+    }
+}
+
+// CKPT-1, CKPT-3: the same where a checkpoint shard goes up in parts, with a death at the upload's beginning, at each of its
+// parts, between them and at its completion.
+#[tokio::test]
+async fn any_death_in_an_upload_of_parts_leaves_a_whole_checkpoint_or_none() {
+    let elements = large_geometry().elements() as usize;
+    let tensors = [0, 1, 2].map(|t| (0..elements).map(|i| (i * 3 + t) as f32).collect::<Vec<_>>());
+    let state = ShardPayload::new(tensors.clone());
+    for fault in [Fault::Before, Fault::After] {
+        let (mut seen, mut struck) = ([false; 2], Vec::new());
+        for fail_at in 0.. {
+            let objects = memory();
+            let first = open(&objects, 1);
+            let fence = first.claim(Generation(0)).await.unwrap();
+            checkpoint(&first, &fence, 10).await;
+            let faulty = Faulty::new(objects.clone(), fail_at, fault, true);
+            let dying = CheckpointStore::with_object_store(faulty.clone(), "runs/a", writer(2));
+            let lived = large_life_without_retry(&dying, 20, state.clone()).await.is_ok();
+            let Some(operation) = faulty.struck() else {
+                assert!(lived, "nothing failed");
+                break;
+            };
+            assert!(!lived, "{fault:?} of {operation} at {fail_at}: a dead process goes on");
+            struck.push(operation);
+            let third = open(&objects, 3);
+            let fence = third.claim(Generation(0)).await.unwrap();
+            let found = third.newest_valid(None).await.unwrap().unwrap();
+            let restored = found.manifest.step.0;
+            assert!(
+                restored == 10 || restored == 20,
+                "{fault:?} of {operation} at {fail_at}"
+            );
+            seen[usize::from(restored == 20)] = true;
+            assert_eq!(commits_of(&third, 20).await, usize::from(restored == 20));
+            if restored == 20 {
+                let read = third.get_shard(&found.manifest, large_geometry().shard).await.unwrap();
+                assert!([read.master, read.exp_avg, read.exp_avg_sq] == tensors);
+            } else {
+                assert_eq!(restore(&third).await.unwrap(), Some(10));
+            }
+            checkpoint(&third, &fence, 30).await;
+            third.gc(&fence, Retention::last(1)).await.unwrap();
+            assert!(third.verify(Select::All, Depth::Full).await.unwrap().is_clean());
+            let mut left = objects_under(&objects).await;
+            left.retain(|key| key.as_ref().contains("shards/"));
+            assert_eq!(left.len(), geometries().len(), "{fault:?} of {operation}: {left:?}");
+        }
+        assert!(seen[0], "some death comes before the commit record");
+        assert!(seen[1] || fault == Fault::Before, "some death comes after it");
+        let hits = |operation| struck.iter().filter(|it| **it == operation).count();
+        assert_eq!(
+            ["begin upload", "upload part", "complete upload"].map(hits),
+            [1, 2, 1],
+            "{struck:?}"
+        );
+        assert!(struck.len() > 15, "every operation of a checkpoint's life: {struck:?}");
     }
 }
 
@@ -398,13 +478,10 @@ async fn large_shards_go_up_in_parts_and_come_back() {
             .unwrap()
             .with_fsync(true),
     );
-    let geometry = tarazed_store::ShardGeometry {
-        block_elements: 500_000,
-        ..geometries()[0]
-    };
+    let geometry = large_geometry();
     let elements = geometry.elements() as usize;
     let tensors = [0, 1, 2].map(|t| (0..elements).map(|i| (i * 3 + t) as f32).collect::<Vec<_>>());
-    let state = tarazed_store::ShardPayload::new(tensors.clone());
+    let state = ShardPayload::new(tensors.clone());
     let (step, generation) = (StepsCompleted(10), Generation(1));
     for objects in [memory(), local] {
         for fault in [Fault::Before, Fault::After] {
@@ -448,13 +525,13 @@ async fn uploads_copy_nothing() {
     let carried = objects.carried.clone();
     let store = CheckpointStore::with_object_store(objects, "x", writer(1));
     let uploads = (0..24_u32).map(|index| {
-        let geometry = tarazed_store::ShardGeometry {
+        let geometry = ShardGeometry {
             shard: tarazed_domain::OptimizerShardIndex(index),
             block_elements: if index.is_multiple_of(2) { 500_000 } else { 200_000 },
             ..geometries()[0]
         };
         let tensor: Arc<[f32]> = vec![index as f32; geometry.elements() as usize].into();
-        let state = tarazed_store::ShardPayload::new([tensor.clone(), tensor.clone(), tensor.clone()]);
+        let state = ShardPayload::new([tensor.clone(), tensor.clone(), tensor.clone()]);
         let store = store.clone();
         let upload = tokio::spawn(async move {
             store

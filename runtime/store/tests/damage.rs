@@ -10,9 +10,10 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Depth, Retention, Select, StoreError};
+use tarazed_store::{CheckpointStore, Depth, Fence, Retention, Select, StoreError, Verdict};
 
 #[derive(Clone, Debug)]
 enum Damage {
@@ -153,17 +154,15 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    // CKPT-4: any damage to any number of objects ends in a whole state or in a loud error, never in a loop or a panic.
+    // CKPT-4: any damage to any number of objects ends in the newest checkpoint that it left alone, or in a loud error, never in
+    // a loop or a panic. A store that looks empty has lost all that could say otherwise.
     #[test]
     fn any_damage_anywhere_ends(blows in prop::collection::vec((any::<prop::sample::Index>(), damage()), 1..12)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-            for (number, step) in [(1, 10), (2, 20), (3, 30)] {
-                let store = CheckpointStore::with_object_store(objects.clone(), "", writer(number));
-                let fence = store.claim(Generation(0)).await.unwrap();
-                checkpoint(&store, &fence, step).await;
-            }
+            let written = pinned_and_collected(&objects).await;
+            let before = contents(&objects).await;
             for (target, damage) in &blows {
                 let all = keys(&objects).await;
                 let target = &all[target.index(all.len())];
@@ -172,18 +171,233 @@ proptest! {
                     return;
                 }
             }
+            let after = contents(&objects).await;
+            let is_untouched = |key: &Path| before.get(key) == after.get(key);
+            let whole = [30, 10].into_iter().find(|step| written[step].iter().all(is_untouched));
             let reader = CheckpointStore::with_object_store(objects, "", writer(9));
             match restore(&reader).await {
-                Ok(Some(step)) => assert!([10, 20, 30].contains(&step)),
-                Ok(None) | Err(StoreError::Corrupt { .. }) => {}
+                Ok(found) => assert_eq!(found, whole),
+                Err(StoreError::Corrupt { .. }) => assert_eq!(whole, None),
                 Err(error) => panic!("{error}"),
             }
-            reader.verify(Select::All, Depth::Full).await.unwrap();
+            let report = reader.verify(Select::All, Depth::Full).await.unwrap();
+            if let Ok(None) = reader.newest_valid(None).await {
+                assert!(report.is_clean() && report.checkpoints.is_empty(), "{report:?}");
+            }
             let fence = reader.claim(Generation(0)).await.unwrap();
             checkpoint(&reader, &fence, 40).await;
             reader.gc(&fence, Retention::last(1)).await.unwrap();
             assert_eq!(restore(&reader).await.unwrap(), Some(40));
         });
+    }
+}
+
+/// Three controllers, each with a checkpoint. That of step 10 is pinned, that of 20 was pinned, unpinned and collected. The keys
+/// of each checkpoint.
+async fn pinned_and_collected(objects: &Arc<dyn ObjectStore>) -> BTreeMap<u64, Vec<Path>> {
+    let mut written = BTreeMap::new();
+    for (number, step) in [(1, 10), (2, 20), (3, 30)] {
+        let store = CheckpointStore::with_object_store(objects.clone(), "", writer(number));
+        let fence = store.claim(Generation(0)).await.unwrap();
+        let before = keys(objects).await;
+        checkpoint(&store, &fence, step).await;
+        let mut new = keys(objects).await;
+        new.retain(|key| !before.contains(key));
+        written.insert(step, new);
+        match step {
+            10 => drop(store.pin(StepsCompleted(10), "a result in the paper").await.unwrap()),
+            20 => {
+                store.pin(StepsCompleted(20), "for now").await.unwrap();
+                store.unpin(StepsCompleted(20)).await.unwrap();
+            }
+            _ => {
+                let report = store.gc(&fence, Retention::last(1)).await.unwrap();
+                assert_eq!(report.retired.len(), 1, "{report:?}");
+            }
+        }
+    }
+    written
+}
+
+/// Places of the records in the chain of [`marked`] that are no fence and no commit.
+const PIN_OF_10: u64 = 4;
+const RETIREMENT_OF_20: u64 = 7;
+const RETIREMENT_OF_30_AND_40: u64 = 10;
+const PIN_OF_50: u64 = 11;
+const MARKS: [u64; 6] = [PIN_OF_10, 5, 6, RETIREMENT_OF_20, RETIREMENT_OF_30_AND_40, PIN_OF_50];
+
+fn record(sequence: u64) -> Path {
+    Path::from(format!("commits/{sequence:020}.jsonl"))
+}
+
+/// A chain with records of all kinds. The checkpoints of 10 and 50 are there and pinned, all others are collected.
+async fn marked(objects: &Arc<dyn ObjectStore>) -> (CheckpointStore, Fence) {
+    let store = CheckpointStore::with_object_store(objects.clone(), "", writer(1));
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20, 30] {
+        checkpoint(&store, &fence, step).await;
+    }
+    store.pin(StepsCompleted(10), "a result in the paper").await.unwrap();
+    store.pin(StepsCompleted(20), "for now").await.unwrap();
+    store.unpin(StepsCompleted(20)).await.unwrap();
+    store.gc(&fence, Retention::last(1)).await.unwrap();
+    for step in [40, 50] {
+        checkpoint(&store, &fence, step).await;
+    }
+    store.gc(&fence, Retention::last(1)).await.unwrap();
+    store.pin(StepsCompleted(50), "another one").await.unwrap();
+    for (place, kind) in MARKS
+        .into_iter()
+        .zip(["pin", "pin", "unpin", "retire", "retire", "pin"])
+    {
+        let text = String::from_utf8(read(objects, &record(place)).await).unwrap();
+        assert!(text.contains(&format!("\"kind\":{{\"{kind}\"")), "{place}: {text}");
+    }
+    (store, fence)
+}
+
+/// Damages the chosen records; the places of those that are damaged in the end.
+async fn damage_marks(objects: &Arc<dyn ObjectStore>, blows: &[(prop::sample::Index, Damage)]) -> BTreeSet<u64> {
+    let before = contents(objects).await;
+    let marks = MARKS.map(record);
+    for (target, damage) in blows {
+        let target = target.index(marks.len());
+        let mut there = keys(objects).await;
+        there.retain(|key| key.as_ref().starts_with("commits/"));
+        // The next of its like that is still there; itself, if it is the last.
+        let mut others = (1..=marks.len()).map(|i| &marks[(target + i) % marks.len()]);
+        let other = others.find(|key| there.contains(key));
+        if let Some(other) = other.filter(|_| there.contains(&marks[target])) {
+            spoil(objects, &marks[target], other, &there, damage).await;
+        }
+    }
+    let after = contents(objects).await;
+    let is_damaged = |place: &u64| before.get(&record(*place)) != after.get(&record(*place));
+    MARKS.into_iter().filter(is_damaged).collect()
+}
+
+fn damaged_marks(blows: &[(prop::sample::Index, Damage)], heir: bool) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let (store, fence) = marked(&objects).await;
+        let damaged = damage_marks(&objects, blows).await;
+        let records = contents(&objects).await;
+        // Nothing shows that a chain was longer: a record lost from its end is as if it had never been written.
+        let head = records.keys().filter_map(place_of).max().unwrap();
+        let shows = damaged.iter().any(|place| *place <= head);
+        let fresh = CheckpointStore::with_object_store(objects.clone(), "", writer(2));
+        for reader in [&store, &fresh] {
+            // CKPT-4: neither what is pinned nor what is collected is taken for another, and the damage is said.
+            assert_eq!(restore(reader).await.unwrap(), Some(50), "{damaged:?}");
+            let found = reader.newest_verified(None).await.unwrap().unwrap();
+            assert_eq!(found.warnings.is_empty(), !shows, "{damaged:?}: {:?}", found.warnings);
+            let report = reader.verify(Select::All, Depth::Full).await.unwrap();
+            assert_eq!(report.chain_problems.is_empty(), !shows, "{damaged:?}: {report:?}");
+            // What is retired no longer is there again, and known to be gone.
+            let mut gone = Vec::new();
+            gone.extend(damaged.contains(&RETIREMENT_OF_20).then_some(20));
+            gone.extend(
+                damaged
+                    .contains(&RETIREMENT_OF_30_AND_40)
+                    .then_some([30, 40])
+                    .into_iter()
+                    .flatten(),
+            );
+            let (whole, bad): (Vec<_>, Vec<_>) = report.checkpoints.iter().partition(|it| it.problems.is_empty());
+            assert_eq!(
+                (steps(&whole), steps(&bad)),
+                (vec![10, 50], gone),
+                "{damaged:?}: {report:?}"
+            );
+        }
+        let (next, fence) = if heir {
+            let fence = fresh.claim(Generation(0)).await.unwrap();
+            (fresh, fence)
+        } else {
+            (store, fence)
+        };
+        checkpoint(&next, &fence, 60).await;
+        let before = contents(&objects).await;
+        next.gc(&fence, Retention::last(1)).await.unwrap();
+        // CKPT-5: no record goes, and nothing that is pinned or may have been.
+        let after = contents(&objects).await;
+        let is_record = |key: &&Path| key.as_ref().starts_with("commits/");
+        for key in before.keys().filter(is_record) {
+            assert_eq!(after.get(key), before.get(key), "{key}");
+        }
+        let report = next.verify(Select::All, Depth::Full).await.unwrap();
+        let whole: Vec<_> = report.checkpoints.iter().filter(|it| it.problems.is_empty()).collect();
+        let forgotten = head < PIN_OF_50;
+        assert!(
+            steps(&whole) == [10, 50, 60] || forgotten && steps(&whole) == [10, 60],
+            "{damaged:?}: {report:?}"
+        );
+        assert_eq!(restore(&next).await.unwrap(), Some(60));
+        let below = next.newest_verified(Some(StepsCompleted(60))).await.unwrap().unwrap();
+        assert_eq!(Some(below.manifest.step.0), steps(&whole).into_iter().rev().nth(1));
+    });
+}
+
+fn steps(verdicts: &[&Verdict]) -> Vec<u64> {
+    let mut steps: Vec<u64> = verdicts.iter().map(|verdict| verdict.reference.step.0).collect();
+    steps.sort_unstable();
+    steps
+}
+
+fn place_of(key: &Path) -> Option<u64> {
+    let name = key.as_ref().strip_prefix("commits/")?.strip_suffix(".jsonl")?;
+    name.parse().ok()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    // CKPT-4, CKPT-5, for the records that are no checkpoint: retirements, pins, and their end.
+    #[test]
+    fn damaged_pins_and_retirements_cost_no_checkpoint(
+        blows in prop::collection::vec((any::<prop::sample::Index>(), damage()), 1..5),
+        heir in any::<bool>(),
+    ) {
+        damaged_marks(&blows, heir);
+    }
+}
+
+// CKPT-4: whoever looks learns of every bad object at once, not of one per look.
+#[tokio::test]
+async fn every_bad_object_of_a_checkpoint_is_named() {
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = CheckpointStore::with_object_store(objects.clone(), "", writer(1));
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let mut shards = keys(&objects).await;
+    shards.retain(|key| key.as_ref().starts_with("shards/00000000000000000020/"));
+    let [missing, whole, short] = shards.as_slice() else {
+        panic!("{shards:?}");
+    };
+    objects.delete(missing).await.unwrap();
+    let mut bytes = read(&objects, short).await;
+    bytes.pop();
+    objects.put(short, bytes.into()).await.unwrap();
+    for depth in [Depth::Quick, Depth::Full] {
+        let report = store.verify(Select::All, depth).await.unwrap();
+        let [newest, older] = report.checkpoints.as_slice() else {
+            panic!("{report:?}");
+        };
+        assert!(older.problems.is_empty(), "{report:?}");
+        let [first, second] = newest.problems.as_slice() else {
+            panic!("{depth:?}: {report:?}");
+        };
+        assert!(
+            first.contains(missing.as_ref()) && second.contains(short.as_ref()),
+            "{report:?}"
+        );
+        assert!(!newest.problems.concat().contains(whole.as_ref()), "{report:?}");
     }
 }
 
@@ -273,11 +487,11 @@ async fn a_bit_flipped_on_the_way_costs_no_record() {
 }
 
 /// Every object with its bytes.
-async fn contents(objects: &Arc<dyn ObjectStore>) -> Vec<(Path, Vec<u8>)> {
-    let mut contents = Vec::new();
+async fn contents(objects: &Arc<dyn ObjectStore>) -> BTreeMap<Path, Vec<u8>> {
+    let mut contents = BTreeMap::new();
     for key in keys(objects).await {
         let bytes = read(objects, &key).await;
-        contents.push((key, bytes));
+        contents.insert(key, bytes);
     }
     contents
 }

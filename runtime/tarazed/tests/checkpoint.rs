@@ -1,5 +1,7 @@
 //! `tarazed checkpoint` as a person runs it: exit codes, and what each command does to a store.
 
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
@@ -22,12 +24,12 @@ fn expect(output: &Output, code: i32) -> String {
     out + &err
 }
 
-/// Three checkpoints of one shard of two blocks.
+/// Three checkpoints of two shards of one block each.
 async fn fill(folder: &Path) {
     fill_with(folder, &[10, 20, 30], |_| "", None).await;
 }
 
-/// Checkpoints of these steps, of one shard of two blocks, with the decisions up to each.
+/// Checkpoints of these steps, of two shards of one block each, with the decisions up to each.
 async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'static str, reach_steps: Option<u32>) {
     let location = folder.to_str().expect("a UTF-8 path");
     let store = CheckpointStore::open(location, WriterId::fresh(Generation(0)))
@@ -36,18 +38,20 @@ async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'st
     let fence = store.claim(Generation(1)).await.expect("claimed");
     for &step in steps {
         let decisions = decisions(step).as_bytes().to_vec();
-        let geometry = ShardGeometry {
-            shard: OptimizerShardIndex(0),
-            first_block: 0,
-            block_count: 2,
-            block_elements: 64,
-        };
-        let payload = ShardPayload::new([0, 1, 2].map(|_| vec![step as f32; 128]));
+        let value = step as f32;
         let step = StepsCompleted(step);
-        let shard = store
-            .put_shard(step, fence.generation, &geometry, payload)
-            .await
-            .expect("put");
+        let mut shards = Vec::new();
+        for block in 0..2 {
+            let geometry = ShardGeometry {
+                shard: OptimizerShardIndex(block),
+                first_block: block,
+                block_count: 1,
+                block_elements: 64,
+            };
+            let payload = ShardPayload::new([0, 1, 2].map(|_| vec![value; 64]));
+            let put = store.put_shard(step, fence.generation, &geometry, payload);
+            shards.push(put.await.expect("put"));
+        }
         let manifest = Manifest {
             run: Digest::of(b"run"),
             step,
@@ -55,10 +59,10 @@ async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'st
             writer: store.writer(),
             block_elements: 64,
             block_count: 2,
-            shard_count: 1,
+            shard_count: 2,
             layout: Digest::of(b"layout"),
             data: Digest::of(b"data"),
-            shards: vec![shard],
+            shards,
             decisions,
             trace_head: TraceHead {
                 step,
@@ -74,25 +78,58 @@ async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'st
     }
 }
 
-fn flip_a_byte(folder: &Path) {
-    let mut shards: Vec<_> = Vec::new();
-    let mut folders = vec![folder.join("shards")];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).expect("a folder") {
+/// Keys of the objects of one kind, in order.
+fn keys(folder: &Path, kind: &str) -> Vec<String> {
+    let mut keys = Vec::new();
+    let mut folders = vec![folder.join(kind)];
+    while let Some(below) = folders.pop() {
+        for entry in std::fs::read_dir(below).expect("a folder") {
             let path = entry.expect("an entry").path();
             if path.is_dir() {
                 folders.push(path)
             } else {
-                shards.push(path)
+                let key = path.strip_prefix(folder).expect("a path below the store's");
+                keys.push(key.to_str().expect("a UTF-8 path").to_owned())
             }
         }
     }
-    shards.sort();
-    let newest = shards.last().expect("a shard");
-    let mut bytes = std::fs::read(newest).expect("read");
+    keys.sort();
+    keys
+}
+
+fn flip_a_byte(folder: &Path, key: &str) {
+    let path = folder.join(key);
+    let mut bytes = std::fs::read(&path).expect("read");
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
-    std::fs::write(newest, bytes).expect("written");
+    std::fs::write(path, bytes).expect("written");
+}
+
+/// What a command with `--json` prints; what it has to say beside that is on the error output.
+#[track_caller]
+fn document(args: &[&str], code: i32) -> Value {
+    let output = tarazed(args);
+    let said = expect(&output, code);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"))
+}
+
+/// The problems that `verify --json` has of each checkpoint, by its step.
+fn problems(listed: &Value) -> BTreeMap<u64, String> {
+    let checkpoints = listed["checkpoints"].as_array().expect("a list");
+    let of = |checkpoint: &Value| {
+        let step = checkpoint["reference"]["step"].as_u64().expect("a step");
+        (step, checkpoint["problems"].to_string())
+    };
+    checkpoints.iter().map(of).collect()
+}
+
+/// The lines of a table, by the step with which they begin.
+fn lines(table: &str) -> BTreeMap<u64, String> {
+    let of = |line: &str| {
+        let (step, rest) = line.strip_prefix("step ")?.split_once(':')?;
+        Some((step.parse().ok()?, rest.to_owned()))
+    };
+    table.lines().filter_map(of).collect()
 }
 
 /// CKPT-4 and CKPT-5 as a person meets them.
@@ -110,7 +147,7 @@ async fn a_store_is_listed_verified_pinned_and_collected() {
         .collect();
     assert_eq!(steps, ["30", "20", "10"], "{listed}");
     assert!(expect(&tarazed(&["checkpoint", "show", store]), 0).starts_with("step 30, generation 1\n"));
-    assert!(expect(&tarazed(&["checkpoint", "show", store, "--step", "10"]), 0).contains("shard    0: blocks 0..2"));
+    assert!(expect(&tarazed(&["checkpoint", "show", store, "--step", "10"]), 0).contains("shard    1: blocks 1..2"));
     expect(&tarazed(&["checkpoint", "show", store, "--step", "11"]), 2);
     expect(&tarazed(&["checkpoint", "verify", store]), 0);
 
@@ -128,11 +165,156 @@ async fn a_store_is_listed_verified_pinned_and_collected() {
         "{listed}"
     );
 
-    flip_a_byte(folder.path());
+    flip_a_byte(folder.path(), keys(folder.path(), "shards").last().expect("a shard"));
     let verified = expect(&tarazed(&["checkpoint", "verify", store]), 3);
     assert!(
         verified.contains("step 30: ") && verified.contains("step 10: whole"),
         "{verified}"
+    );
+}
+
+/// CKPT-4: what is damaged is named by its key, shard or manifest, in the line of its checkpoint and in no other.
+#[tokio::test]
+async fn a_damaged_object_is_named_by_its_key() {
+    for (kind, step) in [("shards", 20), ("manifests", 20), ("shards", 30), ("manifests", 10)] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fill(folder.path()).await;
+        let store = folder.path().to_str().expect("a UTF-8 path");
+        let prefix = format!("{kind}/{step:020}/");
+        let all = keys(folder.path(), kind);
+        let key = all.iter().find(|key| key.starts_with(&prefix)).expect("an object");
+        flip_a_byte(folder.path(), key);
+        // Of the length alone nothing is seen; a manifest is always read.
+        let quick = if kind == "shards" { 0 } else { 3 };
+        for (depth, code) in [(None, 3), (Some("--quick"), quick)] {
+            let args: Vec<&str> = ["checkpoint", "verify", store].into_iter().chain(depth).collect();
+            let table = expect(&tarazed(&args), code);
+            let listed = document(&[&args[..], &["--json"]].concat(), code);
+            for found in [lines(&table), problems(&listed)] {
+                assert_eq!(found.len(), 3, "{table}");
+                for (at, said) in found {
+                    assert_eq!(said.contains(key), at == step && code == 3, "{key}: {at}: {said}");
+                    let named = ["shards/", "manifests/"].iter().any(|kind| said.contains(kind));
+                    assert_eq!(named, at == step && code == 3, "{at}: {said}");
+                }
+            }
+        }
+    }
+}
+
+/// `--quick` names each object that is bad, not the first alone.
+#[tokio::test]
+async fn all_bad_objects_of_a_checkpoint_are_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill(folder.path()).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let mut shards = keys(folder.path(), "shards");
+    shards.retain(|key| key.starts_with("shards/00000000000000000020/"));
+    assert_eq!(shards.len(), 2, "{shards:?}");
+    std::fs::remove_file(folder.path().join(&shards[0])).expect("removed");
+    std::fs::write(folder.path().join(&shards[1]), b"short").expect("written");
+    for depth in [&[][..], &["--quick"]] {
+        let table = expect(&tarazed(&[&["checkpoint", "verify", store][..], depth].concat()), 3);
+        let lines = lines(&table);
+        assert!(shards.iter().all(|key| lines[&20].contains(key)), "{table}");
+        assert!(lines[&30].contains("whole") && lines[&10].contains("whole"), "{table}");
+    }
+}
+
+#[tokio::test]
+async fn show_in_json_has_all_that_a_manifest_says() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill_with(folder.path(), &[10, 20, 30, 40, 50], decided, Some(30)).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let show = |args: &[&str]| document(&[&["checkpoint", "show", store, "--json"][..], args].concat(), 0);
+    let newest = show(&[]);
+    assert_eq!(newest["reference"]["step"], 50, "{newest}");
+    assert_eq!(newest["generation"], 1, "{newest}");
+    assert_eq!(newest["left_behind_by"], Value::Null, "{newest}");
+    assert_eq!(newest["rollback_reach_steps"], 30, "{newest}");
+    assert_eq!(newest["run"], Digest::of(b"run").to_string(), "{newest}");
+    assert_eq!(newest["new_lineage"], Value::Null, "{newest}");
+    assert_eq!(newest["warnings"], serde_json::json!([]), "{newest}");
+    let older = show(&["--step", "40"]);
+    assert_eq!(
+        older["left_behind_by"],
+        serde_json::json!({"at": 45, "to": 20}),
+        "{older}"
+    );
+    let named: Vec<&str> = older["shards"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter_map(|shard| shard["object"]["key"].as_str())
+        .collect();
+    let mut there = keys(folder.path(), "shards");
+    there.retain(|key| key.starts_with("shards/00000000000000000040/"));
+    assert_eq!(named, there, "{older}");
+    let manifest = older["manifest"]["key"].as_str().expect("a key");
+    assert!(folder.path().join(manifest).is_file(), "{older}");
+}
+
+#[tokio::test]
+async fn pin_in_json_names_the_checkpoint_and_the_reason() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill(folder.path()).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let pin = ["checkpoint", "pin", store, "--step", "20", "--note", "mine", "--json"];
+    let pinned = document(&pin, 0);
+    let listed = document(&["checkpoint", "ls", store, "--json"], 0);
+    assert_eq!(pinned["reference"], listed[1]["reference"], "{pinned}");
+    assert_eq!(
+        (&pinned["reference"]["step"], &pinned["pinned"], &listed[1]["pinned"]),
+        (&Value::from(20), &Value::from("mine"), &Value::from("mine")),
+        "{pinned}"
+    );
+}
+
+#[tokio::test]
+async fn unpin_in_json_names_the_checkpoint() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill(folder.path()).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    expect(&tarazed(&["checkpoint", "pin", store, "--step", "20"]), 0);
+    let unpin = ["checkpoint", "unpin", store, "--step", "20", "--json"];
+    let released = document(&unpin, 0);
+    let listed = document(&["checkpoint", "ls", store, "--json"], 0);
+    assert_eq!(released["reference"], listed[1]["reference"], "{released}");
+    assert_eq!(
+        (released.get("pinned"), listed[1].get("pinned")),
+        (Some(&Value::Null), Some(&Value::Null)),
+        "{released}"
+    );
+}
+
+#[tokio::test]
+async fn gc_in_json_says_what_is_kept_and_what_went() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill_with(folder.path(), &[10, 20, 30, 40, 50], decided, Some(30)).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let gc = |args: &[&str]| {
+        let asked = ["checkpoint", "gc", store, "--keep-last", "1", "--claim", "--json"];
+        document(&[&asked[..], args].concat(), 0)
+    };
+    let steps = |report: &Value, name: &str| -> Vec<u64> {
+        let listed = report[name].as_array().expect("a list").iter();
+        listed.filter_map(|reference| reference["step"].as_u64()).collect()
+    };
+    let report = gc(&[]);
+    assert_eq!(report["back_to"], 20, "{report}");
+    assert_eq!(
+        (steps(&report, "kept"), steps(&report, "retired")),
+        (vec![50, 20], vec![40, 30, 10]),
+        "{report}"
+    );
+    assert_eq!(report["deleted_objects"], 9, "three manifests, six shards: {report}");
+    assert!(report["deleted_bytes"].as_u64() > Some(0), "{report}");
+    let report = gc(&["--ended"]);
+    assert_eq!(report.get("back_to"), Some(&Value::Null), "{report}");
+    assert_eq!(
+        (steps(&report, "kept"), steps(&report, "retired")),
+        (vec![50], vec![20]),
+        "{report}"
     );
 }
 

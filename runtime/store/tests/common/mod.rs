@@ -33,6 +33,49 @@ pub enum Fault {
     Full,
     /// If it is a read, a bit of what is read is turned around on its way.
     Garbles,
+    /// The request never arrives, and no answer ever comes.
+    Silent,
+    /// The request is carried out, and no answer ever comes.
+    SilentAfter,
+}
+
+/// Counts operations and says what goes wrong with each; one for a store and the uploads begun there.
+#[derive(Clone, Debug)]
+struct Plan {
+    operations: Arc<AtomicU64>,
+    struck: Arc<Mutex<Option<&'static str>>>,
+    fail_at: u64,
+    fault: Fault,
+    dies: bool,
+}
+
+impl Plan {
+    fn new(fail_at: u64, fault: Fault, dies: bool) -> Self {
+        Self {
+            operations: Arc::default(),
+            struck: Arc::default(),
+            fail_at,
+            fault,
+            dies,
+        }
+    }
+
+    fn begin(&self, operation: &'static str) -> Option<Fault> {
+        let now = self.operations.fetch_add(1, Ordering::SeqCst);
+        if now == self.fail_at {
+            *self.struck.lock().unwrap() = Some(operation);
+        }
+        let ever_after = match self.fault {
+            Fault::Full => Some(Fault::Full),
+            Fault::Silent => self.dies.then_some(Fault::Silent),
+            _ => self.dies.then_some(Fault::Before),
+        };
+        match now.cmp(&self.fail_at) {
+            std::cmp::Ordering::Less => None,
+            std::cmp::Ordering::Equal => Some(self.fault),
+            std::cmp::Ordering::Greater => ever_after,
+        }
+    }
 }
 
 /// Hands everything on, except that one operation fails (and all after it, if the process died), or that every operation
@@ -41,9 +84,7 @@ pub struct Faulty {
     inner: Arc<dyn ObjectStore>,
     pub operations: Arc<AtomicU64>,
     pub carried: Arc<Carried>,
-    fail_at: u64,
-    fault: Fault,
-    dies: bool,
+    plan: Plan,
     schedule: u64,
 }
 
@@ -83,44 +124,31 @@ impl Carried {
 
 impl Faulty {
     pub fn new(inner: Arc<dyn ObjectStore>, fail_at: u64, fault: Fault, dies: bool) -> Arc<Self> {
-        Arc::new(Self {
-            inner,
-            operations: Arc::default(),
-            carried: Arc::default(),
-            fail_at,
-            fault,
-            dies,
-            schedule: 0,
-        })
+        Self::planned(inner, Plan::new(fail_at, fault, dies), 0)
     }
 
     /// Never fails; yields to others before each operation, a number of times that follows from `schedule`.
     pub fn interleaved(inner: Arc<dyn ObjectStore>, schedule: u64) -> Arc<Self> {
-        let (fail_at, fault) = (u64::MAX, Fault::Before);
+        Self::planned(inner, Plan::new(u64::MAX, Fault::Before, false), schedule)
+    }
+
+    fn planned(inner: Arc<dyn ObjectStore>, plan: Plan, schedule: u64) -> Arc<Self> {
         Arc::new(Self {
             inner,
-            operations: Arc::default(),
+            operations: plan.operations.clone(),
             carried: Arc::default(),
-            fail_at,
-            fault,
-            dies: false,
+            plan,
             schedule,
         })
     }
 
-    fn begin(&self) -> Option<Fault> {
-        let now = self.operations.fetch_add(1, Ordering::SeqCst);
-        if self.fault == Fault::Full {
-            (now >= self.fail_at).then_some(self.fault)
-        } else if now == self.fail_at {
-            Some(self.fault)
-        } else {
-            (self.dies && now > self.fail_at).then_some(Fault::Before)
-        }
+    /// The operation that went wrong, once one has.
+    pub fn struck(&self) -> Option<&'static str> {
+        *self.plan.struck.lock().unwrap()
     }
 
-    async fn turn(&self) -> Option<Fault> {
-        let fault = self.begin();
+    async fn turn(&self, operation: &'static str) -> Option<Fault> {
+        let fault = self.plan.begin(operation);
         if self.schedule != 0 {
             let now = self.operations.load(Ordering::SeqCst);
             let turns = blake3::hash(&(self.schedule ^ now.rotate_left(32)).to_le_bytes()).as_bytes()[0] % 4;
@@ -171,16 +199,30 @@ fn conflict() -> object_store::Error {
     }
 }
 
-fn outcome<T>(fault: Option<Fault>, conditional: bool, result: Result<T>) -> Result<T> {
+async fn silence<T>() -> Result<T> {
+    std::future::pending().await
+}
+
+async fn outcome<T>(fault: Option<Fault>, conditional: bool, result: Result<T>) -> Result<T> {
     match fault {
         None | Some(Fault::Garbles) => result,
+        Some(Fault::SilentAfter) => silence().await,
         Some(Fault::AfterAsConflict) if conditional => Err(conflict()),
         Some(_) => Err(lost()),
     }
 }
 
 const fn stops(fault: Option<Fault>) -> bool {
-    matches!(fault, Some(Fault::Before | Fault::ConflictBefore))
+    matches!(fault, Some(Fault::Before | Fault::ConflictBefore | Fault::Silent))
+}
+
+/// Whether a request gets through; if not, what its sender sees.
+async fn arrives(fault: Option<Fault>) -> Result<()> {
+    match fault {
+        Some(Fault::Silent) => silence().await,
+        _ if stops(fault) => Err(lost()),
+        _ => Ok(()),
+    }
 }
 
 impl fmt::Display for Faulty {
@@ -199,61 +241,60 @@ impl fmt::Debug for Faulty {
 impl ObjectStore for Faulty {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         let conditional = opts.mode == PutMode::Create;
-        let fault = self.turn().await;
+        let fault = self.turn("write").await;
         match fault {
             Some(Fault::ConflictBefore) if conditional => return Err(conflict()),
             Some(Fault::Full) => return Err(full()),
             _ => {}
         }
-        if stops(fault) {
-            return Err(lost());
-        }
+        arrives(fault).await?;
         self.carried.begin(&payload);
         // Others of the same process would begin theirs meanwhile.
         tokio::task::yield_now().await;
-        let put = self.inner.put_opts(location, payload, opts).await;
+        let written = self.inner.put_opts(location, payload, opts).await;
         self.carried.end();
-        outcome(fault, conditional, put)
+        outcome(fault, conditional, written).await
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        let fault = self.turn().await;
-        if stops(fault) {
-            return Err(lost());
+        let fault = self.turn("begin upload").await;
+        if fault == Some(Fault::Full) {
+            return Err(full());
         }
-        let inner = outcome(fault, false, self.inner.put_multipart_opts(location, opts).await)?;
-        let (operations, fail_at, fault) = (self.operations.clone(), self.fail_at, self.fault);
+        arrives(fault).await?;
+        let begun = self.inner.put_multipart_opts(location, opts).await;
         Ok(Box::new(FaultyUpload {
-            inner,
-            operations,
+            inner: outcome(fault, false, begun).await?,
             carried: self.carried.clone(),
-            fail_at,
-            fault,
+            plan: self.plan.clone(),
         }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        match self.turn().await {
+        match self.turn("read").await {
             None | Some(Fault::Full) => self.inner.get_opts(location, options).await,
             Some(Fault::Garbles) => garbled(self.inner.get_opts(location, options).await?).await,
+            Some(Fault::Silent | Fault::SilentAfter) => silence().await,
             Some(_) => Err(lost()),
         }
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let fault = self
-            .begin()
+            .plan
+            .begin("delete")
             .filter(|fault| !matches!(fault, Fault::Full | Fault::Garbles));
         if stops(fault) {
-            return futures::stream::once(async { Err(lost()) }).boxed();
+            return futures::stream::once(async move { arrives(fault).await.and(Err(lost())) }).boxed();
         }
         let deleted = self.inner.delete_stream(locations);
-        deleted.map(move |result| outcome(fault, false, result)).boxed()
+        deleted.then(move |result| outcome(fault, false, result)).boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        match self.begin() {
+        match self.plan.begin("list") {
             None | Some(Fault::Full | Fault::Garbles) => self.inner.list(prefix),
+            Some(Fault::Silent | Fault::SilentAfter) => futures::stream::pending().boxed(),
             Some(_) => futures::stream::once(async { Err(lost()) }).boxed(),
         }
     }
@@ -270,24 +311,19 @@ impl ObjectStore for Faulty {
 #[derive(Debug)]
 struct FaultyUpload {
     inner: Box<dyn MultipartUpload>,
-    operations: Arc<AtomicU64>,
     carried: Arc<Carried>,
-    fail_at: u64,
-    fault: Fault,
-}
-
-impl FaultyUpload {
-    fn now(&self) -> Option<Fault> {
-        (self.operations.fetch_add(1, Ordering::SeqCst) == self.fail_at).then_some(self.fault)
-    }
+    plan: Plan,
 }
 
 #[async_trait]
 impl MultipartUpload for FaultyUpload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        let fault = self.now();
+        let fault = self.plan.begin("upload part");
+        if fault == Some(Fault::Full) {
+            return async { Err(full()) }.boxed();
+        }
         if stops(fault) {
-            return async { Err(lost()) }.boxed();
+            return arrives(fault).boxed();
         }
         let carried = self.carried.clone();
         carried.begin(&data);
@@ -296,20 +332,28 @@ impl MultipartUpload for FaultyUpload {
             tokio::task::yield_now().await;
             let part = part.await;
             carried.end();
-            outcome(fault, false, part)
+            outcome(fault, false, part).await
         }
         .boxed()
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        let fault = self.now();
-        if stops(fault) {
-            return Err(lost());
+        let fault = self.plan.begin("complete upload");
+        if fault == Some(Fault::Full) {
+            return Err(full());
         }
-        outcome(fault, false, self.inner.complete().await)
+        arrives(fault).await?;
+        let completed = self.inner.complete().await;
+        outcome(fault, false, completed).await
     }
 
     async fn abort(&mut self) -> Result<()> {
-        self.inner.abort().await
+        let fault = self
+            .plan
+            .begin("abort upload")
+            .filter(|fault| !matches!(fault, Fault::Full | Fault::Garbles));
+        arrives(fault).await?;
+        let aborted = self.inner.abort().await;
+        outcome(fault, false, aborted).await
     }
 }

@@ -16,6 +16,22 @@ pub enum Mischief {
     /// Every first create of a key is answered 409, without effect: S3's answer while another write is under way.
     Conflicts409Once,
     IgnoresConditions,
+    /// The first so many requests of each kind (method and folder) are answered with this status, without effect.
+    Fails {
+        status: u16,
+        times: usize,
+    },
+    /// The first so many answers to a read of each object whose key holds this promise all bytes and end behind the first; the
+    /// connection is closed.
+    ClosesEarly {
+        of: &'static str,
+        times: usize,
+    },
+    /// Every read of an object whose key holds this is answered as if the object ended one byte earlier: a whole answer, at
+    /// odds with the listing and the look-up.
+    AnswersShort {
+        of: &'static str,
+    },
 }
 
 #[derive(Default)]
@@ -24,6 +40,21 @@ struct State {
     uploads: BTreeMap<String, BTreeMap<u32, Vec<u8>>>,
     upload_count: usize,
     harmed: Vec<String>,
+    /// How often a kind of request, or an object, has been harmed so far.
+    times: BTreeMap<String, usize>,
+}
+
+impl State {
+    /// Whether this one is still to be harmed; counts it.
+    fn harm(&mut self, what: String, times_max: usize) -> bool {
+        let times = self.times.entry(what.clone()).or_default();
+        if *times >= times_max {
+            return false;
+        }
+        *times += 1;
+        self.harmed.push(what);
+        true
+    }
 }
 
 pub struct Server {
@@ -42,6 +73,8 @@ struct Request {
 
 enum Answer {
     Is(u16, Vec<(&'static str, String)>, Vec<u8>),
+    /// The same, cut off behind the first byte of the body.
+    Torn(u16, Vec<(&'static str, String)>, Vec<u8>),
     Silence,
 }
 
@@ -97,8 +130,10 @@ fn serve(stream: TcpStream, state: &Mutex<State>, key_id: &str, mischief: Mischi
             () if request.bucket != "checkpoints" => fault(404, "NoSuchBucket"),
             () => answer(&request, &mut state.lock().unwrap(), mischief),
         };
-        let Answer::Is(status, headers, body) = answer else {
-            return;
+        let (status, headers, body, is_torn) = match answer {
+            Answer::Is(status, headers, body) => (status, headers, body, false),
+            Answer::Torn(status, headers, body) => (status, headers, body, true),
+            Answer::Silence => return,
         };
         let mut head = format!("HTTP/1.1 {status} X\r\nlast-modified: Mon, 23 Nov 2026 10:00:00 GMT\r\n");
         for (name, value) in &headers {
@@ -112,12 +147,13 @@ fn serve(stream: TcpStream, state: &Mutex<State>, key_id: &str, mischief: Mischi
             ));
         }
         head.push_str("\r\n");
-        let body = if request.method == "HEAD" { &[][..] } else { &body };
-        if writer
-            .write_all(head.as_bytes())
-            .and_then(|()| writer.write_all(body))
-            .is_err()
-        {
+        let body = match request.method.as_str() {
+            "HEAD" => &[][..],
+            _ if is_torn => &body[..body.len().min(1)],
+            _ => &body,
+        };
+        let sent = writer.write_all(head.as_bytes()).and_then(|()| writer.write_all(body));
+        if sent.is_err() || is_torn {
             return;
         }
     }
@@ -160,7 +196,24 @@ fn read(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     })
 }
 
+/// What a request is to do with what: its method, and the folder of its object, if it has one.
+fn kind_of(request: &Request) -> String {
+    let folders = ["commits", "manifests", "shards", "self-test"];
+    let within = |folder: &&str| {
+        request
+            .key
+            .as_ref()
+            .is_some_and(|key| key.contains(&format!("/{folder}/")))
+    };
+    let folder = folders.into_iter().find(within).unwrap_or("bucket");
+    format!("{} {folder}", request.method)
+}
+
 fn answer(request: &Request, state: &mut State, mischief: Mischief) -> Answer {
+    match mischief {
+        Mischief::Fails { status, times } if state.harm(kind_of(request), times) => return fault(status, "SlowDown"),
+        _ => {}
+    }
     let Some(key) = request.key.clone() else {
         return match request.method.as_str() {
             "GET" => list(request, state),
@@ -197,7 +250,8 @@ fn answer(request: &Request, state: &mut State, mischief: Mischief) -> Answer {
             is(204, "")
         }
         ("PUT", None) => put(request, key, state, mischief),
-        ("GET" | "HEAD", None) => get(request, &key, state),
+        ("GET", None) => get_harmed(request, &key, state, mischief),
+        ("HEAD", None) => get(request, state.objects.get(&key)),
         ("DELETE", None) => {
             state.objects.remove(&key);
             is(204, "")
@@ -234,8 +288,27 @@ fn etag(bytes: &[u8]) -> String {
     format!("\"{}\"", &blake3::hash(bytes).to_hex()[..32])
 }
 
-fn get(request: &Request, key: &str, state: &State) -> Answer {
-    let Some(bytes) = state.objects.get(key) else {
+fn get_harmed(request: &Request, key: &str, state: &mut State, mischief: Mischief) -> Answer {
+    let is_torn = match mischief {
+        Mischief::ClosesEarly { of, times } => key.contains(of) && state.harm(key.to_string(), times),
+        _ => false,
+    };
+    let is_short = match mischief {
+        Mischief::AnswersShort { of } => key.contains(of) && state.harm(key.to_string(), usize::MAX),
+        _ => false,
+    };
+    let bytes = state.objects.get(key).map(|bytes| match is_short {
+        true => bytes[..bytes.len() - 1].to_vec(),
+        false => bytes.clone(),
+    });
+    match get(request, bytes.as_ref()) {
+        Answer::Is(status, headers, body) if is_torn => Answer::Torn(status, headers, body),
+        whole => whole,
+    }
+}
+
+fn get(request: &Request, bytes: Option<&Vec<u8>>) -> Answer {
+    let Some(bytes) = bytes else {
         return fault(404, "NoSuchKey");
     };
     let mut headers = vec![("etag", etag(bytes))];

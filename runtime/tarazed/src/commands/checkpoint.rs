@@ -8,15 +8,15 @@ use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
 use crate::plan::render;
 use crate::run_folder::RunFolder;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
-    CheckpointState, CheckpointStore, CheckpointSummary, Depth, Manifest, Restorable, Retention, Select, StoreError,
-    VerifyReport, WriterId,
+    CheckpointState, CheckpointStore, CheckpointSummary, Depth, GcReport, Manifest, Restorable, Retention, Select,
+    StoreError, VerifyReport, WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
@@ -37,6 +37,9 @@ pub enum Command {
         /// Steps completed; the newest valid one where it is absent.
         #[arg(long)]
         step: Option<u64>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Check checkpoints against their hashes: exit code 0 if all is whole, 3 if not.
     Verify {
@@ -62,6 +65,9 @@ pub enum Command {
         /// Why it is kept.
         #[arg(long, default_value = "")]
         note: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Lift a pin.
     Unpin {
@@ -70,6 +76,9 @@ pub enum Command {
         /// Steps completed.
         #[arg(long)]
         step: u64,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Delete the objects of all but the newest checkpoints and the pinned ones.
     Gc {
@@ -88,6 +97,9 @@ pub enum Command {
         /// Claim the store: a run that still writes there halts. A run collects its own store by itself.
         #[arg(long)]
         claim: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -112,25 +124,7 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
                 print(&table(&list, &known))?
             }
         }
-        Command::Show { store, step } => {
-            let store = open(store).await?;
-            let found = match step {
-                Some(step) => store.at_step(StepsCompleted(*step)).await.map_err(failure)?,
-                None => newest_live(&store).await?.ok_or_else(|| {
-                    Failure::refused(
-                        store.location(),
-                        "holds no valid checkpoint",
-                        "`checkpoint verify` says why",
-                    )
-                })?,
-            };
-            for warning in &found.warnings {
-                eprintln!("tarazed: {warning}");
-            }
-            let list = store.list().await.map_err(failure)?;
-            let known = LeftBehind::shown(&store, &list).await?;
-            print(&details(&found.manifest, &known))?;
-        }
+        Command::Show { store, step, json } => show(store, step.map(StepsCompleted), *json).await?,
         Command::Verify {
             store,
             step,
@@ -139,34 +133,30 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
         } => {
             let select = step.map_or(Select::All, |step| Select::Step(StepsCompleted(step)));
             let depth = if *quick { Depth::Quick } else { Depth::Full };
+            return verify(store, select, depth, *json).await;
+        }
+        Command::Pin {
+            store,
+            step,
+            note,
+            json,
+        } => {
             let store = open(store).await?;
-            let report = store.verify(select, depth).await.map_err(failure)?;
-            let list = store.list().await.map_err(failure)?;
-            let known = LeftBehind::shown(&store, &list).await?;
+            let kept = store.pin(StepsCompleted(*step), note).await.map_err(failure)?;
             if *json {
-                let verdicts = report.checkpoints.iter();
-                let marked = verdicts.map(|verdict| known.mark(verdict.reference.step, json!(verdict)));
-                let checkpoints: Vec<_> = marked.collect();
-                print_json(&json!({"chain_problems": report.chain_problems, "checkpoints": checkpoints}))?
+                print_json(&json!({"reference": kept, "pinned": note}))?
             } else {
-                print(&verdicts(&report, &known))?
+                print(&format!("step {} is kept (record {})\n", kept.step, kept.sequence))?
             }
-            return judge(&report);
         }
-        Command::Pin { store, step, note } => {
-            let reference = open(store)
-                .await?
-                .pin(StepsCompleted(*step), note)
-                .await
-                .map_err(failure)?;
-            print(&format!(
-                "step {} is kept (record {})\n",
-                reference.step, reference.sequence
-            ))?;
-        }
-        Command::Unpin { store, step } => {
-            let reference = open(store).await?.unpin(StepsCompleted(*step)).await.map_err(failure)?;
-            print(&format!("step {} is no longer pinned\n", reference.step))?;
+        Command::Unpin { store, step, json } => {
+            let store = open(store).await?;
+            let released = store.unpin(StepsCompleted(*step)).await.map_err(failure)?;
+            if *json {
+                print_json(&json!({"reference": released, "pinned": null}))?
+            } else {
+                print(&format!("step {} is no longer pinned\n", released.step))?
+            }
         }
         Command::Gc {
             store,
@@ -174,19 +164,67 @@ async fn act(command: &Command) -> Result<Exit, Failure> {
             keep_every_steps,
             ended,
             claim,
+            json,
         } => {
             let retention = Retention {
                 last: *keep_last,
                 every_steps: *keep_every_steps,
                 back_to: None,
             };
-            return collect(store, retention, *ended, *claim).await;
+            let (back_to, report) = collect(store, retention, *ended, *claim).await?;
+            say_collected(back_to, &report, *json)?;
         }
     }
     Ok(Exit::Done)
 }
 
-async fn collect(store: &str, retention: Retention, ended: bool, claim: bool) -> Result<Exit, Failure> {
+async fn show(place: &str, step: Option<StepsCompleted>, json: bool) -> Result<(), Failure> {
+    let store = open(place).await?;
+    let found = match step {
+        Some(step) => store.at_step(step).await.map_err(failure)?,
+        None => newest_live(&store).await?.ok_or_else(|| {
+            Failure::refused(
+                store.location(),
+                "holds no valid checkpoint",
+                "`checkpoint verify` says why",
+            )
+        })?,
+    };
+    for warning in &found.warnings {
+        eprintln!("tarazed: {warning}");
+    }
+    let list = store.list().await.map_err(failure)?;
+    let known = LeftBehind::shown(&store, &list).await?;
+    if json {
+        print_json(&described(&found, &known))
+    } else {
+        print(&details(&found.manifest, &known))
+    }
+}
+
+async fn verify(place: &str, select: Select, depth: Depth, json: bool) -> Result<Exit, Failure> {
+    let store = open(place).await?;
+    let report = store.verify(select, depth).await.map_err(failure)?;
+    let list = store.list().await.map_err(failure)?;
+    let known = LeftBehind::shown(&store, &list).await?;
+    if json {
+        let verdicts = report.checkpoints.iter();
+        let marked = verdicts.map(|verdict| known.mark(verdict.reference.step, json!(verdict)));
+        let checkpoints: Vec<_> = marked.collect();
+        print_json(&json!({"chain_problems": report.chain_problems, "checkpoints": checkpoints}))?
+    } else {
+        print(&verdicts(&report, &known))?
+    }
+    judge(&report)
+}
+
+/// Collects; as far as which step a rollback may still go, if one may, and what was done.
+async fn collect(
+    store: &str,
+    retention: Retention,
+    ended: bool,
+    claim: bool,
+) -> Result<(Option<StepsCompleted>, GcReport), Failure> {
     if !claim {
         return Err(Failure::refused(
             "--claim",
@@ -200,26 +238,35 @@ async fn collect(store: &str, retention: Retention, ended: bool, claim: bool) ->
     let known = LeftBehind::known(&store, &list).await?;
     let back_to = known.back_to().filter(|_| !ended);
     let retention = Retention { back_to, ..retention };
-    let report = store
-        .gc_of(&fence, retention, |step| known.is_live(step))
-        .await
-        .map_err(failure)?;
-    if let Some(step) = back_to {
-        print(&format!(
-            "this run may still be rolled back as far as step {step}: what it then needs stays (--ended gives it up)\n"
-        ))?;
-    }
+    let report = store.gc_of(&fence, retention, |step| known.is_live(step)).await;
+    Ok((back_to, report.map_err(failure)?))
+}
+
+fn say_collected(back_to: Option<StepsCompleted>, report: &GcReport, json: bool) -> Result<(), Failure> {
     for warning in &report.warnings {
         eprintln!("tarazed: {warning}");
     }
-    print(&format!(
-        "{} checkpoints kept, {} retired; {} objects deleted, {}\n",
+    if json {
+        let mut said = json!(report);
+        said["back_to"] = json!(back_to);
+        return print_json(&said);
+    }
+    let mut text = String::new();
+    if let Some(step) = back_to {
+        let _ = writeln!(
+            text,
+            "this run may still be rolled back as far as step {step}: what it then needs stays (--ended gives it up)"
+        );
+    }
+    let _ = writeln!(
+        text,
+        "{} checkpoints kept, {} retired; {} objects deleted, {}",
         report.kept.len(),
         report.retired.len(),
         report.deleted_objects,
         render::bytes(report.deleted_bytes)
-    ))?;
-    Ok(Exit::Done)
+    );
+    print(&text)
 }
 
 /// The newest valid checkpoint of a state that the run goes on from.
@@ -408,6 +455,40 @@ fn details(manifest: &Manifest, known: &LeftBehind) -> String {
         );
     }
     text
+}
+
+/// The same and more in JSON (docs/FORMATS.md).
+fn described(found: &Restorable, known: &LeftBehind) -> Value {
+    let manifest = &found.manifest;
+    let lineage = &manifest.lineage;
+    let declared = match lineage.declared.as_str() {
+        "" => Value::Null,
+        declared => serde_json::from_str(declared).unwrap_or_else(|_| json!(declared)),
+    };
+    let said = json!({
+        "reference": found.reference,
+        "manifest": found.object,
+        "generation": manifest.generation,
+        "writer": manifest.writer.nonce,
+        "run": manifest.run,
+        "layout": manifest.layout,
+        "data": manifest.data,
+        "block_elements": manifest.block_elements,
+        "block_count": manifest.block_count,
+        "shard_count": manifest.shard_count,
+        "shard_bytes": manifest.shard_bytes(),
+        "shards": manifest.shards,
+        "trace_head": manifest.trace_head,
+        "binary": manifest.binary,
+        "device_type": manifest.device_type,
+        "parent": lineage.parent,
+        "restored_from": lineage.restored_from,
+        "new_lineage": declared,
+        "created_unix_ms": manifest.created_unix_ms,
+        "rollback_reach_steps": manifest.rollback_reach_steps,
+        "warnings": found.warnings,
+    });
+    known.mark(manifest.step, said)
 }
 
 #[cfg(test)]
