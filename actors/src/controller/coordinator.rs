@@ -216,12 +216,16 @@ impl Actor for CoordinatorActor {
             }
             CoordinatorMessage::Tick => {
                 state.end_cut_off()?;
+                if let Some(saving) = state.arguments.tracker.saving(state.now_ms()) {
+                    state.observe(ObservatoryMessage::Saving(saving))?;
+                }
                 state.event(Event::Tick)
             }
             CoordinatorMessage::Status(reply) => {
                 // An error means that whoever asked is gone.
+                let saving = state.arguments.tracker.saving(state.now_ms());
                 let CoordinatorArguments { machine, ledger, .. } = &state.arguments;
-                let _ = reply.send(shown::status(machine, ledger, state.signals.as_deref()));
+                let _ = reply.send(shown::status(machine, ledger, saving, state.signals.as_deref()));
                 Ok(())
             }
         }
@@ -479,7 +483,8 @@ impl CoordinatorState {
             }
             FromRank::Running { .. } => Ok(()), // for whoever looks on
             FromRank::Saving { generation, step } => {
-                self.arguments.tracker.on_saving(generation, step);
+                let now_ms = self.now_ms();
+                self.arguments.tracker.on_saving(now_ms, generation, step);
                 Ok(())
             }
             FromRank::Line {

@@ -30,6 +30,7 @@ use std::sync::Arc;
 use tarazed_corpus::{PrepareEvent, PrepareRequest, Prepared, TokenStore};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepIndex, StepsCompleted};
+use tarazed_protocol::checkpoint::SavingProgress;
 use tarazed_protocol::data::cursor::DataCursor;
 use tarazed_protocol::data::decision::{DataChange, Decision, DecisionAuthor, DecisionSchedule, data_changes};
 use tarazed_protocol::data::signals::Signals;
@@ -128,11 +129,15 @@ pub enum Notice {
         step_ms: f64,
         /// Ranks that train.
         ranks_alive: usize,
+        /// How long the oldest line has waited that no checkpoint covers.
+        durability_lag_s: f64,
         /// Time left.
         eta_s: Option<f64>,
     },
     /// Decisions were made.
     Decided(Vec<Decision>),
+    /// A checkpoint is on its way to the store; said about once a second while it is.
+    Saving(SavingProgress),
     /// A checkpoint exists.
     Checkpoint {
         /// Its step.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tarazed_domain::config::{BatchSchedule, ModelConfig};
 use tarazed_domain::{Generation, Rank, StepIndex, StepsCompleted};
 use tarazed_model::flops;
+use tarazed_protocol::checkpoint::SavingProgress;
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::data::decision::{Decision, DecisionKind, expected_end};
 use tarazed_protocol::data::signals::Signals;
@@ -27,6 +28,8 @@ const NOT_DURABLE_MAX: usize = 4_096;
 const SPEED_WINDOW_LINES: usize = 16;
 /// Lines of `metrics.jsonl` between two that hold all signals; those of an evaluation do besides.
 const SIGNALS_INTERVAL_LINES: u64 = 100;
+/// Between two notices of how far a checkpoint is.
+const SAVING_INTERVAL: Duration = Duration::from_secs(1);
 
 pub enum ObservatoryMessage {
     /// A process was started.
@@ -48,6 +51,8 @@ pub enum ObservatoryMessage {
     Spent { generation: Generation, spent_us: Vec<u64> },
     /// The first shard of a checkpoint is stored.
     SavingBegan(StepsCompleted),
+    /// A checkpoint is under way.
+    Saving(SavingProgress),
     /// A checkpoint exists.
     Checkpoint(StepsCompleted),
     /// A checkpoint could not be made.
@@ -103,6 +108,8 @@ pub struct ObservatoryState {
     loss: Option<Loss>,
     written: StepsCompleted,
     saving: BTreeMap<StepsCompleted, Instant>,
+    /// When it was last told how far one is.
+    saving_told: Option<Instant>,
     /// The newest step whose checkpoint exists.
     durable: Option<StepsCompleted>,
     /// Lines after it, some together: the newest of them, and when the first came.
@@ -145,6 +152,7 @@ impl Actor for Observatory {
             loss: None,
             written: StepsCompleted(0),
             saving: BTreeMap::new(),
+            saving_told: None,
             durable: None,
             not_durable: VecDeque::new(),
             spent_us: [0; PHASES],
@@ -184,6 +192,7 @@ impl Actor for Observatory {
             ObservatoryMessage::SavingBegan(step) => {
                 state.saving.entry(step).or_insert_with(Instant::now);
             }
+            ObservatoryMessage::Saving(progress) => state.saving_goes_on(progress),
             ObservatoryMessage::Checkpoint(step) => state.checkpoint(step),
             ObservatoryMessage::NoCheckpoint { step, cause } => state.no_checkpoint(step, &cause),
             ObservatoryMessage::Warning(text) => {
@@ -417,11 +426,12 @@ impl ObservatoryState {
                 )
             })
             .collect();
+        let durability_lag_s = self.durability_lag(now).as_secs_f64();
         let mut metrics = json!({
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
             "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
-            "durability_lag_s": self.durability_lag(now).as_secs_f64(),
+            "durability_lag_s": durability_lag_s,
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
         });
         // Where no peak is known there is nothing to be a share of, and no such key.
@@ -447,6 +457,7 @@ impl ObservatoryState {
             mfu,
             step_ms,
             ranks_alive,
+            durability_lag_s,
             eta_s,
         });
     }
@@ -498,6 +509,14 @@ impl ObservatoryState {
             self.spent_us = std::array::from_fn(|phase| now[phase].saturating_sub(before[phase]));
         }
         self.spent_before = (generation, now);
+    }
+
+    fn saving_goes_on(&mut self, progress: SavingProgress) {
+        let now = Instant::now();
+        if self.saving_told.is_none_or(|told| now - told >= SAVING_INTERVAL) {
+            self.saving_told = Some(now);
+            self.notify(Notice::Saving(progress));
+        }
     }
 
     fn checkpoint(&mut self, step: StepsCompleted) {

@@ -1,6 +1,7 @@
 //! What `status` and `metrics.jsonl` show of the controller, as JSON.
 
 use serde_json::{Map, Value, json};
+use tarazed_protocol::checkpoint::SavingProgress;
 use tarazed_protocol::coordinator::Coordinator as Machine;
 use tarazed_protocol::data::decision::{Decision, DecisionKind};
 use tarazed_protocol::data::signals::Signals;
@@ -8,7 +9,7 @@ use tarazed_protocol::ledger::Ledger;
 use tarazed_protocol::rollback::announced;
 
 /// The answer of a live controller to `status`.
-pub fn status(machine: &Machine, ledger: &Ledger, signals: Option<&Signals>) -> Value {
+pub fn status(machine: &Machine, ledger: &Ledger, saving: Option<SavingProgress>, signals: Option<&Signals>) -> Value {
     let workers: Vec<Value> = machine
         .workers()
         .into_iter()
@@ -24,8 +25,19 @@ pub fn status(machine: &Machine, ledger: &Ledger, signals: Option<&Signals>) -> 
     json!({
         "live": true, "generation": machine.generation(), "ranks_wanted": machine.ranks_wanted(),
         "step": ledger.written(), "refused": machine.refused_count(), "workers": workers,
+        "saving": saving.map(self::saving),
         "rollback_notice": announced(ledger.decisions()).and_then(notice), "signals": signals.map(self::signals),
     })
+}
+
+fn saving(progress: SavingProgress) -> Value {
+    let SavingProgress {
+        step,
+        stored,
+        shards,
+        for_ms,
+    } = progress;
+    json!({"step": step, "stored": stored, "shards": shards, "for_ms": for_ms})
 }
 
 fn notice(made: &Decision) -> Option<Value> {

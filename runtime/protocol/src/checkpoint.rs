@@ -42,6 +42,19 @@ pub enum CheckpointEffect {
     },
 }
 
+/// How far the newest checkpoint under way is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SavingProgress {
+    /// The checkpoint's step.
+    pub step: StepsCompleted,
+    /// Its shards that lie in the store.
+    pub stored: usize,
+    /// All its shards.
+    pub shards: usize,
+    /// Since the first rank began with it.
+    pub for_ms: u64,
+}
+
 /// Checkpoints being written.
 #[derive(Debug)]
 pub struct CheckpointTracker {
@@ -55,8 +68,8 @@ pub struct CheckpointTracker {
     locating: bool,
     /// Losses of older generations say nothing of the present one's objects.
     generation: Generation,
-    /// Begun by some rank, and neither there nor given up.
-    begun: BTreeSet<StepsCompleted>,
+    /// Begun by some rank, and neither there nor given up; when.
+    begun: BTreeMap<StepsCompleted, u64>,
     open: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, StoredShard>>,
     failed: BTreeSet<StepsCompleted>,
     /// What these have left behind is not to be saved any more.
@@ -74,7 +87,7 @@ impl CheckpointTracker {
             committed: None,
             locating: false,
             generation: Generation(0),
-            begun: BTreeSet::new(),
+            begun: BTreeMap::new(),
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
             rollbacks: Rollbacks::default(),
@@ -118,11 +131,11 @@ impl CheckpointTracker {
         self.failed.clear();
         // The base may be saved once more; its old objects are replaced as they come.
         self.open.retain(|&step, _| step <= base);
-        self.begun.retain(|&step| step <= base);
+        self.begun.retain(|&step, _| step <= base);
     }
 
     /// A rank has begun with its share.
-    pub fn on_saving(&mut self, generation: Generation, step: StepsCompleted) {
+    pub fn on_saving(&mut self, now_ms: u64, generation: Generation, step: StepsCompleted) {
         if generation < self.generation || self.failed.contains(&step) {
             return; // given up already
         }
@@ -130,14 +143,32 @@ impl CheckpointTracker {
             return;
         }
         if self.committed.is_none_or(|committed| committed < step) {
-            self.begun.insert(step);
+            self.begun.entry(step).or_insert(now_ms);
         }
     }
 
     /// Whether a checkpoint of this step may still come: what it names besides shards must be kept.
     #[must_use]
     pub fn is_under_way(&self, step: StepsCompleted) -> bool {
-        self.begun.contains(&step) || self.open.contains_key(&step)
+        self.begun.contains_key(&step) || self.open.contains_key(&step)
+    }
+
+    /// How far the newest one under way is; none where no rank is at work on one.
+    #[must_use]
+    pub fn saving(&self, now_ms: u64) -> Option<SavingProgress> {
+        let (&step, &began_ms) = self.begun.last_key_value()?;
+        let stored = match self.open.get(&step) {
+            Some(shards) => shards.len(),
+            // Nothing is collected any more once its commit was asked for.
+            None if self.newest == Some(step) => self.shard_count,
+            None => 0,
+        };
+        Some(SavingProgress {
+            step,
+            stored,
+            shards: self.shard_count,
+            for_ms: now_ms.saturating_sub(began_ms),
+        })
     }
 
     /// A checkpoint shard lies in the store.
@@ -260,7 +291,7 @@ mod tests {
         let mut tracker = CheckpointTracker::new(1, StepsCompleted(99));
         for step in [10, 20, 30, 40].map(StepsCompleted) {
             assert!(!tracker.is_under_way(step));
-            tracker.on_saving(Generation(1), step);
+            tracker.on_saving(0, Generation(1), step);
             assert!(tracker.is_under_way(step));
         }
         tracker.on_shard_lost(Generation(1), StepsCompleted(10), "no answer".into(), false);
@@ -271,7 +302,7 @@ mod tests {
             "to be committed"
         );
         tracker.on_committed(StepsCompleted(20));
-        tracker.on_saving(Generation(1), StepsCompleted(20));
+        tracker.on_saving(0, Generation(1), StepsCompleted(20));
         assert!(
             !tracker.is_under_way(StepsCompleted(20)),
             "a late word of one that is there"
@@ -283,6 +314,37 @@ mod tests {
             !tracker.is_under_way(StepsCompleted(40)),
             "its step is to be done again"
         );
+    }
+
+    /// Counted from the first rank's word to the commit; none is shown that is there, lost or left behind.
+    #[test]
+    fn progress_is_told_from_the_first_word_to_the_commit() {
+        let mut tracker = CheckpointTracker::new(2, StepsCompleted(20));
+        let told = |tracker: &CheckpointTracker, now_ms| {
+            let saving = tracker.saving(now_ms)?;
+            assert_eq!(saving.shards, 2);
+            Some((saving.step.0, saving.stored, saving.for_ms))
+        };
+        let (ten, twenty) = (StepsCompleted(10), StepsCompleted(20));
+        assert_eq!(told(&tracker, 5), None);
+        tracker.on_saving(1_000, Generation(1), ten);
+        tracker.on_saving(1_700, Generation(1), ten);
+        assert_eq!(
+            told(&tracker, 1_800),
+            Some((10, 0, 800)),
+            "the first rank's word counts"
+        );
+        tracker.on_shard_saved(ten, OptimizerShardIndex(1), stored("b"));
+        tracker.on_shard_saved(ten, OptimizerShardIndex(1), stored("b again"));
+        assert_eq!(told(&tracker, 4_000), Some((10, 1, 3_000)));
+        tracker.on_shard_saved(ten, OptimizerShardIndex(0), stored("a"));
+        assert_eq!(told(&tracker, 4_100), Some((10, 2, 3_100)), "it is being committed");
+        tracker.on_saving(5_000, Generation(1), twenty);
+        assert_eq!(told(&tracker, 5_000), Some((20, 0, 0)), "the newest one");
+        tracker.on_committed(ten);
+        assert_eq!(told(&tracker, 5_001), Some((20, 0, 1)));
+        tracker.on_shard_lost(Generation(1), twenty, "no answer".into(), false);
+        assert_eq!(told(&tracker, 6_000), None);
     }
 
     #[test]
@@ -357,7 +419,7 @@ mod tests {
         };
         tracker.on_locating([back].into_iter().collect());
         tracker.on_restored(Some(StepsCompleted(10)));
-        tracker.on_saving(Generation(1), StepsCompleted(20));
+        tracker.on_saving(0, Generation(1), StepsCompleted(20));
         assert!(!tracker.is_under_way(StepsCompleted(20)));
         for (step, commits) in [(20, 0), (13, 0), (12, 1), (21, 0)] {
             let saved = tracker.on_shard_saved(StepsCompleted(step), OptimizerShardIndex(0), stored("a"));

@@ -236,6 +236,17 @@ pub enum Incident {
         /// Committed steps that had to be computed again; 0 where replicas covered the loss.
         steps_lost: u64,
     },
+    /// A checkpoint is on its way to the store.
+    Saving {
+        /// Steps completed in it.
+        step: u64,
+        /// Its shards in the store.
+        stored: u64,
+        /// All its shards.
+        shards: u64,
+        /// Since the first rank began with it.
+        for_ms: u64,
+    },
     /// A checkpoint exists.
     CheckpointCommitted {
         /// Steps completed in it.
@@ -292,6 +303,12 @@ impl Incident {
                     }
                 ),
             ),
+            Self::Saving {
+                step,
+                stored,
+                shards,
+                for_ms,
+            } => (DIM, format!("* {}", saving(*step, *stored, *shards, *for_ms))),
             Self::CheckpointCommitted { step, checkpoint_ms } => (
                 DIM,
                 format!(
@@ -314,6 +331,12 @@ impl Incident {
             style.paint(code, &text)
         }
     }
+}
+
+/// How far a checkpoint is, e.g. `saving step 120: 2 of 4 shards, 3 s`.
+#[must_use]
+pub fn saving(step: u64, stored: u64, shards: u64, for_ms: u64) -> String {
+    format!("saving step {step}: {stored} of {shards} shards, {} s", for_ms / 1_000)
 }
 
 fn digits(number: u64) -> usize {

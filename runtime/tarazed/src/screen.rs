@@ -15,11 +15,16 @@ use std::time::{Duration, Instant};
 use tarazed_actors::controller::Notice;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{Config, Language};
+use tarazed_protocol::checkpoint::SavingProgress;
 use tarazed_protocol::data::decision::{Decision, DecisionKind, data_changes};
 use tarazed_protocol::trace::{DomainLoss, DomainMap, TraceLine};
 
 /// Least time between two progress lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// A checkpoint that takes less is told when it is there.
+const SAVING_SHOWN_AFTER_MS: u64 = 1_000;
+/// Least time between two lines of how far one checkpoint is.
+const SAVING_LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The thread that writes.
 pub struct Screen {
@@ -79,7 +84,11 @@ impl Screen {
 
 /// Progress, but for the rare line that carries held-out losses.
 fn is_expendable(notice: &Notice) -> bool {
-    matches!(notice, Notice::Line { line, .. } if line.heldout.is_none())
+    match notice {
+        Notice::Line { line, .. } => line.heldout.is_none(),
+        Notice::Saving(_) => true,
+        _ => false,
+    }
 }
 
 fn measure(metrics: &Metrics, notice: &Notice) {
@@ -89,6 +98,7 @@ fn measure(metrics: &Metrics, notice: &Notice) {
             signals,
             tokens_per_s,
             step_ms,
+            durability_lag_s,
             ..
         } => {
             metrics.step(&StepSample {
@@ -97,6 +107,7 @@ fn measure(metrics: &Metrics, notice: &Notice) {
                 tokens_per_s: tokens_per_s.unwrap_or(f64::NAN),
                 loss: line.loss,
                 grad_norm: line.grad_norm,
+                durability_lag_s: *durability_lag_s,
             });
             if let Some(signals) = signals {
                 metrics.signals(signals);
@@ -119,6 +130,8 @@ pub struct Lines {
     generation: u64,
     generation_ranks: u32,
     shown_at: Option<Duration>,
+    /// The checkpoint whose progress was shown last, and when.
+    saving_shown: Option<(StepsCompleted, Duration)>,
     /// The domain that the next report begins with where not all fit.
     next_domain: usize,
 }
@@ -139,6 +152,7 @@ impl Lines {
             generation: 0,
             generation_ranks: 0,
             shown_at: None,
+            saving_shown: None,
             next_domain: 0,
         }
     }
@@ -168,6 +182,7 @@ impl Lines {
                 self.learn(decisions);
                 decisions.iter().map(|decision| self.decision(decision)).collect()
             }
+            Notice::Saving(progress) => self.saving(now, progress).into_iter().collect(),
             other => self.incident(other).into_iter().collect::<Vec<_>>(),
         };
         incidents.iter().map(|incident| incident.render(self.style)).collect()
@@ -243,8 +258,25 @@ impl Lines {
             }),
             Notice::Warning(text) => Some(Incident::Warning(text.clone())),
             Notice::Stopping => stage("stopping: a last checkpoint, then the end".to_owned()),
-            Notice::Line { .. } | Notice::Decided(_) => None,
+            Notice::Line { .. } | Notice::Decided(_) | Notice::Saving(_) => None,
         }
+    }
+
+    /// Nothing of one that is quick; of one that is not, a line now and then.
+    fn saving(&mut self, now: Duration, progress: &SavingProgress) -> Option<Incident> {
+        let lately = |(step, shown): (StepsCompleted, Duration)| {
+            step == progress.step && now.saturating_sub(shown) < SAVING_LINE_INTERVAL
+        };
+        if progress.for_ms < SAVING_SHOWN_AFTER_MS || self.saving_shown.is_some_and(lately) {
+            return None;
+        }
+        self.saving_shown = Some((progress.step, now));
+        Some(Incident::Saving {
+            step: progress.step.0,
+            stored: progress.stored as u64,
+            shards: progress.shards as u64,
+            for_ms: progress.for_ms,
+        })
     }
 
     /// Languages of domains that come while the run is watched; of those that came before, "other" is said.
@@ -412,6 +444,7 @@ mod tests {
             mfu: None,
             step_ms: 1.0,
             ranks_alive: 4,
+            durability_lag_s: 0.0,
             eta_s: None,
         }
     }
@@ -453,6 +486,29 @@ mod tests {
             (1, 0, 0, 1)
         );
         assert_eq!(shown(1_001, steps), 1);
+    }
+
+    /// A checkpoint that takes long is told now and then; one that is quick only when it is there.
+    #[test]
+    fn a_checkpoint_that_takes_long_is_told_on_its_way() {
+        let mut lines = lines();
+        let mut say = |now_ms, step, stored, for_ms| {
+            let progress = SavingProgress {
+                step: StepsCompleted(step),
+                stored,
+                shards: 4,
+                for_ms,
+            };
+            lines
+                .on(Duration::from_millis(now_ms), &Notice::Saving(progress))
+                .join("|")
+        };
+        assert_eq!(say(10_000, 120, 0, 999), "");
+        assert_eq!(say(12_100, 120, 2, 3_099), "* saving step 120: 2 of 4 shards, 3 s");
+        assert_eq!(say(17_000, 120, 3, 7_999), "", "lately said");
+        assert_eq!(say(17_100, 120, 4, 8_099), "* saving step 120: 4 of 4 shards, 8 s");
+        assert_eq!(say(17_200, 140, 0, 100), "");
+        assert_eq!(say(18_200, 140, 0, 1_100), "* saving step 140: 0 of 4 shards, 1 s");
     }
 
     #[test]

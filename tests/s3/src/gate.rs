@@ -1,6 +1,7 @@
 //! What stands before the service: who may sign, and what time it is here.
 //!
 //! - Keys may be known, expired or unknown, and change while the server runs.
+//! - Checkpoint shards may be kept waiting, as by a store that is slow.
 //! - The server's clock may differ from the machine's. A request that was signed more than a quarter of an hour from it is
 //!   refused, as S3 does it: the answer says when it was signed, what time it is here, and how much is allowed.
 //!
@@ -10,7 +11,7 @@ use crate::Credentials;
 use futures::StreamExt;
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HeaderValue};
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use s3s::auth::{S3Auth, SecretKey};
 use s3s::dto::{Timestamp, TimestampFormat};
 use s3s::{Body, S3Result, s3_error};
@@ -19,9 +20,12 @@ use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
 
 /// How far from the server's clock a request may have been signed, as S3 has it.
 const SKEW_SECONDS_MAX: u64 = 15 * 60;
+/// What the path of a checkpoint shard holds.
+const SHARDS: &str = "/shards/";
 
 /// What the server holds of a key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +56,8 @@ struct State {
     keys: RwLock<HashMap<String, (String, Standing)>>,
     /// Seconds by which the server's clock is ahead of the machine's.
     ahead_s: AtomicI64,
+    /// Checkpoint shards that may still be written before others wait; none where nothing waits.
+    shards_left: watch::Sender<Option<usize>>,
 }
 
 /// A refusal, before it is written down.
@@ -79,6 +85,37 @@ impl Gate {
 
     pub(crate) fn shift_clock(&self, ahead_s: i64) {
         self.0.ahead_s.store(ahead_s, Ordering::Relaxed);
+    }
+
+    pub(crate) fn hold_shards_after(&self, count: Option<usize>) {
+        self.0.shards_left.send_replace(count);
+    }
+
+    /// Waits where this request writes a checkpoint shard and those are held.
+    pub(crate) async fn wait(&self, request: &Request<Incoming>) {
+        if request.method() != Method::PUT || !request.uri().path().contains(SHARDS) {
+            return;
+        }
+        // Before the first look, so that no change is missed behind it.
+        let mut changes = self.0.shards_left.subscribe();
+        while !self.takes_a_place() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn takes_a_place(&self) -> bool {
+        let mut passes = true;
+        self.0.shards_left.send_if_modified(|left| {
+            match left {
+                None => {}
+                Some(0) => passes = false,
+                Some(count) => *count -= 1,
+            }
+            false
+        });
+        passes
     }
 
     fn key(&self, key_id: &str) -> Option<(String, Standing)> {

@@ -8,8 +8,8 @@
 //! a bucket that is missing, and cannot hold keys much longer than a hundred characters.
 //!
 //! Its users are two: one who may do everything, and a run's ranks, who may not delete. Tests let their keys expire, become
-//! unknown and come back, admit others, and set the server's clock ([`Server::set_standing`], [`Server::admit`],
-//! [`Server::shift_clock`]).
+//! unknown and come back, admit others, keep uploads waiting, and set the server's clock ([`Server::set_standing`],
+//! [`Server::admit`], [`Server::hold_shards_after`], [`Server::shift_clock`]).
 //!
 //! What it does not do: survive a power cut (nothing is synced), keep metadata or checksums that come with an object,
 //! encrypt. It listens on 127.0.0.1 alone. One process serves a folder at a time.
@@ -196,6 +196,11 @@ impl Server {
         }
     }
 
+    /// Lets so many more checkpoint shards be written and keeps all others waiting; with `None` nothing waits any more.
+    pub fn hold_shards_after(&self, count: Option<usize>) {
+        self.gate.hold_shards_after(count);
+    }
+
     /// Sets the server's clock so many seconds ahead of the machine's; below 0 it is behind.
     pub fn shift_clock(&self, seconds_ahead: i64) {
         self.gate.shift_clock(seconds_ahead);
@@ -270,6 +275,7 @@ async fn accept(listener: TcpListener, service: S3Service, gate: Gate) {
         let serve = service_fn(move |request: hyper::Request<Incoming>| {
             let (service, gate) = (service.clone(), gate.clone());
             async move {
+                gate.wait(&request).await;
                 let mut answer = match gate.refuse(request).await {
                     Ok(refused) => refused,
                     Err(request) => service.call(request.map(s3s::Body::from)).await?,

@@ -65,7 +65,7 @@ fn twenty_kills_at_random_moments_change_nothing() {
 }
 
 /// STEP-2, SUP-2: the survivors of a loss commit many steps while the replacement is not ready, and it joins later
-/// without a restart of anybody.
+/// without a restart of anybody. Its peers feed it: nobody goes back to a checkpoint.
 #[test]
 fn survivors_do_not_wait_for_the_replacement() {
     let project = Project::tiny();
@@ -106,6 +106,17 @@ fn survivors_do_not_wait_for_the_replacement() {
     );
     assert_undisturbed(&mut run, steps, "a slow replacement");
     assert_eq!(run.events("rank_lost").len(), incarnation as usize, "{}", run.tail());
+    let generations = run.events("generation");
+    let (from_seed, later) = generations.split_first().expect("a generation");
+    assert_eq!(from_seed["restored"], true, "{from_seed}");
+    let restored: Vec<_> = later.iter().filter(|event| event["restored"] != false).collect();
+    assert!(restored.is_empty(), "{restored:?}");
+    let joined = later.last().expect("a generation after the loss");
+    assert_eq!(joined["ranks"], 4, "{joined}");
+    assert!(
+        joined["base"].as_u64() > Some(from),
+        "{joined}, and step {from} was before it came"
+    );
 }
 
 /// STEP-2, SUP-2: a rank that stands still is evicted after `fault.timeout_ms` and replaced; what it says after it

@@ -120,6 +120,7 @@ fn a_collector_sees_steps_checkpoints_and_a_recovery() {
         metrics,
         [
             "tarazed.bits_per_byte",
+            "tarazed.checkpoint.durability_lag",
             "tarazed.checkpoint.duration",
             "tarazed.grad_norm",
             "tarazed.loss",

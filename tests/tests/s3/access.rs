@@ -57,7 +57,11 @@ fn place() -> Place {
 }
 
 fn train(project: &Project, run: &str, place: &Place) -> Train {
-    let train = project.train(run).ranks(2).steps(STEPS);
+    train_to(STEPS, project, run, place)
+}
+
+fn train_to(steps: u64, project: &Project, run: &str, place: &Place) -> Train {
+    let train = project.train(run).ranks(2).steps(steps);
     train
         .set("checkpoint.store", &place.url_of(run))
         .set("checkpoint.interval_steps", &INTERVAL.to_string())
@@ -123,6 +127,7 @@ fn a_run_that_is_not_let_in_is_refused() {
         assert_eq!(run.trace(), trace, "{}", refusal.name);
         assert_eq!(project.committed(place.url_of("old")), saved, "{}", refusal.name);
     }
+    place.assert_untold(run.dir(), &place.url_of("old"), &[]);
 }
 
 /// In mid-run, CKPT-1: training goes on, the warning says how far durability lags and what to do, and what is saved stays.
@@ -177,8 +182,51 @@ fn a_run_trains_on_while_it_is_not_let_in() {
         assert!(run.events("rank_lost").is_empty(), "{name}\n{}", run.tail());
         place.assert_silent(&run.tail());
         let url = place.url_of("locked-out");
+        place.assert_untold(run.dir(), &url, &[]);
         project.tarazed(&["checkpoint", "verify", &url]).assert_code(0);
     }
+}
+
+/// The lag in `metrics.jsonl` grows from line to line while nothing can be saved, and falls back when it can.
+#[test]
+fn the_lag_of_durability_grows_and_falls_back() {
+    const GROWN_S: f64 = 2.5;
+    let place = place();
+    let (server, project) = (place.server(), place.project(Project::tiny()));
+    // It is stopped long before its end, however quick the machine.
+    let mut run = Run::start(&train_to(4_000, &project, "lag", &place));
+    wait_for_checkpoint_after(&mut run, 0);
+    server.set_standing_of_all(Standing::Expired);
+    let told = |run: &Run| -> Vec<(Option<u64>, f64)> {
+        let lines = run.json_lines("metrics.jsonl").into_iter();
+        lines
+            .map(|line| {
+                (
+                    line["durable_step"].as_u64(),
+                    line["durability_lag_s"].as_f64().expect("a number"),
+                )
+            })
+            .collect()
+    };
+    let newest = |run: &Run| told(run).last().copied();
+    run.wait_for("a lag", |run| newest(run).filter(|(_, lag_s)| *lag_s > GROWN_S));
+    let lines = told(&run);
+    let (durable, grown_s) = lines[lines.len() - 1];
+    assert!(durable.is_some(), "{}", run.tail());
+    let behind: Vec<f64> = lines
+        .iter()
+        .filter(|line| line.0 == durable)
+        .map(|line| line.1)
+        .collect();
+    let grows = behind.windows(2).all(|pair| pair[0] < pair[1]);
+    assert!(behind.len() > 2 && grows, "of step {durable:?}: {behind:?}");
+    server.set_standing_of_all(Standing::Valid);
+    run.wait_for("a lag as between two checkpoints", |run| {
+        newest(run).filter(|(later, lag_s)| *later > durable && *lag_s < grown_s)
+    });
+    run.signal(Signal::TERM);
+    run.finish().assert_code(34);
+    assert_prefix(&run);
 }
 
 /// In a restore: all copies are lost while the store lets nobody in. The run halts and says why; let in again, it goes on from
@@ -216,6 +264,7 @@ fn a_restore_that_is_not_let_in_halts_and_loses_nothing() {
         let base = base.and_then(|event| event["base"].as_u64());
         assert!(base >= Some(saved), "{name}: {base:?}\n{}", again.tail());
         assert_prefix(&again);
+        place.assert_untold(again.dir(), &place.url_of("restoring"), &[]);
     }
 }
 
@@ -268,4 +317,7 @@ fn keys_that_are_renewed_in_a_profile_reach_a_run_that_goes_on() {
         assert!(!run.tail().contains(secret.as_str()), "a secret was printed");
     }
     place.assert_silent(&run.tail());
+    // Who searches the bucket has the old keys.
+    server.set_standing(&old.key_id, Standing::Valid);
+    own.assert_untold(run.dir(), &place.url_of("renewed"), &[&new.secret, TOKEN]);
 }

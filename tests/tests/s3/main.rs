@@ -52,6 +52,30 @@ fn wrong_credentials_and_missing_buckets_are_refused() {
     }
 }
 
+/// What other tests find nowhere is found where it is: in a file, whatever its folder, behind a link, and in an object.
+#[test]
+fn a_planted_secret_is_found() {
+    let token = "a-token-of-a-session";
+    let place = Place::own().clone_with("AWS_SESSION_TOKEN", token);
+    let url = place.url();
+    let temporary = || tempfile::tempdir().expect("a temporary folder");
+    let (folder, elsewhere) = (temporary(), temporary());
+    let (inside, outside) = (folder.path().join("log/old"), elsewhere.path().join("target"));
+    std::fs::create_dir_all(&inside).expect("a folder");
+    std::fs::write(inside.join("worker-0.log"), "nothing").expect("a file");
+    std::fs::write(&outside, format!("behind a link: {}", place.credentials().secret)).expect("a file");
+    place.run_at("plant", &url, &["harmless".to_owned()]);
+    place.assert_untold(folder.path(), &url, &["said by nobody"]);
+
+    std::fs::write(inside.join("worker-1.log"), format!("\0\0{token}\n")).expect("a file");
+    std::os::unix::fs::symlink(&outside, folder.path().join("linked")).expect("a link");
+    place.run_at("plant", &url, &["another secret".to_owned()]);
+    let told_by = place.told_by(folder.path(), &url, &["another secret"]);
+    let found = |end: &&str| told_by.iter().any(|name| name.ends_with(*end));
+    let ends = ["linked", "planted", "worker-1.log"];
+    assert!(told_by.len() == ends.len() && ends.iter().all(found), "{told_by:?}");
+}
+
 #[test]
 #[ignore = "started by the other tests, in a process with its own environment"]
 fn child() {

@@ -1,5 +1,6 @@
 //! Where a test keeps its objects: a server, a bucket in it, and a prefix that nobody else uses.
 
+use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,6 +12,11 @@ use tarazed_tests::harness::Project;
 const BUCKET: &str = "TARAZED_TEST_BUCKET";
 const CASE: &str = "TARAZED_TEST_CASE";
 const LOCATION: &str = "TARAZED_TEST_LOCATION";
+/// What must be told nowhere, a line each.
+const SECRETS: &str = "TARAZED_TEST_SECRETS";
+/// How a search of objects begins the line that names one, and the line that says how many there were.
+pub const TOLD_BY: &str = "told by: ";
+pub const LOOKED_AT: &str = "objects looked at: ";
 const KEY_ID: &str = "AWS_ACCESS_KEY_ID";
 const SECRET: &str = "AWS_SECRET_ACCESS_KEY";
 const SESSION_TOKEN: &str = "AWS_SESSION_TOKEN";
@@ -148,6 +154,12 @@ impl Place {
     /// Runs a case of the store in a child process whose only credentials are this place's; it says no secret.
     #[track_caller]
     pub fn run(&self, case: &str) {
+        self.run_at(case, &self.url(), &[]);
+    }
+
+    /// The same at this URL, for a case that knows these secrets; what it said.
+    #[track_caller]
+    pub fn run_at(&self, case: &str, location: &str, secrets: &[String]) -> String {
         let mut child = Command::new(std::env::current_exe().expect("a test knows its own path"));
         child.args(["child", "--exact", "--ignored", "--nocapture"]);
         for (name, _) in std::env::vars().filter(|(name, _)| is_of_store(name)) {
@@ -155,7 +167,8 @@ impl Place {
         }
         let output = child
             .env(CASE, case)
-            .env(LOCATION, self.url())
+            .env(LOCATION, location)
+            .env(SECRETS, secrets.join("\n"))
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .output()
             .expect("the child runs");
@@ -166,23 +179,85 @@ impl Place {
         let text = format!("{}, {case}: {said}{complained}", self.name);
         self.assert_silent(&text);
         assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        text
     }
 
     /// Fails if a text holds a secret, and does not show it then.
     #[track_caller]
     pub fn assert_silent(&self, text: &str) {
-        let is_secret = |name: &str| name.ends_with(SECRET) || name.ends_with(SESSION_TOKEN);
-        let given = self.variables.iter().filter(|(name, _)| is_secret(name));
-        for secret in given.map(|(_, secret)| secret).chain([&self.secret]) {
+        for secret in self.secrets() {
             let shown = text.replace(secret.as_str(), "***");
             assert!(!text.contains(secret.as_str()), "a secret was printed: {shown}");
         }
+    }
+
+    /// Secret keys and session tokens, of the controller and of ranks.
+    fn secrets(&self) -> Vec<String> {
+        let is_secret = |name: &str| name.ends_with(SECRET) || name.ends_with(SESSION_TOKEN);
+        let given = self.variables.iter().filter(|(name, _)| is_secret(name));
+        given.map(|(_, secret)| secret).chain([&self.secret]).cloned().collect()
+    }
+
+    /// Fails if a file of the run folder or an object of its store holds a secret of this place, or one of `more`.
+    #[track_caller]
+    pub fn assert_untold(&self, run_dir: &Path, url: &str, more: &[&str]) {
+        let told_by = self.told_by(run_dir, url, more);
+        assert!(told_by.is_empty(), "a secret is in {told_by:?}");
+    }
+
+    /// Files below a folder and objects below a URL that hold a secret of this place, or one of `more`. Fails where there is
+    /// no file or no object: nothing would have been looked at.
+    #[track_caller]
+    pub fn told_by(&self, folder: &Path, url: &str, more: &[&str]) -> Vec<String> {
+        let mut secrets = self.secrets();
+        secrets.extend(more.iter().map(|secret| (*secret).to_owned()));
+        let (mut told_by, mut looked_at) = (Vec::new(), 0);
+        let mut folders = vec![folder.to_owned()];
+        while let Some(next) = folders.pop() {
+            for entry in std::fs::read_dir(&next).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                // A link's target counts: what a run has linked is part of its folder.
+                let kind = std::fs::metadata(&path).expect("a file's facts").file_type();
+                if kind.is_dir() {
+                    folders.push(path);
+                } else if kind.is_file() {
+                    looked_at += 1;
+                    let bytes = std::fs::read(&path).expect("a readable file");
+                    told_by.extend(tells(&bytes, &secrets).then(|| path.display().to_string()));
+                }
+            }
+        }
+        assert!(looked_at > 0, "no file in {}", folder.display());
+        let said = self.run_at("search", url, &secrets);
+        let number = said.lines().find_map(|line| line.strip_prefix(LOOKED_AT));
+        let number: u64 = number.and_then(|number| number.parse().ok()).expect("a number");
+        assert!(number > 0, "no object in {url}");
+        told_by.extend(
+            said.lines()
+                .filter_map(|line| line.strip_prefix(TOLD_BY).map(str::to_owned)),
+        );
+        told_by
     }
 
     /// What the failure of a test names it.
     pub fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Whether bytes hold one of these texts.
+pub fn tells(bytes: &[u8], secrets: &[String]) -> bool {
+    let holds = |secret: &[u8]| {
+        let is_it = |part: &[u8]| part.first() == secret.first() && part == secret;
+        !secret.is_empty() && bytes.windows(secret.len()).any(is_it)
+    };
+    secrets.iter().any(|secret| holds(secret.as_bytes()))
+}
+
+/// The secrets that this process is to search for.
+pub fn secrets() -> Vec<String> {
+    let all = std::env::var(SECRETS).unwrap_or_default();
+    all.lines().map(str::to_owned).collect()
 }
 
 /// Whether it says how the store is reached.

@@ -47,6 +47,7 @@ fn a_run_goes_on_from_its_bucket() {
         assert!(stopped_at < STEPS, "{name}: it was done before it was stopped");
         assert_eq!(run.newest_checkpoint(), stopped_at, "{name}\n{}", run.tail());
         place.assert_silent(&run.tail());
+        place.assert_untold(run.dir(), &url, &[]);
         assert!(!run.dir().join("store").exists(), "{name}: a folder besides the bucket");
         lose(run.dir());
         let again = on_store(project.train("bucket").ranks(3), &url).arg("--resume");
@@ -60,8 +61,55 @@ fn a_run_goes_on_from_its_bucket() {
             "{name}\n{}",
             again.tail()
         );
+        place.assert_untold(again.dir(), &url, &[]);
         look_at(&project, &url, name);
     }
+}
+
+/// While the shards of a checkpoint are on their way, `status` and the terminal say how many are there, and since when; the run
+/// trains on. Once it is committed nothing is said of it any more.
+#[test]
+fn a_checkpoint_on_its_way_is_told() {
+    const STORED: usize = 3;
+    let place = Place::own();
+    let (server, project) = (place.server(), place.project(Project::tiny()));
+    let (train, url) = (project.train("told").ranks(2), place.url());
+    let dir = project.run_dir("told").display().to_string();
+    server.hold_shards_after(Some(STORED));
+    let mut run = Run::start(&train.set("checkpoint.store", &url));
+    let ask = |more: &[&str]| project.tarazed(&[&["status", "--run-dir", dir.as_str()][..], more].concat());
+    let saving = || {
+        let answer = ask(&["--json"]);
+        let answer = (answer.code == Some(0)).then_some(answer.stdout)?;
+        let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+        Some(answer["saving"].clone())
+    };
+    let held = run.wait_for("three shards in the store", |_| {
+        saving().filter(|saving| saving["stored"] == STORED)
+    });
+    assert_eq!(held["shards"], 8, "{held}");
+    let step = held["step"].as_u64().expect("a step");
+    let told = format!("saving step {step}: {STORED} of 8 shards, ");
+    run.wait_for("a line of it", |run| {
+        run.tail().contains(&format!("* {told}")).then_some(())
+    });
+    let later = run.step() + 10;
+    run.wait_for_step(later);
+    let table = ask(&[]);
+    assert!(table.stdout.contains(&told), "{}", table.tail());
+    let still = saving().expect("a live run");
+    assert_eq!((&still["step"], &still["stored"]), (&held["step"], &held["stored"]));
+    assert!(still["for_ms"].as_u64() >= Some(1_000), "{still}");
+    assert_eq!(run.newest_checkpoint(), 0, "a part is none\n{}", run.tail());
+    server.hold_shards_after(None);
+    run.wait_for("the checkpoint", |run| (run.newest_checkpoint() >= step).then_some(()));
+    run.wait_for("an answer without it", |_| {
+        saving().filter(|saving| saving["step"] != held["step"])
+    });
+    run.signal(Signal::TERM);
+    run.finish().assert_code(34);
+    assert_eq!(run.newest_checkpoint(), assert_prefix(&run), "{}", run.tail());
+    assert_eq!(saving(), Some(serde_json::Value::Null), "it is over");
 }
 
 /// The commands for people who look after checkpoints, and the second opinion, take the URL.
@@ -127,6 +175,7 @@ fn ranks_need_no_right_to_delete() {
         assert!(of_state("committed").contains(&40), "{listed}");
         assert!(of_state("retired").contains(&first), "{listed}");
         place.assert_silent(&run.tail());
+        place.assert_untold(run.dir(), &url, &[]);
     }
 }
 
@@ -137,9 +186,11 @@ fn a_rank_that_may_not_write_is_heard_of() {
         let place = place.clone_with("TARAZED_RANK_AWS_SECRET_ACCESS_KEY", "wrong-horse-battery-staple");
         let project = place.project(Project::tiny());
         let train = project.train("unheard").ranks(2).steps(12);
-        let outcome = train.set("checkpoint.store", &place.url()).finish();
+        let url = place.url();
+        let outcome = train.set("checkpoint.store", &url).finish();
         assert_ne!(outcome.code, Some(0), "{}", outcome.tail());
         assert!(outcome.tail().contains("check the credentials"), "{}", outcome.tail());
         place.assert_silent(&outcome.tail());
+        place.assert_untold(&project.run_dir("unheard"), &url, &[]);
     }
 }

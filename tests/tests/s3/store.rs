@@ -1,6 +1,7 @@
 //! What the store does on a server, in a process whose environment says which.
 
 use crate::checkpoints::{checkpoint, life, upload, writer};
+use crate::place;
 use futures::future::join_all;
 use futures::{StreamExt, TryStreamExt};
 use object_store::aws::{AmazonS3, AmazonS3Builder};
@@ -24,6 +25,8 @@ pub async fn run(case: &str, location: &str) {
         "race" => race(location).await,
         "claims" => claims(location).await,
         "objects" => objects(location).await,
+        "search" => search(location).await,
+        "plant" => plant(location).await,
         "no deletion" => no_deletion(location).await,
         "wrong credentials" => refused(&store, "check the credentials").await,
         "expired" => refused(&store, "renew them").await,
@@ -31,6 +34,33 @@ pub async fn run(case: &str, location: &str) {
         "clock ahead" => refused(&store, "120 minutes ahead of").await,
         "no bucket" => refused(&store, "create the bucket").await,
         other => panic!("no case {other}"),
+    }
+}
+
+/// Names all objects below a URL that hold a secret, and says how many there are.
+async fn search(location: &str) {
+    let ((client, prefix), secrets) = (client(location), place::secrets());
+    assert!(!secrets.is_empty(), "nothing to search for");
+    println!(); // what names the test may stand at the line's beginning
+    let found = client.list(Some(&prefix)).map_ok(|meta| meta.location);
+    let found: Vec<Path> = found.try_collect().await.expect("a listing");
+    for path in &found {
+        let object = client.get(path).await.expect("an object");
+        if place::tells(&object.bytes().await.expect("its bytes"), &secrets) {
+            println!("{}{path}", place::TOLD_BY);
+        }
+    }
+    println!("{}{}", place::LOOKED_AT, found.len());
+}
+
+/// Writes an object that holds the first secret, and one that holds none.
+async fn plant(location: &str) {
+    let ((client, prefix), secrets) = (client(location), place::secrets());
+    for (name, text) in [("planted", secrets[0].as_str()), ("innocent", "nothing")] {
+        let body = [b"\0before ".as_slice(), text.as_bytes(), b" behind"].concat();
+        let key = prefix.clone().join(name);
+        let put = client.put(&key, PutPayload::from(body));
+        put.await.expect("written");
     }
 }
 

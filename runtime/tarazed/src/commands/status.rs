@@ -4,6 +4,7 @@
 
 use crate::exit::{Exit, Failure};
 use crate::output::{print, print_json};
+use crate::progress;
 use crate::run_folder::RunFolder;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -149,6 +150,7 @@ fn from_files(folder: &RunFolder) -> Result<Value, Failure> {
         "generation": null,
         "step": step.unwrap_or(json!(0)),
         "workers": [],
+        "saving": null,
         "signals": signals_of(&folder.metrics())?,
         "last_line": line,
         "last_event": event,
@@ -243,6 +245,11 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
                 columns.map(|name| format!("{:>12}", field(worker, name))).concat()
             );
         }
+    }
+    if let Some(saving) = answer.get("saving").filter(|saving| saving.is_object()) {
+        let number = |key: &str| saving.get(key).and_then(Value::as_u64).unwrap_or_default();
+        let [step, stored, shards, for_ms] = ["step", "stored", "shards", "for_ms"].map(number);
+        let _ = writeln!(text, "{}", progress::saving(step, stored, shards, for_ms));
     }
     if let Some(notice) = answer.get("rollback_notice").filter(|notice| notice.is_object()) {
         let _ = writeln!(
@@ -356,7 +363,7 @@ mod tests {
         let listener = UnixListener::bind(folder.control_socket()).expect("a socket");
         let server = serve_once(
             listener,
-            "{\"generation\":2,\"step\":7,\"workers\":[{\"worker\":0,\"rank\":0,\"pid\":9,\"incarnation\":1,\"lanes\":[0,4],\"step\":7,\"state\":\"training\"}]}\n",
+            "{\"generation\":2,\"step\":7,\"saving\":{\"step\":5,\"stored\":2,\"shards\":4,\"for_ms\":3900},\"workers\":[{\"worker\":0,\"rank\":0,\"pid\":9,\"incarnation\":1,\"lanes\":[0,4],\"step\":7,\"state\":\"training\"}]}\n",
         );
         let answer = ask(&folder, "status").expect("an answer").expect("a live run");
         let request = server.join().expect("the server ends");
@@ -364,6 +371,7 @@ mod tests {
         let text = table(&folder, &answer);
         assert!(text.contains("live, step 7, generation 2"), "{text}");
         assert!(text.contains("training"), "{text}");
+        assert!(text.contains("\nsaving step 5: 2 of 4 shards, 3 s\n"), "{text}");
     }
 
     #[test]
@@ -410,6 +418,7 @@ mod tests {
         assert_eq!((&answer["live"], &answer["step"]), (&json!(false), &json!(2)));
         let text = table(&folder, &answer);
         assert!(text.contains("not live, step 2"), "{text}");
+        assert!(!text.contains("saving"), "{text}");
         assert!(text.contains("loss 3.5"), "{text}");
     }
 

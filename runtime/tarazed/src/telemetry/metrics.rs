@@ -13,6 +13,8 @@ pub struct StepSample {
     pub loss: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
+    /// How long the oldest line has waited that no checkpoint covers, in seconds.
+    pub durability_lag_s: f64,
 }
 
 #[cfg(feature = "otlp")]
@@ -39,6 +41,7 @@ mod instruments {
         bits_per_byte: Gauge<f64>,
         recovery_ms: Histogram<f64>,
         checkpoint_ms: Histogram<f64>,
+        durability_lag_s: Gauge<f64>,
     }
 
     /// The instruments of one process.
@@ -75,6 +78,11 @@ mod instruments {
                 ),
                 recovery_ms: histogram("tarazed.recovery.duration", "From a failure to training again"),
                 checkpoint_ms: histogram("tarazed.checkpoint.duration", "From snapshot to commit record"),
+                durability_lag_s: gauge(
+                    "tarazed.checkpoint.durability_lag",
+                    "s",
+                    "How long the oldest step has waited that no checkpoint covers",
+                ),
             })))
         }
 
@@ -86,6 +94,7 @@ mod instruments {
             instruments.tokens_per_s.record(sample.tokens_per_s, &[]);
             instruments.loss.record(sample.loss, &[]);
             instruments.grad_norm.record(sample.grad_norm, &[]);
+            instruments.durability_lag_s.record(sample.durability_lag_s, &[]);
         }
 
         /// What the closed loop saw in a committed step; what is not known is not reported.

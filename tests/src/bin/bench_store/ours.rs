@@ -1,4 +1,5 @@
-//! Our side: shards through the store crate, as checkpoint writers and restoring ranks use it.
+//! Our side: shards through the store crate. Written all at once, as the checkpoint writers of all ranks do it. Read all at once,
+//! as by one rank for each shard: a rank of a run that restores several reads them one after the other.
 
 use anyhow::{Context, Result, ensure};
 use std::io::Write;
