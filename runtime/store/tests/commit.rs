@@ -203,7 +203,7 @@ async fn any_death_in_an_upload_of_parts_leaves_a_whole_checkpoint_or_none() {
         }
         assert!(seen[0], "some death comes before the commit record");
         assert!(seen[1] || fault == Fault::Before, "some death comes after it");
-        let hits = |operation| struck.iter().filter(|it| **it == operation).count();
+        let hits = |operation: &str| struck.iter().filter(|it| **it == operation).count();
         assert_eq!(
             ["begin upload", "upload part", "complete upload"].map(hits),
             [1, 2, 1],

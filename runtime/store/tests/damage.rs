@@ -205,7 +205,9 @@ async fn pinned_and_collected(objects: &Arc<dyn ObjectStore>) -> BTreeMap<u64, V
         new.retain(|key| !before.contains(key));
         written.insert(step, new);
         match step {
-            10 => drop(store.pin(StepsCompleted(10), "a result in the paper").await.unwrap()),
+            10 => {
+                store.pin(StepsCompleted(10), "a result in the paper").await.unwrap();
+            }
             20 => {
                 store.pin(StepsCompleted(20), "for now").await.unwrap();
                 store.unpin(StepsCompleted(20)).await.unwrap();

@@ -297,9 +297,9 @@ fn get_harmed(request: &Request, key: &str, state: &mut State, mischief: Mischie
         Mischief::AnswersShort { of } => key.contains(of) && state.harm(key.to_string(), usize::MAX),
         _ => false,
     };
-    let bytes = state.objects.get(key).map(|bytes| match is_short {
-        true => bytes[..bytes.len() - 1].to_vec(),
-        false => bytes.clone(),
+    let bytes = state.objects.get(key).map(|bytes| {
+        let end = bytes.len() - usize::from(is_short);
+        bytes[..end].to_vec()
     });
     match get(request, bytes.as_ref()) {
         Answer::Is(status, headers, body) if is_torn => Answer::Torn(status, headers, body),
