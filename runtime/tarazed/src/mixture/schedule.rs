@@ -305,7 +305,7 @@ pub fn recall(cases: &[CaseRuns<'_>], runner: &impl Runner, book: &mut Book) -> 
 /// processor idles at the end of a case. `told` hears of each run when it is finished.
 ///
 /// # Errors
-/// As [`side_by_side`].
+/// The first of [`Runner::run`] or of `told`.
 pub async fn carry_out(
     cases: &[CaseRuns<'_>],
     runner: &impl Runner,
