@@ -1,6 +1,6 @@
 """Stores and fetches the bytes of a checkpoint as other tools do; driven by `bench_store`.
 
-    store_peers.py boto3 FOLDER LOCATION PART_BYTES SHARDS     the files FOLDER/shard-I, as they are, by boto3's transfer manager
+    store_peers.py boto3 FOLDER LOCATION PART_BYTES SHARDS     the bytes of FOLDER/shard-I by boto3's transfer manager
     store_peers.py dcp   FOLDER DESTINATION SHARDS             their bytes as tensors, by torch.distributed.checkpoint
 
 One command a line on standard input, one JSON object a line on standard output:
@@ -9,11 +9,12 @@ One command a line on standard input, one JSON object a line on standard output:
     get N     fetches what was stored under the name N
     async N   stores it with dcp.async_save: "stall" is until it returns, "seconds" until it is done
 
-boto3: each shard is a multipart upload of PART_BYTES parts, all shards at once and ten requests at a time for each (its
-default). dcp: one process, one thread a shard (`FileSystemWriter(thread_count=SHARDS)`), fsync on as it is by default.
+boto3: from memory to the store and from there to memory, as ours; each shard is a multipart upload of PART_BYTES parts, all
+shards at once and ten requests at a time for each (its default). dcp: one process, one thread a shard (`FileSystemWriter(thread_count=SHARDS)`), fsync on as it is by default.
 """
 
 import concurrent.futures
+import io
 import json
 import pathlib
 import resource
@@ -29,25 +30,27 @@ def boto3_peer(folder, location, part_bytes, shards):
     bucket, prefix = location.removeprefix("s3://").split("/", 1)
     config = TransferConfig(multipart_threshold=part_bytes, multipart_chunksize=part_bytes)
     client = boto3.client("s3")
-    fetched = folder / "fetched"
-    fetched.mkdir(exist_ok=True)
+    state = [(folder / f"shard-{index}").read_bytes() for index in range(shards)]
 
     def key(name, index):
         return f"{prefix}/peer/{name}/shard-{index}"
 
     def put(name):
         def one(index):
-            client.upload_file(str(folder / f"shard-{index}"), bucket, key(name, index), Config=config)
+            client.upload_fileobj(io.BytesIO(state[index]), bucket, key(name, index), Config=config)
 
         with concurrent.futures.ThreadPoolExecutor(shards) as pool:
             list(pool.map(one, range(shards)))
 
     def get(name):
         def one(index):
-            client.download_file(bucket, key(name, index), str(fetched / f"shard-{index}"), Config=config)
+            fetched = io.BytesIO()
+            client.download_fileobj(bucket, key(name, index), fetched, Config=config)
+            return len(fetched.getbuffer())
 
         with concurrent.futures.ThreadPoolExecutor(shards) as pool:
-            list(pool.map(one, range(shards)))
+            lengths = list(pool.map(one, range(shards)))
+        assert lengths == [len(shard) for shard in state], lengths
 
     return {"put": put, "get": get}, f"boto3 {boto3.__version__}"
 
