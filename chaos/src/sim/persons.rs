@@ -4,6 +4,8 @@
 //! - What is granted stands in the line that was named, where the controller that granted it writes that line; a request is
 //!   lost with its controller.
 //! - The trace holds nothing that nobody asked for, and nothing twice.
+//! - A rollback is granted and may still not come: where the policy goes back first, the state that it named may be none to go
+//!   back to any more.
 
 use super::random::Random;
 use super::scenario::CONTEXT;
@@ -84,7 +86,7 @@ impl Persons {
     fn think(&self, random: &mut Random) -> Request {
         let mut inner = self.lock();
         let domains = inner.domains.max(DOMAINS);
-        let kind = match random.between(0, 13) {
+        let kind = match random.between(0, 16) {
             0..=2 => DecisionKind::Mixture {
                 weights: weights(random, domains),
             },
@@ -102,7 +104,11 @@ impl Persons {
                 grad_norm: random.between(1, 60) as f64 / 10.0,
             }),
             10 => DecisionKind::Decay,
-            11 | 12 => DecisionKind::Data(change(random, domains)),
+            11..=13 => DecisionKind::Data(change(random, domains)),
+            14 | 15 => DecisionKind::Rollback {
+                to: StepsCompleted(random.between(0, inner.written.0)),
+                discarded: Vec::new(),
+            },
             _ => DecisionKind::Stop,
         };
         // Most runs come to their end, and data change at a step that is still to be decided.
@@ -166,7 +172,7 @@ impl Persons {
             let promised = asked.granted.filter(|(by, ..)| *by == controller);
             let kept = promised.is_none_or(|(_, at, from)| (at, from) == (line, decision.effective));
             let early = asked.not_before.is_some_and(|step| decision.effective < step);
-            if !kept || early || asked.is_refused || asked.kind != decision.kind {
+            if !kept || early || asked.is_refused || !is_asked(&asked.kind, &decision.kind) {
                 return Err(format!(
                     "line {line} holds {decision:?}, and {person} was told {promised:?}"
                 ));
@@ -174,12 +180,24 @@ impl Persons {
         }
         let broken = inner.asked.iter().find(|(_, asked)| {
             let due = asked.granted.is_some_and(|(by, at, _)| (by, at) == (controller, line));
-            due && !asked.is_recorded
+            due && !asked.is_recorded && !matches!(asked.kind, DecisionKind::Rollback { .. })
         });
         match broken {
             Some((person, _)) => Err(format!("line {line} does not hold what {person} was granted")),
             None => Ok(()),
         }
+    }
+}
+
+/// Whether what is decided is what was asked for, up to what the engine fills in: what a rollback discards, and shares of new
+/// domains.
+fn is_asked(asked: &DecisionKind, decided: &DecisionKind) -> bool {
+    match (asked, decided) {
+        (DecisionKind::Rollback { to: asked, .. }, DecisionKind::Rollback { to, .. }) => asked == to,
+        (DecisionKind::Data(asked), DecisionKind::Data(change)) if !asked.states_mixture() => {
+            (&asked.version, &asked.domains) == (&change.version, &change.domains) && !change.states_mixture()
+        }
+        (asked, decided) => asked == decided,
     }
 }
 
@@ -199,10 +217,16 @@ fn change(random: &mut Random, domains: u16) -> DataChange {
         train_sequences,
         train_tokens: train_sequences * CONTEXT,
     };
+    let is_new = domain >= domains;
+    let weights = match random.between(0, 3) {
+        0 => Vec::new(),
+        1 if is_new => vec![random.between(5, 30) as f64 / 100.0],
+        _ => weights(random, domains.max(domain + 1)),
+    };
     DataChange {
         version: blake3::hash(&random.bits().to_le_bytes()).to_hex().to_string(),
         domains: vec![edition],
-        weights: weights(random, domains.max(domain + 1)),
+        weights,
     }
 }
 

@@ -233,7 +233,7 @@ impl Undisturbed {
         };
         Ok(Self {
             steps: StepsCompleted(scenario.steps),
-            boundaries: scenario.rollback_boundaries().collect(),
+            boundaries: scenario.rollback_boundaries(),
             tree: LaneTree::new(scenario.lanes),
             config,
             recipe,

@@ -242,10 +242,14 @@ impl Scenario {
         }
     }
 
-    /// Counts at which a rollback acts or to which it goes back, if it is decided at all.
-    pub fn rollback_boundaries(&self) -> impl Iterator<Item = StepsCompleted> {
+    /// Counts at which a rollback acts or to which it goes back, if it is decided at all. Persons may ask for any.
+    #[must_use]
+    pub fn rollback_boundaries(&self) -> Vec<StepsCompleted> {
+        if self.persons {
+            return (0..=self.steps).map(StepsCompleted).collect();
+        }
         let boundaries = |&(line, to): &(u64, u64)| [line + DECISION_LAG_STEPS, to];
-        self.rollbacks.iter().flat_map(boundaries).map(StepsCompleted)
+        self.rollbacks.iter().flat_map(boundaries).map(StepsCompleted).collect()
     }
 
     /// The same with some kinds of fault in it, often; and with persons who decide, if so.

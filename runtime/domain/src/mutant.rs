@@ -117,6 +117,27 @@ mutants! {
     PersonUnheard,
 }
 
+/// Turns off what guards the state, from a program's start.
+#[cfg(feature = "mutants")]
+pub const UNGUARDED: &str = "TARAZED_UNGUARDED";
+
+/// Whether optimizer state is neither hashed nor compared: so that a benchmark can tell what that costs, with the feature
+/// `mutants` alone.
+#[cfg(feature = "mutants")]
+#[must_use]
+pub fn is_unguarded() -> bool {
+    static SET: LazyLock<bool> = LazyLock::new(|| std::env::var_os(UNGUARDED).is_some());
+    *SET
+}
+
+/// Whether optimizer state is neither hashed nor compared: never.
+#[cfg(not(feature = "mutants"))]
+#[must_use]
+#[inline(always)]
+pub const fn is_unguarded() -> bool {
+    false
+}
+
 #[cfg(feature = "mutants")]
 static CHOSEN: LazyLock<AtomicUsize> = LazyLock::new(|| {
     let name = std::env::var(VARIABLE).unwrap_or_default();

@@ -16,6 +16,7 @@ mod double_loss;
 mod eval;
 mod kills;
 mod live_data;
+mod quickstart;
 mod restart_limit;
 mod resume;
 mod rollback;

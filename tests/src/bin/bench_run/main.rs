@@ -83,8 +83,11 @@ enum Part {
         #[arg(long, default_value_t = 9)]
         rounds: usize,
     },
-    /// Step time with replicas against one copy, and the share of hashes and of the barrier.
+    /// A step with fault tolerance against one without.
     Overhead {
+        /// `tarazed` built with `--features tarazed-domain/mutants`: the product cannot do without.
+        #[arg(long)]
+        program: PathBuf,
         /// Rounds; each runs both sides once.
         #[arg(long, default_value_t = 5)]
         rounds: usize,
@@ -135,7 +138,9 @@ fn main() -> Result<()> {
             recovery::measure_stops(&config, ranks, stops, timeout_ms, calm)
         }
         Part::Takeover { rounds } => takeover::measure(&config, ranks, rounds),
-        Part::Overhead { rounds, steps } => overhead::measure(&config, ranks, rounds, steps)?,
+        Part::Overhead { program, rounds, steps } => {
+            overhead::measure(&config, &program.canonicalize()?, ranks, rounds, steps)?
+        }
         Part::Checkpoint { checkpoints } => checkpoint::measure(&config, ranks, checkpoints),
         Part::Memory {
             megabytes,
