@@ -16,12 +16,16 @@ pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())
 }
 
-/// Runs `work` where it holds up nobody, and does not wait.
-pub fn detach(work: impl FnOnce() + Send + 'static) {
+/// Runs `work` where it holds up nobody, and does not wait: `then` gets its result, or a message if it panicked.
+pub fn detach<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+    then: impl FnOnce(Result<T, String>) + Send + 'static,
+) {
     if is_alone() {
-        work();
+        then(Ok(work()));
     } else {
-        tokio::task::spawn_blocking(work);
+        let work = tokio::task::spawn_blocking(work);
+        tokio::spawn(async move { then(work.await.map_err(|e| e.to_string())) });
     }
 }
 

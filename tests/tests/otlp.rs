@@ -1,6 +1,7 @@
 //! A real OTLP collector sees the spans and metrics of a run; one that is absent or mute costs nothing but them.
 
 use opentelemetry_proto::tonic::common::v1::{KeyValue, any_value::Value};
+use opentelemetry_proto::tonic::metrics::v1::{metric, number_data_point};
 use opentelemetry_proto::tonic::trace::v1::Span;
 use std::time::{Duration, Instant};
 use tarazed::telemetry::{self, FLUSH_TIMEOUT_MS, Role, Settings, StepSample};
@@ -93,6 +94,32 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
             "tarazed.throughput",
         ]
     );
+}
+
+/// How far durability lags is told in a stall, too, when no step is committed; and a checkpoint whose time is not known has none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_collector_sees_the_lag_without_a_step() {
+    let collector = Collector::start();
+    let (_dispatch, telemetry) = telemetry::build(&settings(collector.endpoint().to_owned(), 0)).expect("built");
+    telemetry.metrics().durability_lag(3.0);
+    telemetry.metrics().durability_lag(7.5);
+    telemetry.metrics().checkpoint(0.0);
+    tokio::task::spawn_blocking(|| telemetry.shutdown())
+        .await
+        .expect("flushed");
+    let mut last = None;
+    for export in collector.take() {
+        let Export::Metrics(request) = export else { continue };
+        let scopes = request.resource_metrics.into_iter().flat_map(|sent| sent.scope_metrics);
+        for metric in scopes.flat_map(|scope| scope.metrics) {
+            assert_eq!(metric.name, "tarazed.checkpoint.durability_lag");
+            let Some(metric::Data::Gauge(gauge)) = metric.data else {
+                panic!("no gauge")
+            };
+            last = gauge.data_points.into_iter().next_back().and_then(|point| point.value);
+        }
+    }
+    assert_eq!(last, Some(number_data_point::Value::AsDouble(7.5)));
 }
 
 /// Neither a dead port nor a server that accepts and says nothing holds up the run or its end.

@@ -1,6 +1,6 @@
 //! The independent verifier on real runs: it agrees with a run in which ranks were killed, and it names what was damaged.
 //!
-//! `tarazed-verify` shares no code with the program (`tests/tests/tidy.rs`), so its word is a second opinion on CKPT-1,
+//! `tarazed-verify` shares no code with the program (`tests/tests/tidy/floors.rs`), so its word is a second opinion on CKPT-1,
 //! CKPT-4, STEP-4, DATA-1 and DATA-2, made from the documented formats alone.
 
 use serde_json::Value;

@@ -2,7 +2,8 @@
 
 use super::appender::heads_from;
 use super::coordinator::CoordinatorMessage;
-use super::root::OWN_PROGRAM;
+use super::durability::Newest;
+use super::root::{End, OWN_PROGRAM, RootMessage};
 use super::{RunError, TraceHeads, unix_ms};
 use crate::run_folder::{self, Tenure};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -20,6 +21,8 @@ use tarazed_store::{
     BinaryId, CheckpointStore, CommitRef, Digest, Fence, Lineage, Manifest, ObjectRecord, Restorable, Retention,
     ShardGeometry, ShardRecord, StoreError, TraceHead, WriterId,
 };
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 /// Tries of an operation that the store may grant later; the store's own retries come on top.
 const STORE_TRIES_MAX: u32 = 5;
@@ -27,6 +30,8 @@ const STORE_TRIES_MAX: u32 = 5;
 const LISTING_TRIES_MAX: u32 = 3;
 /// The wait before the second try; it doubles with each further one.
 const STORE_RETRY_WAIT_MS: u64 = 500;
+/// A run that is over waits so long for its last collection.
+const LAST_COLLECTION_MS_MAX: u64 = 10_000;
 
 /// What to go on from.
 pub struct Located {
@@ -47,8 +52,8 @@ pub enum CheckpointerMessage {
         below: Option<StepsCompleted>,
         rollbacks: Rollbacks,
     },
-    /// Ranks of the controller before live on: so does their lineage.
-    Inherit,
+    /// Ranks of the controller before live on: so does their lineage. These rollbacks have acted.
+    Inherit(Rollbacks),
     /// Everything is stored: make it a checkpoint.
     Commit {
         step: StepsCompleted,
@@ -61,6 +66,8 @@ pub enum CheckpointerMessage {
         /// The oldest state that one goes back to that is decided and has not acted.
         back_to: Option<StepsCompleted>,
     },
+    /// The run is over: what is being collected may go first, for a while; then the root hears of the end.
+    Close(End, ActorRef<RootMessage>),
 }
 impl ractor::Message for CheckpointerMessage {}
 
@@ -195,6 +202,8 @@ pub struct CheckpointerArguments {
 pub struct CheckpointerState {
     arguments: CheckpointerArguments,
     lineage: Lineage,
+    /// From the first commit on.
+    collector: Option<Collector>,
 }
 
 impl Actor for Checkpointer {
@@ -210,6 +219,7 @@ impl Actor for Checkpointer {
         Ok(CheckpointerState {
             arguments,
             lineage: Lineage::default(),
+            collector: None,
         })
     }
 
@@ -223,7 +233,10 @@ impl Actor for Checkpointer {
             CheckpointerMessage::Locate { below, rollbacks } => {
                 CoordinatorMessage::Located(Box::new(state.locate(below, &rollbacks).await))
             }
-            CheckpointerMessage::Inherit => return state.inherit().await,
+            CheckpointerMessage::Inherit(rollbacks) => {
+                state.inherit(&rollbacks).await;
+                return Ok(());
+            }
             CheckpointerMessage::Commit {
                 step,
                 generation,
@@ -234,7 +247,14 @@ impl Actor for Checkpointer {
                 back_to,
             } => {
                 let manifest = state.manifest(step, generation, shards, *head, &decisions)?;
-                state.commit(manifest, &rollbacks, back_to).await
+                state.commit(manifest, rollbacks, back_to).await
+            }
+            CheckpointerMessage::Close(end, root) => {
+                if let Some(collector) = state.collector.take() {
+                    collector.finish().await;
+                }
+                root.cast(RootMessage::Ended(end))?;
+                return Ok(());
             }
         };
         state.arguments.coordinator.cast(answer)?;
@@ -262,9 +282,13 @@ impl CheckpointerState {
 
     #[tracing::instrument(name = "locate", skip_all)]
     async fn locate(&mut self, below: Option<StepsCompleted>, rollbacks: &Rollbacks) -> Result<Located, (u8, String)> {
+        if let Some(collector) = self.collector.take() {
+            collector.break_off().await;
+        }
         let store = &self.arguments.claimed.store;
         let wanted = |step| below.is_none_or(|below| step < below) && rollbacks.is_live(step);
         let found = newest(store, wanted).await.map_err(judge)?;
+        self.tell_newest(found.as_ref());
         let (mut from, mut head, mut checkpoint) = (None, None, None);
         if let Some(found) = found {
             for warning in found.warnings {
@@ -309,25 +333,52 @@ impl CheckpointerState {
         })
     }
 
-    /// What the newest checkpoint says of the processes that made it is true of these ranks.
-    async fn inherit(&mut self) -> Result<(), ActorProcessingErr> {
+    /// What the newest checkpoint says of the processes that made it is true of these ranks. How much of the trace is durable,
+    /// the newest one of a live state says.
+    async fn inherit(&mut self, rollbacks: &Rollbacks) {
         let store = &self.arguments.claimed.store;
-        match patiently(|| store.newest_valid(None)).await {
-            Ok(Some(newest)) if self.arguments.facts.refuses(&newest.manifest).is_none() => {
-                self.lineage = Lineage {
-                    parent: Some(newest.reference),
-                    ..newest.manifest.lineage
-                };
+        let newest = match patiently(|| store.newest_valid(None)).await {
+            Ok(newest) => newest.filter(|newest| self.arguments.facts.refuses(&newest.manifest).is_none()),
+            Err(error) => return self.warn(format!("the lineage of the next checkpoints begins anew: {error}")),
+        };
+        let is_live = |step| rollbacks.is_live(step);
+        let durable = match &newest {
+            Some(left_behind) if !is_live(left_behind.manifest.step) => {
+                patiently(|| store.newest_valid_where(is_live)).await
             }
-            Ok(_) => {}
-            Err(error) => self.warn(format!("the lineage of the next checkpoints begins anew: {error}")),
+            _ => Ok(newest.clone()),
+        };
+        match durable {
+            Ok(durable) => self.tell_newest(durable.as_ref()),
+            Err(error) => self.warn(format!(
+                "how far durability lags behind is not known before the next checkpoint: {error}"
+            )),
         }
-        Ok(())
+        if let Some(newest) = newest {
+            self.lineage = Lineage {
+                parent: Some(newest.reference),
+                ..newest.manifest.lineage
+            };
+        }
+    }
+
+    /// How much of the trace is durable.
+    fn tell_newest(&self, found: Option<&Restorable>) {
+        let now_unix_ms = (self.arguments.facts.clock)();
+        let newest = found.map(|Restorable { manifest, .. }| Newest {
+            step: manifest.step,
+            age_ms: now_unix_ms.saturating_sub(manifest.created_unix_ms),
+        });
+        self.tell(CoordinatorMessage::Newest(newest));
+    }
+
+    fn tell(&self, message: CoordinatorMessage) {
+        // An error means that the run ends already.
+        let _ = self.arguments.coordinator.cast(message);
     }
 
     fn warn(&self, text: String) {
-        // An error means that the run ends already.
-        let _ = self.arguments.coordinator.cast(CoordinatorMessage::Warn(text));
+        self.tell(CoordinatorMessage::Warn(text));
     }
 
     fn restored_from(&mut self, reference: &CommitRef, change: Option<NewLineage>) {
@@ -388,7 +439,7 @@ impl CheckpointerState {
     async fn commit(
         &mut self,
         manifest: Manifest,
-        rollbacks: &Rollbacks,
+        rollbacks: Rollbacks,
         back_to: Option<StepsCompleted>,
     ) -> CoordinatorMessage {
         let CheckpointerArguments {
@@ -398,16 +449,17 @@ impl CheckpointerState {
             ..
         } = &self.arguments;
         let step = manifest.step;
-        let back_to = must_stay(step, *reach_steps, back_to, rollbacks);
-        let retention = Retention { back_to, ..*retention };
-        let live = |step| rollbacks.is_live(step);
+        let back_to = must_stay(step, *reach_steps, back_to, &rollbacks);
+        let collection = Collection {
+            step,
+            retention: Retention { back_to, ..*retention },
+            rollbacks,
+        };
         // A commit whose outcome is unknown is resolved by reading back, so a further try is no second checkpoint (CKPT-2).
         match patiently(|| claimed.store.commit(&claimed.fence, &manifest)).await {
             Ok(committed) => {
                 self.lineage.parent = Some(committed.reference);
-                if let Err(error) = claimed.store.gc_of(&claimed.fence, retention, live).await {
-                    self.warn(format!("old checkpoints stay: {error}"));
-                }
+                self.collect(collection);
                 CoordinatorMessage::Committed(step)
             }
             Err(error @ StoreError::Fenced { .. }) => CoordinatorMessage::Fatal(error.to_string()),
@@ -417,6 +469,78 @@ impl CheckpointerState {
                 cause: error.to_string(),
             },
         }
+    }
+
+    /// Nobody waits for it: the checkpoint exists.
+    fn collect(&mut self, collection: Collection) {
+        // One whose task is gone has panicked, which was said.
+        let collector = match self.collector.take() {
+            Some(collector) if !collector.wanted.is_closed() => collector,
+            _ => Collector::start(&self.arguments.claimed, &self.arguments.coordinator),
+        };
+        collector.wanted.send_replace(Some(collection));
+        self.collector = Some(collector);
+    }
+}
+
+/// What a commit leaves to be collected.
+#[derive(Clone)]
+struct Collection {
+    step: StepsCompleted,
+    retention: Retention,
+    rollbacks: Rollbacks,
+}
+
+/// Collects behind the commits, however long the store takes: one collection at a time, and always that of the newest commit.
+/// It ends with the checkpointer, so that nothing is deleted for a controller that is gone.
+///
+/// CKPT-5: a commit may come meanwhile, because it names objects of a later step than any that is collected. The search for a
+/// checkpoint may not: what was found could go while ranks read it. So that breaks a collection off, wherever it stands. What
+/// it has retired by then is no checkpoint any more, what it has not stays whole, and the next one finishes it.
+struct Collector {
+    wanted: watch::Sender<Option<Collection>>,
+    task: JoinSet<()>,
+}
+
+impl Collector {
+    fn start(claimed: &Claimed, coordinator: &ActorRef<CoordinatorMessage>) -> Self {
+        let (wanted, mut newest) = watch::channel(None::<Collection>);
+        let (store, fence, coordinator) = (claimed.store.clone(), claimed.fence, coordinator.clone());
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            while newest.changed().await.is_ok() {
+                let Some(collection) = newest.borrow_and_update().clone() else {
+                    continue;
+                };
+                if let Err(error) = collection.run(&store, &fence).await {
+                    // An error means that the run ends already.
+                    let _ = coordinator.cast(CoordinatorMessage::Warn(format!("old checkpoints stay: {error}")));
+                }
+            }
+        });
+        Self { wanted, task }
+    }
+
+    async fn break_off(mut self) {
+        self.task.shutdown().await;
+    }
+
+    /// Lets it end what it has, within [`LAST_COLLECTION_MS_MAX`].
+    async fn finish(self) {
+        let Self { wanted, mut task } = self;
+        drop(wanted);
+        let limit = Duration::from_millis(LAST_COLLECTION_MS_MAX);
+        if tokio::time::timeout(limit, task.join_next()).await.is_err() {
+            tracing::warn!("old checkpoints stay: the run is over, and the store is slow; the next collection goes on");
+        }
+    }
+}
+
+impl Collection {
+    #[tracing::instrument(name = "collect", skip_all, fields(step = self.step.0))]
+    async fn run(self, store: &CheckpointStore, fence: &Fence) -> Result<(), StoreError> {
+        let live = |step| self.rollbacks.is_live(step);
+        store.gc_of(fence, self.retention, live).await.map(|_| ())
     }
 }
 
@@ -461,7 +585,15 @@ fn judge(error: StoreError) -> (u8, String) {
         StoreError::Retry { .. } => 33,
         _ => 3, // a full store, too: only a person makes room
     };
-    (code, error.to_string())
+    // Each bad object's message advises an older checkpoint, and there is none.
+    let remedy = match error {
+        StoreError::Corrupt { .. } => {
+            "; where there is none, restore its objects from a copy, or begin anew in another --run-dir with another \
+             checkpoint.store"
+        }
+        _ => "",
+    };
+    (code, format!("{error}{remedy}"))
 }
 
 /// Lines of the trace from `base` on, its own included, their heads, and who wrote the last.
@@ -476,3 +608,6 @@ fn trace_from(
     lines.retain(|line| line.step >= base);
     Ok((lines, heads, writer))
 }
+
+#[cfg(test)]
+mod tests;

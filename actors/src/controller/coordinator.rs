@@ -4,10 +4,13 @@
 //! - **SUP-2** What comes from a stranger or from an older generation is refused by the machine and counted.
 //! - **STEP-3** A line is written, acknowledged and shown only after the ledger had it from a rank that finished it.
 
+mod checkpoints;
+
 use super::TraceHeads;
 use super::appender::{Appended, TraceRequest, TraceSink};
 use super::checkpointer::{CheckpointerMessage, Located};
-use super::loops::{LoopMessage, RequestAnswer};
+use super::durability::Newest;
+use super::loops::{LoopMessage, RequestAnswer, recall};
 use super::observatory::ObservatoryMessage;
 use super::root::{DEPOSED, End, RootMessage};
 use super::sharder::SharderMessage;
@@ -16,12 +19,13 @@ use super::tree::Past;
 use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
 use tarazed_domain::{Mutant, StepsCompleted};
-use tarazed_protocol::checkpoint::{CheckpointEffect, CheckpointTracker, StoredShard};
+use tarazed_protocol::checkpoint::{CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::controller::Request;
 use tarazed_protocol::data::decision::{Decision, for_ranks, stop_of};
@@ -43,12 +47,14 @@ pub enum CoordinatorMessage {
     Node(NodeEvent),
     /// The loop has looked at a line.
     Decided(StepsCompleted, Vec<Decision>, Arc<Signals>),
-    /// The loop was made again.
-    LoopReplaced(ActorRef<LoopMessage>),
+    /// The loop was made again, of lines through this one.
+    LoopReplaced(ActorRef<LoopMessage>, StepsCompleted),
     /// From the trace's writer.
     Appended(Appended),
     /// What to go on from; or why it cannot be told, with the exit code.
     Located(Box<Result<Located, (u8, String)>>),
+    /// The newest checkpoint that the run can go on from, by what the store says.
+    Newest(Option<Newest>),
     /// A checkpoint exists.
     Committed(StepsCompleted),
     /// A checkpoint could not be committed.
@@ -73,7 +79,7 @@ pub enum CoordinatorMessage {
     /// Time passed.
     Tick,
     /// For `status`.
-    Status(RpcReplyPort<serde_json::Value>),
+    Status(RpcReplyPort<Value>),
 }
 impl ractor::Message for CoordinatorMessage {}
 
@@ -182,7 +188,8 @@ impl Actor for CoordinatorActor {
                 let effects = state.arguments.ledger.on_decided(step, decisions);
                 state.record(effects)
             }
-            CoordinatorMessage::LoopReplaced(entry) => {
+            CoordinatorMessage::LoopReplaced(entry, newest) => {
+                recall(&entry, state.arguments.ledger.decided_after(newest));
                 if let Some(peers) = &mut state.peers {
                     peers.entry = entry;
                 }
@@ -195,15 +202,11 @@ impl Actor for CoordinatorActor {
             CoordinatorMessage::Appended(Appended::Synced(step)) => state.commit(step),
             CoordinatorMessage::Appended(Appended::Failed(cause)) => state.halt(3, cause),
             CoordinatorMessage::Located(located) => state.located(*located),
-            CoordinatorMessage::Committed(step) => {
-                state.observe(ObservatoryMessage::Checkpoint(step))?;
-                state.arguments.tracker.on_committed(step);
-                state.arguments.ledger.forget(step);
-                state.heads = state.heads.split_off(&step);
-                let now_ms = state.now_ms();
-                state.arguments.schedule.on_committed(now_ms, step);
-                state.event(Event::CheckpointCommitted { step })
+            CoordinatorMessage::Newest(newest) => {
+                let written = state.arguments.ledger.written();
+                state.observe(ObservatoryMessage::Newest { newest, written })
             }
+            CoordinatorMessage::Committed(step) => state.committed(step),
             CoordinatorMessage::CommitFailed { step, cause, full } => {
                 state.arguments.tracker.on_commit_failed(step);
                 state.checkpoint_failed(step, cause, full)
@@ -219,15 +222,10 @@ impl Actor for CoordinatorActor {
                 if let Some(saving) = state.arguments.tracker.saving(state.now_ms()) {
                     state.observe(ObservatoryMessage::Saving(saving))?;
                 }
+                state.observe(ObservatoryMessage::Tick)?;
                 state.event(Event::Tick)
             }
-            CoordinatorMessage::Status(reply) => {
-                // An error means that whoever asked is gone.
-                let saving = state.arguments.tracker.saving(state.now_ms());
-                let CoordinatorArguments { machine, ledger, .. } = &state.arguments;
-                let _ = reply.send(shown::status(machine, ledger, saving, state.signals.as_deref()));
-                Ok(())
-            }
+            CoordinatorMessage::Status(reply) => state.status(reply),
         }
     }
 }
@@ -250,6 +248,19 @@ impl CoordinatorState {
             // An error means that the loop is being made again.
             let _ = peers.entry.cast(LoopMessage::Ask(request, reply));
         }
+    }
+
+    /// The observatory adds what it measures.
+    fn status(&self, reply: RpcReplyPort<Value>) -> Result<(), ActorProcessingErr> {
+        let saving = self.arguments.tracker.saving(self.now_ms());
+        let CoordinatorArguments { machine, ledger, .. } = &self.arguments;
+        let shown = shown::status(machine, ledger, saving, self.signals.as_deref());
+        if self.peers.is_none() {
+            // Nothing is measured yet. An error means that whoever asked is gone.
+            let _ = reply.send(shown);
+            return Ok(());
+        }
+        self.observe(ObservatoryMessage::Show(shown, reply))
     }
 
     /// The last step and the rollbacks, as far as decisions say.
@@ -320,7 +331,7 @@ impl CoordinatorState {
                 }
                 Effect::Note(incident) => self.note(incident)?,
                 Effect::Halt { code, diagnosis } => return self.halt(code, diagnosis),
-                Effect::Done { code } => return self.end(code, String::new()),
+                Effect::Done { code } => return self.done(code),
             }
         }
         Ok(())
@@ -365,7 +376,8 @@ impl CoordinatorState {
             self.arguments.schedule.on_loss();
         }
         if let Incident::Adopted { .. } = &incident {
-            self.peers()?.checkpointer.cast(CheckpointerMessage::Inherit)?;
+            let inherit = CheckpointerMessage::Inherit(self.arguments.machine.acted());
+            self.peers()?.checkpointer.cast(inherit)?;
         }
         self.observe(ObservatoryMessage::Incident(incident))
     }
@@ -482,11 +494,7 @@ impl CoordinatorState {
                 })
             }
             FromRank::Running { .. } => Ok(()), // for whoever looks on
-            FromRank::Saving { generation, step } => {
-                let now_ms = self.now_ms();
-                self.arguments.tracker.on_saving(now_ms, generation, step);
-                Ok(())
-            }
+            FromRank::Saving { generation, step } => self.saving(generation, step),
             FromRank::Line {
                 generation,
                 line,
@@ -535,6 +543,7 @@ impl CoordinatorState {
                 progress,
                 phase,
                 lane_us,
+                stored_bytes,
             } => self.event(Event::Heartbeat {
                 member,
                 generation,
@@ -542,6 +551,7 @@ impl CoordinatorState {
                 progress,
                 activity: phase,
                 lane_us,
+                stored_bytes,
             }),
             FromRank::ShardSaved {
                 step,
@@ -550,10 +560,8 @@ impl CoordinatorState {
                 length,
                 blake3,
             } => {
-                self.observe(ObservatoryMessage::SavingBegan(step))?;
                 let stored = StoredShard { key, length, blake3 };
                 let effects = self.arguments.tracker.on_shard_saved(step, shard, stored);
-                self.event(Event::ShardSaved)?;
                 self.checkpoint(effects)
             }
             FromRank::ShardLost {
@@ -649,7 +657,9 @@ impl CoordinatorState {
                     self.ask_for_checkpoint(step)?;
                     self.event(Event::LineWritten { step })?;
                 }
-                LedgerEffect::Mismatch(diagnosis) => return self.halt(3, diagnosis),
+                LedgerEffect::Mismatch(diagnosis) => {
+                    return self.halt(3, self.arguments.machine.with_ranks(&diagnosis));
+                }
                 LedgerEffect::Acknowledge { through, decisions } => {
                     let decisions = for_ranks(&decisions, StepsCompleted(0));
                     self.send(self.everybody(), &ToRank::Acknowledge { through, decisions })?;
@@ -700,100 +710,20 @@ impl CoordinatorState {
         self.event(Event::LineWritten { step })
     }
 
-    fn checkpoint(&mut self, effects: Vec<CheckpointEffect>) -> Result<(), ActorProcessingErr> {
-        for effect in effects {
-            match effect {
-                CheckpointEffect::Commit { step, shards } => {
-                    self.syncing.insert(step, shards);
-                    self.peers()?.trace.request(TraceRequest::Sync(step));
-                }
-                CheckpointEffect::GivenUp { step, cause, full } => self.checkpoint_failed(step, cause, full)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// The trace lies on the disk: the checkpoint may name it.
-    fn commit(&mut self, step: StepsCompleted) -> Result<(), ActorProcessingErr> {
-        let Some(shards) = self.syncing.remove(&step) else {
-            return Ok(()); // overtaken by a restore
-        };
-        let Some(head) = self.heads.get(&step).cloned() else {
-            self.arguments.tracker.on_commit_failed(step);
-            return self.checkpoint_failed(step, "its line is not at hand any more".to_owned(), false);
-        };
-        let decisions = self.arguments.ledger.decisions();
-        let so_far = decisions.iter().filter(|decision| decision.line <= step);
-        let commit = CheckpointerMessage::Commit {
-            step,
-            generation: self.arguments.machine.generation(),
-            shards,
-            head: Box::new(head),
-            decisions: so_far.cloned().collect(),
-            back_to: Rollbacks::of(decisions).oldest_to_come(self.arguments.ledger.written()),
-            rollbacks: self.arguments.machine.acted(),
-        };
-        self.peers()?.checkpointer.cast(commit)?;
-        Ok(())
-    }
-
-    /// By the clock; `checkpoint.interval_steps` the ranks count by themselves.
-    fn ask_for_checkpoint(&mut self, written: StepsCompleted) -> Result<(), ActorProcessingErr> {
-        let now_ms = self.now_ms();
-        if let Some(from) = self.arguments.schedule.on_line(now_ms, written) {
-            let generation = self.arguments.machine.generation();
-            self.send(self.everybody(), &ToRank::Checkpoint { generation, from })?;
-        }
-        Ok(())
-    }
-
-    fn checkpoint_failed(&mut self, step: StepsCompleted, cause: String, full: bool) -> Result<(), ActorProcessingErr> {
-        let now_ms = self.now_ms();
-        self.arguments.schedule.on_failed(now_ms, step);
-        self.observe(ObservatoryMessage::NoCheckpoint {
-            step,
-            cause: cause.clone(),
-        })?;
-        self.event(Event::CheckpointFailed { step, cause, full })
-    }
-
-    fn located(&mut self, located: Result<Located, (u8, String)>) -> Result<(), ActorProcessingErr> {
-        let Located {
-            from,
-            lines,
-            heads,
-            lineage,
-        } = match located {
-            Ok(located) => located,
-            Err((code, reason)) => return self.halt(code, reason),
-        };
-        let step = from.as_ref().map(|from| from.step);
-        let written = self.arguments.ledger.written();
-        if let Some(base) = step.filter(|base| *base > written) {
-            let diagnosis = format!(
-                "the store's newest checkpoint is of step {base}, but the run folder's trace ends at step {written}; \
-                 restore trace.jsonl, or begin in another --run-dir with another checkpoint.store"
-            );
-            return self.halt(3, diagnosis);
-        }
-        self.arguments.tracker.on_restored(step);
-        self.arguments.ledger.recall(lines);
-        if let Some(lineage) = lineage {
-            self.arguments.ledger.declare(lineage);
-        }
-        self.heads.extend(heads);
-        self.event(Event::Located { checkpoint: from })
-    }
-
     fn halt(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
-        self.end(code, diagnosis)
-    }
-
-    fn end(&mut self, code: u8, diagnosis: String) -> Result<(), ActorProcessingErr> {
         if !self.ended {
             self.ended = true;
             self.arguments.root.cast(RootMessage::Ended(End { code, diagnosis }))?;
         }
+        Ok(())
+    }
+
+    /// All is saved: what is collected may go before the root hears of the end.
+    fn done(&mut self, code: u8) -> Result<(), ActorProcessingErr> {
+        self.ended = true;
+        let diagnosis = String::new();
+        let close = CheckpointerMessage::Close(End { code, diagnosis }, self.arguments.root.clone());
+        self.peers()?.checkpointer.cast(close)?;
         Ok(())
     }
 }

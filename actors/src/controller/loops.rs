@@ -2,11 +2,13 @@
 //! completes and checks them by the data recipe and hands them back, so that they are written with the line (DESIGN.md section 9).
 //!
 //! - **LOOP-1** Each is a pure machine fed the committed trace in order; nothing else reaches it.
-//! - They hold nothing that the trace does not: after a death all three are made again from it ([`Loop::start`]).
+//! - They hold nothing that the trace does not: after a death all three are made again from it ([`Loop::start`]). What is written
+//!   meanwhile the coordinator tells the new ones ([`recall`]).
 
 use super::coordinator::CoordinatorMessage;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::sync::Arc;
+use std::time::Duration;
 use tarazed_domain::{StepIndex, StepsCompleted};
 use tarazed_protocol::data::controller::{Ate, Request, RequestError};
 use tarazed_protocol::data::cursor::{DataCursor, Recipe};
@@ -16,7 +18,9 @@ use tarazed_protocol::data::{DomainFacts, LoopConfig};
 use tarazed_protocol::trace::TraceLine;
 
 /// Why a member of a loop that is made again ends.
-pub const RENEWED: &str = "the closed loop is made again";
+const RENEWED: &str = "the closed loop is made again";
+/// A member that is told to end has so long for it; its handlers wait for nothing.
+const LAST_HANDLER_MS_MAX: u64 = 10_000;
 
 /// What the loop is made from.
 #[derive(Clone)]
@@ -40,6 +44,8 @@ pub type RequestAnswer = Result<(StepsCompleted, StepIndex), RequestError>;
 pub enum LoopMessage {
     /// A line to look at, with the decisions before it that change the data; the answer goes to the coordinator.
     LookAt(Box<TraceLine>, Vec<Decision>),
+    /// The next line, which another loop has decided.
+    Recall(Box<TraceLine>),
     /// A person asks for a decision (LOOP-2). It waits for the next decision point in memory alone: `tarazed decide` looks for it
     /// in the trace, and says so where it is not there.
     Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
@@ -48,17 +54,59 @@ impl ractor::Message for LoopMessage {}
 
 pub enum AteMessage {
     Judge(Box<TraceLine>, Arc<Signals>),
+    Recall(Box<TraceLine>, Arc<Signals>),
     Ask(Box<Request>, RpcReplyPort<RequestAnswer>),
 }
 impl ractor::Message for AteMessage {}
 
-pub struct Propose(StepsCompleted, Vec<Decision>, Arc<Signals>);
-impl ractor::Message for Propose {}
+pub enum DmuMessage {
+    Propose(StepsCompleted, Vec<Decision>, Arc<Signals>),
+    Recall(Box<TraceLine>),
+}
+impl ractor::Message for DmuMessage {}
+
+/// Tells a loop that was made again of lines that it was not made of.
+pub fn recall(entry: &ActorRef<LoopMessage>, lines: Vec<TraceLine>) {
+    for line in lines {
+        // An error means that it died again already.
+        let _ = entry.cast(LoopMessage::Recall(Box::new(line)));
+    }
+}
+
+/// One of the three actors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LoopMember {
+    /// Training State Monitor.
+    Tsm,
+    /// Adaptive Training Engine.
+    Ate,
+    /// Data Management Unit.
+    Dmu,
+}
+
+impl LoopMember {
+    /// All three, in the order in which a line passes them.
+    pub const ALL: [Self; 3] = [Self::Tsm, Self::Ate, Self::Dmu];
+
+    /// The newest such child of a parent.
+    pub(super) fn of(self, parent: &ActorCell) -> Option<ActorCell> {
+        let is_such = |child: &ActorCell| match self {
+            Self::Tsm => child.is_message_type_of::<LoopMessage>(),
+            Self::Ate => child.is_message_type_of::<AteMessage>(),
+            Self::Dmu => child.is_message_type_of::<DmuMessage>(),
+        };
+        let such = parent
+            .get_children()
+            .into_iter()
+            .filter(|child| is_such(child) == Some(true));
+        such.max_by_key(ActorCell::get_id)
+    }
+}
 
 /// The three actors.
 pub struct Loop {
     pub entry: ActorRef<LoopMessage>,
-    /// Of the last line that it was made from.
+    /// Of the last line that it was made of.
     pub signals: Option<Arc<Signals>>,
     cells: [ActorCell; 3],
 }
@@ -112,11 +160,23 @@ impl Loop {
         self.cells.iter().any(|mine| mine.get_id() == cell.get_id())
     }
 
-    /// Ends what is left of it.
-    pub fn stop(&self) {
+    /// Ends what is left of it, and waits until nothing more comes of it: what it says after the next loop has begun, the next loop
+    /// does not know.
+    pub async fn stop(&self) {
         for cell in &self.cells {
             cell.stop(Some(RENEWED.to_owned()));
         }
+        for cell in &self.cells {
+            let limit = Duration::from_millis(LAST_HANDLER_MS_MAX);
+            if cell.wait(Some(limit)).await.is_err() {
+                tracing::warn!("a part of the closed loop does not end");
+            }
+        }
+    }
+
+    /// Who they are.
+    pub fn ids(&self) -> [ActorId; 3] {
+        self.cells.each_ref().map(ActorCell::get_id)
     }
 }
 
@@ -148,6 +208,11 @@ impl Actor for TsmActor {
                 let signals = monitor.on_line(&line)?;
                 next.cast(AteMessage::Judge(line, Arc::new(signals)))?;
             }
+            LoopMessage::Recall(line) => {
+                let signals = monitor.on_line(&line)?;
+                monitor.learn(&line.decisions);
+                next.cast(AteMessage::Recall(line, Arc::new(signals)))?;
+            }
             // Behind the lines that came before it, so that it is judged by what they decided.
             LoopMessage::Ask(request, reply) => next.cast(AteMessage::Ask(request, reply))?,
         }
@@ -160,8 +225,8 @@ struct AteActor;
 
 impl Actor for AteActor {
     type Msg = AteMessage;
-    type State = (Ate, ActorRef<Propose>);
-    type Arguments = (Ate, ActorRef<Propose>);
+    type State = (Ate, ActorRef<DmuMessage>);
+    type Arguments = (Ate, ActorRef<DmuMessage>);
 
     async fn pre_start(
         &self,
@@ -180,7 +245,11 @@ impl Actor for AteActor {
         match message {
             AteMessage::Judge(line, signals) => {
                 let decisions = engine.on_line(&line, &signals);
-                next.cast(Propose(line.step, decisions, signals))?;
+                next.cast(DmuMessage::Propose(line.step, decisions, signals))?;
+            }
+            AteMessage::Recall(line, signals) => {
+                engine.replay(&line, &signals)?;
+                next.cast(DmuMessage::Recall(line))?;
             }
             AteMessage::Ask(request, reply) => {
                 // An error means that whoever asked is gone; what was asked for stands.
@@ -195,13 +264,13 @@ impl Actor for AteActor {
 struct Dmu;
 
 impl Actor for Dmu {
-    type Msg = Propose;
+    type Msg = DmuMessage;
     type State = (DataCursor, ActorRef<CoordinatorMessage>);
     type Arguments = (DataCursor, ActorRef<CoordinatorMessage>);
 
     async fn pre_start(
         &self,
-        _: ActorRef<Propose>,
+        _: ActorRef<DmuMessage>,
         arguments: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         Ok(arguments)
@@ -209,13 +278,18 @@ impl Actor for Dmu {
 
     async fn handle(
         &self,
-        _: ActorRef<Propose>,
-        Propose(line, mut decisions, signals): Propose,
+        _: ActorRef<DmuMessage>,
+        message: DmuMessage,
         (cursor, coordinator): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        cursor.complete(line, &mut decisions)?;
-        cursor.record(line, &decisions)?;
-        coordinator.cast(CoordinatorMessage::Decided(line, decisions, signals))?;
+        match message {
+            DmuMessage::Propose(line, mut decisions, signals) => {
+                cursor.complete(line, &mut decisions)?;
+                cursor.record(line, &decisions)?;
+                coordinator.cast(CoordinatorMessage::Decided(line, decisions, signals))?;
+            }
+            DmuMessage::Recall(line) => cursor.record(line.step, &line.decisions)?,
+        }
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 mod appender;
 mod checkpointer;
 mod coordinator;
+mod durability;
 mod loops;
 mod observatory;
 mod root;
@@ -16,9 +17,9 @@ mod tree;
 
 pub use appender::{Appended, JsonLines, TraceFile, TraceRequest, TraceSink};
 pub use checkpointer::{Claimed, ManifestFacts};
-pub use loops::{LoopRules, RequestAnswer};
+pub use loops::{LoopMember, LoopRules, RequestAnswer};
 pub use root::{DEPOSED, End, TENURE_LOOK, WhileInCharge};
-pub use tree::{Begun, Ear, Edges, Past, TICK, Tree, TreeParts};
+pub use tree::{Begun, Ear, Edges, LoopHarm, Past, TICK, Tree, TreeParts};
 
 use crate::later_data;
 use crate::rank::recipe;
@@ -142,8 +143,13 @@ pub enum Notice {
     Checkpoint {
         /// Its step.
         step: StepsCompleted,
-        /// From its first shard to its commit record.
+        /// From the first rank's word that it saves to the commit record; 0 where that word went to another controller.
         took_ms: u64,
+    },
+    /// How far durability lags behind; said about once a second, whether or not anything is committed.
+    Durability {
+        /// How long the oldest line has waited that no checkpoint covers.
+        lag_s: f64,
     },
     /// Something is wrong, and the run goes on.
     Warning(String),

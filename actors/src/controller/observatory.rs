@@ -2,9 +2,10 @@
 //! nothing that it makes reaches a number of the run.
 
 use super::appender::JsonLines;
+use super::durability::{Durability, Newest};
 use super::{Notice, Notify, shown, unix_ms};
 use crate::rank::DevicePeak;
-use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -22,14 +23,14 @@ use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
 use tokio::time::Instant;
 
-/// Entries of lines that no checkpoint has yet.
-const NOT_DURABLE_MAX: usize = 4_096;
 /// Lines over which speed is averaged.
 const SPEED_WINDOW_LINES: usize = 16;
 /// Lines of `metrics.jsonl` between two that hold all signals; those of an evaluation do besides.
 const SIGNALS_INTERVAL_LINES: u64 = 100;
 /// Between two notices of how far a checkpoint is.
 const SAVING_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two notices of how far durability lags.
+const DURABILITY_INTERVAL: Duration = Duration::from_secs(1);
 
 pub enum ObservatoryMessage {
     /// A process was started.
@@ -49,7 +50,7 @@ pub enum ObservatoryMessage {
     Replayed(StepsCompleted),
     /// Time the ranks' first has spent in each phase so far.
     Spent { generation: Generation, spent_us: Vec<u64> },
-    /// The first shard of a checkpoint is stored.
+    /// A rank begins with its share of a checkpoint.
     SavingBegan(StepsCompleted),
     /// A checkpoint is under way.
     Saving(SavingProgress),
@@ -57,6 +58,16 @@ pub enum ObservatoryMessage {
     Checkpoint(StepsCompleted),
     /// A checkpoint could not be made.
     NoCheckpoint { step: StepsCompleted, cause: String },
+    /// What the store has, as it was looked for; none where there is nothing to go on from. The trace is written through
+    /// `written`.
+    Newest {
+        newest: Option<Newest>,
+        written: StepsCompleted,
+    },
+    /// For `status`: answered with what is measured here beside what is in there.
+    Show(Value, RpcReplyPort<Value>),
+    /// Time passed.
+    Tick,
     /// Something is wrong and the run goes on.
     Warning(String),
     /// The end was asked for.
@@ -107,13 +118,13 @@ pub struct ObservatoryState {
     lines: VecDeque<(Instant, StepsCompleted)>,
     loss: Option<Loss>,
     written: StepsCompleted,
+    /// Checkpoints under way, and when the first rank began.
     saving: BTreeMap<StepsCompleted, Instant>,
     /// When it was last told how far one is.
     saving_told: Option<Instant>,
-    /// The newest step whose checkpoint exists.
-    durable: Option<StepsCompleted>,
-    /// Lines after it, some together: the newest of them, and when the first came.
-    not_durable: VecDeque<(StepsCompleted, Instant)>,
+    durability: Durability,
+    /// When it was last told how far that lags.
+    durability_told: Option<Instant>,
     spent_us: [u64; PHASES],
     spent_before: (Generation, [u64; PHASES]),
     lost_ms: u64,
@@ -153,8 +164,8 @@ impl Actor for Observatory {
             written: StepsCompleted(0),
             saving: BTreeMap::new(),
             saving_told: None,
-            durable: None,
-            not_durable: VecDeque::new(),
+            durability: Durability::default(),
+            durability_told: None,
             spent_us: [0; PHASES],
             spent_before: (Generation(0), [0; PHASES]),
             lost_ms: 0,
@@ -189,12 +200,16 @@ impl Actor for Observatory {
             } => state.line(line, signals, ranks_alive),
             ObservatoryMessage::Replayed(step) => state.recovered(step),
             ObservatoryMessage::Spent { generation, spent_us } => state.spent(generation, &spent_us),
-            ObservatoryMessage::SavingBegan(step) => {
-                state.saving.entry(step).or_insert_with(Instant::now);
-            }
+            ObservatoryMessage::SavingBegan(step) => state.saving_began(step),
             ObservatoryMessage::Saving(progress) => state.saving_goes_on(progress),
             ObservatoryMessage::Checkpoint(step) => state.checkpoint(step),
             ObservatoryMessage::NoCheckpoint { step, cause } => state.no_checkpoint(step, &cause),
+            ObservatoryMessage::Newest { newest, written } => state.newest(newest, written),
+            ObservatoryMessage::Show(shown, reply) => {
+                // An error means that whoever asked is gone.
+                let _ = reply.send(state.shown(shown));
+            }
+            ObservatoryMessage::Tick => state.tick(),
             ObservatoryMessage::Warning(text) => {
                 state.event("warning", &json!({"cause": text}));
                 state.notify(Notice::Warning(text));
@@ -281,9 +296,8 @@ impl ObservatoryState {
                     loss.began = true;
                     loss.base = base;
                 }
-                if restored && base > StepsCompleted(0) {
-                    self.durable = Some(base);
-                }
+                // Whoever was at work on another state may be gone, and a step that is done again is saved anew.
+                self.saving.retain(|step, _| !restored && *step <= base);
                 self.notify(Notice::Generation {
                     generation,
                     ranks: members.len(),
@@ -390,7 +404,7 @@ impl ObservatoryState {
         let now = Instant::now();
         self.written = line.step;
         self.recovered(line.step);
-        self.not_durable(line.step, now);
+        self.durability.on_line(self.since_began_us(now), line.step);
         self.lines.push_back((now, line.step));
         if self.lines.len() > SPEED_WINDOW_LINES + 1 {
             self.lines.pop_front();
@@ -426,11 +440,11 @@ impl ObservatoryState {
                 )
             })
             .collect();
-        let durability_lag_s = self.durability_lag(now).as_secs_f64();
+        let durability_lag_s = self.durability_lag_s(now);
         let mut metrics = json!({
             "step": line.step, "time_unix_ms": unix_ms(), "step_ms": step_ms, "tokens_per_s": tokens_per_s,
             "throughput(tps)": tokens_per_s, "loss_metrics/global_avg_loss": line.loss, "grad_norm": line.grad_norm,
-            "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durable,
+            "ranks": ranks_alive, "phase_ms": phases, "durable_step": self.durability.step(),
             "durability_lag_s": durability_lag_s,
             "goodput": 1.0 - (self.lost_ms as f64 / 1e3 / wall_s.max(1e-9)).min(1.0),
         });
@@ -462,31 +476,37 @@ impl ObservatoryState {
         });
     }
 
-    /// Of the lines of a second one entry is kept, and where no checkpoint comes for long, of those of several.
-    fn not_durable(&mut self, step: StepsCompleted, now: Instant) {
-        match self.not_durable.back_mut() {
-            Some((newest, first)) if now - *first < Duration::from_secs(1) => *newest = step,
-            _ => self.not_durable.push_back((step, now)),
-        }
-        if self.not_durable.len() > NOT_DURABLE_MAX {
-            let all: Vec<_> = self.not_durable.drain(..).collect();
-            let together = |pair: &[(StepsCompleted, Instant)]| (pair[pair.len() - 1].0, pair[0].1);
-            self.not_durable.extend(all.chunks(2).map(together));
-        }
+    fn since_began_us(&self, now: Instant) -> i64 {
+        i64::try_from((now - self.began).as_micros()).unwrap_or(i64::MAX)
     }
 
-    /// How long the oldest line has waited that no checkpoint covers.
-    fn durability_lag(&self, now: Instant) -> Duration {
-        self.not_durable
-            .front()
-            .map_or(Duration::ZERO, |(_, since)| now - *since)
+    fn durability_lag_s(&self, now: Instant) -> f64 {
+        self.durability.lag_s(self.since_began_us(now))
+    }
+
+    fn newest(&mut self, newest: Option<Newest>, written: StepsCompleted) {
+        let now_us = self.since_began_us(Instant::now());
+        self.durability.on_found(now_us, newest, written);
+        // Lines before the first of this life.
+        self.written = self.written.max(written);
+    }
+
+    /// The answer to `status`, with the figures that `metrics.jsonl` has of a line.
+    fn shown(&self, mut status: Value) -> Value {
+        status["durable_step"] = json!(self.durability.step());
+        let lag_s = self.durability_lag_s(Instant::now());
+        status["durability_lag_s"] = json!(self.durability.is_known().then_some(lag_s));
+        status
     }
 
     /// Training goes on without it: whoever reads this wants to know what would have to be done again if all ranks were lost
     /// now.
     fn no_checkpoint(&mut self, step: StepsCompleted, cause: &str) {
-        let lag_s = self.durability_lag(Instant::now()).as_secs_f64();
-        let behind = match self.durable {
+        // The step may be saved once more, and that begins then.
+        self.saving.remove(&step);
+        let lag_s = self.durability_lag_s(Instant::now());
+        let durable = self.durability.step();
+        let behind = match durable {
             Some(durable) => {
                 let steps = self.written.0.saturating_sub(durable.0);
                 format!("the newest one is of step {durable}, {steps} steps and {lag_s:.0} s behind the trace")
@@ -494,7 +514,7 @@ impl ObservatoryState {
             None => format!("none has been made since this start, {lag_s:.0} s of training ago"),
         };
         let text = format!("no checkpoint of step {step}: {cause}; {behind}");
-        let fields = json!({"cause": text, "durable_step": self.durable, "durability_lag_s": lag_s});
+        let fields = json!({"cause": text, "durable_step": durable, "durability_lag_s": lag_s});
         self.event("warning", &fields);
         self.notify(Notice::Warning(text));
     }
@@ -519,15 +539,233 @@ impl ObservatoryState {
         }
     }
 
+    /// A stall commits no line to come with: the lag grows all the same.
+    fn tick(&mut self) {
+        let now = Instant::now();
+        let is_due = |told| now - told >= DURABILITY_INTERVAL;
+        if self.durability.is_known() && self.durability_told.is_none_or(is_due) {
+            self.durability_told = Some(now);
+            let lag_s = self.durability_lag_s(now);
+            self.notify(Notice::Durability { lag_s });
+        }
+    }
+
+    fn saving_began(&mut self, step: StepsCompleted) {
+        self.saving.entry(step).or_insert_with(Instant::now);
+    }
+
     fn checkpoint(&mut self, step: StepsCompleted) {
         let began = self.saving.remove(&step);
         self.saving = self.saving.split_off(&step);
-        self.durable = self.durable.max(Some(step));
-        while self.not_durable.front().is_some_and(|(line, _)| *line <= step) {
-            self.not_durable.pop_front();
-        }
-        let took_ms = began.map_or(0, |at| at.elapsed().as_millis() as u64);
+        self.durability.on_checkpoint(step);
+        // Its beginning was told to the controller before, perhaps.
+        let took_ms = began.map(|at| at.elapsed().as_millis() as u64);
         self.event("checkpoint", &json!({"checkpoint_step": step, "took_ms": took_ms}));
+        let took_ms = took_ms.unwrap_or(0);
         self.notify(Notice::Checkpoint { step, took_ms });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::path::Path;
+    use tarazed_domain::config::Config;
+    use tarazed_protocol::trace::{DomainLoss, DomainMap};
+    use tokio::sync::mpsc;
+    use tokio::time::advance;
+
+    /// An observatory whose clock stands still but for what a test lets pass.
+    struct Bench {
+        observatory: ActorRef<ObservatoryMessage>,
+        heard: mpsc::UnboundedReceiver<Notice>,
+    }
+
+    impl Bench {
+        async fn new() -> Self {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
+            let config = Config::load(Path::new(path), &[]).unwrap();
+            let (told, heard) = mpsc::unbounded_channel();
+            let arguments = ObservatoryArguments {
+                metrics: JsonLines::nowhere(),
+                events: JsonLines::nowhere(),
+                notify: Arc::new(move |notice| {
+                    // An error means that the test is over.
+                    let _ = told.send(notice);
+                }),
+                batch: config.batch_schedule(),
+                context_tokens: config.model.context as u64,
+                model: config.model.clone(),
+                peak: None,
+                ending: Ending {
+                    last_step: StepsCompleted(1_000),
+                    stop_at: None,
+                    decisions: Vec::new(),
+                },
+            };
+            let (observatory, _) = Actor::spawn(None, Observatory, arguments).await.unwrap();
+            Self { observatory, heard }
+        }
+
+        /// What `status` says is durable, and how far that lags behind; all that was told before has been heard.
+        async fn durable(&self) -> (Option<u64>, Option<f64>) {
+            let shown = self
+                .observatory
+                .call(|reply| ObservatoryMessage::Show(json!({"step": 7}), reply), None)
+                .await;
+            let shown = shown.unwrap().unwrap();
+            assert_eq!(shown["step"], 7, "beside what was there");
+            (shown["durable_step"].as_u64(), shown["durability_lag_s"].as_f64())
+        }
+
+        async fn tell(&self, message: ObservatoryMessage) {
+            self.observatory.cast(message).unwrap();
+            self.durable().await;
+        }
+
+        async fn found(&self, newest: Option<(u64, u64)>, written: u64) {
+            let newest = newest.map(|(step, age_ms)| Newest {
+                step: StepsCompleted(step),
+                age_ms,
+            });
+            let written = StepsCompleted(written);
+            self.tell(ObservatoryMessage::Newest { newest, written }).await;
+        }
+
+        async fn saving(&self, step: u64) {
+            self.tell(ObservatoryMessage::SavingBegan(StepsCompleted(step))).await;
+        }
+
+        /// How long a checkpoint took that exists now.
+        async fn made(&mut self, step: u64) -> u64 {
+            self.tell(ObservatoryMessage::Checkpoint(StepsCompleted(step))).await;
+            loop {
+                if let Notice::Checkpoint { step: of, took_ms } = self.heard.recv().await.unwrap() {
+                    assert_eq!(of.0, step);
+                    return took_ms;
+                }
+            }
+        }
+
+        /// The lag that comes with a line, as in `metrics.jsonl`.
+        async fn line(&mut self, step: u64) -> f64 {
+            let line = TraceLine {
+                step: StepsCompleted(step),
+                tokens: 0,
+                data: [0; 32],
+                loss: 5.0,
+                grad_norm: 1.0,
+                state: [0; 32],
+                lr: 1e-3,
+                mixture: DomainMap(vec![("one".to_owned(), 1.0)]),
+                domains: DomainMap(vec![("one".to_owned(), DomainLoss { loss: 5.0, tokens: 8 })]),
+                heldout: None,
+                lane_squares: None,
+                skipped: false,
+                lineage: None,
+                decisions: Vec::new(),
+            };
+            let line = ObservatoryMessage::Line {
+                line: Box::new(line),
+                signals: None,
+                ranks_alive: 2,
+            };
+            self.tell(line).await;
+            loop {
+                if let Notice::Line { durability_lag_s, .. } = self.heard.recv().await.unwrap() {
+                    return durability_lag_s;
+                }
+            }
+        }
+    }
+
+    /// A checkpoint takes from the first rank's word that it saves to the commit; a try that failed is no part of the next.
+    #[tokio::test(start_paused = true)]
+    async fn a_checkpoint_takes_from_the_first_word_of_it_to_its_commit() {
+        let mut bench = Bench::new().await;
+        bench.saving(10).await;
+        advance(Duration::from_secs(1)).await;
+        bench.saving(10).await;
+        advance(Duration::from_secs(2)).await;
+        assert_eq!(bench.made(10).await, 3_000, "the first rank's word counts");
+
+        bench.saving(20).await;
+        advance(Duration::from_secs(5)).await;
+        let (step, cause) = (StepsCompleted(20), "no answer".to_owned());
+        bench.tell(ObservatoryMessage::NoCheckpoint { step, cause }).await;
+        advance(Duration::from_secs(1)).await;
+        bench.saving(20).await;
+        advance(Duration::from_secs(2)).await;
+        assert_eq!(bench.made(20).await, 2_000, "saved again after a failure");
+
+        assert_eq!(bench.made(30).await, 0, "its beginning was told to another controller");
+    }
+
+    /// Those at work on a step that is done again are gone; uploads of a state before it go on.
+    #[tokio::test(start_paused = true)]
+    async fn a_new_generation_saves_its_steps_anew() {
+        let mut bench = Bench::new().await;
+        for (restored, of_before_s) in [(false, 4), (true, 0)] {
+            let base = StepsCompleted(if restored { 60 } else { 50 });
+            let (before, after) = (base.0 - 5, base.0 + 5);
+            bench.saving(before).await;
+            bench.saving(after).await;
+            advance(Duration::from_secs(3)).await;
+            let began = Incident::GenerationBegan {
+                generation: Generation(2),
+                members: Vec::new(),
+                base,
+                restored,
+                copies: 0,
+            };
+            bench.tell(ObservatoryMessage::Incident(began)).await;
+            bench.saving(after).await;
+            advance(Duration::from_secs(1)).await;
+            assert_eq!(bench.made(before).await, of_before_s * 1_000, "{restored}");
+            assert_eq!(bench.made(after).await, 1_000, "{restored}");
+        }
+    }
+
+    /// Without a line, too, and not at every tick.
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_is_told_of_once_a_second() {
+        let mut bench = Bench::new().await;
+        // Nobody knows yet, so that 0 would be a lie.
+        bench.tell(ObservatoryMessage::Tick).await;
+        bench.found(Some((400, 3_600_000)), 500).await;
+        for _ in 0..100 {
+            bench.tell(ObservatoryMessage::Tick).await;
+            advance(Duration::from_millis(20)).await;
+        }
+        let mut told = Vec::new();
+        while let Ok(notice) = bench.heard.try_recv() {
+            if let Notice::Durability { lag_s } = notice {
+                told.push(lag_s);
+            }
+        }
+        assert_eq!(told, [3_600.0, 3_601.0]);
+    }
+
+    /// `status` and the lines have one figure, from the first moment of a replay on and without a line.
+    #[tokio::test(start_paused = true)]
+    async fn status_tells_the_lag_that_lines_do() {
+        let mut bench = Bench::new().await;
+        let told = |step, lag_s| (Some(step), Some(lag_s));
+        assert_eq!(bench.durable().await, (None, None), "the store has not been asked");
+        bench.found(Some((400, 3_600_000)), 500).await;
+        assert_eq!(bench.durable().await, told(400, 3_600.0));
+        advance(Duration::from_secs(60)).await;
+        assert_eq!(bench.durable().await, told(400, 3_660.0));
+        assert_eq!(bench.line(501).await, 3_660.0);
+        assert_eq!(bench.durable().await, told(400, 3_660.0));
+        advance(Duration::from_secs(5)).await;
+        bench.made(500).await;
+        assert_eq!(bench.durable().await, told(500, 5.0), "of the new line alone");
+        bench.found(Some((400, 3_700_000)), 501).await;
+        assert_eq!(bench.durable().await, told(400, 3_700.0), "an older one has to do");
+        bench.made(501).await;
+        assert_eq!(bench.durable().await, told(501, 0.0));
     }
 }

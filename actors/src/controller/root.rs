@@ -11,8 +11,8 @@ use crate::link::{Bind, HubConfig, start_hub};
 use crate::node::{LaunchSpec, NodeCommand, NodeError, Processes, registry, start_node_agent};
 use crate::rank::{TOKEN_VARIABLE, recipe};
 use crate::run_folder::{FolderError, InCharge, RunFolder, RunPaths, Tenure};
-use crate::supervision::death;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use crate::supervision::{Death, death};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -68,8 +68,8 @@ impl End {
 pub enum RootMessage {
     /// The coordinator is through.
     Ended(End),
-    /// These were started after the root.
-    Adopt(Box<Adopt>),
+    /// These were started after the root; answered once it knows them.
+    Adopt(Box<Adopt>, RpcReplyPort<()>),
 }
 impl ractor::Message for RootMessage {}
 
@@ -90,6 +90,8 @@ pub struct RootState {
     end: Option<oneshot::Sender<End>>,
     coordinator: Option<ActorRef<CoordinatorMessage>>,
     closed_loop: Option<(Loop, LoopRules)>,
+    /// Members of loops that were made again, whose ends have not been heard of yet: whatever they say, they mean nothing more.
+    retired: Vec<ActorId>,
     limiter: RestartLimiter,
     /// Lines that the loop had seen at its last death: more since then are progress.
     lines_at_death: usize,
@@ -518,7 +520,7 @@ impl Actor for Root {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             RootMessage::Ended(end) => state.finish(end),
-            RootMessage::Adopt(adopt) => {
+            RootMessage::Adopt(adopt, reply) => {
                 let Adopt {
                     coordinator,
                     closed_loop,
@@ -526,6 +528,8 @@ impl Actor for Root {
                 } = *adopt;
                 state.coordinator = Some(coordinator);
                 state.closed_loop = Some((closed_loop, rules));
+                // An error means that nobody starts the run any more.
+                let _ = reply.send(());
             }
         }
         Ok(())
@@ -538,7 +542,7 @@ impl Actor for Root {
         state: &mut RootState,
     ) -> Result<(), ActorProcessingErr> {
         let Some(death) = death(event) else { return Ok(()) };
-        if state.end.is_none() {
+        if state.end.is_none() || state.is_retired(death.child.get_id()) {
             return Ok(());
         }
         if state
@@ -546,8 +550,8 @@ impl Actor for Root {
             .as_ref()
             .is_some_and(|(closed_loop, _)| closed_loop.holds(&death.child))
         {
-            state.renew_loop(&myself, death.cause).await;
-        } else if !state.is_old_loop(&death.cause) {
+            state.renew_loop(&myself, death).await;
+        } else {
             let diagnosis = format!("an actor of the controller ended: {}", death.cause);
             state.finish(End { code: 3, diagnosis });
         }
@@ -562,6 +566,7 @@ impl RootState {
             end: Some(end),
             coordinator: None,
             closed_loop: None,
+            retired: Vec::new(),
             limiter: RestartLimiter::new(restarts_max, 0),
             lines_at_death: 0,
             paths,
@@ -575,17 +580,21 @@ impl RootState {
         }
     }
 
-    /// Members of a loop that was made again end with this reason.
-    fn is_old_loop(&self, cause: &str) -> bool {
-        cause == super::loops::RENEWED
+    /// Whether it belongs to a loop that was made again. Each ends once.
+    fn is_retired(&mut self, ended: ActorId) -> bool {
+        let found = self.retired.iter().position(|&id| id == ended);
+        found.map(|at| self.retired.swap_remove(at)).is_some()
     }
 
-    /// One of the loop's actors died: all three are made again from the committed trace (LOOP-1).
-    async fn renew_loop(&mut self, myself: &ActorRef<RootMessage>, cause: String) {
+    /// One of the loop's actors died: all three are made again from the committed trace (LOOP-1). The others may have died of the
+    /// same cause, or of its death.
+    async fn renew_loop(&mut self, myself: &ActorRef<RootMessage>, Death { child, cause, .. }: Death) {
         let (Some((old, rules)), Some(coordinator)) = (self.closed_loop.take(), self.coordinator.clone()) else {
             return;
         };
-        old.stop();
+        old.stop().await;
+        self.retired
+            .extend(old.ids().into_iter().filter(|id| *id != child.get_id()));
         let trace = self.paths.trace();
         let read = move || crate::run_folder::lines_after(&trace, StepsCompleted(0)).map_err(|e| e.to_string());
         let lines = crate::blocking::run(read).await.and_then(|lines| lines);
@@ -593,21 +602,30 @@ impl RootState {
         if seen > std::mem::replace(&mut self.lines_at_death, seen) {
             self.limiter.on_progress();
         }
+        let why = cause.clone();
         if let Verdict::GiveUp { causes } = self.limiter.on_death(cause) {
             let diagnosis = format!("the closed loop dies again and again:\n  {}", causes.join("\n  "));
             return self.finish(End { code: 3, diagnosis });
         }
-        let renewed = match lines {
-            Ok(lines) => Loop::start(&rules, &lines, coordinator.clone(), myself.get_cell()).await,
-            Err(error) => Err(error),
+        let renewed = match &lines {
+            Ok(lines) => Loop::start(&rules, lines, coordinator.clone(), myself.get_cell()).await,
+            Err(error) => Err(error.clone()),
         };
         match renewed {
             Ok(renewed) => {
+                let newest = lines.ok().and_then(|lines| lines.last().map(|line| line.step));
+                let replaced = CoordinatorMessage::LoopReplaced(renewed.entry.clone(), newest.unwrap_or_default());
                 // An error means that the run ends.
-                let _ = coordinator.cast(CoordinatorMessage::LoopReplaced(renewed.entry.clone()));
+                let _ = coordinator.cast(replaced);
                 self.closed_loop = Some((renewed, rules));
             }
-            Err(diagnosis) => self.finish(End { code: 3, diagnosis }),
+            Err(error) => {
+                let diagnosis = format!("the closed loop ended ({why}) and cannot be made again: {error}");
+                self.finish(End { code: 3, diagnosis });
+            }
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

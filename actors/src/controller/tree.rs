@@ -6,7 +6,7 @@
 use super::appender::{Appended, JsonLines, TraceSink, heads_from};
 use super::checkpointer::{Checkpointer, CheckpointerArguments, CheckpointerMessage, Claimed, ManifestFacts};
 use super::coordinator::{CoordinatorActor, CoordinatorArguments, CoordinatorMessage, Peers};
-use super::loops::{Loop, LoopMessage, LoopRules, RequestAnswer};
+use super::loops::{Loop, LoopMember, LoopMessage, LoopRules, RequestAnswer};
 use super::observatory::{Ending, Observatory, ObservatoryArguments, ObservatoryMessage};
 use super::root::{Adopt, End, Root, RootMessage, RootState};
 use super::sharder::{OptimizerSharder, SharderMessage};
@@ -187,6 +187,21 @@ pub struct Begun {
     end: oneshot::Receiver<End>,
 }
 
+/// Ends members of a controller's closed loop, as a mistake of their own would.
+#[derive(Clone)]
+pub struct LoopHarm(ActorCell);
+
+impl LoopHarm {
+    /// Ends one; false where it is not there: the loop is being made again, or the tree is gone.
+    pub fn kill(&self, member: LoopMember) -> bool {
+        self.member(member).inspect(ActorCell::kill).is_some()
+    }
+
+    pub(super) fn member(&self, member: LoopMember) -> Option<ActorCell> {
+        member.of(&self.0)
+    }
+}
+
 impl Tree {
     /// Starts all actors but those of the edges.
     ///
@@ -262,8 +277,13 @@ impl Tree {
             closed_loop,
             rules,
         };
-        root.cast(RootMessage::Adopt(Box::new(adopt)))
-            .map_err(|e| RunError::Refused(e.to_string()))?;
+        // A death before the root knows the loop would end the run.
+        let adopted = root.call(|reply| RootMessage::Adopt(Box::new(adopt), reply), None);
+        if !matches!(adopted.await, Ok(CallResult::Success(()))) {
+            return Err(RunError::Refused(
+                "an actor ended before the run began; report this as a bug".to_owned(),
+            ));
+        }
         Ok(Self {
             root,
             coordinator,
@@ -335,6 +355,12 @@ impl Begun {
             tracing::warn!("the coordinator did not stop in time");
         }
         self.root.stop(None);
+    }
+
+    /// A way to end members of its closed loop.
+    #[must_use]
+    pub fn loop_harm(&self) -> LoopHarm {
+        LoopHarm(self.root.get_cell())
     }
 
     /// Ends it as a crash would: nothing more is handled.

@@ -4,6 +4,7 @@
 //! - **SUP-4** The device thread does the work; this actor can abort it at any time.
 
 use super::feeder::{self, FeederMessage};
+use super::restore::StoreSource;
 use super::root::RootMessage;
 use super::shard::{OnDevice, OptimizerShard, Saving, ShardMessage};
 use super::writer::WriterMessage;
@@ -159,6 +160,7 @@ pub struct RankArguments {
     pub feed: Arc<Feeder>,
     pub feeder: ActorRef<FeederMessage>,
     pub progress: Arc<Progress>,
+    pub store: StoreSource,
     pub root: ActorRef<RootMessage>,
 }
 
@@ -434,6 +436,7 @@ impl RankActorState {
             progress: progress.work(),
             phase: progress.phase().name().to_owned(),
             lane_us: progress.lane_us(),
+            stored_bytes: self.arguments.store.stored_bytes(),
         })
     }
 

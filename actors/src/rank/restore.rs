@@ -15,7 +15,8 @@ use tarazed_domain::OptimizerShardIndex;
 use tarazed_protocol::message::RestoreFrom;
 use tarazed_store::{Digest, Manifest, RankStore, StoreError};
 use tarazed_train::StepError;
-use tarazed_train::generation::ShardSource;
+use tarazed_train::generation::{ShardSource, TakeShard};
+use tokio::task::JoinSet;
 
 /// Tries of one read while the store asks to try again; its client's own retries come on top.
 const READ_TRIES_MAX: u32 = 6;
@@ -23,6 +24,8 @@ const READ_TRIES_MAX: u32 = 6;
 const BAD_READS_MAX: u32 = 3;
 /// Wait before the second try; doubles from try to try. Together about six seconds.
 const READ_BACKOFF_MS: u64 = 200;
+/// Shards of one restore that are read at once, beside the one that is being taken over.
+const READS_AHEAD: usize = 2;
 /// How soon an abort is seen.
 const ABORT_POLL_MS: u64 = 5;
 
@@ -100,6 +103,12 @@ impl StoreSource {
 }
 
 impl StoreSource {
+    /// Bytes of checkpoints that this process has stored; grows with each part of an upload.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.store.get().map_or(0, RankStore::stored_bytes)
+    }
+
     /// Master weights and both moments of a shard of exactly this checkpoint.
     ///
     /// # Errors
@@ -110,25 +119,36 @@ impl StoreSource {
         shard: OptimizerShardIndex,
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
-        let read = async {
-            // A store that is not there says nothing of what is in it.
-            let store = self
-                .store()
-                .await
-                .map_err(|error| StepError::Restore(error.to_string()))?;
-            let attempt = || self.read_shard(&store, from, shard);
-            let read = retried(Duration::from_millis(READ_BACKOFF_MS), attempt).await;
-            read.map_err(|error| {
-                let cause = error.to_string();
-                match error.is_bad_object() {
-                    true => StepError::BadCheckpoint { step: from.step, cause },
-                    false => StepError::Restore(cause),
-                }
-            })
-        };
-        unless_aborted(abort, read).await
+        unless_aborted(abort, self.read_patiently(from, shard)).await
+    }
+
+    async fn read_patiently(&self, from: &RestoreFrom, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], StepError> {
+        // A store that is not there says nothing of what is in it.
+        let store = self
+            .store()
+            .await
+            .map_err(|error| StepError::Restore(error.to_string()))?;
+        let attempt = || self.read_shard(&store, from, shard);
+        let read = retried(Duration::from_millis(READ_BACKOFF_MS), attempt).await;
+        read.map_err(|error| {
+            let cause = error.to_string();
+            match error.is_bad_object() {
+                true => StepError::BadCheckpoint { step: from.step, cause },
+                false => StepError::Restore(cause),
+            }
+        })
+    }
+
+    /// Begins to read a shard, on the runtime's own threads.
+    fn begin(&self, reads: &mut JoinSet<Read>, from: &RestoreFrom, shard: OptimizerShardIndex) {
+        let (source, from) = (self.clone(), from.clone());
+        let read = async move { (shard, source.read_patiently(&from, shard).await) };
+        reads.spawn_on(read, &self.runtime);
     }
 }
+
+/// A shard and what was read of it.
+type Read = (OptimizerShardIndex, Result<[Vec<f32>; 3], StepError>);
 
 impl ShardSource for StoreSource {
     fn read(
@@ -138,6 +158,34 @@ impl ShardSource for StoreSource {
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
         self.runtime.block_on(self.fetch(from, shard, abort))
+    }
+
+    /// Reads run beside each other and beside `take`, so that neither the store nor a processor that hashes waits; those that
+    /// are left end with the set.
+    fn read_each(
+        &self,
+        from: &RestoreFrom,
+        shards: &[OptimizerShardIndex],
+        abort: &AtomicBool,
+        take: &mut TakeShard<'_>,
+    ) -> Result<(), StepError> {
+        let (now, later) = shards.split_at(shards.len().min(READS_AHEAD));
+        let (mut reads, mut later) = (JoinSet::new(), later.iter());
+        now.iter().for_each(|&shard| self.begin(&mut reads, from, shard));
+        loop {
+            let joined = async {
+                let joined = reads.join_next().await.transpose();
+                joined.map_err(|panic| StepError::Restore(format!("a read failed: {panic}; this is a bug")))
+            };
+            let Some((shard, read)) = self.runtime.block_on(unless_aborted(abort, joined))? else {
+                return Ok(());
+            };
+            later
+                .next()
+                .into_iter()
+                .for_each(|&shard| self.begin(&mut reads, from, shard));
+            take(shard, read?)?;
+        }
     }
 }
 
@@ -214,28 +262,32 @@ mod tests {
         }
     }
 
-    /// A checkpoint of one shard whose every value is `value`, and its name.
-    async fn checkpoint(store: &CheckpointStore, value: f32) -> RestoreFrom {
-        let geometry = ShardGeometry {
-            shard: SHARD,
-            first_block: 0,
-            block_count: 1,
-            block_elements: 4,
-        };
+    /// A checkpoint whose every value is `value` plus its shard's number, and its name.
+    async fn checkpoint(store: &CheckpointStore, value: f32, shard_count: u32) -> RestoreFrom {
         let fence = store.claim(Generation(0)).await.unwrap();
-        let state = ShardPayload::new([[value; 4]; 3]);
-        let shard = store.put_shard(STEP, fence.generation, &geometry, state).await.unwrap();
+        let mut shards = Vec::new();
+        for shard in 0..shard_count {
+            let geometry = ShardGeometry {
+                shard: OptimizerShardIndex(shard),
+                first_block: shard,
+                block_count: 1,
+                block_elements: 4,
+            };
+            let state = ShardPayload::new([[value + shard as f32; 4]; 3]);
+            let stored = store.put_shard(STEP, fence.generation, &geometry, state).await;
+            shards.push(stored.unwrap());
+        }
         let manifest = Manifest {
             run: Digest::of(b"run"),
             step: STEP,
             generation: fence.generation,
             writer: store.writer(),
             block_elements: 4,
-            block_count: 1,
-            shard_count: 1,
+            block_count: shard_count,
+            shard_count,
             layout: Digest::of(b"layout"),
             data: Digest::of(b"data"),
-            shards: vec![shard],
+            shards,
             decisions: vec![],
             trace_head: TraceHead {
                 step: STEP,
@@ -267,7 +319,7 @@ mod tests {
             let store = CheckpointStore::open(&location, WriterId::fresh(Generation(1)))
                 .await
                 .unwrap();
-            (checkpoint(&store, 1.0).await, checkpoint(&store, 2.0).await)
+            (checkpoint(&store, 1.0, 1).await, checkpoint(&store, 2.0, 1).await)
         });
         let source = StoreSource::new(location, runtime.handle().clone());
         let go = AtomicBool::new(false);
@@ -285,6 +337,58 @@ mod tests {
             assert!(matches!(error, StepError::BadCheckpoint { .. }), "{error}");
             assert!(error.to_string().contains(&name.manifest_key), "{error}");
         }
+    }
+
+    /// CKPT-4, SUP-4: shards of one restore are read beside each other, each once; one that is bad ends it, and so do an abort and
+    /// whoever takes them.
+    #[test]
+    fn all_shards_of_a_restore_are_read_and_a_bad_one_ends_it() {
+        const SHARDS: u32 = 7;
+        let folder = tempfile::tempdir().unwrap();
+        let location = folder.path().to_str().unwrap().to_owned();
+        let runtime = runtime();
+        let (name, bad) = runtime.block_on(async {
+            let store = CheckpointStore::open(&location, WriterId::fresh(Generation(1)))
+                .await
+                .unwrap();
+            let name = checkpoint(&store, 1.0, SHARDS).await;
+            let found = store.newest_verified(None).await.unwrap().unwrap();
+            (name, found.manifest.shards[4].object.key.clone())
+        });
+        let source = StoreSource::new(location, runtime.handle().clone());
+        let all: Vec<_> = (0..SHARDS).map(OptimizerShardIndex).collect();
+        let read = |abort: &AtomicBool, shards: &[OptimizerShardIndex]| {
+            let mut taken = Vec::new();
+            let ended = source.read_each(&name, shards, abort, &mut |shard, tensors| {
+                assert_eq!(tensors, std::array::from_fn(|_| vec![1.0 + shard.0 as f32; 4]));
+                taken.push(shard);
+                Ok(())
+            });
+            taken.sort_unstable();
+            (ended, taken)
+        };
+        let go = AtomicBool::new(false);
+        for wanted in [&all[..0], &all] {
+            let (ended, taken) = read(&go, wanted);
+            ended.unwrap();
+            assert_eq!(taken, wanted);
+        }
+        let (ended, taken) = read(&AtomicBool::new(true), &all);
+        assert!(
+            matches!(ended, Err(StepError::Aborted)) && taken.is_empty(),
+            "{ended:?}"
+        );
+        let refused = source.read_each(&name, &all, &go, &mut |_, _| Err(StepError::Aborted));
+        assert!(matches!(refused, Err(StepError::Aborted)), "{refused:?}");
+
+        std::fs::write(folder.path().join(&bad), b"not what was stored").unwrap();
+        let (ended, taken) = read(&go, &all);
+        let error = ended.unwrap_err();
+        assert!(
+            matches!(&error, StepError::BadCheckpoint { cause, .. } if cause.contains(&bad)),
+            "{error}"
+        );
+        assert!(!taken.contains(&all[4]));
     }
 
     /// SUP-4: the rank must be able to answer a fence, whatever the store does.

@@ -193,6 +193,7 @@ impl Actor for RankRoot {
             feed: arguments.feeder,
             feeder: data_feeder.clone(),
             progress: arguments.progress,
+            store: arguments.store.clone(),
             root: myself.clone(),
         };
         let (rank, _) = Actor::spawn_linked(None, RankActor, rank_arguments, parent.clone()).await?;

@@ -8,6 +8,7 @@ use super::writer::{Snapshot, WriterMessage};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_kernels::{BlockHash, Blocks, CpuBuffer, CpuDevice, Device, DeviceError, View};
+use tarazed_protocol::message::FromRank;
 use tarazed_store::ShardPayload;
 use tarazed_train::StepError;
 use tarazed_train::generation::ShardToSave;
@@ -20,10 +21,18 @@ pub enum ShardMessage {
         generation: Generation,
         shard: Box<dyn Saving>,
     },
-    /// A copy is made; or the rank must end, because of this.
-    Copied(Result<Box<Snapshot>, String>),
+    /// A copy is made, or not.
+    Copied(Result<Box<Snapshot>, CopyError>),
 }
 impl ractor::Message for ShardMessage {}
+
+/// Why there is no copy.
+pub enum CopyError {
+    /// The host has no memory for it: the checkpoint is given up, and training goes on.
+    NoMemory(Box<FromRank>),
+    /// The rank must end.
+    Fatal(String),
+}
 
 /// A shard to save, on whatever device it lies.
 pub trait Saving: Send {
@@ -33,8 +42,8 @@ pub trait Saving: Send {
     /// Copies it to the host and checks the copy against the hashes of its last update.
     ///
     /// # Errors
-    /// Why the rank must end.
-    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, String>;
+    /// A [`CopyError`].
+    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, CopyError>;
 }
 
 /// A shard on a device of one kind.
@@ -76,13 +85,20 @@ impl Actor for OptimizerShard {
                 shard,
             } => {
                 assert_eq!(shard.shard(), state.index, "a shard's snapshot comes to its own actor");
-                crate::blocking::detach(move || {
-                    let snapshot = shard.copy(step, generation);
-                    // An error means that this shard moved to another rank meanwhile.
-                    let _ = myself.cast(ShardMessage::Copied(snapshot.map(Box::new)));
-                });
+                crate::blocking::detach(
+                    move || shard.copy(step, generation),
+                    move |copied| {
+                        let copied = copied.unwrap_or_else(|panic| Err(CopyError::Fatal(panic)));
+                        // An error means that this shard moved to another rank meanwhile.
+                        let _ = myself.cast(ShardMessage::Copied(copied.map(Box::new)));
+                    },
+                );
             }
-            ShardMessage::Copied(snapshot) => state.writer.cast(WriterMessage::Store(snapshot?))?,
+            ShardMessage::Copied(Ok(snapshot)) => state.writer.cast(WriterMessage::Store(snapshot))?,
+            ShardMessage::Copied(Err(CopyError::NoMemory(report))) => {
+                state.writer.cast(WriterMessage::NoSnapshot(report))?;
+            }
+            ShardMessage::Copied(Err(CopyError::Fatal(cause))) => return Err(cause.into()),
         }
         Ok(())
     }
@@ -93,29 +109,54 @@ impl<D: HostVisible> Saving for OnDevice<D> {
         self.shard.shard
     }
 
-    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, String> {
+    fn copy(self: Box<Self>, step: StepsCompleted, generation: Generation) -> Result<Snapshot, CopyError> {
         let Self { device, shard } = *self;
         let _span = tracing::info_span!("snapshot", step = step.0, shard = shard.shard.0).entered();
         let state = shard.state.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         assert_eq!(state.steps, step, "the next update waits for this copy");
         let copies = device
             .copies([&state.master, &state.first_moment, &state.second_moment])
-            .map_err(|e| format!("a snapshot of shard {}: {e}", shard.shard))?;
+            .map_err(|error| not_copied(&error, step, generation, shard.shard))?;
         let hashes = state.hashes.clone();
         drop(state);
         drop(shard.ticket);
-        if hashes_of(&copies, shard.blocks, hashes.len()).map_err(|e| e.to_string())? != hashes {
+        let copied = hashes_of(&copies, shard.blocks, hashes.len());
+        if copied.map_err(|e| CopyError::Fatal(e.to_string()))? != hashes {
             let shard = shard.shard;
-            return Err(StepError::Rotten { shard, step }.to_string());
+            return Err(CopyError::Fatal(StepError::Rotten { shard, step }.to_string()));
         }
         Ok(Snapshot {
             step,
             generation,
             shard: shard.shard,
+            hashes,
             payload: ShardPayload::new(copies),
             upload: shard.upload,
         })
     }
+}
+
+/// What follows of a device that could not copy a shard to the host.
+fn not_copied(
+    error: &DeviceError,
+    step: StepsCompleted,
+    generation: Generation,
+    shard: OptimizerShardIndex,
+) -> CopyError {
+    let needed_bytes = match error {
+        DeviceError::OutOfMemory { needed_bytes, .. } | DeviceError::OutOfPinnedMemory { needed_bytes } => needed_bytes,
+        _ => return CopyError::Fatal(format!("a snapshot of shard {shard}: {error}")),
+    };
+    CopyError::NoMemory(Box::new(FromRank::ShardLost {
+        generation,
+        step,
+        shard,
+        cause: format!(
+            "the host has no memory for a snapshot of shard {shard}: {needed_bytes} bytes more were needed; run fewer ranks on \
+             it, or give it more"
+        ),
+        full: false,
+    }))
 }
 
 /// Hashes are the same on every device, so the host's check its copy.
@@ -125,4 +166,36 @@ fn hashes_of(copies: &[CpuBuffer; 3], blocks: Blocks, count: usize) -> Result<Ve
     let [master, exp_avg, exp_avg_sq] = copies.each_ref().map(View::from);
     device.block_hashes(&mut device.stream()?, blocks, master, exp_avg, exp_avg_sq, &mut hashes)?;
     Ok(hashes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host without memory for a copy costs the checkpoint, a device that fails the rank.
+    #[test]
+    fn a_checkpoint_is_given_up_where_there_is_no_memory_for_it() {
+        let not_copied = |error| not_copied(&error, StepsCompleted(7), Generation(2), OptimizerShardIndex(3));
+        let (needed_bytes, memory) = (1 << 40, None);
+        for error in [
+            DeviceError::OutOfMemory { needed_bytes, memory },
+            DeviceError::OutOfPinnedMemory { needed_bytes },
+        ] {
+            let CopyError::NoMemory(report) = not_copied(error) else {
+                panic!("the rank ends")
+            };
+            let FromRank::ShardLost { shard, cause, .. } = *report else {
+                panic!("{report:?}")
+            };
+            assert!(
+                shard == OptimizerShardIndex(3) && cause.contains("1099511627776 bytes"),
+                "{cause}"
+            );
+        }
+        let failed = DeviceError::Failed {
+            operation: "copy",
+            cause: "gone".to_owned(),
+        };
+        assert!(matches!(not_copied(failed), CopyError::Fatal(cause) if cause.contains("gone")));
+    }
 }

@@ -3,6 +3,9 @@
 //! At most [`CHECKPOINTS_IN_FLIGHT_MAX`] checkpoints are under way at once; ranks begin no other meanwhile, all alike, unless
 //! the run ends or pauses there (`tarazed_train::generation`). That one waits here, one snapshot of each shard, the newest:
 //! an older one that waited is given up, said aloud. So the last checkpoint of a run is never given up for an older one.
+//!
+//! A shard that is asked for again while it goes up, by a generation that saves the same step, is not sent twice: the same
+//! bytes are on their way.
 
 use super::actor::RankMessage;
 use super::restore::StoreSource;
@@ -12,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::limits::CHECKPOINTS_IN_FLIGHT_MAX;
 use tarazed_domain::{Generation, OptimizerShardIndex, ShardLayout, StepsCompleted};
+use tarazed_kernels::BlockHash;
 use tarazed_protocol::message::FromRank;
 use tarazed_store::{ShardGeometry, ShardPayload, StoreError};
 use tarazed_train::snapshot::UploadTicket;
@@ -24,6 +28,8 @@ pub struct Snapshot {
     pub step: StepsCompleted,
     pub generation: Generation,
     pub shard: OptimizerShardIndex,
+    /// Of its blocks, as the last update left them.
+    pub hashes: Vec<BlockHash>,
     pub payload: ShardPayload,
     /// Held until this shard is stored or given up.
     #[expect(dead_code, reason = "it counts as long as it is there")]
@@ -33,9 +39,12 @@ pub struct Snapshot {
 pub enum WriterMessage {
     /// Store this.
     Store(Box<Snapshot>),
+    /// There is nothing to store, and the controller hears why.
+    NoSnapshot(Box<FromRank>),
     /// An upload ended.
     Ended {
         step: StepsCompleted,
+        shard: OptimizerShardIndex,
         report: Box<FromRank>,
     },
 }
@@ -52,8 +61,15 @@ pub struct WriterArguments {
 pub struct WriterState {
     arguments: WriterArguments,
     /// Uploads of each checkpoint under way.
-    under_way: BTreeMap<StepsCompleted, usize>,
+    under_way: BTreeMap<StepsCompleted, BTreeMap<OptimizerShardIndex, UnderWay>>,
     waiting: BTreeMap<OptimizerShardIndex, Box<Snapshot>>,
+}
+
+/// A shard on its way up.
+struct UnderWay {
+    hashes: Vec<BlockHash>,
+    /// The newest that wants it: whose loss it would be.
+    generation: Generation,
 }
 
 impl Actor for CheckpointWriter {
@@ -80,21 +96,18 @@ impl Actor for CheckpointWriter {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            WriterMessage::Store(snapshot) if state.has_room(snapshot.step) => state.start(&myself, snapshot),
+            WriterMessage::Store(snapshot) if state.is_on_its_way(&snapshot) => {}
+            WriterMessage::Store(snapshot) if state.has_room(&snapshot) => state.start(&myself, snapshot),
             WriterMessage::Store(snapshot) => {
                 if let Some(older) = state.waiting.insert(snapshot.shard, snapshot) {
                     let cause = "an earlier one is still being uploaded, and a later one waits, too".to_owned();
                     state.tell(lost(&older, cause, false))?;
                 }
             }
-            WriterMessage::Ended { step, report } => {
-                state.tell(*report)?;
-                if let Some(count) = state.under_way.get_mut(&step) {
-                    *count -= 1;
-                    if *count == 0 {
-                        state.under_way.remove(&step);
-                    }
-                }
+            WriterMessage::NoSnapshot(report) => state.tell(*report)?,
+            WriterMessage::Ended { step, shard, report } => {
+                let report = state.ended(step, shard, *report);
+                state.tell(report)?;
                 state.start_waiting(&myself);
             }
         }
@@ -103,8 +116,37 @@ impl Actor for CheckpointWriter {
 }
 
 impl WriterState {
-    fn has_room(&self, step: StepsCompleted) -> bool {
-        self.under_way.len() < CHECKPOINTS_IN_FLIGHT_MAX || self.under_way.contains_key(&step)
+    /// Whether the same bytes go up already; their end is this one's, too.
+    fn is_on_its_way(&mut self, snapshot: &Snapshot) -> bool {
+        let shards = self.under_way.get_mut(&snapshot.step);
+        let same = shards
+            .and_then(|shards| shards.get_mut(&snapshot.shard))
+            .filter(|upload| upload.hashes == snapshot.hashes);
+        if let Some(upload) = same {
+            upload.generation = upload.generation.max(snapshot.generation);
+            return true;
+        }
+        false
+    }
+
+    fn has_room(&self, snapshot: &Snapshot) -> bool {
+        match self.under_way.get(&snapshot.step) {
+            Some(shards) => !shards.contains_key(&snapshot.shard),
+            None => self.under_way.len() < CHECKPOINTS_IN_FLIGHT_MAX,
+        }
+    }
+
+    /// What the controller hears of an upload that has ended.
+    fn ended(&mut self, step: StepsCompleted, shard: OptimizerShardIndex, mut report: FromRank) -> FromRank {
+        if let Some(shards) = self.under_way.get_mut(&step) {
+            if let (Some(upload), FromRank::ShardLost { generation, .. }) = (shards.remove(&shard), &mut report) {
+                *generation = upload.generation;
+            }
+            if shards.is_empty() {
+                self.under_way.remove(&step);
+            }
+        }
+        report
     }
 
     fn tell(&self, report: FromRank) -> Result<(), ActorProcessingErr> {
@@ -113,13 +155,23 @@ impl WriterState {
     }
 
     fn start(&mut self, myself: &ActorRef<WriterMessage>, snapshot: Box<Snapshot>) {
-        let step = snapshot.step;
-        *self.under_way.entry(step).or_default() += 1;
+        let (step, shard, generation) = (snapshot.step, snapshot.shard, snapshot.generation);
+        let hashes = snapshot.hashes.clone();
+        let shards = self.under_way.entry(step).or_default();
+        shards.insert(shard, UnderWay { hashes, generation });
         let (store, layout, myself) = (self.arguments.store.clone(), self.arguments.layout, myself.clone());
         tokio::spawn(async move {
-            let report = Box::new(upload(&store, layout, &snapshot).await);
+            let upload = tokio::spawn(async move { upload(&store, layout, &snapshot).await });
+            let report = upload.await.unwrap_or_else(|panic| FromRank::ShardLost {
+                generation,
+                step,
+                shard,
+                cause: format!("its upload failed: {panic}; this is a bug"),
+                full: false,
+            });
+            let report = Box::new(report);
             // An error means that the rank ends.
-            let _ = myself.cast(WriterMessage::Ended { step, report });
+            let _ = myself.cast(WriterMessage::Ended { step, shard, report });
         });
     }
 
@@ -127,13 +179,12 @@ impl WriterState {
         let Some(oldest) = self.waiting.values().map(|snapshot| snapshot.step).min() else {
             return;
         };
-        if self.has_room(oldest) {
-            let waiting = std::mem::take(&mut self.waiting);
-            let (due, rest) = waiting.into_iter().partition(|(_, snapshot)| snapshot.step == oldest);
-            self.waiting = rest;
-            let due: BTreeMap<OptimizerShardIndex, Box<Snapshot>> = due;
-            due.into_values().for_each(|snapshot| self.start(myself, snapshot));
-        }
+        let waiting = std::mem::take(&mut self.waiting);
+        let is_due = |snapshot: &Snapshot| snapshot.step == oldest && self.has_room(snapshot);
+        let (due, rest) = waiting.into_iter().partition(|(_, snapshot)| is_due(snapshot));
+        self.waiting = rest;
+        let due: BTreeMap<OptimizerShardIndex, Box<Snapshot>> = due;
+        due.into_values().for_each(|snapshot| self.start(myself, snapshot));
     }
 }
 
@@ -179,5 +230,86 @@ async fn upload(store: &StoreSource, layout: ShardLayout, snapshot: &Snapshot) -
             }
             Err(error) => return refused(snapshot, &error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use tarazed_domain::ParameterLayout;
+    use tarazed_train::snapshot::Uploads;
+
+    const SHARD: OptimizerShardIndex = OptimizerShardIndex(0);
+
+    /// Stands in for the rank's actor.
+    struct Nobody;
+
+    impl Actor for Nobody {
+        type Msg = RankMessage;
+        type State = ();
+        type Arguments = ();
+
+        async fn pre_start(&self, _: ActorRef<RankMessage>, (): ()) -> Result<(), ActorProcessingErr> {
+            Ok(())
+        }
+    }
+
+    fn snapshot(step: u64, generation: u64, content: u8) -> Snapshot {
+        Snapshot {
+            step: StepsCompleted(step),
+            generation: Generation(generation),
+            shard: SHARD,
+            hashes: vec![BlockHash([content; size_of::<BlockHash>()])],
+            payload: ShardPayload::new([[0.0_f32; 4]; 3]),
+            upload: Uploads::default().begin(),
+        }
+    }
+
+    /// A generation that saves the same step again does not double what is on its way, and hears of its end.
+    #[tokio::test]
+    async fn what_is_on_its_way_is_not_sent_again() {
+        let (rank, _) = Actor::spawn(None, Nobody, ()).await.unwrap();
+        let mut state = WriterState {
+            arguments: WriterArguments {
+                layout: layout(),
+                store: StoreSource::new(String::new(), tokio::runtime::Handle::current()),
+                rank: rank.clone(),
+            },
+            under_way: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+        };
+        let (first, again, other) = (snapshot(7, 1, 1), snapshot(7, 2, 1), snapshot(7, 2, 2));
+        assert!(!state.is_on_its_way(&first) && state.has_room(&first));
+        let upload = UnderWay {
+            hashes: first.hashes.clone(),
+            generation: first.generation,
+        };
+        state.under_way.insert(first.step, BTreeMap::from([(SHARD, upload)]));
+        assert!(state.is_on_its_way(&again));
+        assert!(
+            !state.is_on_its_way(&other) && !state.has_room(&other),
+            "other bytes wait"
+        );
+        assert!(
+            !state.is_on_its_way(&snapshot(8, 2, 1)),
+            "another step is another upload"
+        );
+
+        let ended = state.ended(first.step, SHARD, lost(&first, "no answer".to_owned(), false));
+        let FromRank::ShardLost { generation, .. } = ended else {
+            panic!("{ended:?}")
+        };
+        assert_eq!(
+            generation, again.generation,
+            "whoever waits for it would not hear an older one's loss"
+        );
+        assert!(state.under_way.is_empty() && state.has_room(&other));
+        rank.stop(None);
+    }
+
+    fn layout() -> ShardLayout {
+        ShardLayout::new(&ParameterLayout::new([("weight".to_owned(), vec![4], true)], 4), 1)
     }
 }

@@ -205,6 +205,7 @@ pub mod message {
                 progress: 5,
                 phase: "computing".into(),
                 lane_us: 900,
+                stored_bytes: 0,
             },
             FromRank::Paused {
                 generation,

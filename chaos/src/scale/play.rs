@@ -100,6 +100,7 @@ impl World<'_> {
             progress: 0,
             activity,
             lane_us: 0,
+            stored_bytes: 0,
         };
         self.tell(now_ms, &event);
     }

@@ -64,6 +64,8 @@ pub struct Summary {
     pub lives: u64,
     /// Those of them that had a successor when they ended.
     pub deposed: u64,
+    /// Deaths in the closed loops of controllers.
+    pub loop_deaths: u64,
     /// What persons decided.
     pub decided: u64,
     /// Seeds that failed, and how.
@@ -94,6 +96,7 @@ fn campaign_of(insist: &Insist, from: u64, seeds: u64, twice: bool, jobs: usize)
                     summary.virtual_ms += report.virtual_ms;
                     summary.lives += report.lives;
                     summary.deposed += report.deposed;
+                    summary.loop_deaths += report.loop_deaths;
                     summary.decided += report.decided;
                 }
                 Err(failure) => summary.failures.push((seed, failure)),

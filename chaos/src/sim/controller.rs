@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::{
-    Begun, Claimed, Ear, Edges, End, JsonLines, LoopRules, Notice, Past, RequestAnswer, TENURE_LOOK, TICK, TraceFile,
-    Tree, TreeParts, WhileInCharge,
+    Begun, Claimed, Ear, Edges, End, JsonLines, LoopHarm, LoopMember, LoopRules, Notice, Past, RequestAnswer,
+    TENURE_LOOK, TICK, TraceFile, Tree, TreeParts, WhileInCharge,
 };
 use tarazed_actors::link::{Body, HubEvent, PeerId};
 use tarazed_actors::node::{ExitCause, NodeEvent};
@@ -75,6 +75,8 @@ pub struct Life {
     died: Notify,
     /// Its hold on the run folder: none before it took it, and none after its end.
     tenure: Mutex<Option<Tenure>>,
+    /// Ends parts of its closed loop, once its tree has begun.
+    harm: Mutex<Option<LoopHarm>>,
     words: mpsc::UnboundedSender<Word>,
     connections: Mutex<BTreeMap<PeerId, mpsc::UnboundedSender<Vec<u8>>>>,
     processes: Mutex<BTreeMap<Member, Arc<Process>>>,
@@ -102,6 +104,7 @@ impl Life {
             dead: AtomicBool::new(false),
             died: Notify::new(),
             tenure: Mutex::default(),
+            harm: Mutex::default(),
             words,
             connections: Mutex::default(),
             processes: Mutex::default(),
@@ -138,6 +141,23 @@ impl Life {
             world
                 .history
                 .note(&format!("controller {number} stands still for {} ms", time.as_millis()));
+        }
+    }
+
+    /// Parts of its closed loop die, if it is at work.
+    pub fn end_loop(&self, world: &World, members: &[LoopMember]) {
+        if !self.is_alive() || self.gate.is_closed() {
+            return;
+        }
+        let Some(harm) = lock(&self.harm).clone() else { return };
+        let died: Vec<LoopMember> = members.iter().copied().filter(|member| harm.kill(*member)).collect();
+        if !died.is_empty() {
+            let number = self.number;
+            world
+                .history
+                .note(&format!("fault: of the loop of controller {number} die {died:?}"));
+            world.persons.loop_dies(number);
+            world.loop_deaths.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -417,6 +437,7 @@ async fn run(
         trace: Box::new(SimTrace(sink)),
         past,
     }));
+    *lock(&life.harm) = Some(fall.0.loop_harm());
     tokio::spawn(Arc::clone(life).pass_time(Arc::clone(world), ear.clone()));
     tokio::spawn(Arc::clone(life).look_after_tenure(ear.clone()));
     let listening = async {

@@ -1,12 +1,16 @@
 //! What is done to a run: one fault after another, of the kinds and at the times that the seed says.
 
+use super::controller::Life;
 use super::persons;
 use super::process::Process;
 use super::random::Random;
 use super::scenario::Fault;
 use super::world::World;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
+use tarazed_actors::controller::LoopMember;
 use tarazed_actors::node::ExitCause;
 use tarazed_domain::{Incarnation, StepIndex};
 use tarazed_protocol::message::Member;
@@ -17,6 +21,15 @@ use tokio::time::Instant;
 const NAP_TIMEOUTS_MAX: u64 = 6;
 /// Listings are old for so long at most.
 const STALE_MAX: Duration = Duration::from_millis(1_000);
+/// A line passes the closed loop in about half as many moves.
+const LOOP_MOVES_MAX: u64 = 10;
+/// What of a closed loop dies.
+const IN_LOOPS: [&[LoopMember]; 4] = [
+    &[LoopMember::Tsm],
+    &[LoopMember::Ate],
+    &[LoopMember::Dmu],
+    &LoopMember::ALL,
+];
 
 /// Does what the scenario says until its fault phase is over.
 pub async fn disturb(world: Arc<World>) {
@@ -27,7 +40,7 @@ pub async fn disturb(world: Arc<World>) {
         .faults
         .iter()
         .copied()
-        .filter(|kind| !matches!(kind, Fault::KillInRecovery | Fault::FlipBit))
+        .filter(|kind| !matches!(kind, Fault::KillInRecovery | Fault::FlipBit | Fault::KillLoop))
         .collect();
     while !kinds.is_empty() {
         let wait = Duration::from_millis(random.waiting_ms(world.scenario.fault_every_ms));
@@ -125,7 +138,8 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         | Fault::StandStill
         | Fault::TakeOver
         | Fault::KillInRecovery
-        | Fault::FlipBit => strike_controller(world, kind, random),
+        | Fault::FlipBit
+        | Fault::KillLoop => strike_controller(world, kind, random),
     }
 }
 
@@ -166,6 +180,32 @@ pub fn flip(world: &World, pid: u32, member: Member) -> Option<Harm> {
         bit: random.between(12, 30) as u8,
         stuck: false,
     })
+}
+
+/// A line comes to a controller: the moment for its closed loop to die, before it has seen the line, in the midst of it, or after.
+pub fn strike_loop(world: &Arc<World>, life: &Arc<Life>) {
+    let how = |random: &mut Random| (random.pick(&IN_LOOPS), random.between(0, LOOP_MOVES_MAX));
+    let Some((members, moves)) = world.draw_loop_death(how) else {
+        return;
+    };
+    let (world, ends) = (Arc::clone(world), Arc::clone(life));
+    // Said behind the line, so that the line is under way when the moves are counted.
+    life.say(move |_| {
+        tokio::spawn(async move {
+            let mut left = moves;
+            poll_fn(|context| {
+                let Some(fewer) = left.checked_sub(1) else {
+                    return Poll::Ready(());
+                };
+                left = fewer;
+                // Behind all that can move now.
+                context.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await;
+            ends.end_loop(&world, members);
+        });
+    });
 }
 
 fn strike_controller(world: &Arc<World>, kind: Fault, random: &mut Random) {

@@ -75,6 +75,8 @@ pub struct Report {
     pub lives: u64,
     /// Those of them that had a successor when they ended.
     pub deposed: u64,
+    /// Deaths in the closed loops of controllers.
+    pub loop_deaths: u64,
     /// What persons decided.
     pub decided: u64,
     /// The events as lines, where they were asked for.
@@ -140,6 +142,7 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
         virtual_ms: history.now_ms(),
         lives,
         deposed: world.deposed.load(std::sync::atomic::Ordering::Relaxed),
+        loop_deaths: world.loop_deaths.load(std::sync::atomic::Ordering::Relaxed),
         decided: world.persons.recorded_count(),
         history: history.lines(),
     })

@@ -2,7 +2,7 @@
 //! stands in the trace.
 //!
 //! - What is granted stands in the line that was named, where the controller that granted it writes that line; a request is
-//!   lost with its controller.
+//!   lost with its controller, or with the closed loop of that, which may die.
 //! - The trace holds nothing that nobody asked for, and nothing twice.
 //! - A rollback is granted and may still not come: where the policy goes back first, the state that it named may be none to go
 //!   back to any more.
@@ -20,6 +20,7 @@ use tarazed_protocol::data::decision::{
     DataChange, Decision, DecisionAuthor, DecisionId, DecisionKind, DomainEdition, SpikeBounds,
 };
 use tarazed_protocol::trace::TraceLine;
+use tokio::time::Instant;
 
 /// They wait so long for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,6 +40,8 @@ struct Inner {
     /// Domains by all that is decided.
     domains: u16,
     written: StepsCompleted,
+    /// When a closed loop died the last time.
+    loop_died: Option<Instant>,
 }
 
 struct Asked {
@@ -71,10 +74,10 @@ pub fn ask(world: &Arc<World>, random: &mut Random) {
         "{person} asks controller {number} for {:?} from {:?} on",
         request.kind, request.not_before
     ));
-    let told = Arc::clone(world);
+    let (told, asked) = (Arc::clone(world), Instant::now());
     life.ask(request, move |answer| {
         told.history.note(&format!("{person} is told {answer:?}"));
-        told.persons.answered(&person, number, answer);
+        told.persons.answered(&person, number, asked, answer);
     });
 }
 
@@ -132,13 +135,25 @@ impl Persons {
         }
     }
 
-    fn answered(&self, person: &str, controller: u64, answer: Option<RequestAnswer>) {
-        if let Some(asked) = self.lock().asked.get_mut(person) {
+    fn answered(&self, person: &str, controller: u64, asked_at: Instant, answer: Option<RequestAnswer>) {
+        let mut inner = self.lock();
+        // Of what was granted before, nothing is left.
+        let is_kept = inner.loop_died.is_none_or(|died| died < asked_at);
+        if let Some(asked) = inner.asked.get_mut(person) {
             match answer {
-                Some(Ok((line, step))) => asked.granted = Some((controller, line, step)),
+                Some(Ok((line, step))) if is_kept => asked.granted = Some((controller, line, step)),
                 Some(Err(_)) => asked.is_refused = true,
-                None => {}
+                Some(Ok(_)) | None => {}
             }
+        }
+    }
+
+    /// What a controller has granted, and not decided yet, is lost with its closed loop.
+    pub fn loop_dies(&self, controller: u64) {
+        let mut inner = self.lock();
+        inner.loop_died = Some(Instant::now());
+        for asked in inner.asked.values_mut() {
+            asked.granted = asked.granted.filter(|(by, ..)| *by != controller);
         }
     }
 

@@ -6,7 +6,7 @@
 
 use super::controller::Life;
 use super::coroutine::{Coroutine, wait_for};
-use super::faults::flip;
+use super::faults::{flip, strike_loop};
 use super::mesh::{Generational, SimPlane};
 use super::world::World;
 use std::collections::VecDeque;
@@ -508,7 +508,11 @@ async fn carry_up(
             Up::Message(_) if process.lock().unheard => {}
             Up::Message(body) => {
                 world.history.note(&format!("{member} says {}", name_of(&body)));
+                let is_line = matches!(FromRank::decode(&body), Ok(FromRank::Line { .. }));
                 life.deliver(&process, body);
+                if is_line {
+                    strike_loop(&world, &life);
+                }
             }
             Up::Closed(reason) => return life.disconnected(&process, reason),
         }

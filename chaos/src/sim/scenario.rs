@@ -60,11 +60,13 @@ pub enum Fault {
     StandStill,
     /// A person puts another controller in charge, as a rule because the one that is there stands still; it wakes up later.
     TakeOver,
+    /// Parts of the controller's closed loop die of themselves, now and then when a line has come.
+    KillLoop,
 }
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -83,9 +85,12 @@ impl Fault {
         Self::StoreStale,
         Self::StandStill,
         Self::TakeOver,
+        Self::KillLoop,
     ];
     /// Those that are drawn apart from the others, and less often.
     const OF_CONTROLLERS: [Self; 2] = [Self::StandStill, Self::TakeOver];
+    /// That of the closed loop: drawn apart from all others, and it strikes at times of its own.
+    const OF_LOOPS: Self = Self::KillLoop;
 }
 
 impl Fault {
@@ -93,7 +98,13 @@ impl Fault {
     fn spares_steps(self) -> bool {
         matches!(
             self,
-            Self::Stop | Self::Resize | Self::StoreErrors | Self::StoreSlow | Self::StoreStale | Self::StandStill
+            Self::Stop
+                | Self::Resize
+                | Self::StoreErrors
+                | Self::StoreSlow
+                | Self::StoreStale
+                | Self::StandStill
+                | Self::KillLoop
         )
     }
 }
@@ -171,10 +182,13 @@ impl Scenario {
         let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
         let drawn = Fault::ALL
             .into_iter()
-            .filter(|fault| !Fault::OF_CONTROLLERS.contains(fault));
+            .filter(|fault| !Fault::OF_CONTROLLERS.contains(fault) && *fault != Fault::OF_LOOPS);
         let mut faults: Vec<Fault> = drawn.filter(|_| random.chance(0.45)).collect();
         let mut controllers = Random::of(seed, "controllers", 0);
         faults.extend(Fault::OF_CONTROLLERS.into_iter().filter(|_| controllers.chance(0.3)));
+        if Random::of(seed, "loops", 0).chance(0.35) {
+            faults.push(Fault::OF_LOOPS);
+        }
         let mut persons = Random::of(seed, "who decides", 0);
         let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
         let mut clock = Random::of(seed, "checkpoints by the clock", 0);

@@ -50,6 +50,8 @@ pub struct World {
     pub persons: Persons,
     /// Controllers that had a successor when they ended.
     pub deposed: AtomicU64,
+    /// Deaths in the closed loops of controllers.
+    pub loop_deaths: AtomicU64,
     /// How the store behaves.
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
@@ -67,6 +69,7 @@ pub struct World {
     started: Mutex<BTreeSet<Member>>,
     faults_over: AtomicBool,
     compute: Mutex<Random>,
+    loops: Mutex<Random>,
     written: Mutex<StepsCompleted>,
     failure: Arc<Failure>,
 }
@@ -109,6 +112,7 @@ impl World {
             losses: Losses::default(),
             persons: Persons::default(),
             deposed: AtomicU64::new(0),
+            loop_deaths: AtomicU64::new(0),
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),
@@ -122,6 +126,7 @@ impl World {
             started: Mutex::default(),
             faults_over: AtomicBool::new(false),
             compute: Mutex::new(Random::of(seed, "compute", 0)),
+            loops: Mutex::new(Random::of(seed, "loop deaths", 0)),
             written: Mutex::default(),
             failure,
             scenario,
@@ -366,6 +371,15 @@ impl World {
                 process.end(&world, tarazed_actors::node::ExitCause::Signal(9), None);
             }
         });
+    }
+
+    /// How a closed loop dies, if it does now.
+    pub fn draw_loop_death<T>(&self, how: impl FnOnce(&mut Random) -> T) -> Option<T> {
+        if !self.scenario.has(Fault::KillLoop) || self.is_calm() {
+            return None;
+        }
+        let mut random = lock(&self.loops);
+        random.chance(0.1).then(|| how(&mut random))
     }
 
     /// A crash cut the line short that was being written.

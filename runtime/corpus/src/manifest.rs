@@ -1,8 +1,10 @@
 //! `data.json`: what a data set holds, and the hashes that tie all of it together.
 
 use crate::error::CorpusError;
+use crate::files::read_checked;
 use crate::refine::Dropped;
 use crate::split::Split;
+use crate::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,6 +50,19 @@ pub struct TokenizerManifest {
     pub vocabulary: usize,
     /// The token that ends each document.
     pub end_of_document: u32,
+}
+
+impl TokenizerManifest {
+    /// The tokenizer of the data set in `folder`, with the bytes of its `tokenizer.json`, whose hash is right.
+    ///
+    /// # Errors
+    /// [`CorpusError::Unreadable`], [`CorpusError::CorruptCache`] or [`CorpusError::Tokenizer`].
+    pub fn load(&self, folder: &Path) -> Result<(Tokenizer, Vec<u8>), CorpusError> {
+        let bytes = read_checked(folder, &self.file)?;
+        let path = folder.join(&self.file.name);
+        let tokenizer = Tokenizer::from_bytes(&path, &bytes, |_| Ok(self.end_of_document))?;
+        Ok((tokenizer, bytes))
+    }
 }
 
 /// One file of a data set.

@@ -7,7 +7,7 @@ pub use scored::ScoredText;
 use crate::chunks::{CACHED_CHUNKS_MAX, ChunkCache};
 use crate::documents::{self, DocumentRecord};
 use crate::error::CorpusError;
-use crate::files::{hash_file, read_checked};
+use crate::files::hash_file;
 use crate::manifest::{DataManifest, MANIFEST_FILE};
 use crate::shard::ShardReader;
 use crate::split::Split;
@@ -179,10 +179,8 @@ impl TokenStore {
     /// # Errors
     /// [`CorpusError::CorruptCache`] or [`CorpusError::Tokenizer`].
     pub fn tokenizer(&self) -> Result<Tokenizer, CorpusError> {
-        let described = &self.manifest.tokenizer;
-        let bytes = read_checked(&self.folder, &described.file)?;
-        let path = self.folder.join(&described.file.name);
-        Tokenizer::from_bytes(&path, &bytes, |_| Ok(described.end_of_document))
+        let (tokenizer, _) = self.manifest.tokenizer.load(&self.folder)?;
+        Ok(tokenizer)
     }
 
     /// The document that token `position` of a split's stream belongs to, with its source (DATA-3). Sequence `i` starts at

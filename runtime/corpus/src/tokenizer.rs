@@ -212,6 +212,19 @@ impl Tokenizer {
     pub fn token(&self, name: &str) -> Option<u32> {
         self.inner.token_to_id(name)
     }
+
+    /// Name of a token by its id.
+    #[must_use]
+    pub fn name(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The token that other programs may fill short sequences up with: Aquila2's `<|endoftext|>`, where it is there and ends
+    /// no document. Nothing here is trained on it.
+    #[must_use]
+    pub fn pad(&self) -> Option<u32> {
+        self.token(PAD).filter(|&id| id != self.end_of_document)
+    }
 }
 
 fn eos_of_config(tokenizer: &Path) -> Result<Option<String>, CorpusError> {
@@ -269,6 +282,11 @@ mod tests {
         assert_eq!(tokenizer.token("[CLS]"), Some(318));
         assert_eq!(tokenizer.token("</s>"), Some(319));
         assert_eq!(tokenizer.end_of_document(), 319);
+        assert_eq!(
+            (tokenizer.pad(), tokenizer.name(319).as_deref()),
+            (Some(0), Some("</s>"))
+        );
+        assert_eq!(tokenizer.name(320), None);
         assert!(json.contains("\"Regex\""));
         // A text too small for the vocabulary gives a smaller one, the special tokens still last.
         let (small, _) = Tokenizer::train_bpe(&["ab ab".to_owned()], 4096).unwrap();

@@ -102,6 +102,13 @@ impl ParameterLayout {
         self.tensors.iter().find(|slot| slot.name == name)
     }
 
+    /// One line for each tensor, by offset: name, shape, offset. Its digest tells layouts apart in manifests.
+    #[must_use]
+    pub fn described(&self) -> String {
+        let line = |slot: &TensorSlot| format!("{} {:?} {}\n", slot.name, slot.shape, slot.offset);
+        self.tensors.iter().map(line).collect()
+    }
+
     /// Elements of the flat space, padding included: a multiple of the block size.
     #[must_use]
     pub const fn flat_elements(&self) -> usize {

@@ -111,7 +111,7 @@ pub struct Timeouts {
     pub start_ms: u64,
     /// A survivor must have answered a fence by then.
     pub fence_ms: u64,
-    /// The last checkpoint after a stop signal must be committed by then.
+    /// The last checkpoint must have come along within this time, again and again until it is committed.
     pub stop_ms: u64,
     /// A rank that lost its controller holds what it holds for this long, for a new one to come.
     pub orphan_ms: u64,

@@ -542,3 +542,136 @@ fn data_are_prepared_by_a_config_with_every_section() {
     let parsed = DataFile::parse(TEXT, "web.toml", &overrides, Path::new("/configs"));
     assert_eq!(parsed.expect("a good file").data.domains.len(), 2);
 }
+
+/// What is said of a text with overrides that are refused.
+fn said(text: &str, overrides: &[&str]) -> String {
+    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+    let refused = Config::parse(text, "web.toml", &overrides, Path::new("/configs"));
+    refused.expect_err("refused").to_string()
+}
+
+/// A key that is missing is named with its section, and a section without lines of its own by its key.
+#[test]
+fn missing_keys_are_named_with_their_section() {
+    for (line, key) in [
+        ("layers = 1\n", "model.layers"),
+        ("lanes = 2\n", "batch.lanes"),
+        ("name = \"there-and-back\"\n", "run.name"),
+        ("language = \"en\"\n", "data.domains.language"),
+    ] {
+        let message = said(&TEXT.replace(line, ""), &[]);
+        let missing = format!("missing key `{key}`; correct the file");
+        assert!(
+            message.starts_with("web.toml: ") && message.contains(&missing),
+            "{message}"
+        );
+        assert!(message.contains("at line "), "{message}");
+    }
+    let schedule = TEXT.replace(", final_fraction = 0.1", "");
+    let message = said(&schedule, &[]);
+    assert!(
+        message.contains("missing key `optimizer.schedule.final_fraction`"),
+        "{message}"
+    );
+    let (before, _) = TEXT.split_once("[[data.domains]]").expect("domains");
+    for text in [
+        before,
+        &before.replace("[data.tokenizer]\npath = \"tokenizers/ours.json\"\n", ""),
+    ] {
+        let message = said(text, &[]);
+        assert!(message.contains("missing key `data"), "{message}");
+        assert!(message.ends_with("; name at least one [[data.domains]]"), "{message}");
+    }
+    assert!(said(before, &[]).contains("missing key `data.domains`"));
+}
+
+/// Whoever brought a fault is named: an override as it was given, or the file with its own line, whatever else was set.
+#[test]
+fn a_fault_is_its_overrides_or_its_files() {
+    for (item, rest) in [
+        ("model.colour=3", "model.colour: unknown field `colour`, expected"),
+        ("model.heads=abc", "model.heads: invalid type: string \"abc\""),
+        ("colours.red=3", "colours: unknown field `colours`"),
+        ("cluster.device=gpu", "cluster.device: unknown variant `gpu`"),
+        (
+            "optimizer.schedule.kind=foo",
+            "optimizer.schedule.kind: unknown variant `foo`",
+        ),
+        ("optimizer.schedule.warmup_steps=abc", "optimizer.schedule"),
+        ("batch.ramp.samples=3", "missing key `batch.ramp.start_sequences`"),
+        ("model={layers=1}", "missing key `model."),
+        ("data.domains=[{name=\"web\"}]", "missing key `data.domains."),
+    ] {
+        let message = said(TEXT, &["run.seed=8", item, "run.steps=900"]);
+        let start = format!("--set {item}: {rest}");
+        assert!(message.starts_with(&start), "{message}");
+        assert!(!message.contains("web.toml") && !message.contains("line "), "{message}");
+        assert!(
+            message.ends_with("; correct the override; README.md explains each key"),
+            "{message}"
+        );
+    }
+    // Of two for one key the newest counts.
+    let message = said(TEXT, &["model.heads=abc", "model.heads=def"]);
+    assert!(message.starts_with("--set model.heads=def: "), "{message}");
+
+    let colour = TEXT.replace("layers = 1\n", "layers = 1\ncolour = 3\n");
+    let alone = said(&colour, &[]);
+    let line = colour.lines().position(|line| line == "colour = 3").expect("a line") + 1;
+    assert!(
+        alone.contains(&format!("line {line}, ")) && alone.contains("correct the file"),
+        "{alone}"
+    );
+    assert_eq!(said(&colour, &["run.seed=8", "model.ffn=16"]), alone);
+    let missing = TEXT.replace("layers = 1\n", "");
+    assert_eq!(said(&missing, &["model.ffn=16"]), said(&missing, &[]));
+    let two = TEXT
+        .replace("name = \"there-and-back\"\n", "")
+        .replace("layers = 1\n", "");
+    let message = said(&two, &["run.name=\"here\"", "model.ffn=16"]);
+    assert!(
+        message.starts_with("web.toml: ") && message.contains("missing key `model.layers`"),
+        "{message}"
+    );
+}
+
+/// A section that data do not have is its override's fault or its file's, too.
+#[test]
+fn an_unknown_section_of_data_is_blamed_on_whoever_has_it() {
+    let said = |text: &str, overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+        let refused = DataFile::parse(text, "web.toml", &overrides, Path::new("/configs"));
+        refused.expect_err("refused").to_string()
+    };
+    let message = said(TEXT, &["dat.x=1"]);
+    assert!(
+        message.starts_with("--set dat.x=1: dat: unknown section 'dat'; correct the override"),
+        "{message}"
+    );
+    let message = said(&format!("{TEXT}[dat]\nx = 1\n"), &["run.seed=8"]);
+    assert!(
+        message.starts_with("web.toml: dat: unknown section 'dat'; correct the file"),
+        "{message}"
+    );
+}
+
+/// The path is right, so the remedy is not another one.
+#[test]
+fn a_file_that_is_not_utf8_is_to_be_converted() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("latin1.toml");
+    let text = [TEXT.as_bytes(), b"# caf\xe9\n"].concat();
+    std::fs::write(&path, text).expect("written");
+    let expected = format!(
+        "{}: invalid UTF-8 at byte {}; convert it to UTF-8",
+        path.display(),
+        TEXT.len() + 5
+    );
+    assert_eq!(Config::load(&path, &[]).expect_err("refused").to_string(), expected);
+    assert_eq!(DataFile::load(&path, &[]).expect_err("refused").to_string(), expected);
+    let absent = Config::load(&folder.path().join("no.toml"), &[]).expect_err("refused");
+    assert!(
+        absent.to_string().ends_with("; give the path of a config file"),
+        "{absent}"
+    );
+}

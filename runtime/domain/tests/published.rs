@@ -8,7 +8,7 @@
 
 use std::path::Path;
 use tarazed_domain::StepsCompleted;
-use tarazed_domain::config::{Config, LearningRateSchedule};
+use tarazed_domain::config::{ClusterDevice, Config, LearningRateSchedule};
 
 /// What was published of one model.
 struct Published {
@@ -142,6 +142,11 @@ fn batches_and_lengths_are_the_published_ones() {
         assert_eq!(
             config.optimizer.shards, b.lanes as usize,
             "{file}: a shard for each rank of it"
+        );
+        assert_eq!(
+            config.cluster.device,
+            ClusterDevice::Cuda,
+            "{file}: trained in bf16 on GPUs"
         );
     }
 }

@@ -181,8 +181,8 @@ impl CheckpointTracker {
         if shard.index() >= self.shard_count || self.newest.is_some_and(|newest| step <= newest) {
             return Vec::new();
         }
-        if !self.rollbacks.is_live(step) {
-            return Vec::new(); // stored late, by a rank that had begun before it was rolled back
+        if !self.rollbacks.is_live(step) || self.failed.contains(&step) {
+            return Vec::new(); // stored late, by a rank that had begun before the step was rolled back or given up
         }
         self.open.entry(step).or_default().insert(shard, stored);
         self.settle()
@@ -296,6 +296,11 @@ mod tests {
         }
         tracker.on_shard_lost(Generation(1), StepsCompleted(10), "no answer".into(), false);
         assert!(!tracker.is_under_way(StepsCompleted(10)), "given up");
+        let late = tracker.on_shard_saved(StepsCompleted(10), OptimizerShardIndex(0), stored("late"));
+        assert!(
+            late.is_empty() && !tracker.is_under_way(StepsCompleted(10)),
+            "given up once"
+        );
         let effects = tracker.on_shard_saved(StepsCompleted(20), OptimizerShardIndex(0), stored("a"));
         assert!(
             !effects.is_empty() && tracker.is_under_way(StepsCompleted(20)),

@@ -90,6 +90,8 @@ pub struct Worker {
     progress: u64,
     /// Its time for a lane, as last heard; 0 where it is not known.
     lane_us: u64,
+    /// What its process has stored of checkpoints, as last heard.
+    stored_bytes: u64,
     /// Whom its data plane waited for at the last fence.
     waits_for: Option<Rank>,
 }

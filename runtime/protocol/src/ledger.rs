@@ -3,7 +3,8 @@
 //! - **STEP-3** Nothing outside the ranks sees a step before it is committed: a line comes here only from a rank that
 //!   finished the step, which it can only past the barrier.
 //! - **STEP-5** After a restore behind the trace's end, replayed steps are checked against their lines, not written again.
-//! - **DET-3** A replayed step must reproduce its recorded line; if not, the run halts with a diagnosis.
+//! - **DET-3** A replayed step must reproduce its recorded line; if not, the run halts with a diagnosis, to which the membership
+//!   machine adds whose result it is.
 //! - Lines are written once each, in order, each with the decisions made on it: a decision stands in the trace before it
 //!   takes effect.
 //!
@@ -112,6 +113,18 @@ impl Ledger {
     pub fn data_changes(&self) -> Vec<Decision> {
         let changes = |decision: &&Decision| matches!(decision.kind, DecisionKind::Data(_));
         self.decisions.iter().filter(changes).cloned().collect()
+    }
+
+    /// Lines after this one that are decided, in order, also one that is being written: a loop that was made again of lines through
+    /// it has seen none of them.
+    #[must_use]
+    pub fn decided_after(&self, step: StepsCompleted) -> Vec<TraceLine> {
+        let written = self.known.range(step.next().completed()..).map(|(_, line)| line);
+        let writing = match self.at_work {
+            Some(AtWork::Writing(writing)) if writing > step => self.waiting.get(&writing),
+            _ => None,
+        };
+        written.chain(writing).cloned().collect()
     }
 
     /// Lines before this step, that of a checkpoint, are not replayed any more; its own is compared with what a restore
@@ -378,6 +391,29 @@ mod tests {
         assert!(ledger.on_decided(StepsCompleted(1), vec![]).is_empty());
         assert_eq!(ledger.on_written(StepsCompleted(1)).len(), 1);
         assert!(ledger.on_written(StepsCompleted(1)).is_empty());
+    }
+
+    /// LOOP-1: what a loop has not seen that was made again meanwhile is what is decided since, be it written or not.
+    #[test]
+    fn a_loop_made_again_is_told_what_is_decided_since() {
+        let mut ledger = ledger();
+        for step in 1..=3 {
+            let effects = ledger.on_line(&line(step, 1.0));
+            run_through(&mut ledger, effects);
+        }
+        let told = |ledger: &Ledger, seen: u64| -> Vec<u64> {
+            let lines = ledger.decided_after(StepsCompleted(seen));
+            lines.iter().map(|line| line.step.0).collect()
+        };
+        assert_eq!(told(&ledger, 1), [2, 3]);
+        assert_eq!(told(&ledger, 3), [0; 0]);
+        ledger.on_line(&line(4, 1.0));
+        assert_eq!(told(&ledger, 3), [0; 0], "the new loop decides it");
+        ledger.on_decided(StepsCompleted(4), vec![]);
+        assert_eq!(told(&ledger, 2), [3, 4]);
+        assert_eq!(told(&ledger, 4), [0; 0], "it is in the trace already");
+        ledger.on_written(StepsCompleted(4));
+        assert_eq!(told(&ledger, 3), [4]);
     }
 
     /// STEP-5 and DET-3: a checkpoint's own line is kept, and what a generation starts from is compared with it.

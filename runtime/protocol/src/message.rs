@@ -436,6 +436,8 @@ mod envelopes {
             phase: String,
             /// Microseconds of one lane as of late; 0 where it is not known.
             lane_us: u64,
+            /// Bytes of checkpoints that this process has stored: grows with each part of an upload.
+            stored_bytes: u64,
         },
         /// One checkpoint shard lies in the store.
         ShardSaved {

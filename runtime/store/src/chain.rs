@@ -5,7 +5,8 @@
 //!   starts at the head, so a record put later into a place that had been deleted is contradicted by its successor and
 //!   does not count. A missing or unreadable record costs itself, is reported on every walk, and does not take the
 //!   checkpoints before or after it along: those are proved by their own hashes.
-//! - **CKPT-2** Whatever a conditional write answers, the place is read back and compared, writer's nonce and body.
+//! - **CKPT-2** Whatever a conditional write answers, the place is read back and compared, writer's nonce and body. In a folder
+//!   what reads back need not be on the disk: where the write failed it is synced before anything is built on it.
 //! - **CKPT-3** Fences, commits, retirements and pins share one sequence, so each sees all before it or loses its place.
 //!
 //! Judging is pure ([`Chain::standing`]); the rest is a thin shell around the object store.
@@ -14,7 +15,7 @@ use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::keys;
 use crate::limits::{APPEND_ATTEMPTS_MAX, COMMIT_RECORD_BYTES_MAX, RECORD_READS_MAX, SMALL_REQUESTS_IN_FLIGHT_MAX};
-use crate::record::{CommitRecord, RecordKind};
+use crate::record::{CommitRecord, GENERATION_MAX, RecordKind};
 use crate::store::{CheckpointStore, Failure};
 use crate::writer::WriterNonce;
 use bytes::Bytes;
@@ -76,6 +77,8 @@ pub(crate) struct Chain {
     pub(crate) links: BTreeMap<u64, Link>,
     /// When the store says each record was written: compared only with other times of the same store.
     pub(crate) modified: BTreeMap<u64, SystemTime>,
+    /// Keys of places that no chain has. They hide nothing, so nothing is lost with them.
+    pub(crate) strays: Vec<String>,
 }
 
 /// A record that stands, and its name.
@@ -110,14 +113,15 @@ impl Judgement {
             .filter(move |standing| standing.record.step().is_some() && !retired.contains(&standing.record.sequence))
     }
 
-    /// A generation above any that wrote, unreadable records counted as one each.
+    /// The record of the highest generation.
+    fn highest(&self) -> Option<&Standing> {
+        self.standing.iter().max_by_key(|standing| standing.record.generation)
+    }
+
+    /// A generation above any that wrote, unreadable records counted as one each. No overflow: generations of records end at
+    /// [`GENERATION_MAX`], places at [`keys::PLACES_MAX`].
     pub(crate) fn next_generation(&self) -> Generation {
-        let highest = self
-            .standing
-            .iter()
-            .map(|standing| standing.record.generation.0)
-            .max()
-            .unwrap_or(0);
+        let highest = self.highest().map_or(0, |standing| standing.record.generation.0);
         let lost: u64 = self.lost.iter().map(|(first, last)| last - first + 1).sum();
         Generation(highest + 1 + lost)
     }
@@ -159,6 +163,9 @@ impl Chain {
     /// Which records stand, and what follows from them.
     pub(crate) fn judge(&self) -> Judgement {
         let mut judgement = Judgement::default();
+        let stray = "no chain is that long, so it is none of this one's records; move it out of the store";
+        let strays = self.strays.iter().map(|key| format!("{key}: {stray}"));
+        judgement.problems.extend(strays);
         let mut standing = self.linked(&mut judgement);
         standing.reverse();
         let mut fence: Option<WriterNonce> = None;
@@ -259,14 +266,15 @@ impl CheckpointStore {
 
     /// Reads the chain. Records read before and listed unchanged are not read again.
     pub(crate) async fn chain(&self) -> Result<Chain, StoreError> {
-        let listed = self.list_objects(keys::COMMITS).await?;
-        let places = listed.into_iter().filter_map(|(key, meta)| {
-            let sequence = keys::sequence_of(&key);
-            if sequence.is_none() {
-                tracing::warn!(key, location = self.location(), "not a commit record; ignored");
+        let mut chain = Chain::default();
+        let mut places = Vec::new();
+        for (key, meta) in self.list_objects(keys::COMMITS).await? {
+            match keys::sequence_of(&key) {
+                Some(sequence) if sequence < keys::PLACES_MAX => places.push((sequence, meta)),
+                Some(_) => chain.strays.push(key),
+                None => tracing::warn!(key, location = self.location(), "not a commit record; ignored"),
             }
-            Some((sequence?, meta))
-        });
+        }
         let links: Vec<(u64, SystemTime, Option<Link>)> = futures::stream::iter(places)
             .map(|(sequence, meta)| async move {
                 let link = self.link(sequence, &meta).await?;
@@ -275,14 +283,26 @@ impl CheckpointStore {
             .buffer_unordered(SMALL_REQUESTS_IN_FLIGHT_MAX)
             .try_collect()
             .await?;
-        let mut chain = Chain::default();
         for (sequence, modified, link) in links {
             if let Some(link) = link {
                 chain.links.insert(sequence, link);
                 chain.modified.insert(sequence, modified);
             }
         }
+        self.sync_doubtful(&chain).await?;
         Ok(chain)
+    }
+
+    /// What a create of ours left that failed, and that reads well by now, goes to the disk before anybody relies on it. A place
+    /// that is empty stays in doubt: the write may still be under way.
+    async fn sync_doubtful(&self, chain: &Chain) -> Result<(), StoreError> {
+        let mut there = self.doubtful().clone();
+        there.retain(|sequence| chain.links.contains_key(sequence));
+        for sequence in there {
+            self.sync(&keys::record(sequence)).await?;
+            self.doubtful().remove(&sequence);
+        }
+        Ok(())
     }
 
     async fn link(&self, sequence: u64, meta: &ObjectMeta) -> Result<Option<Link>, StoreError> {
@@ -341,18 +361,25 @@ impl CheckpointStore {
     ) -> Result<Standing, StoreError> {
         for _ in 0..APPEND_ATTEMPTS_MAX {
             let chain = self.chain().await?;
-            let (generation, kind) = match decide(&chain, &chain.judge())? {
+            let judgement = chain.judge();
+            let (generation, kind) = match decide(&chain, &judgement)? {
                 Decision::Write(generation, kind) => (generation, kind),
                 Decision::Done(standing) => return Ok(standing),
             };
             let (sequence, previous) = chain.next();
+            if sequence >= keys::PLACES_MAX {
+                return Err(self.no_number_left(sequence - 1, "it lies in the last place that a chain has"));
+            }
+            if let Some(highest) = judgement.highest().filter(|_| generation > GENERATION_MAX) {
+                return Err(self.no_number_left(highest.record.sequence, "no generation is above its own"));
+            }
             let record = CommitRecord::new(sequence, previous, self.writer().nonce, generation, kind);
             let bytes = Bytes::from(record.encode()?);
             let digest = Digest::of(&bytes);
             let key = keys::record(sequence);
             let written = match self.put_raw(&key, bytes.clone().into(), PutMode::Create).await {
                 Ok(()) => true,
-                Err(failure) => self.settle(&key, &bytes, failure).await?,
+                Err(failure) => self.settle(sequence, &bytes, failure).await?,
             };
             if written {
                 self.cache(sequence, CachedLink::written(&record, digest));
@@ -367,18 +394,38 @@ impl CheckpointStore {
         })
     }
 
-    /// CKPT-2: what became of a conditional write that failed? `true` if the place holds our record, `false` if it holds
-    /// another's or the store says that a write is under way there.
-    async fn settle(&self, key: &str, ours: &[u8], failure: Failure) -> Result<bool, StoreError> {
+    /// A record that leaves no number behind its own.
+    fn no_number_left(&self, sequence: u64, why: &str) -> StoreError {
+        StoreError::Reconfigure {
+            location: self.location().to_string(),
+            cause: format!("{}: {why}, and no run gets so far", keys::record(sequence)),
+            remedy: "something else put it there: move it out of the store".to_string(),
+        }
+    }
+
+    /// CKPT-2: what became of a conditional write that failed? `true` if the place holds our record for good, `false` if it
+    /// holds another's or the store says that a write is under way there.
+    async fn settle(&self, sequence: u64, ours: &[u8], failure: Failure) -> Result<bool, StoreError> {
         if Mutant::BlindRetry.is_on() {
             return Ok(true);
         }
+        let key = &keys::record(sequence);
+        // Also where nothing is there yet: a write to a folder goes on behind its time-out.
+        self.doubtful().insert(sequence);
         let conflict = matches!(
             &failure,
             Failure::Store(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. })
         );
         match self.get_small(key, COMMIT_RECORD_BYTES_MAX).await {
-            Ok(found) => Ok(found.as_ref() == ours),
+            Ok(found) => {
+                let is_ours = found.as_ref() == ours;
+                // A folder shows a name whose own sync failed.
+                if is_ours {
+                    self.sync(key).await?;
+                }
+                self.doubtful().remove(&sequence);
+                Ok(is_ours)
+            }
             Err(StoreError::Corrupt { .. }) => Ok(false),
             Err(StoreError::NotFound { .. }) if conflict => Ok(false),
             Err(StoreError::NotFound { .. }) => Err(self.sort("create", key, failure)),
@@ -403,5 +450,116 @@ impl CheckpointStore {
             }),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Redactor;
+    use crate::location::Place;
+    use crate::writer::WriterId;
+    use object_store::memory::InMemory;
+    use object_store::path::Path;
+    use std::sync::Arc;
+
+    /// A store whose reads do not say what is on the disk: its objects lie in memory, and it syncs a folder, if it has one.
+    fn store(folder: Option<&std::path::Path>) -> CheckpointStore {
+        let place = Place {
+            objects: Arc::new(InMemory::new()),
+            root: Path::default(),
+            redactor: Redactor::new("a store"),
+            folder: folder.map(Into::into),
+        };
+        let writer = WriterId {
+            nonce: WriterNonce([7; 16]),
+            generation: Generation(1),
+        };
+        CheckpointStore::at(place, writer)
+    }
+
+    fn fence(writer: u8) -> Bytes {
+        let kind = RecordKind::Fence {};
+        let record = CommitRecord::new(0, Digest::default(), WriterNonce([writer; 16]), Generation(1), kind);
+        record.encode().unwrap().into()
+    }
+
+    /// What a folder says where the name is there and its sync failed.
+    fn failed() -> Failure {
+        Failure::Store(object_store::Error::Generic {
+            store: "test",
+            source: std::io::Error::from_raw_os_error(5).into(),
+        })
+    }
+
+    async fn put(store: &CheckpointStore, bytes: &Bytes) {
+        let key = keys::record(0);
+        let put = store.put_raw(&key, bytes.clone().into(), PutMode::Create).await;
+        assert!(put.is_ok());
+    }
+
+    /// CKPT-2: in a folder a record that was not acknowledged counts once it is on the disk, and nothing is built on it before.
+    #[tokio::test]
+    async fn what_reads_back_from_a_folder_counts_once_it_is_on_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store(Some(folder.path()));
+        let ours = fence(7);
+        put(&store, &ours).await;
+        // Nothing is in the folder yet, so it cannot be synced.
+        let refused = store.settle(0, &ours, failed()).await;
+        let is_asked_again = |error: &StoreError| {
+            let says = "make durable commits/00000000000000000000.jsonl";
+            matches!(error, StoreError::Retry { .. }) && error.to_string().starts_with(says)
+        };
+        assert!(refused.is_err_and(|error| is_asked_again(&error)));
+        let unread = store.chain().await.map(|chain| chain.head());
+        assert!(unread.is_err_and(|error| is_asked_again(&error)));
+        let path = folder.path().join(keys::record(0));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, &ours).unwrap();
+        assert_eq!(store.chain().await.unwrap().head(), Some(0));
+        assert!(store.doubtful().is_empty());
+        assert_eq!(store.settle(0, &ours, failed()).await, Ok(true));
+        assert!(store.doubtful().is_empty());
+    }
+
+    /// The same where the write comes to its end behind the answer: its place is empty first.
+    #[tokio::test]
+    async fn a_write_that_comes_late_is_synced_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store(Some(folder.path()));
+        let ours = fence(7);
+        let silent = store.settle(0, &ours, Failure::TimedOut).await;
+        assert!(matches!(
+            silent,
+            Err(StoreError::Retry {
+                operation: "create",
+                ..
+            })
+        ));
+        assert_eq!(store.chain().await.unwrap().head(), None);
+        put(&store, &ours).await;
+        let refused = store.chain().await.map(|chain| chain.head());
+        assert!(matches!(
+            refused,
+            Err(StoreError::Retry {
+                operation: "make durable",
+                ..
+            })
+        ));
+    }
+
+    /// CKPT-2: a remote store's object is durable once it reads back; another's record is nobody's to sync.
+    #[tokio::test]
+    async fn a_remote_store_and_a_lost_place_need_no_sync() {
+        let remote = store(None);
+        put(&remote, &fence(7)).await;
+        assert_eq!(remote.settle(0, &fence(7), failed()).await, Ok(true));
+        assert_eq!(remote.chain().await.unwrap().head(), Some(0));
+        let folder = tempfile::tempdir().unwrap();
+        let lost = store(Some(folder.path()));
+        put(&lost, &fence(8)).await;
+        assert_eq!(lost.settle(0, &fence(7), failed()).await, Ok(false));
+        assert_eq!(lost.chain().await.unwrap().head(), Some(0));
     }
 }

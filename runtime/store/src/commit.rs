@@ -175,7 +175,7 @@ impl CheckpointStore {
                     Some(found) => Some(StoreError::corrupt(&key, format!("{found} bytes instead of {length}"))),
                     None => Some(StoreError::NotFound {
                         what: format!("{key} in {}", self.location()),
-                        remedy: "the checkpoint shard was never uploaded or has been deleted".to_string(),
+                        remedy: "use an older checkpoint and find out what removed the object".to_string(),
                     }),
                 })
             })

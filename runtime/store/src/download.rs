@@ -57,18 +57,16 @@ impl CheckpointStore {
     /// [`StoreError::Corrupt`] or [`StoreError::NotFound`] if the object is not what the manifest says: restore an older
     /// checkpoint, `newest_valid(Some(manifest.step))`. Else by cause.
     pub async fn get_shard(&self, manifest: &Manifest, shard: OptimizerShardIndex) -> Result<ShardState, StoreError> {
-        let elements = manifest.geometry(shard)?.elements() as usize;
+        let elements = manifest.geometry(shard)?.elements();
+        self.check_length(&manifest.shard(shard)?.object).await?;
         let mut state = ShardState {
-            master: vec![0.0; elements],
-            exp_avg: vec![0.0; elements],
-            exp_avg_sq: vec![0.0; elements],
+            master: zeros(elements)?,
+            exp_avg: zeros(elements)?,
+            exp_avg_sq: zeros(elements)?,
         };
-        let places = ShardStateMut {
-            master: &mut state.master,
-            exp_avg: &mut state.exp_avg,
-            exp_avg_sq: &mut state.exp_avg_sq,
-        };
-        self.get_shard_into(manifest, shard, places).await?;
+        let places = [&mut state.master, &mut state.exp_avg, &mut state.exp_avg_sq];
+        let places = places.map(|place| Some(place.as_mut_slice()));
+        self.read_shard(manifest, shard, places).await?;
         Ok(state)
     }
 
@@ -83,6 +81,7 @@ impl CheckpointStore {
         places: ShardStateMut<'_>,
     ) -> Result<(), StoreError> {
         let places = [Some(places.master), Some(places.exp_avg), Some(places.exp_avg_sq)];
+        self.check_length(&manifest.shard(shard)?.object).await?;
         self.read_shard(manifest, shard, places).await
     }
 
@@ -94,7 +93,8 @@ impl CheckpointStore {
     ) -> impl Stream<Item = Result<WeightsPart, StoreError>> + Send + 'a {
         futures::stream::iter(&manifest.shards).then(move |record| async move {
             let geometry = manifest.geometry(record.shard)?;
-            let mut values = vec![0.0; geometry.elements() as usize];
+            self.check_length(&record.object).await?;
+            let mut values = zeros(geometry.elements())?;
             self.read_shard(manifest, record.shard, [Some(&mut values), None, None])
                 .await?;
             Ok(WeightsPart {
@@ -123,6 +123,7 @@ impl CheckpointStore {
         Ok(flat)
     }
 
+    /// Reads a shard whose object was seen to have its length.
     async fn read_shard(
         &self,
         manifest: &Manifest,
@@ -166,14 +167,32 @@ impl CheckpointStore {
         shard_file::check_header(&header, manifest.step, &geometry).map_err(corrupt)
     }
 
+    /// Whether an object is there at its length: asked before anybody makes room for its bytes, since a manifest says what it
+    /// likes.
+    pub(crate) async fn check_length(&self, object: &ObjectRecord) -> Result<(), StoreError> {
+        let key = object.key.as_str();
+        match self.length_of(key).await? {
+            Some(length) if length == object.length => Ok(()),
+            Some(length) => Err(StoreError::corrupt(
+                key,
+                format!("{length} bytes instead of {}", object.length),
+            )),
+            None => Err(StoreError::NotFound {
+                what: format!("{key} in {}", self.location()),
+                remedy: "use another checkpoint".to_string(),
+            }),
+        }
+    }
+
     /// Checks an object's length and hash without keeping a byte.
     pub(crate) async fn hash_object(&self, object: &ObjectRecord) -> Result<(), StoreError> {
+        self.check_length(object).await?;
         let plan = reads(0..object.length).map(|range| (range, ()));
         self.read_object(object, plan.collect(), |(), _| ()).await
     }
 
-    /// Reads a whole object by the ranges of `plan`, which tile it in order; `sink` gets each range's bytes. What the
-    /// sink got counts only if this returns `Ok`: length and hash are then as recorded (CKPT-4).
+    /// Reads a whole object, seen to have its length, by the ranges of `plan`, which tile it in order; `sink` gets each
+    /// range's bytes. What the sink got counts only if this returns `Ok`: the hash is then as recorded (CKPT-4).
     async fn read_object<T: Send>(
         &self,
         object: &ObjectRecord,
@@ -181,17 +200,6 @@ impl CheckpointStore {
         mut sink: impl FnMut(T, &[u8]) + Send,
     ) -> Result<(), StoreError> {
         let key = object.key.as_str();
-        let corrupt = |why: String| StoreError::corrupt(key, why);
-        match self.length_of(key).await? {
-            Some(length) if length == object.length => {}
-            Some(length) => return Err(corrupt(format!("{length} bytes instead of {}", object.length))),
-            None => {
-                return Err(StoreError::NotFound {
-                    what: format!("{key} in {}", self.location()),
-                    remedy: "use another checkpoint".to_string(),
-                });
-            }
-        }
         let path = &self.path(key);
         let mut chunks = futures::stream::iter(plan)
             .map(|(range, target)| async move {
@@ -212,8 +220,38 @@ impl CheckpointStore {
             tokio::task::yield_now().await;
         }
         if object.blake3 != hasher.finalize().into() {
-            return Err(corrupt("its contents do not have the recorded hash".to_string()));
+            let why = "its contents do not have the recorded hash";
+            return Err(StoreError::corrupt(key, why));
         }
         Ok(())
+    }
+}
+
+/// So many zeros; an error where there is no memory for them.
+fn zeros(elements: u64) -> Result<Vec<f32>, StoreError> {
+    let mut values = Vec::new();
+    let count = usize::try_from(elements).ok();
+    let count = count.filter(|count| values.try_reserve_exact(*count).is_ok());
+    let count = count.ok_or_else(|| {
+        let why = format!("there is no memory for {elements} values of a checkpoint shard");
+        StoreError::refused(why)
+    })?;
+    values.resize(count, 0.0);
+    Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_memory_holds_is_an_error_and_not_the_end() {
+        assert_eq!(zeros(3), Ok(vec![0.0; 3]));
+        for elements in [u64::MAX, isize::MAX as u64, isize::MAX as u64 / 4] {
+            assert!(
+                matches!(zeros(elements), Err(StoreError::Refused { why }) if why.contains(&elements.to_string())),
+                "{elements}"
+            );
+        }
     }
 }

@@ -96,6 +96,10 @@ impl StoreError {
     }
 }
 
+fn on_one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// The store's name in messages, and the secrets that must not appear in any.
 #[derive(Clone, Debug)]
 pub(crate) struct Redactor {
@@ -158,9 +162,10 @@ impl Redactor {
 
     /// The message without secrets, on one line.
     pub(crate) fn clean(&self, message: &str) -> String {
-        let mut message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut message = on_one_line(message);
         for secret in self.secrets.read().unwrap_or_else(PoisonError::into_inner).iter() {
-            message = message.replace(secret.as_str(), "***");
+            // A key of several lines is quoted on one.
+            message = message.replace(on_one_line(secret).as_str(), "***");
         }
         message
     }
@@ -278,7 +283,12 @@ mod tests {
 
     #[test]
     fn no_secret_in_any_message() {
-        let redactor = Redactor::with_secrets("s3://bucket", ["hunter2hunter2".to_string()].into_iter());
+        let secrets = ["hunter2hunter2", "-----BEGIN KEY-----\nabc\ndef\n-----END KEY-----\n"].map(str::to_string);
+        let redactor = Redactor::with_secrets("s3://bucket", secrets.into_iter());
+        assert_eq!(
+            redactor.clean("key -----BEGIN KEY-----\nabc\ndef\n-----END KEY----- is bad"),
+            "key *** is bad"
+        );
         let error = redactor.sort("read", "k", &generic("signature of hunter2hunter2\n was wrong"));
         assert_eq!(
             error,

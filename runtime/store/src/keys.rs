@@ -19,6 +19,9 @@ pub(crate) const SHARDS: &str = "shards";
 pub(crate) const SELF_TEST: &str = "self-test";
 const RECORD_SUFFIX: &str = ".jsonl";
 const DIGITS: usize = 20;
+/// Places of a chain: a record each millisecond fills them in thirty thousand years. Anybody may put an object with a higher
+/// number there, and with a bound none makes a sum of places overflow.
+pub(crate) const PLACES_MAX: u64 = 1_000_000_000_000_000;
 
 pub(crate) fn record(sequence: u64) -> String {
     format!("{COMMITS}/{sequence:0DIGITS$}{RECORD_SUFFIX}")
@@ -44,7 +47,7 @@ pub(crate) fn shard(
     )
 }
 
-/// The sequence number in a record's key; nothing for any other key.
+/// The sequence number in a record's key, [`PLACES_MAX`] and more included; nothing for any other key.
 pub(crate) fn sequence_of(key: &str) -> Option<u64> {
     let name = key
         .strip_prefix(COMMITS)?

@@ -50,8 +50,8 @@ pub const REQUEST_TIMEOUT_MS: u64 = 60_000;
 pub const CONNECT_TIMEOUT_MS: u64 = 5_000;
 /// Attempts of one request after the first, on connection errors, 429 and 5xx answers.
 pub const REQUEST_RETRIES_MAX: usize = 4;
-/// No retry starts later than this after the first attempt of a request.
-pub const RETRY_WINDOW_MS: u64 = 60_000;
+/// No retry starts later than this after the first attempt of a request. One whose time ran out is made once more.
+pub const RETRY_WINDOW_MS: u64 = 75_000;
 /// Keys of an AWS profile are read again from its files by a request that comes so much later.
 pub const PROFILE_AGE_MS_MAX: u64 = 1_000;
 /// First and longest pause between attempts.
@@ -68,6 +68,10 @@ const _: () = {
     assert!(
         OPERATION_TIMEOUT_MS > RETRY_WINDOW_MS + REQUEST_TIMEOUT_MS,
         "the last attempt of a request may run to its own time-out"
+    );
+    assert!(
+        RETRY_WINDOW_MS > REQUEST_TIMEOUT_MS + BACKOFF_MS.1,
+        "a silent connection costs a request, and not the upload that it is a part of"
     );
     assert!(
         RETIRED_PER_RECORD_MAX as u64 * 21 + 4096 < COMMIT_RECORD_BYTES_MAX,

@@ -31,6 +31,12 @@ impl RankStore {
         self.0.location()
     }
 
+    /// Bytes that this process has stored of checkpoint shards; grows with each part of an upload.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.0.stored_bytes()
+    }
+
     /// Stores one checkpoint shard; see [`CheckpointStore::put_shard`].
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 
 use crate::digest::Digest;
 use crate::error::StoreError;
-use crate::keys;
+use crate::keys::{self, PLACES_MAX};
 use crate::limits::COMMIT_RECORD_BYTES_MAX;
 use crate::writer::WriterNonce;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,8 @@ use tarazed_domain::{Generation, StepsCompleted};
 /// The shape of [`CommitRecord`] that this binary reads and writes.
 pub const RECORD_SCHEMA: u32 = 1;
 const MAGIC: &str = "tarazed-chain";
+/// The highest generation of a record. No run comes near it; a made-up record that did would leave none above it to claim.
+pub(crate) const GENERATION_MAX: Generation = Generation(i64::MAX as u64);
 
 /// What a record says.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -110,8 +112,9 @@ impl CommitRecord {
     /// The record's bytes: the same for the same record, always (CKPT-2 compares them).
     ///
     /// # Errors
-    /// [`StoreError::Refused`] if it is too large for a record.
+    /// [`StoreError::Refused`] if it is too large for a record, or of a generation or place that none can have.
     pub fn encode(&self) -> Result<Vec<u8>, StoreError> {
+        self.check_numbers().map_err(StoreError::refused)?;
         let refuse = |error: serde_json::Error| StoreError::refused(format!("a record cannot be written: {error}"));
         let mut bytes = serde_json::to_vec(self).map_err(refuse)?;
         let seal = Seal {
@@ -127,6 +130,19 @@ impl CommitRecord {
             )));
         }
         Ok(bytes)
+    }
+
+    fn check_numbers(&self) -> Result<(), String> {
+        if self.sequence >= PLACES_MAX {
+            return Err(format!(
+                "a record in place {}, and no chain is that long",
+                self.sequence
+            ));
+        }
+        if self.generation > GENERATION_MAX {
+            return Err(format!("generation {}, which no run reaches", self.generation));
+        }
+        Ok(())
     }
 
     /// Reads the record found in place `sequence`; the hash is checked before the body is interpreted (CKPT-4).
@@ -149,6 +165,7 @@ impl CommitRecord {
         if record.magic != MAGIC || record.schema != RECORD_SCHEMA {
             return Err(format!("schema {}, this binary reads {RECORD_SCHEMA}", record.schema));
         }
+        record.check_numbers()?;
         // One record, one spelling: also a change that would read as the same is a change.
         if record.encode().ok().as_deref() != Some(bytes) {
             return Err("it is not spelt as this program spells records".to_string());
@@ -194,6 +211,39 @@ mod tests {
         );
         let text = String::from_utf8(bytes).unwrap();
         assert_eq!(text.lines().count(), 2, "readable with a pager: {text}");
+    }
+
+    /// CKPT-4: a generation that leaves none above it is no run's, whatever hash the record states.
+    #[test]
+    fn numbers_that_no_run_reaches_are_refused() {
+        let highest = CommitRecord {
+            generation: GENERATION_MAX,
+            ..sample()
+        };
+        let bytes = highest.encode().unwrap();
+        assert_eq!(CommitRecord::decode(3, &bytes), Ok(highest.clone()));
+        let over = CommitRecord {
+            generation: Generation(u64::MAX),
+            ..highest.clone()
+        };
+        let far = CommitRecord {
+            sequence: PLACES_MAX,
+            ..highest
+        };
+        for (record, why) in [(over, "generation"), (far, "no chain is that long")] {
+            let refused = record.encode().unwrap_err();
+            assert!(
+                matches!(&refused, StoreError::Refused { why: said } if said.contains(why)),
+                "{refused}"
+            );
+            let mut bytes = serde_json::to_vec(&record).unwrap();
+            let blake3 = Digest::of(&bytes);
+            bytes.push(b'\n');
+            bytes.extend(serde_json::to_vec(&Seal { blake3 }).unwrap());
+            bytes.push(b'\n');
+            let said = CommitRecord::decode(record.sequence, &bytes).unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
     }
 
     proptest! {

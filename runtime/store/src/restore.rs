@@ -4,12 +4,21 @@ use crate::chain::{Judgement, Standing};
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::MANIFEST_BYTES_MAX;
+use crate::limits::{BACKOFF_MS, MANIFEST_BYTES_MAX, SMALL_REQUESTS_IN_FLIGHT_MAX};
 use crate::manifest::{CommitRef, Manifest, ObjectRecord};
 use crate::record::{CommitRecord, RecordKind};
 use crate::store::CheckpointStore;
-use serde::Serialize;
+use futures::StreamExt;
+use serde::{Serialize, Serializer};
+use std::future::Future;
+use std::time::Duration;
 use tarazed_domain::{Generation, StepsCompleted};
+
+/// Tries of one object that the store does not answer for, before it counts as unread.
+const OBJECT_TRIES_MAX: u32 = 4;
+/// Objects in a row that the store does not answer for, before it is asked whether it is still there: to try each object of one
+/// that is gone would take days.
+const UNANSWERED_MAX: u32 = 3;
 
 /// A checkpoint to restore from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -83,13 +92,35 @@ pub struct Verdict {
     pub reference: CommitRef,
     /// What is wrong with it; empty if nothing is.
     pub problems: Vec<String>,
+    /// Why objects of it could not be read: whether they are good is not known.
+    #[serde(serialize_with = "in_words")]
+    pub unread: Vec<StoreError>,
+    /// A collection retired it while it was verified: what is missing of it has to be, and it has no problems.
+    pub retired: bool,
     /// Bytes of checkpoint shards read and hashed.
     pub bytes_hashed: u64,
+}
+
+fn in_words<S: Serializer>(errors: &[StoreError], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(errors.iter().map(ToString::to_string))
+}
+
+impl Verdict {
+    /// Takes down why an object did not pass.
+    fn note(&mut self, error: StoreError) {
+        if error.is_bad_object() {
+            self.problems.push(error.to_string());
+        } else {
+            self.unread.push(error);
+        }
+    }
 }
 
 /// What [`CheckpointStore::verify`] found.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct VerifyReport {
+    /// Records in the chain, of checkpoints or not, readable or not. Without any, no run has used the store, or all is lost.
+    pub records: u64,
     /// What is wrong with the chain of records.
     pub chain_problems: Vec<String>,
     /// Newest first.
@@ -97,10 +128,11 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
-    /// Whether nothing at all is wrong.
+    /// Whether nothing at all is wrong, as far as everything could be read.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        self.chain_problems.is_empty() && self.checkpoints.iter().all(|verdict| verdict.problems.is_empty())
+        let is_clean = |verdict: &Verdict| verdict.problems.is_empty() && verdict.unread.is_empty();
+        self.chain_problems.is_empty() && self.checkpoints.iter().all(is_clean)
     }
 }
 
@@ -303,14 +335,16 @@ impl CheckpointStore {
             .collect())
     }
 
-    /// Checks the chain and the selected checkpoints, and says all that is wrong with them.
+    /// Checks the chain and the selected checkpoints, and says all that is wrong with them. A run may go on meanwhile: what it
+    /// retires is no damage. An object that cannot be read ends nothing: it is in the report, too.
     ///
     /// # Errors
-    /// By cause, if the store cannot be read; [`StoreError::NotFound`] if nothing is selected. What is damaged is in the
-    /// report, not an error.
+    /// By cause, if the chain cannot be read; [`StoreError::NotFound`] if no checkpoint is of the step asked for.
     pub async fn verify(&self, select: Select, depth: Depth) -> Result<VerifyReport, StoreError> {
-        let judgement = self.chain().await?.judge();
+        let chain = patiently(|| self.chain()).await?;
+        let judgement = chain.judge();
         let mut report = VerifyReport {
+            records: chain.links.len() as u64,
             chain_problems: judgement.problems.clone(),
             checkpoints: Vec::new(),
         };
@@ -319,13 +353,23 @@ impl CheckpointStore {
             Select::Step(step) => standing.record.step() == Some(step),
         });
         let limit = if select == Select::Newest { 1 } else { usize::MAX };
+        let mut presence = Presence::default();
         for standing in selected.take(limit) {
             let Some(reference) = standing.reference() else {
                 continue;
             };
-            report
-                .checkpoints
-                .push(self.verdict(reference, &standing.record, depth).await?);
+            let mut verdict = Verdict {
+                reference,
+                problems: Vec::new(),
+                unread: Vec::new(),
+                retired: false,
+                bytes_hashed: 0,
+            };
+            self.look_at(&standing.record, depth, &mut verdict, &mut presence).await;
+            if !verdict.problems.is_empty() {
+                self.excuse_retired(&mut verdict).await;
+            }
+            report.checkpoints.push(verdict);
         }
         match select {
             Select::Step(step) if report.checkpoints.is_empty() => Err(self.no_such_step(step)),
@@ -333,44 +377,107 @@ impl CheckpointStore {
         }
     }
 
-    async fn verdict(&self, reference: CommitRef, record: &CommitRecord, depth: Depth) -> Result<Verdict, StoreError> {
-        let mut verdict = Verdict {
-            reference,
-            problems: Vec::new(),
-            bytes_hashed: 0,
-        };
-        let mut note = |result: Result<(), StoreError>| match result {
-            Err(error) if error.is_bad_object() => {
-                verdict.problems.push(error.to_string());
-                Ok(false)
-            }
-            other => other.map(|()| true),
-        };
-        let manifest = match self.manifest(record).await {
+    /// Manifest and checkpoint shards of one checkpoint.
+    async fn look_at(&self, record: &CommitRecord, depth: Depth, verdict: &mut Verdict, presence: &mut Presence) {
+        if self.is_gone(presence).await {
+            return verdict.note(not_asked_for(record));
+        }
+        let manifest = patiently(|| self.manifest(record)).await;
+        presence.note(&manifest);
+        let manifest = match manifest {
             Ok(manifest) => manifest,
-            Err(error) => {
-                note(Err(error))?;
-                return Ok(verdict);
-            }
+            Err(error) => return verdict.note(error),
         };
-        match depth {
-            Depth::Quick => {
-                for error in self.bad_objects(&manifest).await? {
-                    note(Err(error))?;
+        let in_flight = match depth {
+            Depth::Quick => SMALL_REQUESTS_IN_FLIGHT_MAX,
+            Depth::Full => 1,
+        };
+        // Owned items: a closure over borrowed ones makes futures that are not `Send` in the compiler's eyes.
+        let objects = manifest.shards.into_iter().map(|shard| shard.object);
+        let mut looked_at = futures::stream::iter(objects)
+            .map(|object| async move {
+                match depth {
+                    Depth::Quick => patiently(|| self.check_length(&object)).await.map(|()| 0),
+                    Depth::Full => patiently(|| self.hash_object(&object)).await.map(|()| object.length),
                 }
+            })
+            .buffered(in_flight);
+        while let Some(hashed) = looked_at.next().await {
+            presence.note(&hashed);
+            match hashed {
+                Ok(bytes) => verdict.bytes_hashed += bytes,
+                Err(error) => verdict.note(error),
             }
-            Depth::Full => {
-                let mut bytes_hashed = 0;
-                for shard in &manifest.shards {
-                    if note(self.hash_object(&shard.object).await)? {
-                        bytes_hashed += shard.object.length;
-                    }
-                }
-                verdict.bytes_hashed = bytes_hashed;
+            if self.is_gone(presence).await {
+                return verdict.note(not_asked_for(record));
             }
         }
-        Ok(verdict)
     }
+
+    /// Whether the store itself is gone, and not some of its objects alone.
+    async fn is_gone(&self, presence: &mut Presence) -> bool {
+        if presence.unanswered >= UNANSWERED_MAX {
+            presence.is_gone |= patiently(|| self.chain()).await.is_err();
+            presence.unanswered = 0;
+        }
+        presence.is_gone
+    }
+
+    /// What is retired by now may be gone: the run took it out of its store while it was verified.
+    async fn excuse_retired(&self, verdict: &mut Verdict) {
+        match patiently(|| self.chain()).await {
+            Ok(chain) if chain.judge().retired.contains(&verdict.reference.sequence) => {
+                verdict.retired = true;
+                verdict.problems.clear();
+                verdict.unread.clear();
+            }
+            Ok(_) => {}
+            // The problems stay: that nobody knows whether they are any is said beside them.
+            Err(error) => verdict.unread.push(error),
+        }
+    }
+}
+
+/// Whether the store still answers, as far as a verification knows.
+#[derive(Default)]
+struct Presence {
+    /// Objects in a row that it did not answer for.
+    unanswered: u32,
+    is_gone: bool,
+}
+
+impl Presence {
+    fn note<T>(&mut self, answer: &Result<T, StoreError>) {
+        self.unanswered = match answer {
+            Err(StoreError::Retry { .. }) => self.unanswered + 1,
+            _ => 0,
+        };
+    }
+}
+
+fn not_asked_for(record: &CommitRecord) -> StoreError {
+    StoreError::Retry {
+        operation: "verify",
+        key: keys::record(record.sequence),
+        cause: "no more of this checkpoint was asked for, since the store does not answer any more".to_string(),
+    }
+}
+
+/// Asks again, after a pause, as long as the store does not answer.
+async fn patiently<T, F>(ask: impl Fn() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let (mut pause_ms, pause_ms_max) = BACKOFF_MS;
+    for _ in 1..OBJECT_TRIES_MAX {
+        match ask().await {
+            Err(StoreError::Retry { .. }) => {}
+            answer => return answer,
+        }
+        tokio::time::sleep(Duration::from_millis(pause_ms)).await;
+        pause_ms = pause_ms_max.min(pause_ms * 2);
+    }
+    ask().await
 }
 
 fn summary(standing: &Standing, judgement: &Judgement) -> Option<CheckpointSummary> {

@@ -10,12 +10,12 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -32,10 +32,13 @@ struct Inner {
     redactor: Redactor,
     folder: Option<PathBuf>,
     uploads: AtomicU64,
+    stored_bytes: AtomicU64,
     /// One for each part that may be on its way.
     upload_permits: Arc<Semaphore>,
     /// Records read before; they never change, so each is read once as long as its listing looks the same.
     records: Mutex<HashMap<u64, CachedLink>>,
+    /// Places where a create of ours failed and may have left its record all the same: in a folder, not on the disk yet.
+    doubtful: Mutex<BTreeSet<u64>>,
 }
 
 /// An operation's answer, if it comes within [`OPERATION_TIMEOUT_MS`].
@@ -92,7 +95,7 @@ impl CheckpointStore {
         Self::at(place, writer)
     }
 
-    fn at(place: Place, writer: WriterId) -> Self {
+    pub(crate) fn at(place: Place, writer: WriterId) -> Self {
         Self {
             inner: Arc::new(Inner {
                 objects: place.objects,
@@ -101,8 +104,10 @@ impl CheckpointStore {
                 redactor: place.redactor,
                 folder: place.folder,
                 uploads: AtomicU64::new(0),
+                stored_bytes: AtomicU64::new(0),
                 upload_permits: Arc::new(Semaphore::new(UPLOADS_IN_FLIGHT_MAX)),
                 records: Mutex::default(),
+                doubtful: Mutex::default(),
             }),
         }
     }
@@ -136,6 +141,15 @@ impl CheckpointStore {
         self.inner.uploads.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Bytes of checkpoint shards stored so far, those of parts whose upload is not complete included.
+    pub(crate) fn stored_bytes(&self) -> u64 {
+        self.inner.stored_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_stored(&self, bytes: u64) {
+        self.inner.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Waits until one more part may go. First come, first served, whichever upload it is of; a part that is on its way ends
     /// with its request. The semaphore is never closed, so there is one.
     pub(crate) async fn upload_permit(&self) -> Option<OwnedSemaphorePermit> {
@@ -150,6 +164,10 @@ impl CheckpointStore {
     pub(crate) fn cache(&self, sequence: u64, link: CachedLink) {
         let mut records = self.inner.records.lock().unwrap_or_else(PoisonError::into_inner);
         records.insert(sequence, link);
+    }
+
+    pub(crate) fn doubtful(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.inner.doubtful.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn sort(&self, operation: &'static str, key: &str, failure: Failure) -> StoreError {
@@ -195,6 +213,23 @@ impl CheckpointStore {
         let options = PutOptions::from(mode);
         let put = self.inner.objects.put_opts(&path, payload, options);
         self.bounded(put).await.map(|_| ())
+    }
+
+    /// In a folder: puts an object, and the names that lead to it, on the disk. A remote store has nothing of the kind: what
+    /// reads back there is durable.
+    pub(crate) async fn sync(&self, key: &str) -> Result<(), StoreError> {
+        let Some(folder) = self.folder().cloned() else {
+            return Ok(());
+        };
+        let path = folder.join(key);
+        let synced = self.bounded(async {
+            let synced = tokio::task::spawn_blocking(move || sync_up_to(&folder, &path)).await?;
+            synced.map_err(|source| object_store::Error::Generic {
+                store: "folder",
+                source: source.into(),
+            })
+        });
+        synced.await.map_err(|failure| self.sort("make durable", key, failure))
     }
 
     /// Writes an object whose key only this process or this content can have: writing it twice is harmless.
@@ -246,4 +281,10 @@ impl CheckpointStore {
             .try_collect()
             .await
     }
+}
+
+/// Syncs a file and each folder above it, `folder` last.
+fn sync_up_to(folder: &std::path::Path, path: &std::path::Path) -> std::io::Result<()> {
+    let mut names = path.ancestors().take_while(|name| name.starts_with(folder));
+    names.try_for_each(|name| std::fs::File::open(name)?.sync_all())
 }

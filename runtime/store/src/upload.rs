@@ -112,6 +112,7 @@ impl CheckpointStore {
             hash(&mut hasher, &pieces);
             let _permit = self.upload_permit().await;
             self.put(&key, pieces.into_iter().collect()).await?;
+            self.count_stored(length);
         } else {
             self.put_parts(&key, &source, &mut hasher).await?;
         }
@@ -166,9 +167,12 @@ impl CheckpointStore {
             let pieces = source.pieces(start..end);
             hash(hasher, &pieces);
             let put = upload.put_part(pieces.into_iter().collect());
+            let store = self.clone();
             parts.spawn(async move {
                 let _permit = permit;
-                in_time(put).await
+                in_time(put).await?;
+                store.count_stored(end - start);
+                Ok(())
             });
             start = end;
         }

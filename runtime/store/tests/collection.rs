@@ -295,6 +295,44 @@ async fn a_full_disk_loses_nothing_and_collection_makes_room() {
     assert_eq!(restore(&store).await.unwrap(), Some(20));
 }
 
+/// CKPT-5: beside a run that collects its own store. What it retires while it is verified is no damage, however the two take
+/// turns; what is damaged in a checkpoint that stays is.
+#[tokio::test]
+async fn what_is_retired_while_it_is_verified_is_no_damage() {
+    let mut excused = 0;
+    for (schedule, depth) in (1_u64..=100).flat_map(|schedule| [(schedule, Depth::Quick), (schedule, Depth::Full)]) {
+        let objects = memory();
+        let [run, person] = [(1, schedule), (2, !schedule)].map(|(number, schedule)| {
+            let interleaved = Faulty::interleaved(objects.clone(), schedule);
+            CheckpointStore::with_object_store(interleaved, "", writer(number))
+        });
+        let fence = run.claim(Generation(0)).await.unwrap();
+        for step in [10, 20, 30, 40, 50] {
+            checkpoint(&run, &fence, step).await;
+        }
+        let shard = keys(&objects, "shards/00000000000000000050/").await.remove(0);
+        objects.delete(&Path::from(shard.as_str())).await.unwrap();
+        let (collected, verified) = tokio::join!(run.gc(&fence, Retention::last(1)), person.verify(Select::All, depth));
+        let gone = steps(&collected.unwrap().retired);
+        assert_eq!(gone, [30, 20, 10], "{schedule}");
+        let report = verified.unwrap();
+        assert!(report.chain_problems.is_empty(), "{schedule}: {report:?}");
+        for verdict in &report.checkpoints {
+            let step = verdict.reference.step.0;
+            let damaged = if step == 50 { vec![shard.as_str()] } else { vec![] };
+            let named: Vec<&str> = verdict.problems.iter().filter_map(|it| it.split(' ').next()).collect();
+            assert_eq!(named, damaged, "{schedule}, {depth:?}: {report:?}");
+            assert!(verdict.unread.is_empty(), "{schedule}, {depth:?}: {report:?}");
+            assert!(
+                !verdict.retired || gone.contains(&step),
+                "{schedule}, {depth:?}: {report:?}"
+            );
+            excused += usize::from(verdict.retired);
+        }
+    }
+    assert!(excused > 0, "no collection came in between");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 

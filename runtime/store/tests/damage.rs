@@ -13,7 +13,10 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Depth, Fence, Retention, Select, StoreError, Verdict};
+use tarazed_store::{
+    CheckpointStore, CommitRecord, Depth, Digest, Fence, RecordKind, Retention, Select, StoreError, Verdict,
+    WriterNonce,
+};
 
 #[derive(Clone, Debug)]
 enum Damage {
@@ -488,6 +491,105 @@ async fn a_bit_flipped_on_the_way_costs_no_record() {
     }
 }
 
+/// A chain of a claim and the checkpoint of step 10.
+async fn one_checkpoint() -> (Arc<dyn ObjectStore>, CheckpointStore) {
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = CheckpointStore::with_object_store(objects.clone(), "", writer(1));
+    let fence = store.claim(Generation(0)).await.unwrap();
+    checkpoint(&store, &fence, 10).await;
+    (objects, store)
+}
+
+/// CKPT-1, CKPT-4: an object whose number no chain reaches is said to be none of its records. It ends no walk, and whoever
+/// claims, commits or collects goes on behind the true head.
+#[tokio::test]
+async fn a_number_that_no_chain_reaches_costs_nothing() {
+    for stray in [u64::MAX, u64::MAX - 1, 1_000_000_000_000_000].map(record) {
+        let (objects, store) = one_checkpoint().await;
+        objects.put(&stray, "anything".into()).await.unwrap();
+        let says = |problems: &[String]| {
+            let [problem] = problems else {
+                panic!("{stray}: {problems:?}");
+            };
+            assert!(problem.starts_with(stray.as_ref()), "{problem}");
+            assert!(problem.contains("move it out of the store"), "{problem}");
+        };
+        let next = CheckpointStore::with_object_store(objects.clone(), "", writer(2));
+        for reader in [&store, &next] {
+            let found = reader.newest_valid(None).await.unwrap().unwrap();
+            assert_eq!(found.manifest.step, StepsCompleted(10));
+            says(&found.warnings);
+            let report = reader.verify(Select::All, Depth::Full).await.unwrap();
+            says(&report.chain_problems);
+            assert_eq!(report.records, 2);
+            assert!(report.checkpoints[0].problems.is_empty(), "{report:?}");
+        }
+        let fence = next.claim(Generation(0)).await.unwrap();
+        assert_eq!((fence.sequence, fence.generation), (2, Generation(2)));
+        checkpoint(&next, &fence, 20).await;
+        let collected = next.gc(&fence, Retention::last(1)).await.unwrap();
+        assert_eq!((collected.kept.len(), collected.retired.len()), (1, 1), "{collected:?}");
+        assert_eq!(restore(&next).await.unwrap(), Some(20));
+    }
+}
+
+/// What leaves no place or no generation behind it is refused by its name, and with it out of the way the run goes on. Until
+/// then its checkpoints restore.
+#[tokio::test]
+async fn the_last_place_and_the_highest_generation_are_refused_by_name() {
+    let (objects, _) = one_checkpoint().await;
+    let previous = Digest::of(&read(&objects, &record(1)).await);
+    let highest = Generation(i64::MAX as u64);
+    let forged = CommitRecord::new(2, previous, WriterNonce([9; 16]), highest, RecordKind::Fence {});
+    for (place, bytes) in [
+        (999_999_999_999_999, b"anything".to_vec()),
+        (2, forged.encode().unwrap()),
+    ] {
+        objects.put(&record(place), bytes.into()).await.unwrap();
+        let store = CheckpointStore::with_object_store(objects.clone(), "", writer(2));
+        let before = keys(&objects).await;
+        let refused = store.claim(Generation(0)).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Reconfigure { .. }), "{refused:?}");
+        let said = refused.to_string();
+        assert!(
+            said.contains(record(place).as_ref()) && said.contains("move it out of the store"),
+            "{said}"
+        );
+        assert_eq!(keys(&objects).await, before, "nothing is written");
+        assert_eq!(restore(&store).await.unwrap(), Some(10));
+        objects.delete(&record(place)).await.unwrap();
+        let fence = CheckpointStore::with_object_store(objects.clone(), "", writer(3))
+            .claim(Generation(0))
+            .await
+            .unwrap();
+        assert_eq!(fence.sequence, 2);
+        objects.delete(&record(fence.sequence)).await.unwrap();
+    }
+}
+
+/// CKPT-4: a manifest may claim what it likes; nobody makes room for more than the store holds.
+#[tokio::test]
+async fn a_shard_that_is_longer_than_any_memory_is_an_error() {
+    let (_, store) = one_checkpoint().await;
+    let mut manifest = store.newest_valid(None).await.unwrap().unwrap().manifest;
+    manifest.block_elements = 1 << 40;
+    for shard in &mut manifest.shards {
+        shard.object.length = 1 << 50;
+    }
+    let shard = manifest.shards[0].shard;
+    let whole = store.get_shard(&manifest, shard).await.unwrap_err();
+    let weights = std::pin::pin!(store.read_weights(&manifest))
+        .try_next()
+        .await
+        .unwrap_err();
+    for error in [whole, weights] {
+        assert!(
+            matches!(&error, StoreError::Corrupt { why, .. } if why.ends_with("bytes instead of 1125899906842624")),
+            "{error}"
+        );
+    }
+}
+
 /// Every object with its bytes.
 async fn contents(objects: &Arc<dyn ObjectStore>) -> BTreeMap<Path, Vec<u8>> {
     let mut contents = BTreeMap::new();
@@ -549,5 +651,111 @@ async fn a_restore_that_is_cut_short_anywhere_harms_nothing() {
                 break;
             }
         }
+    }
+}
+
+/// What a verification of [`newest_is_bad`] must find: the steps that are bad.
+fn bad_steps(depth: Depth) -> &'static [u64] {
+    match depth {
+        // The bit that is turned around shows in the hash alone.
+        Depth::Quick => &[],
+        Depth::Full => &[30],
+    }
+}
+
+/// An answer that is lost is asked for again, whichever it is, and nobody sees it.
+#[tokio::test(start_paused = true)]
+async fn one_lost_answer_ends_no_verification() {
+    for depth in [Depth::Quick, Depth::Full] {
+        for fail_at in 0.. {
+            let faulty = Faulty::new(newest_is_bad().await, fail_at, Fault::Before, false);
+            let store = CheckpointStore::with_object_store(faulty.clone(), "runs/a", writer(2));
+            let report = store.verify(Select::All, depth).await.unwrap();
+            let bad: Vec<&Verdict> = report.checkpoints.iter().filter(|it| !it.problems.is_empty()).collect();
+            assert_eq!(steps(&bad), bad_steps(depth), "{depth:?} at {fail_at}: {report:?}");
+            let unread = report.checkpoints.iter().any(|it| !it.unread.is_empty() || it.retired);
+            assert!(
+                !unread && report.checkpoints.len() == 3,
+                "{depth:?} at {fail_at}: {report:?}"
+            );
+            if faulty.struck().is_none() {
+                assert!(fail_at > 15, "the fault must have hit every operation");
+                break;
+            }
+        }
+    }
+}
+
+/// CKPT-4: where the store goes silent for good, what was found until then is told, what was not read is told apart from it,
+/// and nobody asks for each of the other objects.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_gone_hides_nothing_that_was_found() {
+    let undisturbed = CheckpointStore::with_object_store(newest_is_bad().await, "runs/a", writer(2));
+    let undisturbed = undisturbed.verify(Select::All, Depth::Full).await.unwrap();
+    let whole_bytes = undisturbed.checkpoints[2].bytes_hashed;
+    let mut both = false;
+    for fail_at in 0.. {
+        let faulty = Faulty::new(newest_is_bad().await, fail_at, Fault::Before, true);
+        let store = CheckpointStore::with_object_store(faulty.clone(), "runs/a", writer(2));
+        let report = match store.verify(Select::All, Depth::Full).await {
+            Ok(report) => report,
+            Err(error) => {
+                assert!(matches!(error, StoreError::Retry { .. }), "{fail_at}: {error}");
+                assert!(fail_at < 5, "only of the chain, a listing and four records: {fail_at}");
+                continue;
+            }
+        };
+        let [newest, .., oldest] = report.checkpoints.as_slice() else {
+            panic!("{fail_at}: {report:?}");
+        };
+        for verdict in &report.checkpoints {
+            let step = verdict.reference.step.0;
+            assert!(verdict.problems.is_empty() || step == 30, "{fail_at}: {report:?}");
+            let passes = verdict.problems.is_empty() && verdict.unread.is_empty();
+            assert_eq!(passes, verdict.bytes_hashed == whole_bytes, "{fail_at}: {report:?}");
+        }
+        if faulty.struck().is_none() {
+            assert!(fail_at > 25, "the store must have gone at every operation: {fail_at}");
+            break;
+        }
+        both |= !newest.problems.is_empty() && !oldest.unread.is_empty();
+        let asked = faulty.operations.load(std::sync::atomic::Ordering::SeqCst);
+        // Three objects and the chain, four times each, and once more the chain for what is bad.
+        assert!(asked.saturating_sub(fail_at) <= 20, "{fail_at}: {asked} operations");
+    }
+    assert!(both, "some end comes behind the bad shard");
+}
+
+/// Objects that cannot be read, however many in a row, are no sign that the store is gone as long as it still lists: the others
+/// are verified. In the place of their bytes lie links to themselves, which the system does not open.
+#[tokio::test]
+async fn objects_that_cannot_be_read_end_no_verification() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = CheckpointStore::open(folder.path().to_str().unwrap(), writer(1))
+        .await
+        .unwrap();
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let shards = folder.path().join("shards/00000000000000000020");
+    let closed: Vec<_> = std::fs::read_dir(shards)
+        .unwrap()
+        .map(|it| it.unwrap().path())
+        .collect();
+    assert_eq!(closed.len(), 3);
+    for path in &closed {
+        std::fs::remove_file(path).unwrap();
+        std::os::unix::fs::symlink(path, path).unwrap();
+    }
+    for depth in [Depth::Quick, Depth::Full] {
+        let report = store.verify(Select::All, depth).await.unwrap();
+        let [newest, older] = report.checkpoints.as_slice() else {
+            panic!("{report:?}");
+        };
+        assert_eq!(newest.unread.len(), 3, "{report:?}");
+        assert!(newest.problems.is_empty() && !report.is_clean(), "{report:?}");
+        assert!(older.problems.is_empty() && older.unread.is_empty(), "{report:?}");
+        assert_eq!(older.bytes_hashed > 0, depth == Depth::Full, "{report:?}");
     }
 }

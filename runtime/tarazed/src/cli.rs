@@ -1,7 +1,8 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
 use crate::commands::{
-    bench, checkpoint, data, decide, eval, generate, gpu_check, plan, rank, resize, status, tokenizer, trace, train,
+    bench, checkpoint, data, decide, eval, export, generate, gpu_check, plan, rank, resize, status, tokenizer, trace,
+    train, watch,
 };
 use clap::{Parser, Subcommand};
 
@@ -33,6 +34,8 @@ pub enum Command {
     Rank(rank::Args),
     /// Show where a run stands.
     Status(status::Args),
+    /// Show a run live, redrawn in place: figures, workers, mixture, incidents, loss curve. Ctrl-C leaves it.
+    Watch(watch::Args),
     /// Change the number of ranks of a live run, at its next step boundary; the numbers do not depend on it.
     Resize(resize::Args),
     /// Pin, veto or force a decision of a live run; it is recorded in the trace like the run's own.
@@ -49,6 +52,8 @@ pub enum Command {
     Generate(generate::Args),
     /// Score a checkpoint of a run on multiple-choice questions of yours.
     Eval(eval::Args),
+    /// Write a checkpoint as a Hugging Face folder, which loads as LlamaForCausalLM.
+    Export(export::Args),
     /// Prepare data, look into them, look for benchmark text, export tokens, bring more into a running training.
     #[command(subcommand)]
     Data(data::Command),

@@ -3,11 +3,12 @@
 use crate::exit::Failure;
 use crate::inference::{Inference, Sampling};
 use crate::output::print;
+use crate::source::{self, Source};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use tarazed_actors::run_folder::{self, RunPaths};
-use tarazed_corpus::{ScoredText, Split, UnigramLoss};
+use tarazed_corpus::{ScoredText, Split, TokenStore, UnigramLoss};
 use tarazed_domain::config::Config;
 use tarazed_domain::{DomainIndex, StepsCompleted};
 use tarazed_protocol::trace::{DomainLoss, DomainMap};
@@ -24,7 +25,10 @@ const SAMPLE_TOKENS: usize = 48;
 /// If the checkpoint, the data or the trace cannot be read back.
 pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
     let runtime = crate::commands::runtime()?;
-    let mut inference = runtime.block_on(Inference::open(dir, None))?;
+    let opened = runtime.block_on(Source::of_run(dir).open())?;
+    let data_set = source::data_set(&RunPaths::new(dir), &opened.manifest)?;
+    let data = TokenStore::open(&data_set, opened.config.model.context)?;
+    let mut inference = runtime.block_on(Inference::load(opened))?;
     let trace = RunPaths::new(dir).trace();
     let lines =
         run_folder::lines_after(&trace, StepsCompleted(0)).map_err(|e| Failure::refused(e.path, e.cause, e.remedy))?;
@@ -34,13 +38,13 @@ pub fn tell(dir: &Path, config_file: &Path) -> Result<(), Failure> {
         .find_map(|line| line.heldout.as_ref().map(|losses| (line.step, losses)));
     if let Some((step, losses)) = evaluated {
         let sequences_max = u64::from(inference.config.evaluation.sequences_per_domain_max);
-        let unigram = inference.data.unigram_losses(sequences_max)?;
-        let scored = inference.data.scored_text(sequences_max)?;
+        let unigram = data.unigram_losses(sequences_max)?;
+        let scored = data.scored_text(sequences_max)?;
         print(&held_out(step, &by_language(losses, &inference.config, &unigram)))?;
         print(&bits_per_byte(losses, &inference.config, &scored))?;
     }
     for (language, domain) in languages(&inference.config) {
-        if let Some(sample) = sample(&mut inference, domain)? {
+        if let Some(sample) = sample(&mut inference, &data, domain)? {
             print(&format!(
                 "sample, {language} ({domain_name}): {sample}\n",
                 domain_name = inference.config.data.domains[domain.index()].name
@@ -151,13 +155,13 @@ fn languages(config: &Config) -> Vec<(&'static str, DomainIndex)> {
 }
 
 /// The model's continuation of the domain's first held-out text, which it never trained on.
-fn sample(inference: &mut Inference, domain: DomainIndex) -> Result<Option<String>, Failure> {
+fn sample(inference: &mut Inference, data: &TokenStore, domain: DomainIndex) -> Result<Option<String>, Failure> {
     let context = inference.config.model.context;
-    if inference.data.sequences(domain, Split::HeldOut) == 0 {
+    if data.sequences(domain, Split::HeldOut) == 0 {
         return Ok(None);
     }
     let mut tokens = vec![0; context + 1];
-    inference.data.fill(domain, Split::HeldOut, 0, &mut tokens)?;
+    data.fill(domain, Split::HeldOut, 0, &mut tokens)?;
     tokens.truncate(PROMPT_TOKENS);
     let mut prompt = inference.decode(&tokens)?;
     while prompt.ends_with(char::REPLACEMENT_CHARACTER) && tokens.len() > 1 {

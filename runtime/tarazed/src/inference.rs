@@ -5,15 +5,13 @@
 
 use crate::commands::checkpoint;
 use crate::exit::Failure;
+use crate::source::{Opened, Source};
 use futures::TryStreamExt;
-use std::path::Path;
-use tarazed_actors::run_folder::RunPaths;
-use tarazed_corpus::{DataManifest, MANIFEST_FILE, TokenStore, Tokenizer};
+use tarazed_corpus::Tokenizer;
+use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
-use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_kernels::{CpuDevice, Device, DeviceError, Precision, ViewMut};
 use tarazed_model::{Model, ModelError, Workspace};
-use tarazed_store::{CheckpointStore, Digest, Manifest, Restorable, WriterId};
 
 type Buffer = <CpuDevice as Device>::Buffer;
 
@@ -47,8 +45,6 @@ pub struct Inference {
     weights: Buffer,
     workspace: Workspace<CpuDevice>,
     tokenizer: Tokenizer,
-    /// The run's data set, for prompts.
-    pub data: TokenStore,
     /// The run's config.
     pub config: Config,
     /// Which checkpoint.
@@ -56,35 +52,28 @@ pub struct Inference {
 }
 
 impl Inference {
-    /// Reads the checkpoint of `step`, or the newest valid one, of the run in `dir`.
+    /// Reads the checkpoint that was named.
     ///
     /// # Errors
-    /// By cause: no run, no such checkpoint, a store that does not answer, bytes that fail their hash.
-    pub async fn open(dir: &Path, step: Option<StepsCompleted>) -> Result<Self, Failure> {
-        let paths = RunPaths::new(dir);
-        if !paths.config().is_file() {
-            return Err(Failure::refused(
-                dir.display(),
-                "holds no run (no config.toml)",
-                "name a run folder: generating needs its config and its tokenizer",
-            ));
-        }
-        let config = Config::load(&paths.config(), &[])?;
-        let writer = WriterId::fresh(Generation(0));
-        let store = CheckpointStore::open_existing(&paths.store_location(&config), writer)
-            .await
-            .map_err(checkpoint::failure)?;
-        let found = find(&store, step).await?;
-        for warning in &found.warnings {
-            eprintln!("tarazed: {warning}");
-        }
-        let manifest = found.manifest;
-        let data = data_of(&paths.data(), &manifest, config.model.context)?;
-        let tokenizer = data.tokenizer()?;
+    /// By cause: no run or store, no such checkpoint, a store that does not answer, bytes that fail their hash.
+    pub async fn open(source: &Source) -> Result<Self, Failure> {
+        Self::load(source.open().await?).await
+    }
 
-        let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
+    /// Reads a checkpoint that was found.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn load(opened: Opened) -> Result<Self, Failure> {
         let device = CpuDevice::new();
-        let weights = load_weights(&store, &manifest, &device, layout.flat_elements()).await?;
+        let weights = load_weights(&opened, &device).await?;
+        let Opened {
+            manifest,
+            config,
+            layout,
+            tokenizer,
+            ..
+        } = opened;
         let model = Model::new(&config.model, &layout, device).map_err(|e| model_failure(&e))?;
         let workspace = model.workspace(1).map_err(|e| model_failure(&e))?;
         Ok(Self {
@@ -92,7 +81,6 @@ impl Inference {
             weights,
             workspace,
             tokenizer,
-            data,
             config,
             step: manifest.step,
         })
@@ -116,7 +104,7 @@ impl Inference {
     /// # Errors
     /// Refused where the continuation alone does not fit. If the tokenizer or the device fails.
     pub fn log_likelihood(&mut self, before: &str, continuation: &str) -> Result<Scored, Failure> {
-        let mut tokens = vec![self.data.manifest().tokenizer.end_of_document];
+        let mut tokens = vec![self.tokenizer.end_of_document()];
         tokens.extend(self.tokenizer.encode(before)?);
         let scored = self.tokenizer.encode(continuation)?;
         let context = self.config.model.context;
@@ -152,7 +140,7 @@ impl Inference {
     /// If the device fails.
     pub fn continue_from(&mut self, prompt: &[u32], sampling: Sampling) -> Result<Vec<u32>, Failure> {
         let mut tokens = prompt.to_vec();
-        let end = self.data.manifest().tokenizer.end_of_document;
+        let end = self.tokenizer.end_of_document();
         for index in 0..sampling.tokens_max {
             let seen = &tokens[tokens.len().saturating_sub(self.config.model.context)..];
             let mut logits = self
@@ -170,65 +158,19 @@ impl Inference {
     }
 }
 
-async fn find(store: &CheckpointStore, step: Option<StepsCompleted>) -> Result<Restorable, Failure> {
-    let found = match step {
-        Some(step) => Some(store.at_step(step).await.map_err(checkpoint::failure)?),
-        None => checkpoint::newest_live(store).await?,
-    };
-    found.ok_or_else(|| {
-        Failure::refused(
-            store.location(),
-            "holds no checkpoint yet",
-            "train until the first one, or stop the run with SIGTERM, which makes one",
-        )
-    })
-}
-
-async fn load_weights(
-    store: &CheckpointStore,
-    manifest: &Manifest,
-    device: &CpuDevice,
-    flat_elements: usize,
-) -> Result<Buffer, Failure> {
-    let covered = u64::from(manifest.block_count) * manifest.block_elements;
-    if covered != flat_elements as u64 {
-        return Err(Failure::refused(
-            store.location(),
-            format!("the checkpoint holds {covered} values where the run's config needs {flat_elements}"),
-            "use the config.toml that the checkpoint was made with",
-        ));
-    }
+async fn load_weights(opened: &Opened, device: &CpuDevice) -> Result<Buffer, Failure> {
     let device_failure = |e: DeviceError| model_failure(&ModelError::Device(e));
     let mut weights = device
-        .alloc(flat_elements, Precision::Working)
+        .alloc(opened.layout.flat_elements(), Precision::Working)
         .map_err(device_failure)?;
     let mut stream = device.stream().map_err(device_failure)?;
-    let mut parts = std::pin::pin!(store.read_weights(manifest));
+    let mut parts = std::pin::pin!(opened.store.read_weights(&opened.manifest));
     while let Some(part) = parts.try_next().await.map_err(checkpoint::failure)? {
         let into = ViewMut::at(&mut weights, part.first_element as usize);
         device.upload(&mut stream, &part.values, into).map_err(device_failure)?;
     }
     device.synchronize(&mut stream).map_err(device_failure)?;
     Ok(weights)
-}
-
-/// The data set that the checkpoint was trained on: a run folder may hold others.
-fn data_of(data: &Path, manifest: &Manifest, context: usize) -> Result<TokenStore, Failure> {
-    let folders = std::fs::read_dir(data)
-        .map_err(|e| Failure::refused(data.display(), e, "name a run folder whose data are still there"))?;
-    let mut folders: Vec<_> = folders.flatten().map(|entry| entry.path()).collect();
-    folders.sort();
-    for folder in folders.iter().filter(|folder| folder.join(MANIFEST_FILE).is_file()) {
-        let found = DataManifest::load(folder)?;
-        if Digest::of(found.version.as_bytes()) == manifest.data {
-            return Ok(TokenStore::open(folder, context)?);
-        }
-    }
-    Err(Failure::refused(
-        data.display(),
-        "the data set that the checkpoint was trained on is not there",
-        "start `tarazed train` once with the same config: it makes the data set anew",
-    ))
 }
 
 fn model_failure(error: &ModelError) -> Failure {

@@ -10,6 +10,7 @@ pub mod exit;
 pub mod finale;
 #[cfg(feature = "cuda")]
 pub mod gpu_check;
+pub mod hugging_face;
 pub mod inference;
 pub mod mixture;
 pub mod outlet;
@@ -19,4 +20,6 @@ pub mod plan;
 pub mod progress;
 pub mod run_folder;
 pub mod screen;
+pub mod source;
 pub mod telemetry;
+pub mod watch;

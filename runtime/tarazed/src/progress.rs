@@ -201,7 +201,7 @@ impl Page {
 }
 
 /// Columns of a terminal that a text takes: two for each character of the East Asian wide blocks, as in Chinese names.
-fn columns(text: &str) -> usize {
+pub(crate) fn columns(text: &str) -> usize {
     let wide = |c: char| {
         matches!(c,
             '\u{1100}'..='\u{115f}' | '\u{2e80}'..='\u{a4cf}' | '\u{ac00}'..='\u{d7a3}' | '\u{f900}'..='\u{faff}'
@@ -344,7 +344,7 @@ fn digits(number: u64) -> usize {
 }
 
 /// A rate with three digits: `9.1k`, `1.23M`.
-fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value {
         v if !v.is_finite() => "-".to_owned(),
         v if v < 1e3 => format!("{v:.0}"),
@@ -354,7 +354,7 @@ fn short(value: f64) -> String {
 }
 
 /// Time left, short: `48s`, `2m05s`, `3h07m`, `12d04h`.
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     if !seconds.is_finite() || seconds < 0.0 {
         return "-".to_owned();
     }
@@ -367,7 +367,7 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-fn milliseconds(ms: f64) -> String {
+pub(crate) fn milliseconds(ms: f64) -> String {
     if ms < 10_000.0 {
         format!("{ms:.0} ms")
     } else {

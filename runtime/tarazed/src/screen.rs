@@ -86,7 +86,7 @@ impl Screen {
 fn is_expendable(notice: &Notice) -> bool {
     match notice {
         Notice::Line { line, .. } => line.heldout.is_none(),
-        Notice::Saving(_) => true,
+        Notice::Saving(_) | Notice::Durability { .. } => true,
         _ => false,
     }
 }
@@ -115,6 +115,7 @@ fn measure(metrics: &Metrics, notice: &Notice) {
         }
         Notice::Recovered { recovery_ms, .. } => metrics.recovery(*recovery_ms as f64),
         Notice::Checkpoint { took_ms, .. } => metrics.checkpoint(*took_ms as f64),
+        Notice::Durability { lag_s } => metrics.durability_lag(*lag_s),
         _ => {}
     }
 }
@@ -258,7 +259,7 @@ impl Lines {
             }),
             Notice::Warning(text) => Some(Incident::Warning(text.clone())),
             Notice::Stopping => stage("stopping: a last checkpoint, then the end".to_owned()),
-            Notice::Line { .. } | Notice::Decided(_) | Notice::Saving(_) => None,
+            Notice::Line { .. } | Notice::Decided(_) | Notice::Saving(_) | Notice::Durability { .. } => None,
         }
     }
 

@@ -221,6 +221,81 @@ async fn all_bad_objects_of_a_checkpoint_are_named() {
     }
 }
 
+/// An object that cannot be read is no bad one, hides no bad one, and ends nothing: the others are verified and told. In the place
+/// of its bytes lies a link to itself, which the system does not open.
+#[tokio::test]
+async fn what_cannot_be_read_is_told_apart_and_ends_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fill(folder.path()).await;
+    let store = folder.path().to_str().expect("a UTF-8 path");
+    let all = keys(folder.path(), "shards");
+    let closed: Vec<&String> = all
+        .iter()
+        .filter(|key| !key.contains("/00000000000000000010/"))
+        .collect();
+    assert_eq!(closed.len(), 4, "{all:?}");
+    for key in &closed {
+        let path = folder.path().join(key);
+        std::fs::remove_file(&path).expect("removed");
+        std::os::unix::fs::symlink(&path, &path).expect("linked");
+    }
+    for (depth, bad) in [(&["--quick"][..], false), (&[], false), (&[], true)] {
+        if bad {
+            let key = all.iter().find(|key| !closed.contains(key)).expect("a shard");
+            flip_a_byte(folder.path(), key);
+        }
+        let code = if bad { 3 } else { 33 };
+        let args = [&["checkpoint", "verify", store][..], depth].concat();
+        let table = expect(&tarazed(&args), code);
+        let listed = document(&[&args[..], &["--json"]].concat(), code);
+        let (lines, problems) = (lines(&table), problems(&listed));
+        assert_eq!(lines[&10].contains("whole"), !bad, "{table}");
+        for (at, step) in [30, 20].into_iter().enumerate() {
+            let unread = listed["checkpoints"][at]["unread"].to_string();
+            let named = closed.iter().filter(|key| key.contains(&format!("/{step:020}/")));
+            for key in named {
+                assert!(lines[&step].contains(&format!("not read: look up {key}: ")), "{table}");
+                assert!(unread.contains(key.as_str()), "{listed}");
+            }
+            assert_eq!(problems[&step], "[]", "{listed}");
+        }
+        let whole = &listed["checkpoints"][2];
+        assert_eq!(
+            (&whole["unread"], &whole["retired"]),
+            (&serde_json::json!([]), &Value::from(false))
+        );
+        assert_eq!(problems[&10] == "[]", !bad, "{listed}");
+    }
+}
+
+/// Where there is no checkpoint, nobody can say that all are good, or collect any: refused, with what is there instead, and no
+/// claim is written that would halt a run.
+#[tokio::test]
+async fn without_a_checkpoint_nothing_is_verified_or_collected() {
+    let (empty, claimed) = (tempfile::tempdir(), tempfile::tempdir());
+    let (empty, claimed) = (empty.expect("a temporary folder"), claimed.expect("a temporary folder"));
+    fill_with(claimed.path(), &[], |_| "", None).await;
+    assert_eq!(keys(claimed.path(), "commits").len(), 1, "the claim");
+    for (folder, says) in [
+        (&empty, "holds no record of any checkpoint; check the path"),
+        (&claimed, "no checkpoint is committed yet"),
+    ] {
+        let store = folder.path().to_str().expect("a UTF-8 path");
+        for args in [
+            &["verify", store][..],
+            &["verify", store, "--quick", "--json"],
+            &["gc", store, "--keep-last", "1", "--claim"],
+        ] {
+            let output = tarazed(&[&["checkpoint"][..], args].concat());
+            let refused = expect(&output, 2);
+            assert!(refused.contains(says) && refused.contains(store), "{refused}");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{args:?}");
+        }
+    }
+    assert_eq!(keys(claimed.path(), "commits").len(), 1, "nobody claimed it");
+    assert!(!empty.path().join("commits").exists(), "nor the empty one");
+}
+
 #[tokio::test]
 async fn show_in_json_has_all_that_a_manifest_says() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -415,8 +490,11 @@ async fn what_a_rollback_to_come_goes_back_to_stays() {
     let store = folder.path().to_str().expect("a UTF-8 path");
     let listed = run(&["ls", store], 0);
     assert!(listed.contains("cannot be read"), "{listed}");
+    let before = keys(folder.path(), "commits");
     let refused = run(&["gc", store, "--keep-last", "1", "--claim"], 2);
     assert!(refused.contains("cannot be read"), "{refused}");
+    // CKPT-3: a claim would have halted a run that still writes there.
+    assert_eq!(keys(folder.path(), "commits"), before);
 }
 
 #[test]

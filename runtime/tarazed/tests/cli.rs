@@ -254,11 +254,76 @@ fn bad_input_is_refused_with_code_2_and_nothing_is_written() {
     assert_refused(&["status"], "runs: holds no run folder");
     assert_refused(&["status", "--run-dir", "nowhere"], "--run-dir nowhere: holds no run");
     assert_refused(&["trace", "show", "nowhere"], "nowhere: cannot be read");
+    assert_refused(&["export", "nowhere", "--to", "out"], "nowhere: not found");
+    assert_refused(&["generate", "nowhere@7", "--prompt", "x"], "nowhere: not found");
     assert_refused(
         &["bench", "mixture", "no.toml", "--work", "w"],
         "no.toml: cannot be read",
     );
     assert_refused(&["bench", "mixture", &config, "--work", "w"], "unknown field");
+}
+
+/// The file does not hold what an override says, so it is not blamed for it, nor shown.
+#[test]
+fn a_bad_override_is_named_as_it_was_given() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = quickstart();
+    for (item, key) in [
+        ("model.colour=3", "model.colour: unknown field `colour`"),
+        ("model.heads=abc", "model.heads: invalid type: string \"abc\""),
+    ] {
+        for command in ["train", "plan"] {
+            let output = tarazed(folder.path(), &[command, &config, "--set", item]);
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{message}");
+            let start = format!("tarazed: refused: --set {item}: {key}");
+            assert!(message.starts_with(&start), "{message}");
+            let blames = ["quickstart.toml", "line ", "the file"].map(|part| message.contains(part));
+            assert_eq!(blames, [false; 3], "{message}");
+        }
+    }
+}
+
+/// A config for GPUs is planned for this machine's own where it has enough of them, else refused with a `--gpus` that is
+/// answered; never planned for processors. `auto` takes those where there is no card.
+#[test]
+fn a_config_for_gpus_is_not_planned_for_processors() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plan = |name: &str, more: &[&str]| {
+        let config = format!("{}/../../configs/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+        let output = tarazed(folder.path(), &[&["plan", &config][..], more].concat());
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let mut has_card = true;
+    for (name, ranks) in [
+        ("gpu-124m", 1),
+        ("aquila2-7b", 96),
+        ("aquila2-34b", 128),
+        ("aquila2-70b", 264),
+    ] {
+        let (code, out, message) = plan(name, &[]);
+        let example = format!("{ranks}xH200-141GB");
+        if code == Some(0) {
+            let is_of_gpus = out.contains(&format!(", {ranks} x ")) && !out.contains("CPU ranks");
+            assert!(is_of_gpus, "{name}: {out}");
+            continue;
+        }
+        assert_eq!((code, out.as_str()), (Some(2), ""), "{name}: {message}");
+        let names_both =
+            message.starts_with("tarazed: refused: cluster.") && message.ends_with(&format!("e.g. --gpus {example}\n"));
+        assert!(names_both, "{message}");
+        has_card &= !message.contains("no CUDA device");
+        let (code, out, message) = plan(name, &["--gpus", &example]);
+        let is_answered = code == Some(0) && out.contains(&format!(", {ranks} x H200 with 141 GB"));
+        assert!(is_answered, "{name}: {out}{message}");
+    }
+    if !has_card {
+        let (code, out, message) = plan("quickstart", &["--set", "cluster.device=auto"]);
+        assert!(code == Some(0) && out.contains("4 CPU ranks"), "{out}{message}");
+        let (code, _, message) = plan("quickstart", &["--set", "cluster.device=cuda"]);
+        assert!(code == Some(2) && message.contains("--gpus 4xH200-141GB"), "{message}");
+    }
 }
 
 #[test]
@@ -279,7 +344,7 @@ fn usage_errors_have_code_2_too() {
 fn help_lists_what_works_and_hides_what_is_internal() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let help = String::from_utf8(tarazed(folder.path(), &["--help"]).stdout).expect("text");
-    for command in ["train", "status", "plan", "checkpoint", "trace", "generate"] {
+    for command in ["train", "status", "plan", "checkpoint", "trace", "generate", "export"] {
         assert!(help.contains(&format!("\n  {command} ")), "{help}");
     }
     assert!(!help.contains("\n  rank"), "{help}");

@@ -5,9 +5,9 @@
 //! - **DET-2** Lanes are added only as siblings of the aligned tree, `left + right`.
 
 use crate::StepError;
+use crate::barrier::sum_over_blocks;
 use crate::feeder::{LaneSamples, StepBatch};
 use crate::progress::Progress;
-use crate::step::sum_over_blocks;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tarazed_domain::lanes::TreeFold;

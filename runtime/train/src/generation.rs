@@ -15,6 +15,7 @@
 //!   not acknowledged.
 
 use crate::StepError;
+use crate::barrier::Wishes;
 use crate::feeder::Feeder;
 use crate::host::{Arriving, HostVisible, Leaving, Target};
 use crate::moments;
@@ -22,8 +23,9 @@ use crate::optimizer::Shard;
 use crate::progress::Phase;
 use crate::snapshot::{SnapshotTicket, UploadTicket};
 use crate::state::RankState;
-use crate::step::{self, Wishes};
+use crate::step;
 use crate::world::World;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tarazed_domain::limits::{CHECKPOINTS_IN_FLIGHT_MAX, UNACKNOWLEDGED_LINES_MAX};
@@ -46,7 +48,26 @@ pub trait ShardSource: Sync {
         shard: OptimizerShardIndex,
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError>;
+
+    /// The same of several, each given to `take` once it is there, in any order; a source may read ahead meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::read`], and what `take` says.
+    fn read_each(
+        &self,
+        from: &RestoreFrom,
+        shards: &[OptimizerShardIndex],
+        abort: &AtomicBool,
+        take: &mut TakeShard<'_>,
+    ) -> Result<(), StepError> {
+        shards
+            .iter()
+            .try_for_each(|&shard| take(shard, self.read(from, shard, abort)?))
+    }
 }
+
+/// Hears of a shard that was read: master weights and both moments.
+pub type TakeShard<'a> = dyn FnMut(OptimizerShardIndex, [Vec<f32>; 3]) -> Result<(), StepError> + 'a;
 
 /// Switches that other threads set on a running generation.
 #[derive(Debug, Default)]
@@ -453,49 +474,65 @@ fn make_shards<D: HostVisible>(
     plan: &BeginPlan,
     source: &dyn ShardSource,
 ) -> Result<Vec<Shard<D>>, StepError> {
-    let mut made = Vec::new();
+    let (mut made, mut restored) = (Vec::new(), Vec::new());
     for (index, holders) in world.shards.shards().zip(plan.shards.iter()) {
         let Some(mine) = holders.iter().find(|holder| holder.rank == world.rank) else {
             continue;
         };
-        check_abort(state)?;
-        let elements = world.elements(index);
-        let [master, first, second] = match mine.origin {
+        match mine.origin {
             ShardOrigin::Initialise => {
-                let mut master = vec![0.0; elements.len()];
-                let config = &state.config;
-                tarazed_model::initialise(
-                    &state.layout,
-                    &config.model,
-                    config.run.seed,
-                    elements.clone(),
-                    &mut master,
-                );
-                [master, vec![0.0; elements.len()], vec![0.0; elements.len()]]
+                check_abort(state)?;
+                let tensors = initial(state, world.elements(index));
+                made.push(shard_of(state, world, index, tensors)?);
             }
-            ShardOrigin::Restore => source.read(checkpoint_of(plan)?, index, &state.abort)?,
-            ShardOrigin::Keep | ShardOrigin::CopyFrom(_) => continue,
-        };
-        let mut shard = Shard::new(&state.device, world.shards, index)?;
-        {
-            let mut inner = shard.write();
-            let inner = &mut *inner;
-            for (values, buffer) in [
-                (master, &mut inner.master),
-                (first, &mut inner.first_moment),
-                (second, &mut inner.second_moment),
-            ] {
-                if values.len() != elements.len() {
-                    let cause = format!("shard {index} has {} elements, not {}", values.len(), elements.len());
-                    return Err(StepError::Restore(cause));
-                }
-                state.device.upload(&mut state.stream, &values, ViewMut::from(buffer))?;
-            }
+            ShardOrigin::Restore => restored.push(index),
+            ShardOrigin::Keep | ShardOrigin::CopyFrom(_) => {}
         }
-        made.push(shard);
-        state.progress.worked();
+    }
+    if !restored.is_empty() {
+        let abort = Arc::clone(&state.abort);
+        source.read_each(checkpoint_of(plan)?, &restored, &abort, &mut |index, tensors| {
+            made.push(shard_of(state, world, index, tensors)?);
+            Ok(())
+        })?;
     }
     settle(state, plan.base, made)
+}
+
+/// The state that a run begins with, of these elements.
+fn initial<D: Device>(state: &RankState<D>, elements: Range<usize>) -> [Vec<f32>; 3] {
+    let (config, length) = (&state.config, elements.len());
+    let mut master = vec![0.0; length];
+    tarazed_model::initialise(&state.layout, &config.model, config.run.seed, elements, &mut master);
+    [master, vec![0.0; length], vec![0.0; length]]
+}
+
+/// A shard with this state; it counts once it is settled.
+fn shard_of<D: Device>(
+    state: &mut RankState<D>,
+    world: &World,
+    index: OptimizerShardIndex,
+    [master, first, second]: [Vec<f32>; 3],
+) -> Result<Shard<D>, StepError> {
+    let length = world.elements(index).len();
+    let mut shard = Shard::new(&state.device, world.shards, index)?;
+    {
+        let mut inner = shard.write();
+        let inner = &mut *inner;
+        for (values, buffer) in [
+            (master, &mut inner.master),
+            (first, &mut inner.first_moment),
+            (second, &mut inner.second_moment),
+        ] {
+            if values.len() != length {
+                let cause = format!("shard {index} has {} elements, not {length}", values.len());
+                return Err(StepError::Restore(cause));
+            }
+            state.device.upload(&mut state.stream, &values, ViewMut::from(buffer))?;
+        }
+    }
+    state.progress.worked();
+    Ok(shard)
 }
 
 /// The checkpoint that a plan restores from: that of its base, or the plan is not to be believed.

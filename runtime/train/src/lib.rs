@@ -7,6 +7,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`step`] | lanes, reduce, forward, barrier, update, gather: the line itself |
+//! | [`barrier`] | what every rank brings to the barrier, and what all read out of it |
 //! | [`compute`] | forward and backward of this rank's lanes, folded along the lane tree |
 //! | [`generation`] | bringing every holder to the agreed step (STEP-2), copies, restore, first gather |
 //! | [`harm`] | bits flipped on purpose, for chaos runs |
@@ -18,6 +19,7 @@
 //! | [`world`] | who does what in one generation, as plain tables |
 //! | [`device_thread`] | the command loop around all of it |
 
+pub mod barrier;
 pub mod compute;
 pub mod device_thread;
 pub mod error;

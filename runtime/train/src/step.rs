@@ -12,6 +12,7 @@
 //! - **DET-2** Sums across lanes follow the aligned tree; norms are summed over fixed blocks.
 
 use crate::StepError;
+use crate::barrier::{Audit, Wishes, barrier};
 use crate::compute::{LaneInputs, LaneResults};
 use crate::feeder::StepBatch;
 use crate::harm::{self, Moment};
@@ -24,7 +25,7 @@ use std::ops::Range;
 use std::time::Instant;
 use tarazed_domain::lanes::TreeFold;
 use tarazed_domain::mutant::is_unguarded;
-use tarazed_domain::{LaneIndex, LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
+use tarazed_domain::{LaneRange, Mutant, Node, OptimizerShardIndex, Rank, StepsCompleted};
 use tarazed_fabric::{Collective, Tag, TagKind};
 use tarazed_kernels::{BlockHash, Device, DeviceError, Precision, View, ViewMut};
 use tarazed_protocol::data::course::Directives;
@@ -33,29 +34,6 @@ use tarazed_protocol::message::{BarrierOutcome, BeginPlan, Claim, Dispute, Dispu
 use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
 
 const HASH_BYTES: usize = size_of::<BlockHash>();
-
-/// What this rank brings to a barrier besides its numbers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Wishes {
-    /// Pause at the boundary after this step.
-    pub pause: bool,
-    /// Write a checkpoint there.
-    pub checkpoint: bool,
-    /// Not there, if it can wait: this rank still stores its share of the last one.
-    pub busy: bool,
-}
-
-impl Wishes {
-    /// What any rank brought to a barrier that is passed: the same on all of them.
-    #[must_use]
-    pub const fn of_all(passed: &BarrierOutcome) -> Self {
-        Self {
-            pause: passed.pause,
-            checkpoint: passed.checkpoint,
-            busy: passed.busy,
-        }
-    }
-}
 
 /// Runs one step to its end and returns its line.
 ///
@@ -80,14 +58,9 @@ pub fn run_step<D: HostVisible>(
     harm::strike(state, world, batch.step, Moment::Begun)?;
     let (lanes, audit) = compute_lanes(state, world, batch)?;
     let stats = reduce_to_primaries(state, world, fabric, step, lanes)?;
-    if !Mutant::BarrierBeforeReplicas.is_on() {
-        forward_to_replicas(state, world, fabric, step)?;
-    }
+    forward_to_replicas(state, world, fabric, step)?;
     let outcome = barrier(state, world, fabric, batch, &stats, wishes, audit)?;
     state.passed = Some(outcome.clone());
-    if Mutant::BarrierBeforeReplicas.is_on() {
-        forward_to_replicas(state, world, fabric, step)?;
-    }
     update(state, &outcome, &batch.directives)?;
     harm::strike(state, world, batch.step, Moment::Updated)?;
     let hash = if outcome.skipped {
@@ -101,36 +74,6 @@ pub fn run_step<D: HostVisible>(
     let weights = moments::gather(state, world, fabric, step)?;
 
     Ok(state.complete_line(&outcome, hash, weights))
-}
-
-/// What a rank has to say in an audit: the digest of the audited lane, and that of the same lane computed again. Each is
-/// said by one rank.
-#[derive(Clone, Copy, Default)]
-struct Audit {
-    lane: Option<LaneIndex>,
-    own: Option<ItemDigest>,
-    again: Option<ItemDigest>,
-}
-
-/// Bytes of both, each behind a byte that says whether it is there.
-const AUDIT_BYTES: usize = 2 * (1 + size_of::<ItemDigest>());
-
-impl Audit {
-    fn encode(self, out: &mut Vec<u8>) {
-        for digest in [self.own, self.again] {
-            out.push(u8::from(digest.is_some()));
-            out.extend(digest.unwrap_or_default());
-        }
-    }
-
-    /// Both digests as some rank says them.
-    fn decode(bytes: &[u8]) -> [Option<ItemDigest>; 2] {
-        let mut parts = bytes.chunks_exact(1 + size_of::<ItemDigest>());
-        std::array::from_fn(|_| {
-            let part = parts.next().filter(|part| part[0] == 1)?;
-            Some(std::array::from_fn(|byte| part[1 + byte]))
-        })
-    }
 }
 
 /// Forward and backward of the own lanes, folded into the own maximal nodes; and of one lane more where it is audited
@@ -411,155 +354,15 @@ fn forward_to_replicas<D: HostVisible>(
             });
         }
     }
-    state
-        .device
-        .exchange(&mut state.stream, fabric, &leaving, &arriving, targets)?;
+    if !Mutant::BarrierBeforeReplicas.is_on() {
+        state
+            .device
+            .exchange(&mut state.stream, fabric, &leaving, &arriving, targets)?;
+    }
     for (_, held) in state.shards.iter_mut().filter(|(shard, _)| mine(shard)) {
         held.mark_reduced(step);
     }
     Ok(())
-}
-
-/// The all-gather of wishes, lane statistics and gradient-norm partials. Whoever returns from it has passed the barrier.
-fn barrier<D: Device>(
-    state: &mut RankState<D>,
-    world: &World,
-    fabric: &mut dyn Collective,
-    batch: &StepBatch,
-    stats: &[LaneStats],
-    wishes: Wishes,
-    audit: Audit,
-) -> Result<BarrierOutcome, StepError> {
-    let step = batch.step.completed();
-    let _span = tracing::info_span!("barrier").entered();
-    let domain_count = batch.domain_count();
-    let stats_bytes = LaneStats::encoded_bytes(domain_count);
-    let mut mine = vec![
-        u8::from(wishes.pause) | u8::from(wishes.checkpoint) << 1 | u8::from(wishes.busy) << 2,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ];
-    audit.encode(&mut mine);
-    for lane in stats {
-        mine.extend_from_slice(&lane.encode());
-    }
-    for shard in world.primaries_of(world.rank) {
-        let mut partials = vec![0.0_f64; world.shards.blocks(shard).len()];
-        let reduced = View::from(state.shards[&shard].reduced());
-        state
-            .device
-            .square_sums(&mut state.stream, reduced, state.layout.block_elements(), &mut partials)?;
-        mine.extend(partials.iter().flat_map(|partial| partial.to_le_bytes()));
-    }
-    let lengths: Vec<usize> = (0..world.size() as u32)
-        .map(Rank)
-        .map(|rank| {
-            8 + AUDIT_BYTES + world.lanes[rank.index()].len() * stats_bytes + world.primary_block_count(rank) * 8
-        })
-        .collect();
-    state.progress.enter(Phase::Barrier);
-    let all = fabric.all_gather(Tag::new(TagKind::Barrier, step.0, 0), &mine, &lengths)?;
-
-    let mut lanes = Vec::new();
-    let mut partials = vec![0.0_f64; state.layout.block_count()];
-    let mut flags = 0;
-    let mut claims = Vec::new();
-    for (rank, bytes) in all.iter().enumerate() {
-        let rank = Rank(rank as u32);
-        if !Mutant::PauseUnspread.is_on() || rank == world.rank {
-            flags |= bytes[0];
-        }
-        let (audit_bytes, rest) = bytes[8..].split_at(AUDIT_BYTES);
-        claims.extend(
-            Audit::decode(audit_bytes)
-                .into_iter()
-                .flatten()
-                .map(|digest| Claim { rank, digest }),
-        );
-        let (lane_bytes, partial_bytes) = rest.split_at(world.lanes[rank.index()].len() * stats_bytes);
-        for (lane, bytes) in world.lanes[rank.index()]
-            .lanes()
-            .zip(lane_bytes.chunks_exact(stats_bytes))
-        {
-            let stats = LaneStats::decode(bytes, domain_count).map_err(|e| StepError::Malformed {
-                from: rank,
-                what: "lane statistics",
-                cause: e.to_string(),
-            })?;
-            lanes.push((Node::leaf(lane), stats));
-        }
-        let mut words = partial_bytes
-            .chunks_exact(8)
-            .map(|word| f64::from_le_bytes(std::array::from_fn(|i| word[i])));
-        for shard in world.primaries_of(rank) {
-            for block in world.shards.blocks(shard) {
-                partials[block] = words.next().unwrap_or(f64::NAN);
-            }
-        }
-    }
-    settle_audit(state, step, audit.lane, claims)?;
-    let total = LaneStats::fold(world.tree, lanes).map_err(|e| StepError::Malformed {
-        from: world.rank,
-        what: "lane statistics",
-        cause: e.to_string(),
-    })?;
-    let grad_norm = if Mutant::NormByRank.is_on() {
-        let of_rank = |rank| world.primaries_of(rank).flat_map(|shard| world.shards.blocks(shard));
-        let ranks = (0..world.size() as u32).map(Rank);
-        ranks
-            .map(|rank| of_rank(rank).map(|block| partials[block]).sum::<f64>())
-            .sum::<f64>()
-            .sqrt()
-    } else {
-        sum_over_blocks(partials).sqrt()
-    };
-    let loss = total.train_total().mean().unwrap_or(f64::NAN);
-    if !grad_norm.is_finite() || !loss.is_finite() {
-        return Err(StepError::NotFinite { step, loss, grad_norm });
-    }
-    Ok(BarrierOutcome {
-        step,
-        grad_norm,
-        loss,
-        stats: total.encode(),
-        skipped: batch.directives.skips(total.train(), grad_norm),
-        pause: flags & 1 != 0,
-        checkpoint: flags & 2 != 0,
-        busy: flags & 4 != 0,
-    })
-}
-
-/// Two ranks computed one lane: they agree, or the step is in dispute before anybody is past its barrier.
-fn settle_audit<D: Device>(
-    state: &mut RankState<D>,
-    step: StepsCompleted,
-    lane: Option<LaneIndex>,
-    claims: Vec<Claim>,
-) -> Result<(), StepError> {
-    state.audited = claims.first().map(|claim| claim.digest);
-    match lane {
-        Some(lane) if claims.iter().any(|claim| Some(claim.digest) != state.audited) => {
-            let item = DisputedItem::Lane(lane);
-            Err(StepError::Disputed(Dispute { step, item, claims }))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Sums along the aligned tree over block indices: neighbours first, an odd last one passes through (DET-2).
-pub(crate) fn sum_over_blocks(mut partials: Vec<f64>) -> f64 {
-    while partials.len() > 1 {
-        partials = partials
-            .chunks(2)
-            .map(|pair| pair.iter().copied().reduce(|l, r| l + r).unwrap_or(0.0))
-            .collect();
-    }
-    partials.first().copied().unwrap_or(0.0)
 }
 
 /// Past the barrier: every shard held takes the step, its hashes made in the same pass.

@@ -15,6 +15,12 @@ fn checkpoint_folders(run_dir: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// The key of a file of a run's own store.
+fn object_key(run_dir: &Path, file: &Path) -> String {
+    let key = file.strip_prefix(run_dir.join("store")).expect("a file of the store");
+    key.to_str().expect("a plain name").to_owned()
+}
+
 /// Fails unless every file of `before` is still there with its bytes, but for the names that a start may change.
 #[track_caller]
 fn assert_kept(folder: &Path, before: &std::collections::BTreeMap<PathBuf, Vec<u8>>) {
@@ -56,7 +62,9 @@ fn bad_checkpoints_are_passed_over_aloud() {
         let run = project.train(name).ranks(2).steps(60).complete();
         let mut folders = checkpoint_folders(run.dir());
         let newest = folders.pop().expect("a checkpoint");
-        harm(&files_with_ending(&newest, ".safetensors")[3]);
+        let harmed = files_with_ending(&newest, ".safetensors").swap_remove(3);
+        harm(&harmed);
+        let key = object_key(run.dir(), &harmed);
         // The trace ends at 60; the checkpoint before is of step 40, or a little later where the disk was slow.
         let before = folders.pop().expect("another checkpoint");
         let before: u64 = before
@@ -65,9 +73,18 @@ fn bad_checkpoints_are_passed_over_aloud() {
             .expect("a step");
         let mut same = Run::start(&project.train(name).ranks(3).steps(60));
         assert_undisturbed(&mut same, 60, name);
-        // What is missing or too short the controller sees; what is in it those who read it.
+        // What is missing or too short the controller sees; what is in it those who read it. Both say which object it is, and
+        // what to do about it.
         let told = [same.events("warning"), same.events("checkpoint_refuted")].concat();
-        let names_it = |event: &serde_json::Value| event["cause"].to_string().contains("checkpoint of step 60");
+        let parts = [
+            "checkpoint of step 60",
+            &key,
+            "use an older checkpoint and find out what",
+        ];
+        let names_it = |event: &serde_json::Value| {
+            let cause = event["cause"].as_str().unwrap_or_default();
+            parts.iter().all(|part| cause.contains(part))
+        };
         assert!(told.iter().any(names_it), "{name}: {told:?}\n{}", same.tail());
         let bases: Vec<_> = same.events("generation").iter().map(|g| g["base"].clone()).collect();
         assert_eq!(bases.last(), Some(&before.into()), "{name}\n{}", same.tail());
@@ -83,8 +100,8 @@ fn remove(file: &Path) {
     std::fs::remove_file(file).expect("removed");
 }
 
-/// CKPT-1, CKPT-4: where every checkpoint is bad, beginning anew is a person's decision: code 3, the store, and what is
-/// wrong with each; trace and objects stay.
+/// CKPT-1, CKPT-4: where every checkpoint is bad, beginning anew is a person's decision: code 3, which object of each is bad,
+/// and what to do; trace and objects stay.
 #[test]
 fn a_store_of_bad_checkpoints_halts_and_stays() {
     let project = Project::tiny();
@@ -95,8 +112,11 @@ fn a_store_of_bad_checkpoints_halts_and_stays() {
 
 fn all_bad(project: &Project, name: &str, harm: fn(&Path)) {
     let run = project.train(name).ranks(2).steps(60).complete();
+    let mut keys = Vec::new();
     for folder in checkpoint_folders(run.dir()) {
-        harm(&files_with_ending(&folder, ".safetensors")[0]);
+        let harmed = files_with_ending(&folder, ".safetensors").swap_remove(0);
+        harm(&harmed);
+        keys.push(object_key(run.dir(), &harmed));
     }
     let before = files(run.dir());
     let mut again = Run::start(&project.train(name).ranks(2).steps(90));
@@ -108,8 +128,9 @@ fn all_bad(project: &Project, name: &str, harm: fn(&Path)) {
         .filter_map(|path| path.file_name()?.to_str()?.parse::<u64>().ok());
     let steps: Vec<String> = steps.map(|step| format!("step {step}")).collect();
     assert!(steps.len() > 1, "{steps:?}");
-    let said: Vec<&str> = steps.iter().map(String::as_str).chain(["store"]).collect();
-    assert_halted(&outcome, &said);
+    let remedies = ["restore its objects from a copy", "another checkpoint.store"];
+    let said = steps.iter().chain(&keys).map(String::as_str);
+    assert_halted(&outcome, &said.chain(remedies).collect::<Vec<_>>());
     assert_same_trace(&again.trace(), undisturbed(60), "the trace stays");
     assert_kept(run.dir(), &before);
     let verify = project.tarazed(&["checkpoint".as_ref(), "verify".as_ref(), run.dir().as_os_str()]);

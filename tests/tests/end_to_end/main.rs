@@ -14,6 +14,7 @@ mod corruption;
 mod damage;
 mod double_loss;
 mod eval;
+mod export;
 mod kills;
 mod live_data;
 mod quickstart;

@@ -10,7 +10,7 @@ const STRIDE_STEPS: usize = 20;
 const BELOW_UNIGRAM: f64 = 0.08;
 
 /// The whole quickstart, with a rank killed on the way as its own last words suggest: it says what it does from the beginning,
-/// loses no step, and ends with held-out losses well below the unigram entropy, a sample in each language, and what to try next.
+/// loses no step, trains what one rank alone trains, and ends with held-out losses well below the unigram entropy, a sample in each language, and what to try next.
 #[test]
 fn the_quickstart_does_what_the_readme_says() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
@@ -58,6 +58,13 @@ fn the_quickstart_does_what_the_readme_says() {
         assert!(said.contains(part.as_str()), "'{part}' is not said\n{}", run.tail());
     }
 
+    let undisturbed = beginning_on_one_rank(&project);
+    let beginning = std::fs::read(run.dir().join("trace.jsonl")).expect("a trace");
+    assert!(
+        beginning.starts_with(&undisturbed),
+        "one rank alone trains something else"
+    );
+
     for language in languages {
         let of_it = |line: &&str| line.split_whitespace().next() == Some(language) && line.contains("(unigram ");
         let line = said.lines().find(of_it).expect("a line for each language");
@@ -68,4 +75,14 @@ fn the_quickstart_does_what_the_readme_says() {
         let (loss, unigram) = (numbers[0], numbers[1]);
         assert!(loss < (1.0 - BELOW_UNIGRAM) * unigram, "{line}");
     }
+}
+
+/// Whole lines of the same run on one rank, as far as it is waited for.
+fn beginning_on_one_rank(project: &Project) -> Vec<u8> {
+    let mut alone = Run::start(&project.train("alone").ranks(1));
+    alone.wait_for_step(2 * STRIDE_STEPS as u64);
+    let mut trace = std::fs::read(alone.dir().join("trace.jsonl")).expect("a trace");
+    let end = trace.iter().rposition(|&byte| byte == b'\n').expect("a line");
+    trace.truncate(end + 1);
+    trace
 }

@@ -143,8 +143,8 @@ fn a_controller_killed_at_the_very_end_can_be_resumed() {
     }
 }
 
-/// DET-3, STEP-5: a recorded line that the replay does not reproduce halts the run with the step and the field, and the
-/// trace stays as it is.
+/// DET-3, STEP-5: a recorded line that the replay does not reproduce halts the run with the step, the field and the ranks that
+/// computed it, and the trace stays as it is.
 #[test]
 fn a_replay_that_differs_from_its_line_halts() {
     let project = Project::tiny_with(&[("checkpoint.interval_steps", "0")]);
@@ -160,7 +160,11 @@ fn a_replay_that_differs_from_its_line_halts() {
     let tampered = format!("{}{digit}{}", &trace[..state], &trace[state + 1..]);
     std::fs::write(run.dir().join("trace.jsonl"), &tampered).expect("written");
     let mut again = Run::start(&train);
-    assert_halted(&again.finish(), &["step 12", "state", "DET-3"]);
+    let (first, second) = ("worker 0 (incarnation ", "worker 1 (incarnation ");
+    let named = [first, ", lanes 0..4)", second, ", lanes 4..8)"];
+    let outcome = again.finish();
+    assert_halted(&outcome, &["step 12", "state", "DET-3", "computed by worker"]);
+    assert_halted(&outcome, &named);
     assert_eq!(String::from_utf8(again.trace()).expect("UTF-8"), tampered);
     assert_eq!(again.processes().ranks(), [0_u32; 0]);
 }

@@ -137,7 +137,7 @@ fn the_control_socket_asks_for_the_token() {
 #[test]
 fn signals_are_told_live_afterwards_and_at_the_end() {
     let project = Project::tiny_with(&[("policy.gradient_noise", "true")]);
-    let mut run = Run::start(&project.train("signals").ranks(2).steps(140));
+    let mut run = Run::start(&project.train("signals").ranks(2).steps(400));
     run.wait_for_step(12);
     let check = |told: &Value| {
         let signals = &told["signals"];
@@ -154,17 +154,19 @@ fn signals_are_told_live_afterwards_and_at_the_end() {
             assert!((all - own).abs() < 1e-9, "one domain is all of its language: {told}");
         }
     };
-    let live = json(&project, &run);
-    if live["live"] == true {
-        check(&live);
-    }
+    let live = run.wait_for("an answer of the live run", |run| {
+        let told = ask(&project, run, &["--json"]);
+        let told: Value = serde_json::from_str(&told.stdout).ok()?;
+        (told["live"] == true).then_some(told)
+    });
+    check(&live);
     let outcome = run.finish();
     outcome.assert_code(0);
     assert!(outcome.stdout.contains("bits per byte of text"), "{}", outcome.tail());
     let after = json(&project, &run);
     assert_eq!(
         (&after["live"], &after["signals"]["step"]),
-        (&false.into(), &140.into())
+        (&false.into(), &400.into())
     );
     check(&after);
     let table = ask(&project, &run, &[]);
@@ -173,7 +175,7 @@ fn signals_are_told_live_afterwards_and_at_the_end() {
     }
     let lines = run.json_lines("metrics.jsonl");
     let all = lines.iter().filter(|line| line["signals"].is_object()).count();
-    assert_eq!(all, 14, "at every evaluation; step 100 is one");
+    assert_eq!(all, 40, "at every evaluation; every hundredth step is one");
     assert!(
         lines
             .iter()

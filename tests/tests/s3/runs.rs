@@ -63,6 +63,7 @@ fn a_run_goes_on_from_its_bucket() {
         );
         place.assert_untold(again.dir(), &url, &[]);
         look_at(&project, &url, name);
+        export_from(&project, &url, again.dir(), name);
     }
 }
 
@@ -119,6 +120,20 @@ fn look_at(project: &Project, url: &str, name: &str) {
     assert!(listed.stdout.contains(&STEPS.to_string()), "{name}\n{}", listed.tail());
     project.tarazed(&["checkpoint", "verify", url]).assert_code(0);
     project.verify(&["bucket", url]).assert_code(0);
+}
+
+/// A bucket exports what its run does; config and tokenizer are the run's.
+fn export_from(project: &Project, url: &str, run: &Path, name: &str) {
+    let dir = run.to_str().expect("UTF-8");
+    let exported = |to: &str, from: &[&str]| {
+        let outcome = project.tarazed(&[&["export", "--to", to][..], from].concat());
+        outcome.assert_code(0);
+        std::fs::read(project.path().join(to).join("model.safetensors")).expect("weights")
+    };
+    let by_url = exported("by-url", &[url, "--run-dir", dir]);
+    assert_eq!(by_url, exported("by-run", &[dir]), "{name}");
+    let alone = project.tarazed(&["export", url, "--to", "alone"]);
+    assert_refused(&alone, &[url, "does not hold its run's config"]);
 }
 
 /// A run that cannot use its bucket is refused before anything starts, with the remedy and without the secret.

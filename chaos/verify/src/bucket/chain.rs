@@ -2,9 +2,9 @@
 //!
 //! A record *stands* if it reads back in its place, the standing record behind it names it by digest, and it was written by
 //! the holder of the fence before it. A bad or missing record costs itself: it is a finding, and what is proved by its own
-//! digests stands beside it.
+//! digests stands beside it. An object with a number that no chain reaches is a finding, and hides nothing.
 
-use super::record::{Commit, Kind, Record, key};
+use super::record::{Commit, Kind, PLACES_MAX, Record, key};
 use crate::report::Findings;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,6 +35,9 @@ pub struct Verdict {
 }
 
 pub fn judge(mut places: BTreeMap<u64, Place>, findings: &mut Findings) -> Verdict {
+    for stray in places.split_off(&PLACES_MAX).into_keys() {
+        findings.add(key(stray), "no chain is that long, so it is none of this one's records");
+    }
     let linked = drop_contradicted(&mut places, findings);
     let mut verdict = Verdict::default();
     let mut fence: Option<Fence> = None;
@@ -185,21 +188,29 @@ mod tests {
         )
     }
 
-    fn judged(chain: &[Vec<u8>], skip: Option<usize>) -> (Vec<u64>, String) {
-        let mut places = BTreeMap::new();
-        for (sequence, bytes) in chain.iter().enumerate().filter(|(at, _)| Some(*at) != skip) {
+    fn placed(chain: &[Vec<u8>], skip: Option<usize>) -> BTreeMap<u64, Place> {
+        let kept = chain.iter().enumerate().filter(|(at, _)| Some(*at) != skip);
+        kept.map(|(sequence, bytes)| {
             let place = match Record::decode(sequence as u64, bytes) {
                 Ok(record) => Place::Whole(record, *blake3::hash(bytes).as_bytes()),
                 Err(why) => Place::Broken(why),
             };
-            places.insert(sequence as u64, place);
-        }
+            (sequence as u64, place)
+        })
+        .collect()
+    }
+
+    fn judged_places(places: BTreeMap<u64, Place>) -> (Vec<u64>, String) {
         let mut findings = Findings::default();
         let verdict = judge(places, &mut findings);
         (
             verdict.acknowledged.iter().map(|a| a.commit.step).collect(),
             findings.to_string(),
         )
+    }
+
+    fn judged(chain: &[Vec<u8>], skip: Option<usize>) -> (Vec<u64>, String) {
+        judged_places(placed(chain, skip))
     }
 
     const FENCE: &str = r#"{"fence":{}}"#;
@@ -237,6 +248,33 @@ mod tests {
         let (steps, said) = judged(&replaced, None);
         assert_eq!(steps, [20]);
         assert!(said.contains("not the record that the one behind it names"), "{said}");
+    }
+
+    /// Anybody may put an object there: it is named, no place below it is missed, and the chain is judged without it.
+    #[test]
+    fn an_object_where_no_chain_reaches_is_named_and_hides_nothing() {
+        let a = commit(10);
+        for stray in [PLACES_MAX, u64::MAX - 1, u64::MAX] {
+            let whole = handmade(stray, [1; 32], 1, 1, &commit(30));
+            let record = Record::decode(stray, &whole).expect("a record by its own digests");
+            let digest = *blake3::hash(&whole).as_bytes();
+            for odd in [
+                Place::Whole(record, digest),
+                Place::Broken("it is not two lines".into()),
+            ] {
+                let mut places = placed(&chain(&[(1, 1, FENCE), (1, 1, &a)]), None);
+                places.insert(stray, odd);
+                let (steps, said) = judged_places(places);
+                assert_eq!(steps, [10]);
+                assert_eq!(
+                    said,
+                    format!(
+                        "BAD {}: no chain is that long, so it is none of this one's records\n",
+                        key(stray)
+                    )
+                );
+            }
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use crate::json::Json;
 
 pub const RECORD_BYTES_MAX: u64 = 64 * 1024;
+/// Places of a chain (docs/FORMATS.md). Anybody may put an object with a higher number there; no sum of places overflows below.
+pub const PLACES_MAX: u64 = 1_000_000_000_000_000;
 const MAGIC: &str = "tarazed-chain";
 const SCHEMA: u64 = 1;
 
@@ -38,7 +40,7 @@ pub fn key(sequence: u64) -> String {
     format!("commits/{sequence:020}.jsonl")
 }
 
-/// The place in the chain that a key stands for; none for a key that is no record's.
+/// The place in the chain that a key stands for, [`PLACES_MAX`] and more included; none for a key that is no record's.
 pub fn place(key_text: &str) -> Option<u64> {
     let digits = key_text.strip_prefix("commits/")?.strip_suffix(".jsonl")?;
     let place = digits.parse().ok()?;

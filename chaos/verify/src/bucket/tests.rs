@@ -142,6 +142,19 @@ fn a_sound_store_restores() {
     assert!(report.orphans.is_empty());
 }
 
+/// An object that no run wrote, in the highest place that a key can name, costs nothing but its own finding.
+#[test]
+fn a_stray_record_is_reported_and_the_rest_is_verified() {
+    let store = Store::new();
+    let stray = "commits/18446744073709551615.jsonl";
+    store.put(stray, b"anything");
+    let report = store.report();
+    let said = report.print();
+    assert!(said.contains(&format!("BAD {stray}: no chain is that long")), "{said}");
+    let summary = "2 records (1 fences), 1 of 1 acknowledged checkpoints restore, 0 retired, 0 orphans, 1 findings\n";
+    assert!(said.ends_with(summary), "{said}");
+}
+
 /// STEP-4: one changed bit of the state, with every digest made anew, is told by the trace line alone.
 #[test]
 fn a_forged_state_is_found() {

@@ -1,6 +1,6 @@
 //! Data without a run: what `tarazed data prepare` reads, from a run's config or from a file with `[data]` alone.
 
-use super::{ConfigError, DataConfig, absolute, apply_override, validate};
+use super::{ConfigError, DataConfig, absolute, reading, validate};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -53,10 +53,10 @@ impl DataFile {
     /// A [`ConfigError`] naming the key or the file.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            let remedy = "give the path of a run's config, or of a file with a [data] section";
-            ConfigError::new(&name, format!("cannot be read ({e})"), remedy)
-        })?;
+        let text = reading::text_of(
+            path,
+            "give the path of a run's config, or of a file with a [data] section",
+        )?;
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
         Self::parse(&text, &name, overrides, folder.unwrap_or_else(|| Path::new(".")))
     }
@@ -66,25 +66,9 @@ impl DataFile {
     /// # Errors
     /// A [`ConfigError`] naming the key.
     pub fn parse(text: &str, name: &str, overrides: &[String], folder: &Path) -> Result<Self, ConfigError> {
-        let remedy = "correct the file; README.md explains each key";
-        let wrong = |e: toml::de::Error| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy);
-        let mut table: toml::Table = toml::from_str(text).map_err(wrong)?;
-        for item in overrides {
-            apply_override(&mut table, item)?;
-        }
-        if let Some(unknown) = table.keys().find(|key| !SECTIONS.contains(&key.as_str())) {
-            return Err(ConfigError::new(
-                name,
-                format!("has an unknown section '{unknown}'"),
-                remedy,
-            ));
-        }
-        let source = if overrides.is_empty() {
-            text.to_owned()
-        } else {
-            table.to_string()
-        };
-        let Parts { mut data, model } = toml::from_str(&source).map_err(wrong)?;
+        let source = reading::Source::new(text, name, overrides)?;
+        source.only(&SECTIONS)?;
+        let Parts { mut data, model } = source.read()?;
         data.resolve(folder)?;
         let model_vocabulary = match (&model, &data.tokenizer.path) {
             (Some(model), _) => model.vocabulary,

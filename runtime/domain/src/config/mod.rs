@@ -8,6 +8,7 @@ mod interval;
 mod later;
 mod loops;
 mod loops_check;
+mod reading;
 mod refine;
 mod sections;
 mod validate;
@@ -110,13 +111,7 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn load_for(path: &Path, overrides: &[String], ranks: Option<u32>) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            ConfigError::new(
-                path.display().to_string(),
-                format!("cannot be read ({e})"),
-                "give the path of a config file",
-            )
-        })?;
+        let text = reading::text_of(path, "give the path of a config file")?;
         let folder = path
             .parent()
             .filter(|p| !p.as_os_str().is_empty())
@@ -139,19 +134,7 @@ impl Config {
         folder: &Path,
         ranks: Option<u32>,
     ) -> Result<Self, ConfigError> {
-        let remedy = "correct the file; README.md explains each key";
-        let mut table: toml::Table =
-            toml::from_str(text).map_err(|e| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy))?;
-        for item in overrides {
-            apply_override(&mut table, item)?;
-        }
-        let source = if overrides.is_empty() {
-            text.to_owned()
-        } else {
-            table.to_string()
-        };
-        let mut config: Self =
-            toml::from_str(&source).map_err(|e| ConfigError::new(name, e.to_string().trim_end().to_owned(), remedy))?;
+        let mut config: Self = reading::Source::new(text, name, overrides)?.read()?;
         config.resolve(folder)?;
         if let Some(ranks) = ranks {
             config.cluster.ranks = ranks;
@@ -278,41 +261,4 @@ fn absolute(key: &str, path: &Path) -> Result<PathBuf, ConfigError> {
         return Err(ConfigError::new(key, reason, "rename the folder, or name another path"));
     }
     Ok(path)
-}
-
-fn apply_override(table: &mut toml::Table, item: &str) -> Result<(), ConfigError> {
-    let remedy = "write --set section.key=value";
-    let Some((key, value)) = item.split_once('=') else {
-        return Err(ConfigError::new(format!("--set {item}"), "has no '='", remedy));
-    };
-    let value = parse_value(value.trim());
-    let mut parts: Vec<&str> = key.trim().split('.').collect();
-    let last = parts.pop().filter(|part| !part.is_empty());
-    let Some(last) = last else {
-        return Err(ConfigError::new(format!("--set {item}"), "names no key", remedy));
-    };
-    let mut here = table;
-    for part in parts {
-        let entry = here
-            .entry(part)
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        let toml::Value::Table(inner) = entry else {
-            return Err(ConfigError::new(
-                format!("--set {item}"),
-                format!("'{part}' is not a section"),
-                remedy,
-            ));
-        };
-        here = inner;
-    }
-    here.insert(last.to_owned(), value);
-    Ok(())
-}
-
-/// A TOML value where the text is one, a string otherwise.
-fn parse_value(text: &str) -> toml::Value {
-    toml::from_str::<toml::Table>(&format!("v = {text}"))
-        .ok()
-        .and_then(|mut table| table.remove("v"))
-        .unwrap_or_else(|| toml::Value::String(text.to_owned()))
 }

@@ -197,6 +197,7 @@ mod tests {
                         progress,
                         activity: String::new(),
                         lane_us: 0,
+                        stored_bytes: 0,
                     });
                 }
                 self.event(Event::Tick);

@@ -96,7 +96,7 @@ impl Coordinator {
             && !matches!(self.phase, Phase::Done)
         {
             let late = format!(
-                "no last checkpoint within {} ms of the stop, and of the last shard stored for it",
+                "no last checkpoint within {} ms of the stop, and of the last part stored for it",
                 timeouts.stop_ms
             );
             return match self.verdict.take() {

@@ -129,6 +129,8 @@ pub enum Event {
         activity: String,
         /// Microseconds of one lane as of late; 0 where it is not known.
         lane_us: u64,
+        /// Grows with every part of a checkpoint that it stores.
+        stored_bytes: u64,
     },
     /// A trace line was written (or checked, on replay).
     LineWritten {
@@ -145,8 +147,6 @@ pub enum Event {
         /// Its step.
         step: StepsCompleted,
     },
-    /// A shard of a checkpoint lies in the store: saving goes on.
-    ShardSaved,
     /// A checkpoint could not be made.
     CheckpointFailed {
         /// Its step.

@@ -80,11 +80,13 @@ impl Coordinator {
                 progress,
                 ref activity,
                 lane_us,
+                stored_bytes,
             } => {
                 if self.knows(member)
                     && let Some(worker) = self.workers.get_mut(member.worker)
                 {
                     worker.heard_ms = now_ms;
+                    let stores = std::mem::replace(&mut worker.stored_bytes, stored_bytes) != stored_bytes;
                     if generation == self.generation {
                         worker.step = step;
                         worker.lane_us = lane_us;
@@ -94,6 +96,9 @@ impl Coordinator {
                         }
                     }
                     self.workers.set_activity(member.worker, activity);
+                    if stores {
+                        self.put_off_last_checkpoint(now_ms);
+                    }
                 }
                 Vec::new()
             }
@@ -104,14 +109,6 @@ impl Coordinator {
                 self.refuted = None;
                 self.unreadable.clear();
                 self.leave_when_saved(now_ms)
-            }
-            Event::ShardSaved => {
-                if let Phase::Finishing { deadline_ms, .. } = &mut self.phase {
-                    *deadline_ms = now_ms + self.options.timeouts.stop_ms;
-                    // A large state takes its time; nothing new for so long is what counts.
-                    self.stop = self.stop.map(|_| now_ms);
-                }
-                Vec::new()
             }
             &Event::CheckpointFailed { step, ref cause, full } => {
                 // Training goes on, and the next checkpoint may succeed; the last one is tried again.
@@ -585,6 +582,14 @@ impl Coordinator {
         let mut effects = self.go_back(now_ms);
         effects.extend(self.leave_when_saved(now_ms));
         effects
+    }
+
+    /// Ranks store: a large state takes its time, and nothing new for so long is what counts.
+    fn put_off_last_checkpoint(&mut self, now_ms: u64) {
+        if let Phase::Finishing { deadline_ms, .. } = &mut self.phase {
+            *deadline_ms = now_ms + self.options.timeouts.stop_ms;
+            self.stop = self.stop.map(|_| now_ms);
+        }
     }
 
     fn leave_when_saved(&mut self, now_ms: u64) -> Vec<Effect> {

@@ -601,6 +601,7 @@ impl Cluster {
             progress: 0,
             activity: String::new(),
             lane_us: 0,
+            stored_bytes: 0,
         }
     }
 
@@ -735,6 +736,7 @@ fn ticks_between_deadlines_do_nothing() {
             progress: 0,
             activity,
             lane_us: 0,
+            stored_bytes: 0,
         };
         assert_eq!(cluster.coordinator.on_event(fence - 1, &heartbeat), []);
     }

@@ -13,10 +13,12 @@
 use super::{Coordinator, Effect, Incident, Phase, WorkerPhase};
 use crate::message::{Dispute, DisputedItem, ItemDigest, Member};
 use std::collections::{BTreeMap, BTreeSet};
-use tarazed_domain::{Mutant, StepsCompleted, WorkerId};
+use tarazed_domain::{LaneRange, Mutant, StepsCompleted, WorkerId};
 
 /// A step that is disputed this often, undecided, is not done again.
 const TRIES_MAX: u32 = 3;
+/// Ranks that a diagnosis names one by one.
+const RANKS_NAMED_MAX: usize = 16;
 
 /// What ranks differ in, until the step has been done again.
 #[derive(Debug)]
@@ -77,6 +79,24 @@ impl Coordinator {
         }
         effects.extend(self.fence(now_ms, cause.to_owned(), None));
         effects
+    }
+
+    /// What is wrong with a result, and whose it is: every rank of the generation that tells it, with its lanes. A line does not
+    /// say which of them it comes from: all of them have a part in it.
+    #[must_use]
+    pub fn with_ranks(&self, diagnosis: &str) -> String {
+        let name = |&(member, lanes): &(Member, LaneRange)| {
+            let Member { worker, incarnation } = member;
+            let LaneRange { start, end } = lanes;
+            format!("worker {worker} (incarnation {incarnation}, lanes {start}..{end})")
+        };
+        let named: Vec<String> = self.roster.iter().take(RANKS_NAMED_MAX).map(name).collect();
+        match self.roster.len() - named.len() {
+            // Ranks of the controller before tell what they have computed for it.
+            _ if named.is_empty() => format!("{diagnosis}; computed under an earlier controller"),
+            0 => format!("{diagnosis}; computed by {}", named.join(", ")),
+            more => format!("{diagnosis}; computed by {} and {more} more", named.join(", ")),
+        }
     }
 
     /// The disputed step was done again.

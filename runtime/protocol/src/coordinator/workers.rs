@@ -52,6 +52,7 @@ impl Workers {
             step: StepsCompleted(0),
             progress: 0,
             lane_us: 0,
+            stored_bytes: 0,
             waits_for: None,
         });
         self.seats.push(Rank(u32::MAX));
@@ -150,6 +151,7 @@ impl Workers {
         slot.incarnation = slot.incarnation.next();
         slot.heard_ms = now_ms;
         slot.lane_us = 0;
+        slot.stored_bytes = 0;
         self.lives[worker.index()].pid = 0;
         self.member(worker)
     }

@@ -16,7 +16,7 @@ use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
     CheckpointState, CheckpointStore, CheckpointSummary, Depth, GcReport, Manifest, Restorable, Retention, Select,
-    StoreError, VerifyReport, WriterId,
+    StoreError, Verdict, VerifyReport, WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
@@ -41,7 +41,8 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Check checkpoints against their hashes: exit code 0 if all is whole, 3 if not.
+    /// Check checkpoints against their hashes: exit code 0 if all are whole, 3 if any is not, 33 if any could not be read for now, 2
+    /// if there is none.
     Verify {
         /// Run folder, store folder or URL.
         store: String,
@@ -204,9 +205,16 @@ async fn show(place: &str, step: Option<StepsCompleted>, json: bool) -> Result<(
 
 async fn verify(place: &str, select: Select, depth: Depth, json: bool) -> Result<Exit, Failure> {
     let store = open(place).await?;
-    let report = store.verify(select, depth).await.map_err(failure)?;
+    // Before the hours of hashing: behind them nothing may fail any more that would take with it what they found.
     let list = store.list().await.map_err(failure)?;
-    let known = LeftBehind::shown(&store, &list).await?;
+    let known = LeftBehind::shown(&store, &list).await.unwrap_or_else(|unknown| {
+        eprintln!("tarazed: what a rollback left behind is not known: {}", unknown.message);
+        LeftBehind::default()
+    });
+    let report = store.verify(select, depth).await.map_err(failure)?;
+    if report.checkpoints.is_empty() && report.chain_problems.is_empty() {
+        return Err(none_committed(&store, report.records > 0));
+    }
     if json {
         let verdicts = report.checkpoints.iter();
         let marked = verdicts.map(|verdict| known.mark(verdict.reference.step, json!(verdict)));
@@ -216,6 +224,23 @@ async fn verify(place: &str, select: Select, depth: Depth, json: bool) -> Result
         print(&verdicts(&report, &known))?
     }
     judge(&report)
+}
+
+/// Of no checkpoint nobody can say that it is good, or that it may go.
+fn none_committed(store: &CheckpointStore, is_used: bool) -> Failure {
+    if is_used {
+        return Failure::refused(
+            store.location(),
+            "no checkpoint is committed yet",
+            "train until the first one, or stop the run with SIGTERM, which makes one",
+        );
+    }
+    Failure::refused(
+        store.location(),
+        "holds no record of any checkpoint",
+        "check the path or the URL; if it is right, no run has used it yet, or all its objects were deleted, by a rule that expires \
+         them for instance",
+    )
 }
 
 /// Collects; as far as which step a rollback may still go, if one may, and what was done.
@@ -233,7 +258,16 @@ async fn collect(
         ));
     }
     let store = open(store).await?;
+    // A claim halts the run that holds the store, so whatever is to be refused is refused before.
+    let list = store.list().await.map_err(failure)?;
+    if list.is_empty() {
+        let report = store.verify(Select::Newest, Depth::Quick).await.map_err(failure)?;
+        judge(&report)?;
+        return Err(none_committed(&store, report.records > 0));
+    }
+    LeftBehind::known(&store, &list).await?;
     let fence = store.claim(Generation(0)).await.map_err(failure)?;
+    // What was committed until then counts, too.
     let list = store.list().await.map_err(failure)?;
     let known = LeftBehind::known(&store, &list).await?;
     let back_to = known.back_to().filter(|_| !ended);
@@ -337,23 +371,38 @@ pub(crate) fn failure(error: StoreError) -> Failure {
     }
 }
 
+/// What is bad comes first: a person is needed whatever else could not be read.
 fn judge(report: &VerifyReport) -> Result<Exit, Failure> {
-    let bad = report
-        .checkpoints
-        .iter()
-        .filter(|verdict| !verdict.problems.is_empty())
-        .count();
-    if report.is_clean() {
-        return Ok(Exit::Done);
+    let count = |is: fn(&Verdict) -> bool| report.checkpoints.iter().filter(|verdict| is(verdict)).count();
+    let bad = count(|verdict| !verdict.problems.is_empty());
+    let unread = count(|verdict| !verdict.unread.is_empty());
+    let chain = report.chain_problems.len();
+    if bad > 0 || chain > 0 {
+        let also = match unread {
+            0 => String::new(),
+            unread => format!(", {unread} not read to the end"),
+        };
+        return Err(Failure::halted(
+            "checkpoints",
+            format!("{bad} bad, {chain} problems in the chain of records{also}"),
+            "a run restores the newest good one by itself; find out what changed the objects",
+        ));
     }
-    Err(Failure::halted(
-        "checkpoints",
-        format!(
-            "{bad} bad, {} problems in the chain of records",
-            report.chain_problems.len()
-        ),
-        "a run restores the newest good one by itself; find out what changed the objects",
-    ))
+    if unread > 0 {
+        let mut causes = report.checkpoints.iter().flat_map(|verdict| &verdict.unread);
+        // Where all of it waits for somebody's hand, the same again does no better.
+        let may_pass = causes.any(|cause| matches!(cause, StoreError::Retry { .. }));
+        let exit = if may_pass { Exit::Transient } else { Exit::Refused };
+        let cause = format!("{unread} not read to the end, none of the others bad");
+        let remedy = "what is said of each object says what to do; then verify again";
+        return Err(Failure::new(exit, "checkpoints", cause, remedy));
+    }
+    if !report.checkpoints.is_empty() && report.checkpoints.iter().all(|verdict| verdict.retired) {
+        let cause = "each was retired by its run while it was verified";
+        let remedy = "verify again: newer ones are there";
+        return Err(Failure::transient("checkpoints", cause, remedy));
+    }
+    Ok(Exit::Done)
 }
 
 fn table(list: &[CheckpointSummary], known: &LeftBehind) -> String {
@@ -386,10 +435,12 @@ fn verdicts(report: &VerifyReport, known: &LeftBehind) -> String {
         let _ = writeln!(text, "chain: {problem}");
     }
     for verdict in &report.checkpoints {
-        let state = if verdict.problems.is_empty() {
-            "whole".to_owned()
-        } else {
-            verdict.problems.join("; ")
+        let unread = verdict.unread.iter().map(|cause| format!("not read: {cause}"));
+        let found: Vec<String> = verdict.problems.iter().cloned().chain(unread).collect();
+        let state = match found.as_slice() {
+            [] if verdict.retired => "retired by its run while it was verified".to_owned(),
+            [] => "whole".to_owned(),
+            found => found.join("; "),
         };
         let hashed = render::bytes(verdict.bytes_hashed);
         let step = verdict.reference.step;
@@ -494,6 +545,7 @@ fn described(found: &Restorable, known: &LeftBehind) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tarazed_store::{CommitRef, Digest};
 
     #[test]
     fn a_full_store_halts_and_a_silent_one_is_worth_a_retry() {
@@ -514,5 +566,107 @@ mod tests {
             cause,
         };
         assert_eq!(failure(silent).exit, Exit::Transient);
+    }
+
+    fn verdict(step: u64) -> Verdict {
+        Verdict {
+            reference: CommitRef {
+                sequence: step,
+                step: StepsCompleted(step),
+                record: Digest::of(b"record"),
+            },
+            problems: Vec::new(),
+            unread: Vec::new(),
+            retired: false,
+            bytes_hashed: 0,
+        }
+    }
+
+    fn unanswered() -> StoreError {
+        StoreError::Retry {
+            operation: "read",
+            key: "shards/a".to_owned(),
+            cause: "no answer".to_owned(),
+        }
+    }
+
+    fn refused() -> StoreError {
+        StoreError::Reconfigure {
+            location: "s3://bucket/run".to_owned(),
+            cause: "read shards/b: 403 Forbidden".to_owned(),
+            remedy: "check the credentials".to_owned(),
+        }
+    }
+
+    /// CKPT-4: what is bad is never hidden by what could not be read, and what could not be read is no good checkpoint.
+    #[test]
+    fn a_verification_ends_with_the_worst_that_it_found() {
+        let bad = || Verdict {
+            problems: vec!["shards/c: 7 bytes instead of 9".to_owned()],
+            ..verdict(30)
+        };
+        let unread = |causes: &[StoreError]| Verdict {
+            unread: causes.to_vec(),
+            ..verdict(20)
+        };
+        let retired = || Verdict {
+            retired: true,
+            ..verdict(10)
+        };
+        for (checkpoints, exit) in [
+            (vec![verdict(40)], Exit::Done),
+            (vec![verdict(40), retired()], Exit::Done),
+            (vec![retired()], Exit::Transient),
+            (vec![verdict(40), unread(&[unanswered()])], Exit::Transient),
+            (vec![unread(&[refused(), unanswered()])], Exit::Transient),
+            (vec![verdict(40), unread(&[refused()])], Exit::Refused),
+            (vec![unread(&[unanswered()]), bad()], Exit::Halted),
+        ] {
+            let report = VerifyReport {
+                records: 9,
+                chain_problems: Vec::new(),
+                checkpoints,
+            };
+            let ended = judge(&report).unwrap_or_else(|failure| failure.exit);
+            assert_eq!(ended, exit, "{report:?}");
+            let damaged = VerifyReport {
+                chain_problems: vec!["commits/3: missing".to_owned()],
+                ..report
+            };
+            let ended = judge(&damaged).unwrap_or_else(|failure| failure.exit);
+            assert_eq!(ended, Exit::Halted, "{damaged:?}");
+        }
+    }
+
+    /// One line says all of its checkpoint, in the table; in JSON each kind has its key.
+    #[test]
+    fn what_is_bad_and_what_is_unread_are_told_apart() {
+        let torn = Verdict {
+            problems: vec!["shards/c: 7 bytes instead of 9".to_owned()],
+            unread: vec![unanswered()],
+            ..verdict(30)
+        };
+        let gone = Verdict {
+            retired: true,
+            ..verdict(20)
+        };
+        let report = VerifyReport {
+            records: 3,
+            chain_problems: Vec::new(),
+            checkpoints: vec![torn, gone],
+        };
+        let table = verdicts(&report, &LeftBehind::default());
+        let lines: Vec<&str> = table.lines().collect();
+        let torn = "step 30: shards/c: 7 bytes instead of 9; not read: read shards/a: no answer";
+        assert!(lines[0].starts_with(torn), "{table}");
+        assert!(
+            lines[1].starts_with("step 20: retired by its run while it was verified"),
+            "{table}"
+        );
+        let listed = json!(report.checkpoints);
+        assert_eq!(listed[0]["unread"], json!([unanswered().to_string()]), "{listed}");
+        assert_eq!(listed[0]["problems"][0], "shards/c: 7 bytes instead of 9", "{listed}");
+        let retired = [&listed[0]["retired"], &listed[1]["retired"]];
+        assert_eq!(retired, [&json!(false), &json!(true)], "{listed}");
     }
 }

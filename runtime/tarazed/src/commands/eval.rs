@@ -1,10 +1,10 @@
-//! `tarazed eval RUN[@STEP] --set FILE.jsonl`: a checkpoint's answers to multiple-choice questions.
+//! `tarazed eval RUN_OR_STORE[@STEP] --set FILE.jsonl`: a checkpoint's answers to multiple-choice questions.
 
-use super::generate::place;
 use crate::choices::{self, Accuracy, SetResult};
 use crate::exit::{Exit, Failure};
 use crate::inference::Inference;
 use crate::output::{print, print_json};
+use crate::source::Source;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -13,9 +13,8 @@ use tarazed_domain::StepsCompleted;
 /// Options of `tarazed eval`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder, with @STEP for another checkpoint than the newest.
-    #[arg(value_name = "RUN[@STEP]")]
-    run: String,
+    #[command(flatten)]
+    source: Source,
     /// JSON lines {"question":"…","choices":["…",…],"answer":INDEX}; may be given several times.
     #[arg(long, value_name = "FILE", required = true)]
     set: Vec<PathBuf>,
@@ -35,9 +34,8 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         .iter()
         .map(|path| Ok((path.display().to_string(), choices::read(path)?)))
         .collect::<Result<_, Failure>>()?;
-    let (dir, step) = place(&args.run)?;
     let runtime = super::runtime()?;
-    let mut inference = runtime.block_on(Inference::open(&dir, step))?;
+    let mut inference = runtime.block_on(Inference::open(&args.source))?;
     let mut results = Vec::with_capacity(sets.len());
     for (name, questions) in sets {
         let score = |before: &str, continuation: &str| inference.log_likelihood(before, continuation);
@@ -48,7 +46,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
             .iter()
             .map(|(name, result)| json!({"set": name, "result": result}))
             .collect();
-        print_json(&json!({"run": dir, "step": inference.step, "sets": sets}))?;
+        print_json(&json!({"run": args.source.place()?, "step": inference.step, "sets": sets}))?;
     } else {
         print(&table(inference.step, &results))?;
     }

@@ -1,17 +1,15 @@
-//! `tarazed generate RUN[@STEP] --prompt TEXT`: a checkpoint's continuation of a text.
+//! `tarazed generate RUN_OR_STORE[@STEP] --prompt TEXT`: a checkpoint's continuation of a text.
 
 use crate::exit::{Exit, Failure};
 use crate::inference::{Inference, Sampling};
 use crate::output::print;
-use std::path::{Path, PathBuf};
-use tarazed_domain::StepsCompleted;
+use crate::source::Source;
 
 /// Options of `tarazed generate`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder, with @STEP for another checkpoint than the newest.
-    #[arg(value_name = "RUN[@STEP]")]
-    run: String,
+    #[command(flatten)]
+    source: Source,
     /// Beginning of the text.
     #[arg(long)]
     prompt: String,
@@ -41,9 +39,8 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
             "give 0 or more",
         ));
     }
-    let (dir, step) = place(&args.run)?;
     let runtime = super::runtime()?;
-    let mut inference = runtime.block_on(Inference::open(&dir, step))?;
+    let mut inference = runtime.block_on(Inference::open(&args.source))?;
     let prompt = inference.encode(&args.prompt)?;
     let sampling = Sampling {
         temperature: args.temperature,
@@ -54,36 +51,4 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     let text = inference.continue_from(&prompt, sampling)?;
     print(&format!("{}{}\n", args.prompt, inference.decode(&text)?))?;
     Ok(Exit::Done)
-}
-
-/// Folder and step of `RUN[@STEP]`; a folder whose name holds an `@` is taken as it is.
-pub(super) fn place(run: &str) -> Result<(PathBuf, Option<StepsCompleted>), Failure> {
-    match run.rsplit_once('@') {
-        Some((dir, step)) if !Path::new(run).is_dir() => {
-            let step = step.parse().map_err(|_| {
-                Failure::refused(run, format!("'{step}' is no step"), "write RUN@STEP, e.g. runs/a@100")
-            })?;
-            Ok((dir.into(), Some(StepsCompleted(step))))
-        }
-        _ => Ok((run.into(), None)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_step_may_follow_the_folder() {
-        assert_eq!(place("runs/a").expect("a folder"), ("runs/a".into(), None));
-        assert_eq!(
-            place("runs/a@120").expect("a folder and a step"),
-            ("runs/a".into(), Some(StepsCompleted(120)))
-        );
-        let refused = place("runs/a@last").expect_err("no number");
-        assert!(
-            refused.message.starts_with("runs/a@last: 'last' is no step"),
-            "{refused}"
-        );
-    }
 }

@@ -6,6 +6,7 @@ pub mod data;
 pub mod data_add;
 pub mod decide;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod gpu_check;
 mod left_behind;
@@ -16,6 +17,7 @@ pub mod status;
 pub mod tokenizer;
 pub mod trace;
 pub mod train;
+pub mod watch;
 
 use crate::cli::Command;
 use crate::exit::{Exit, Failure};
@@ -31,11 +33,13 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Resize(args) => resize::run(&args),
         Command::Decide(args) => decide::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Checkpoint(command) => checkpoint::run(&command),
         Command::Trace(command) => trace::run(&command),
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Data(command) => data::run(&command),
         Command::Tokenizer(command) => tokenizer::run(&command),

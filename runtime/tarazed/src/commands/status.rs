@@ -177,7 +177,7 @@ fn signals_of(path: &Path) -> Result<Option<Value>, Failure> {
 }
 
 /// The end of a file; empty where there is none.
-fn tail(path: &Path) -> Result<Vec<u8>, Failure> {
+pub(crate) fn tail(path: &Path) -> Result<Vec<u8>, Failure> {
     let unreadable = |e: std::io::Error| {
         Failure::refused(
             path.display(),
@@ -245,6 +245,13 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
                 columns.map(|name| format!("{:>12}", field(worker, name))).concat()
             );
         }
+    }
+    if let Some(lag_s) = answer.get("durability_lag_s").and_then(Value::as_f64) {
+        let newest = match answer.get("durable_step").and_then(Value::as_u64) {
+            Some(step) => format!("newest checkpoint of step {step}"),
+            None => "no checkpoint yet".to_owned(),
+        };
+        let _ = writeln!(text, "{newest}, {lag_s:.0} s behind");
     }
     if let Some(saving) = answer.get("saving").filter(|saving| saving.is_object()) {
         let number = |key: &str| saving.get(key).and_then(Value::as_u64).unwrap_or_default();
@@ -363,7 +370,7 @@ mod tests {
         let listener = UnixListener::bind(folder.control_socket()).expect("a socket");
         let server = serve_once(
             listener,
-            "{\"generation\":2,\"step\":7,\"saving\":{\"step\":5,\"stored\":2,\"shards\":4,\"for_ms\":3900},\"workers\":[{\"worker\":0,\"rank\":0,\"pid\":9,\"incarnation\":1,\"lanes\":[0,4],\"step\":7,\"state\":\"training\"}]}\n",
+            "{\"generation\":2,\"step\":7,\"durable_step\":3,\"durability_lag_s\":12.4,\"saving\":{\"step\":5,\"stored\":2,\"shards\":4,\"for_ms\":3900},\"workers\":[{\"worker\":0,\"rank\":0,\"pid\":9,\"incarnation\":1,\"lanes\":[0,4],\"step\":7,\"state\":\"training\"}]}\n",
         );
         let answer = ask(&folder, "status").expect("an answer").expect("a live run");
         let request = server.join().expect("the server ends");
@@ -371,7 +378,10 @@ mod tests {
         let text = table(&folder, &answer);
         assert!(text.contains("live, step 7, generation 2"), "{text}");
         assert!(text.contains("training"), "{text}");
-        assert!(text.contains("\nsaving step 5: 2 of 4 shards, 3 s\n"), "{text}");
+        assert!(
+            text.contains("\nnewest checkpoint of step 3, 12 s behind\nsaving step 5: 2 of 4 shards, 3 s\n"),
+            "{text}"
+        );
     }
 
     #[test]

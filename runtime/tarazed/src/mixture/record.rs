@@ -24,7 +24,7 @@ pub enum Line {
     Plan(Header),
     /// A run that was finished.
     Run(Box<Recorded>),
-    /// A run that was done once more, with the same trace.
+    /// A run that was done once more; one whose trace is another ends the comparison.
     Again(Again),
 }
 
@@ -90,7 +90,7 @@ pub struct Proof {
     pub data_version: String,
     /// Hash of the program that ended it.
     pub program: String,
-    /// What it computed on: `cpu` or `cuda`.
+    /// What it computed on: `cpu`, or the type of the GPU as manifests name it.
     pub device: String,
     /// Its time from start to end; less where an earlier life did a part.
     pub seconds: f64,
@@ -98,7 +98,7 @@ pub struct Proof {
     pub trace: String,
 }
 
-/// A run that was done once more, with the same trace.
+/// A run that was done once more; one whose trace is another ends the comparison.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Again {

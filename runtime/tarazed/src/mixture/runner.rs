@@ -13,6 +13,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+use tarazed_actors::rank::device_type;
 use tarazed_domain::config::{ClusterDevice, Config, LaterConfig};
 use tarazed_protocol::trace::parse_whole_lines;
 use tokio::runtime::Runtime;
@@ -40,6 +41,9 @@ struct Note {
     program: String,
     /// Its time from start to end; less where an earlier life did a part.
     seconds: f64,
+    /// What it computed on; a note without it is of this machine.
+    #[serde(default)]
+    device: Option<String>,
 }
 
 /// Whether a signal has asked for the end. Whoever waits for a run waits for this, too: several do at once.
@@ -200,7 +204,7 @@ impl<'a> Processes<'a> {
             config: digest(&theirs),
             data_version: note.data_version,
             program: note.program,
-            device: device(&theirs).to_owned(),
+            device: note.device.unwrap_or_else(|| device(&theirs)),
             seconds: note.seconds,
             trace: blake3::hash(&bytes).to_hex().to_string(),
         };
@@ -339,12 +343,12 @@ fn digest(config: &Config) -> String {
     blake3::hash(config.identity().as_bytes()).to_hex().to_string()
 }
 
-/// Of a config as it was resolved when its run started.
-const fn device(config: &Config) -> &'static str {
+/// What this machine computes on under a config. All processors give the same bits; of other devices each kind is a type of
+/// its own.
+fn device(config: &Config) -> String {
     match config.cluster.device {
-        ClusterDevice::Auto => "auto",
-        ClusterDevice::Cpu => "cpu",
-        ClusterDevice::Cuda => "cuda",
+        ClusterDevice::Cpu => "cpu".to_owned(),
+        ClusterDevice::Auto | ClusterDevice::Cuda => device_type(config),
     }
 }
 
@@ -425,6 +429,7 @@ impl Runner for Processes<'_> {
                         data_version: self.cases[&run.id.case].facts.data_version.clone(),
                         program: self.program_hash.clone(),
                         seconds: began.elapsed().as_millis() as f64 / 1000.0,
+                        device: Some(device(&self.config(run)?)),
                     };
                     let Some(whole) = self.whole(run, note.clone())? else {
                         let remedy = "keep the folder and report this";

@@ -18,6 +18,9 @@ const KNOWN_GPUS: [(&str, u64, u64); 7] = [
     ("B200", 2_250, 8_000),
     ("L40S", 362, 864),
 ];
+/// Words in a product's name that make it another GPU than its data sheet's SXM version: slower memory and clocks, or a slice
+/// of one.
+const OTHER_FORMS: [&str; 3] = ["PCIE", "NVL", "MIG"];
 /// GPU memory that is accepted, in GB: a typing error is more likely than a GPU outside.
 const GPU_MEMORY_GB: std::ops::RangeInclusive<u64> = 1..=1_024;
 
@@ -45,6 +48,26 @@ pub enum Hardware {
         /// Memory bandwidth of one GPU, in GB/s.
         bandwidth_gb_per_s: u64,
     },
+}
+
+impl Hardware {
+    /// So many GPUs that their driver calls by this name, e.g. `NVIDIA H100 80GB HBM3`; none where their rates are not known.
+    #[must_use]
+    pub fn of_product(count: u32, product: &str, memory_bytes: u64) -> Option<Self> {
+        let product = product.to_ascii_uppercase();
+        let words: Vec<&str> = product.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+        if OTHER_FORMS.iter().any(|form| words.contains(form)) {
+            return None;
+        }
+        let known = KNOWN_GPUS.iter().find(|(name, _, _)| words.contains(name));
+        known.map(|&(name, peak_tflops, bandwidth_gb_per_s)| Self::Gpu {
+            count,
+            name: name.to_owned(),
+            memory_bytes,
+            peak_tflops,
+            bandwidth_gb_per_s,
+        })
+    }
 }
 
 /// A hardware description that cannot be read.
@@ -126,6 +149,31 @@ mod tests {
             "8Xa100-80gb".parse::<Hardware>().expect("good"),
             "8xA100-80GB".parse().expect("good")
         );
+    }
+
+    #[test]
+    fn a_drivers_name_is_understood_where_the_rates_are_known() {
+        for (product, text) in [
+            ("NVIDIA H100 80GB HBM3", "2xH100-80GB"),
+            ("NVIDIA H200", "2xH200-80GB"),
+            ("NVIDIA A100-SXM4-80GB", "2xA100-80GB"),
+        ] {
+            assert_eq!(
+                Hardware::of_product(2, product, 80 * GB),
+                text.parse::<Hardware>().ok(),
+                "{product}"
+            );
+        }
+        for product in [
+            "NVIDIA H100 PCIe",
+            "NVIDIA H200 NVL",
+            "NVIDIA A100-PCIE-40GB",
+            "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+            "NVIDIA GH200 480GB",
+            "",
+        ] {
+            assert_eq!(Hardware::of_product(1, product, 80 * GB), None, "{product}");
+        }
     }
 
     #[test]

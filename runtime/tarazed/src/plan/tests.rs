@@ -215,7 +215,7 @@ fn shapes_that_gpus_do_not_take_are_refused_by_key() {
 #[test]
 fn a_rank_without_memory_says_what_needs_most() {
     let mut config = shipped("aquila2-7b.toml");
-    config.cluster.device = ClusterDevice::Cuda;
+    assert_eq!(config.cluster.device, ClusterDevice::Cuda);
     let said = memory_hint(&config);
     let planned = plan(&config, &gpus("96xH200-141GB")).expect("a plan");
     let expected = format!(

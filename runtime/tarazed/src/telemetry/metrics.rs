@@ -77,7 +77,10 @@ mod instruments {
                     "Loss per byte of text, by domain or language and by split; training smoothed, held out as last evaluated",
                 ),
                 recovery_ms: histogram("tarazed.recovery.duration", "From a failure to training again"),
-                checkpoint_ms: histogram("tarazed.checkpoint.duration", "From snapshot to commit record"),
+                checkpoint_ms: histogram(
+                    "tarazed.checkpoint.duration",
+                    "From a rank's first word that it saves, before its snapshot, to the commit record",
+                ),
                 durability_lag_s: gauge(
                     "tarazed.checkpoint.durability_lag",
                     "s",
@@ -95,6 +98,13 @@ mod instruments {
             instruments.loss.record(sample.loss, &[]);
             instruments.grad_norm.record(sample.grad_norm, &[]);
             instruments.durability_lag_s.record(sample.durability_lag_s, &[]);
+        }
+
+        /// How long the oldest line has waited that no checkpoint covers, in seconds: also where no step is committed.
+        pub fn durability_lag(&self, lag_s: f64) {
+            if let Some(instruments) = &self.0 {
+                instruments.durability_lag_s.record(lag_s, &[]);
+            }
         }
 
         /// What the closed loop saw in a committed step; what is not known is not reported.
@@ -126,9 +136,9 @@ mod instruments {
             }
         }
 
-        /// A committed checkpoint, in milliseconds.
+        /// A committed checkpoint, in milliseconds; 0 where it is not known, which is not reported.
         pub fn checkpoint(&self, checkpoint_ms: f64) {
-            if let Some(instruments) = &self.0 {
+            if let Some(instruments) = self.0.as_ref().filter(|_| checkpoint_ms > 0.0) {
                 instruments.checkpoint_ms.record(checkpoint_ms, &[]);
             }
         }
@@ -147,6 +157,8 @@ mod instruments {
     impl Metrics {
         /// A committed step.
         pub const fn step(&self, _: &StepSample) {}
+        /// How long the oldest line has waited that no checkpoint covers, in seconds.
+        pub const fn durability_lag(&self, _: f64) {}
         /// What the closed loop saw in a committed step.
         pub const fn signals(&self, _: &Signals) {}
         /// A recovery, in milliseconds.

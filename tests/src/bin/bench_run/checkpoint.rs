@@ -63,7 +63,7 @@ pub fn measure(config: &Path, ranks: u32, checkpoints: u64) -> Figures {
         "other steps          {other} ms, ratio {:.4}",
         after.median / other.median
     );
-    println!("first object to commit {took} ms");
+    println!("first rank begins, to commit {took} ms");
     Figures::new("checkpoint")
         .number("state_mb", state_mb)
         .number("stall_percent", 100.0 * stall.median / other.median)

@@ -23,10 +23,11 @@ use tarazed_protocol::message::{Addresses, BeginPlan, Member, RestoreFrom, Roste
 use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
 use tarazed_protocol::rollback::Rollbacks;
 use tarazed_train::StepError;
+use tarazed_train::barrier::Wishes;
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource, StepBatch};
 use tarazed_train::generation::{self, Means, Reporter, ShardSource, ShardToSave, Switches};
 use tarazed_train::state::RankState;
-use tarazed_train::step::{Wishes, run_step};
+use tarazed_train::step::run_step;
 use tarazed_train::waiting::Waiting;
 use tarazed_train::world::World;
 

@@ -15,6 +15,7 @@ impl Cluster {
                     progress: self.now_ms,
                     activity: String::new(),
                     lane_us: lane_us(member.worker.0),
+                    stored_bytes: 0,
                 };
                 self.event(event);
             }

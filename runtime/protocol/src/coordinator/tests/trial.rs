@@ -41,6 +41,24 @@ impl Cluster {
     }
 }
 
+/// DET-3: a result that differs is told with all ranks that have a part in it.
+#[test]
+fn a_diagnosis_names_the_ranks_and_their_lanes() {
+    let mut cluster = Cluster::new();
+    let unknown = cluster.coordinator.with_ranks("it differs");
+    assert_eq!(unknown, "it differs; computed under an earlier controller");
+    cluster.settle(12);
+    let named = cluster.coordinator.with_ranks("it differs");
+    let roster = cluster.coordinator.roster();
+    assert_eq!(roster.len(), WORKERS as usize);
+    assert!(named.starts_with("it differs; computed by worker "), "{named}");
+    for (Member { worker, incarnation }, lanes) in roster {
+        let (start, end) = (lanes.start, lanes.end);
+        let rank = format!("worker {worker} (incarnation {incarnation}, lanes {start}..{end})");
+        assert!(named.contains(&rank), "{rank} is not in: {named}");
+    }
+}
+
 /// DET-3: nobody's state is believed until the step has been done again; then the one that had it wrong is replaced.
 #[test]
 fn a_dispute_is_settled_by_doing_the_step_again() {

@@ -1,0 +1,242 @@
+//! `tarazed export RUN_OR_STORE[@STEP] --to DIR`: a checkpoint as a Hugging Face folder (docs/FORMATS.md).
+//!
+//! Weights go from the store to their files one optimizer shard at a time, each after its hash was right (CKPT-4), so the
+//! largest shard and not the model must fit into memory. The folder appears by one rename, when all of it is on the disk.
+
+use super::checkpoint;
+use crate::exit::{Exit, Failure};
+use crate::hugging_face::weights::{INDEX_FILE, WeightsFile, Writer, index, plan, total_bytes};
+use crate::hugging_face::{self, Dtype};
+use crate::output::print;
+use crate::plan::render;
+use crate::source::{Opened, Source};
+use futures::TryStreamExt;
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Error, ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+use tarazed_corpus::TOKENIZER_FILE;
+
+/// Options of `tarazed export`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// Folder to make; one that is there must be empty.
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+    /// What weights are written as; bf16 rounds to the nearest, ties to even.
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    dtype: Dtype,
+    /// Weights in one file at most; what is more goes into several, with an index.
+    #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    shard_bytes: u64,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Refused for a folder that holds something, for what names no checkpoint, or another run's config; halted where a disk is full
+/// or the checkpoint is damaged; else by what the store says.
+pub fn run(args: &Args) -> Result<Exit, Failure> {
+    check_target(&args.to)?;
+    let runtime = super::runtime()?;
+    let opened = runtime.block_on(args.source.open())?;
+    let tokens = opened.tokenizer.vocabulary();
+    let files = plan(&opened.layout, tokens, args.dtype, args.shard_bytes);
+    let folder = Partial::begin(&args.to)?;
+    runtime.block_on(write_weights(&opened, &files, args.dtype, &folder.path))?;
+    write_rest(&opened, &files, args.dtype, &folder.path)?;
+    folder.publish(&args.to)?;
+    print(&told(args, &opened, &files))?;
+    Ok(Exit::Done)
+}
+
+async fn write_weights(opened: &Opened, files: &[WeightsFile], dtype: Dtype, folder: &Path) -> Result<(), Failure> {
+    let mut writer = Writer::new(folder, files, dtype, opened.manifest.step.0);
+    let mut parts = std::pin::pin!(opened.store.read_weights(&opened.manifest));
+    while let Some(part) = parts.try_next().await.map_err(checkpoint::failure)? {
+        writer
+            .push(part.first_element as usize, &part.values)
+            .map_err(|error| cannot_write(&error.path, &error.source))?;
+    }
+    writer.finish();
+    Ok(())
+}
+
+fn write_rest(opened: &Opened, files: &[WeightsFile], dtype: Dtype, folder: &Path) -> Result<(), Failure> {
+    let Opened { config, tokenizer, .. } = opened;
+    let pretty = |value: &Value| format!("{value:#}\n").into_bytes();
+    let mut rest = vec![
+        (
+            "config.json",
+            pretty(&hugging_face::config(&config.model, tokenizer, dtype)),
+        ),
+        (
+            "generation_config.json",
+            pretty(&hugging_face::generation_config(tokenizer)),
+        ),
+        (TOKENIZER_FILE, opened.tokenizer_json.clone()),
+        (
+            "tokenizer_config.json",
+            pretty(&hugging_face::tokenizer_config(&config.model, tokenizer)),
+        ),
+    ];
+    if files.len() > 1 {
+        rest.push((INDEX_FILE, pretty(&index(files, dtype))));
+    }
+    for (name, bytes) in rest {
+        let path = folder.join(name);
+        File::create_new(&path)
+            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
+            .map_err(|e| cannot_write(&path, &e))?;
+    }
+    Ok(())
+}
+
+fn told(args: &Args, opened: &Opened, files: &[WeightsFile]) -> String {
+    let mut text = format!(
+        "{}: the checkpoint of step {}, {} of {} in {} {}\n",
+        args.to.display(),
+        opened.manifest.step,
+        render::bytes(total_bytes(files, args.dtype)),
+        args.dtype.torch(),
+        files.len(),
+        if files.len() == 1 { "file" } else { "files" }
+    );
+    let padding = opened.config.model.vocabulary - opened.tokenizer.vocabulary();
+    if padding > 0 {
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "left out: {padding} rows of embedding and head, each, behind the tokenizer's last token"
+        );
+    }
+    text
+}
+
+/// Refuses to write over anything, before hours of reading; the rename sees to it once more.
+fn check_target(to: &Path) -> Result<(), Failure> {
+    let is_free = match std::fs::symlink_metadata(to) {
+        Err(e) if e.kind() == ErrorKind::NotFound => true,
+        Err(e) => return Err(cannot_write(to, &e)),
+        Ok(there) if there.is_dir() => {
+            let mut entries = std::fs::read_dir(to).map_err(|e| cannot_write(to, &e))?;
+            entries.next().is_none()
+        }
+        Ok(_) => false,
+    };
+    if is_free { Ok(()) } else { Err(taken(to)) }
+}
+
+fn taken(to: &Path) -> Failure {
+    let remedy = "nothing is written over: move it away, or name another folder by --to";
+    Failure::refused(to.display(), "is there already", remedy)
+}
+
+/// A place that does not take a file is refused as long as it is that place; what a disk or a network does may pass.
+fn cannot_write(path: &Path, error: &Error) -> Failure {
+    let is_the_place = matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::AlreadyExists
+            | ErrorKind::NotADirectory
+            | ErrorKind::InvalidFilename
+            | ErrorKind::InvalidInput
+    );
+    let cause = "cannot be written";
+    if is_the_place {
+        let remedy = "name a folder by --to in one that is there and that this user may write";
+        return Failure::refused(path.display(), format!("{cause} ({error})"), remedy);
+    }
+    let remedy = "free space there, or name another folder by --to; nothing was exported";
+    Failure::io(path.display(), error, cause, remedy)
+}
+
+/// A folder beside the one to be made, under another name until it is whole. One that is dropped before goes with all in it.
+struct Partial {
+    path: PathBuf,
+    /// Where both names stand.
+    parent: PathBuf,
+}
+
+impl Partial {
+    fn begin(to: &Path) -> Result<Self, Failure> {
+        let name = to.file_name().ok_or_else(|| {
+            let cause = "is no name that a folder can get";
+            Failure::refused(format!("--to {}", to.display()), cause, "name the folder to make")
+        })?;
+        let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new(".")).to_owned();
+        let path = parent.join(format!(".{}.partial-{}", name.display(), std::process::id()));
+        std::fs::create_dir(&path).map_err(|e| cannot_write(&path, &e))?;
+        Ok(Self { path, parent })
+    }
+
+    /// Gives the folder its name. An empty folder of that name is replaced; anything else stays.
+    fn publish(self, to: &Path) -> Result<(), Failure> {
+        let sync = |folder: &Path| File::open(folder)?.sync_all();
+        sync(&self.path).map_err(|e| cannot_write(&self.path, &e))?;
+        std::fs::rename(&self.path, to).map_err(|e| match e.kind() {
+            ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => taken(to),
+            _ => cannot_write(to, &e),
+        })?;
+        sync(&self.parent).map_err(|e| cannot_write(&self.parent, &e))
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // After the rename there is nothing of this name; what cannot be removed is no export.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let to = base.path().join("out");
+        let fill = || {
+            let partial = Partial::begin(&to).expect("a folder beside it");
+            std::fs::write(partial.path.join("config.json"), "{}").expect("written");
+            partial
+        };
+        drop(fill());
+        assert_eq!(std::fs::read_dir(base.path()).expect("a folder").count(), 0);
+        std::fs::create_dir(&to).expect("an empty folder");
+        check_target(&to).expect("an empty folder may be filled");
+        fill().publish(&to).expect("published");
+        assert!(to.join("config.json").is_file());
+        assert_eq!(std::fs::read_dir(base.path()).expect("a folder").count(), 1);
+        // Somebody else was first.
+        let refused = fill().publish(&to).expect_err("taken");
+        assert_eq!(refused.exit, Exit::Refused, "{refused}");
+        assert_eq!(check_target(&to).expect_err("taken").exit, Exit::Refused);
+        assert_eq!(std::fs::read_dir(base.path()).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn what_a_folder_cannot_be_is_refused() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(base.path().join("file"), "").expect("a file");
+        for to in ["file", "file/x", "nowhere/x", ".."] {
+            let to = base.path().join(to);
+            let refused = check_target(&to).and_then(|()| Partial::begin(&to).map(drop));
+            assert_eq!(refused.expect_err("refused").exit, Exit::Refused, "{}", to.display());
+        }
+        assert_eq!(std::fs::read_dir(base.path()).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn a_full_disk_halts() {
+        let full = cannot_write(Path::new("out"), &Error::from_raw_os_error(28));
+        assert_eq!(full.exit, Exit::Halted, "{full}");
+    }
+}
