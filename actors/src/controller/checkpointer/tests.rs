@@ -207,8 +207,10 @@ impl Stuck {
     async fn new(bench: &Bench) -> Self {
         let newest = bench.store.newest_valid(None).await.unwrap().unwrap();
         let path = bench.folder.path().join("store").join(newest.object.key);
-        std::fs::remove_file(&path).unwrap();
-        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        // In one move: a collection that is still under way removes folders that it finds empty.
+        let fifo = bench.folder.path().join("fifo");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        std::fs::rename(&fifo, &path).unwrap();
         Self(path)
     }
 }

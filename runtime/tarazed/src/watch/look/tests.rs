@@ -101,8 +101,8 @@ fn what_is_whole_is_shown_where_files_are_cut() {
     assert_eq!(
         view.domains,
         [
-            domain("书籍", 0.75, Some(5.75), Some(6.0)),
-            domain("web", 0.25, Some(5.25), None)
+            domain("web", 0.25, Some(5.25), None),
+            domain("书籍", 0.75, Some(5.75), Some(6.0))
         ],
         "a domain without signals has the loss of the last step"
     );
