@@ -492,6 +492,7 @@ fn make_shards<D: HostVisible>(
     if !restored.is_empty() {
         let abort = Arc::clone(&state.abort);
         source.read_each(checkpoint_of(plan)?, &restored, &abort, &mut |index, tensors| {
+            check_abort(state)?;
             made.push(shard_of(state, world, index, tensors)?);
             Ok(())
         })?;
