@@ -7,7 +7,7 @@
 //!   whoever started it sees it. A fault that was borne has none.
 //! - **recovery**: from `t` to the first line that is *new* and that the generation which answered the incident has computed
 //!   (the next controller's first, where the controller was lost). Lines that a replay only checks do not count. Where there
-//!   was no incident: to the end of the longest pause between new lines that the fault's time overlaps.
+//!   was no incident, or a warning that no generation followed: to the end of the longest pause between new lines that the fault's time overlaps.
 //!
 //! Faults that fall into each other's recovery share incidents.
 
@@ -259,7 +259,7 @@ impl Book {
                 Weight::Bearable => BORNE_MS,
                 Weight::Lethal => UNSEEN_MS,
             };
-            if now_ms > record.ends_ms + limit && record.detection_ms.is_none() && newest > record.ends_ms {
+            if now_ms > record.ends_ms + limit && record.needs_no_answer() && newest > record.ends_ms {
                 record.close_borne();
             }
         }
@@ -300,6 +300,12 @@ impl Book {
 }
 
 impl Record {
+    /// Nothing was seen of it; or it was warned of, and no generation followed.
+    fn needs_no_answer(&self) -> bool {
+        let is_warning = |incident: &String| incident.starts_with("warning");
+        self.answered.is_none() && (self.detection_ms.is_none() || self.incident.as_ref().is_some_and(is_warning))
+    }
+
     fn close_borne(&mut self) {
         self.recovery_ms = self.pause.map(|(_, end)| end.saturating_sub(self.at_ms));
         self.closed = true;
@@ -394,6 +400,23 @@ mod tests {
         book.settle(4_700);
         assert_eq!(book.records()[0].recovery_ms, Some(510));
         assert_eq!(book.records()[0].detection_ms, None);
+    }
+
+    /// What somebody is warned of half a minute before another fault is not recovered by what answers that one.
+    #[test]
+    fn a_warning_that_no_generation_follows_costs_its_longest_pause() {
+        let mut book = Book::default();
+        line(&mut book, 1, 990);
+        book.enter(1_000, entry(Kind::StoreUnavailable, &[], 500));
+        event(&mut book, "warning", 1_400, 0);
+        for (step, time) in [(2, 1_010), (3, 1_600), (4, 5_000)] {
+            line(&mut book, step, time);
+        }
+        book.settle(5_100);
+        book.event(&json!({"kind": "generation", "time_unix_ms": 40_000, "base": 4}));
+        line(&mut book, 5, 40_100);
+        let record = &book.records()[0];
+        assert_eq!((record.detection_ms, record.recovery_ms), (Some(400), Some(600)));
     }
 
     #[test]
