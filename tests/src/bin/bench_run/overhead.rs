@@ -92,8 +92,9 @@ fn report(with: &[Side], without: &[Side]) -> Figures {
         let ratios = with.iter().zip(without).map(|(on, off)| value(on) / value(off));
         Summary::of(&ratios.collect::<Vec<_>>())
     };
-    let (step, cpu): (&dyn Fn(&Side) -> f64, &dyn Fn(&Side) -> f64) = (&|side| side.step_ms, &|side| side.cpu_ms);
-    let (on, off) = (of(with, step), of(without, step));
+    let step = |side: &Side| side.step_ms;
+    let cpu = |side: &Side| side.cpu_ms;
+    let (on, off) = (of(with, &step), of(without, &step));
     println!("step with fault tolerance     {on} ms");
     println!("step without                  {off} ms");
     for (index, phase) in PHASES.iter().enumerate() {
@@ -101,7 +102,7 @@ fn report(with: &[Side], without: &[Side]) -> Figures {
         let (on, off) = (of(with, phase_ms), of(without, phase_ms));
         println!("  {phase:<10} {:.2} ms with, {:.2} ms without", on.median, off.median);
     }
-    let (wall, processor) = (ratio(step), ratio(cpu));
+    let (wall, processor) = (ratio(&step), ratio(&cpu));
     for (name, ratio) in [("by the wall", wall), ("by processor time", processor)] {
         println!(
             "fault tolerance, {name:<18} {:+.1}%, {:+.1}% to {:+.1}% by round (n = {})",
