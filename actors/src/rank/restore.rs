@@ -8,7 +8,8 @@
 //! - Where the store asks to try again, it is asked again, a bounded number of times.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tarazed_domain::OptimizerShardIndex;
@@ -16,7 +17,6 @@ use tarazed_protocol::message::RestoreFrom;
 use tarazed_store::{Digest, Manifest, RankStore, StoreError};
 use tarazed_train::StepError;
 use tarazed_train::generation::{ShardSource, TakeShard};
-use tokio::task::JoinSet;
 
 /// Tries of one read while the store asks to try again; its client's own retries come on top.
 const READ_TRIES_MAX: u32 = 6;
@@ -24,7 +24,7 @@ const READ_TRIES_MAX: u32 = 6;
 const BAD_READS_MAX: u32 = 3;
 /// Wait before the second try; doubles from try to try. Together about six seconds.
 const READ_BACKOFF_MS: u64 = 200;
-/// Shards of one restore that are read at once, beside the one that is being taken over.
+/// Threads that read the shards of one restore, beside the one that takes them over.
 const READS_AHEAD: usize = 2;
 /// How soon an abort is seen.
 const ABORT_POLL_MS: u64 = 5;
@@ -138,17 +138,7 @@ impl StoreSource {
             }
         })
     }
-
-    /// Begins to read a shard, on the runtime's own threads.
-    fn begin(&self, reads: &mut JoinSet<Read>, from: &RestoreFrom, shard: OptimizerShardIndex) {
-        let (source, from) = (self.clone(), from.clone());
-        let read = async move { (shard, source.read_patiently(&from, shard).await) };
-        reads.spawn_on(read, &self.runtime);
-    }
 }
-
-/// A shard and what was read of it.
-type Read = (OptimizerShardIndex, Result<[Vec<f32>; 3], StepError>);
 
 impl ShardSource for StoreSource {
     fn read(
@@ -160,8 +150,8 @@ impl ShardSource for StoreSource {
         self.runtime.block_on(self.fetch(from, shard, abort))
     }
 
-    /// Reads run beside each other and beside `take`, so that neither the store nor a processor that hashes waits; those that
-    /// are left end with the set.
+    /// On threads of their own, beside each other and beside `take`: what is read is hashed and laid into fresh memory, which
+    /// would hold up the actors on theirs. Each ends with an abort, with its first error, or when nobody takes what it has.
     fn read_each(
         &self,
         from: &RestoreFrom,
@@ -169,23 +159,30 @@ impl ShardSource for StoreSource {
         abort: &AtomicBool,
         take: &mut TakeShard<'_>,
     ) -> Result<(), StepError> {
-        let (now, later) = shards.split_at(shards.len().min(READS_AHEAD));
-        let (mut reads, mut later) = (JoinSet::new(), later.iter());
-        now.iter().for_each(|&shard| self.begin(&mut reads, from, shard));
-        loop {
-            let joined = async {
-                let joined = reads.join_next().await.transpose();
-                joined.map_err(|panic| StepError::Restore(format!("a read failed: {panic}; this is a bug")))
-            };
-            let Some((shard, read)) = self.runtime.block_on(unless_aborted(abort, joined))? else {
-                return Ok(());
-            };
-            later
-                .next()
-                .into_iter()
-                .for_each(|&shard| self.begin(&mut reads, from, shard));
-            take(shard, read?)?;
-        }
+        let next = &AtomicUsize::new(0);
+        let (give, taken) = sync_channel(0);
+        std::thread::scope(|scope| {
+            for _ in 0..READS_AHEAD.min(shards.len()) {
+                let give = give.clone();
+                let read = move || {
+                    while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let read = self.read(from, shard, abort);
+                        let is_last = read.is_err();
+                        if give.send((shard, read)).is_err() || is_last {
+                            return;
+                        }
+                    }
+                };
+                let name = "restore".to_owned();
+                let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, read);
+                spawned.map_err(|e| StepError::Restore(format!("no thread to read with: {e}")))?;
+            }
+            drop(give);
+            for (shard, read) in taken {
+                take(shard, read?)?;
+            }
+            Ok(())
+        })
     }
 }
 

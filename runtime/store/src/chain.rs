@@ -377,8 +377,13 @@ impl CheckpointStore {
             let bytes = Bytes::from(record.encode()?);
             let digest = Digest::of(&bytes);
             let key = keys::record(sequence);
+            // Also where nobody waits for the answer any more: a write to a folder goes on all the same.
+            self.doubtful().insert(sequence);
             let written = match self.put_raw(&key, bytes.clone().into(), PutMode::Create).await {
-                Ok(()) => true,
+                Ok(()) => {
+                    self.doubtful().remove(&sequence);
+                    true
+                }
                 Err(failure) => self.settle(sequence, &bytes, failure).await?,
             };
             if written {
