@@ -43,7 +43,7 @@ async fn a_collector_sees_spans_metrics_and_who_sent_them() {
         tokens_per_s: 9_000.0,
         loss: 5.25,
         grad_norm: 1.5,
-        durability_lag_s: 2.5,
+        durability_lag_s: Some(2.5),
     });
     telemetry.metrics().recovery(40.0);
     telemetry.metrics().checkpoint(80.0);

@@ -130,8 +130,8 @@ pub enum Notice {
         step_ms: f64,
         /// Ranks that train.
         ranks_alive: usize,
-        /// How long the oldest line has waited that no checkpoint covers.
-        durability_lag_s: f64,
+        /// How long the oldest line has waited that no checkpoint covers; none before the store has said what is durable.
+        durability_lag_s: Option<f64>,
         /// Time left.
         eta_s: Option<f64>,
     },

@@ -480,8 +480,12 @@ impl ObservatoryState {
         i64::try_from((now - self.began).as_micros()).unwrap_or(i64::MAX)
     }
 
-    fn durability_lag_s(&self, now: Instant) -> f64 {
-        self.durability.lag_s(self.since_began_us(now))
+    /// None before anything is known of it: what this controller has written itself would be too little.
+    fn durability_lag_s(&self, now: Instant) -> Option<f64> {
+        let durability = &self.durability;
+        durability
+            .is_known()
+            .then(|| durability.lag_s(self.since_began_us(now)))
     }
 
     fn newest(&mut self, newest: Option<Newest>, written: StepsCompleted) {
@@ -494,8 +498,7 @@ impl ObservatoryState {
     /// The answer to `status`, with the figures that `metrics.jsonl` has of a line.
     fn shown(&self, mut status: Value) -> Value {
         status["durable_step"] = json!(self.durability.step());
-        let lag_s = self.durability_lag_s(Instant::now());
-        status["durability_lag_s"] = json!(self.durability.is_known().then_some(lag_s));
+        status["durability_lag_s"] = json!(self.durability_lag_s(Instant::now()));
         status
     }
 
@@ -506,12 +509,13 @@ impl ObservatoryState {
         self.saving.remove(&step);
         let lag_s = self.durability_lag_s(Instant::now());
         let durable = self.durability.step();
-        let behind = match durable {
-            Some(durable) => {
+        let behind = match (durable, lag_s) {
+            (Some(durable), Some(lag_s)) => {
                 let steps = self.written.0.saturating_sub(durable.0);
                 format!("the newest one is of step {durable}, {steps} steps and {lag_s:.0} s behind the trace")
             }
-            None => format!("none has been made since this start, {lag_s:.0} s of training ago"),
+            (None, Some(lag_s)) => format!("none has been made since this start, {lag_s:.0} s of training ago"),
+            (_, None) => "which one is the newest the store has not said yet".to_owned(),
         };
         let text = format!("no checkpoint of step {step}: {cause}; {behind}");
         let fields = json!({"cause": text, "durable_step": durable, "durability_lag_s": lag_s});
@@ -543,9 +547,11 @@ impl ObservatoryState {
     fn tick(&mut self) {
         let now = Instant::now();
         let is_due = |told| now - told >= DURABILITY_INTERVAL;
-        if self.durability.is_known() && self.durability_told.is_none_or(is_due) {
+        if let Some(lag_s) = self
+            .durability_lag_s(now)
+            .filter(|_| self.durability_told.is_none_or(is_due))
+        {
             self.durability_told = Some(now);
-            let lag_s = self.durability_lag_s(now);
             self.notify(Notice::Durability { lag_s });
         }
     }
@@ -650,7 +656,7 @@ mod tests {
         }
 
         /// The lag that comes with a line, as in `metrics.jsonl`.
-        async fn line(&mut self, step: u64) -> f64 {
+        async fn line(&mut self, step: u64) -> Option<f64> {
             let line = TraceLine {
                 step: StepsCompleted(step),
                 tokens: 0,
@@ -754,11 +760,12 @@ mod tests {
         let mut bench = Bench::new().await;
         let told = |step, lag_s| (Some(step), Some(lag_s));
         assert_eq!(bench.durable().await, (None, None), "the store has not been asked");
+        assert_eq!(bench.line(500).await, None, "nor does a line say more than is known");
         bench.found(Some((400, 3_600_000)), 500).await;
         assert_eq!(bench.durable().await, told(400, 3_600.0));
         advance(Duration::from_secs(60)).await;
         assert_eq!(bench.durable().await, told(400, 3_660.0));
-        assert_eq!(bench.line(501).await, 3_660.0);
+        assert_eq!(bench.line(501).await, Some(3_660.0));
         assert_eq!(bench.durable().await, told(400, 3_660.0));
         advance(Duration::from_secs(5)).await;
         bench.made(500).await;

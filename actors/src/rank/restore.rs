@@ -119,24 +119,23 @@ impl StoreSource {
         shard: OptimizerShardIndex,
         abort: &AtomicBool,
     ) -> Result<[Vec<f32>; 3], StepError> {
-        unless_aborted(abort, self.read_patiently(from, shard)).await
-    }
-
-    async fn read_patiently(&self, from: &RestoreFrom, shard: OptimizerShardIndex) -> Result<[Vec<f32>; 3], StepError> {
-        // A store that is not there says nothing of what is in it.
-        let store = self
-            .store()
-            .await
-            .map_err(|error| StepError::Restore(error.to_string()))?;
-        let attempt = || self.read_shard(&store, from, shard);
-        let read = retried(Duration::from_millis(READ_BACKOFF_MS), attempt).await;
-        read.map_err(|error| {
-            let cause = error.to_string();
-            match error.is_bad_object() {
-                true => StepError::BadCheckpoint { step: from.step, cause },
-                false => StepError::Restore(cause),
-            }
-        })
+        let read = async {
+            // A store that is not there says nothing of what is in it.
+            let store = self
+                .store()
+                .await
+                .map_err(|error| StepError::Restore(error.to_string()))?;
+            let attempt = || self.read_shard(&store, from, shard);
+            let read = retried(Duration::from_millis(READ_BACKOFF_MS), attempt).await;
+            read.map_err(|error| {
+                let cause = error.to_string();
+                match error.is_bad_object() {
+                    true => StepError::BadCheckpoint { step: from.step, cause },
+                    false => StepError::Restore(cause),
+                }
+            })
+        };
+        unless_aborted(abort, read).await
     }
 }
 

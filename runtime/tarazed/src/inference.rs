@@ -3,10 +3,9 @@
 //! For looking at a run, not for serving: every token runs the whole context again. The same checkpoint, prompt and
 //! [`Sampling`] give the same text.
 
-use crate::commands::checkpoint;
 use crate::exit::Failure;
 use crate::source::{Opened, Source};
-use futures::TryStreamExt;
+use futures::StreamExt;
 use tarazed_corpus::Tokenizer;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::Config;
@@ -165,7 +164,11 @@ async fn load_weights(opened: &Opened, device: &CpuDevice) -> Result<Buffer, Fai
         .map_err(device_failure)?;
     let mut stream = device.stream().map_err(device_failure)?;
     let mut parts = std::pin::pin!(opened.store.read_weights(&opened.manifest));
-    while let Some(part) = parts.try_next().await.map_err(checkpoint::failure)? {
+    while let Some(part) = parts.next().await {
+        let part = match part {
+            Ok(part) => part,
+            Err(error) => return Err(opened.unread(error).await),
+        };
         let into = ViewMut::at(&mut weights, part.first_element as usize);
         device.upload(&mut stream, &part.values, into).map_err(device_failure)?;
     }

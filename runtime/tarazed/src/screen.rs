@@ -445,7 +445,7 @@ mod tests {
             mfu: None,
             step_ms: 1.0,
             ranks_alive: 4,
-            durability_lag_s: 0.0,
+            durability_lag_s: Some(0.0),
             eta_s: None,
         }
     }

@@ -11,7 +11,9 @@ use tarazed_actors::run_folder::RunPaths;
 use tarazed_corpus::{DataManifest, MANIFEST_FILE, Tokenizer};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, ParameterLayout, StepsCompleted};
-use tarazed_store::{CheckpointStore, Digest, Manifest, Restorable, WriterId};
+use tarazed_store::{
+    CheckpointState, CheckpointStore, CheckpointSummary, CommitRef, Digest, Manifest, Restorable, StoreError, WriterId,
+};
 
 /// What names a checkpoint on the command line.
 #[derive(Clone, Debug, clap::Args)]
@@ -34,6 +36,8 @@ pub struct Source {
 pub struct Opened {
     /// Its store.
     pub store: CheckpointStore,
+    /// Its name.
+    reference: CommitRef,
     /// What it holds.
     pub manifest: Manifest,
     /// Its run's config.
@@ -44,6 +48,29 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// The bytes of the tokenizer's file.
     pub tokenizer_json: Vec<u8>,
+}
+
+impl Opened {
+    /// What becomes of a read that ended like this.
+    pub async fn unread(&self, error: StoreError) -> Failure {
+        unread(&self.store, &self.reference, error).await
+    }
+}
+
+/// An object that is gone because the run has retired its checkpoint meanwhile is no damage, and another try finds another one.
+pub async fn unread(store: &CheckpointStore, reference: &CommitRef, error: StoreError) -> Failure {
+    let is_retired = |all: Vec<CheckpointSummary>| {
+        let mut same = all.iter().filter(|found| found.reference == *reference);
+        same.any(|found| found.state == CheckpointState::Retired)
+    };
+    if error.is_bad_object() && store.list().await.is_ok_and(is_retired) {
+        return Failure::transient(
+            format!("the checkpoint of step {}", reference.step),
+            "was retired by its run while it was read",
+            "try again, or keep one by `tarazed checkpoint pin` before",
+        );
+    }
+    checkpoint::failure(error)
 }
 
 impl Source {
@@ -87,7 +114,7 @@ impl Source {
         for warning in &found.warnings {
             eprintln!("tarazed: {warning}");
         }
-        let manifest = found.manifest;
+        let (reference, manifest) = (found.reference, found.manifest);
         let run = match &self.run_dir {
             Some(dir) => Some(RunPaths::new(dir)),
             None if is_run => Some(own),
@@ -104,6 +131,7 @@ impl Source {
         }
         Ok(Opened {
             store,
+            reference,
             manifest,
             config,
             layout,

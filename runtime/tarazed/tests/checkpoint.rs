@@ -4,9 +4,12 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
+use tarazed::exit::Exit;
+use tarazed::source::unread;
 use tarazed_domain::{Generation, OptimizerShardIndex, StepsCompleted};
 use tarazed_store::{
-    BinaryId, CheckpointStore, Digest, Lineage, Manifest, ShardGeometry, ShardPayload, TraceHead, WriterId,
+    BinaryId, CheckpointStore, Digest, Lineage, Manifest, Retention, ShardGeometry, ShardPayload, StoreError,
+    TraceHead, WriterId,
 };
 
 fn tarazed(args: &[&str]) -> Output {
@@ -75,6 +78,32 @@ async fn fill_with(folder: &Path, steps: &[u64], decisions: impl Fn(u64) -> &'st
             rollback_reach_steps: reach_steps,
         };
         store.commit(&fence, &manifest).await.expect("committed");
+    }
+}
+
+/// CKPT-5: what is gone because its checkpoint was retired while it was read is no damage, and what is gone otherwise is.
+#[tokio::test]
+async fn what_is_retired_while_it_is_read_may_be_tried_again() {
+    let folder = tempfile::tempdir().expect("a folder");
+    fill(folder.path()).await;
+    let location = folder.path().to_str().expect("a UTF-8 path");
+    let store = CheckpointStore::open(location, WriterId::fresh(Generation(0)))
+        .await
+        .expect("opened");
+    let listed = store.list().await.expect("a list");
+    let fence = store.claim(Generation(2)).await.expect("claimed");
+    store.gc(&fence, Retention::last(1)).await.expect("collected");
+    for checkpoint in listed {
+        let gone = StoreError::NotFound {
+            what: "a shard".to_owned(),
+            remedy: "use another checkpoint".to_owned(),
+        };
+        let failure = unread(&store, &checkpoint.reference, gone).await;
+        let expected = match checkpoint.reference.step.0 {
+            30 => Exit::Refused,
+            _ => Exit::Transient,
+        };
+        assert_eq!(failure.exit, expected, "{}", failure.message);
     }
 }
 

@@ -3,14 +3,13 @@
 //! Weights go from the store to their files one optimizer shard at a time, each after its hash was right (CKPT-4), so the
 //! largest shard and not the model must fit into memory. The folder appears by one rename, when all of it is on the disk.
 
-use super::checkpoint;
 use crate::exit::{Exit, Failure};
 use crate::hugging_face::weights::{INDEX_FILE, WeightsFile, Writer, index, plan, total_bytes};
 use crate::hugging_face::{self, Dtype};
 use crate::output::print;
 use crate::plan::render;
 use crate::source::{Opened, Source};
-use futures::TryStreamExt;
+use futures::StreamExt;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -56,7 +55,11 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
 async fn write_weights(opened: &Opened, files: &[WeightsFile], dtype: Dtype, folder: &Path) -> Result<(), Failure> {
     let mut writer = Writer::new(folder, files, dtype, opened.manifest.step.0);
     let mut parts = std::pin::pin!(opened.store.read_weights(&opened.manifest));
-    while let Some(part) = parts.try_next().await.map_err(checkpoint::failure)? {
+    while let Some(part) = parts.next().await {
+        let part = match part {
+            Ok(part) => part,
+            Err(error) => return Err(opened.unread(error).await),
+        };
         writer
             .push(part.first_element as usize, &part.values)
             .map_err(|error| cannot_write(&error.path, &error.source))?;
@@ -184,7 +187,11 @@ impl Partial {
             ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => taken(to),
             _ => cannot_write(to, &e),
         })?;
-        sync(&self.parent).map_err(|e| cannot_write(&self.parent, &e))
+        sync(&self.parent).map_err(|e| {
+            let remedy =
+                "the folder is there and may not outlive a power cut: look at the disk, or export to another one";
+            Failure::io(self.parent.display(), &e, "cannot be made durable", remedy)
+        })
     }
 }
 

@@ -13,8 +13,8 @@ pub struct StepSample {
     pub loss: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
-    /// How long the oldest line has waited that no checkpoint covers, in seconds.
-    pub durability_lag_s: f64,
+    /// How long the oldest line has waited that no checkpoint covers, in seconds, where that is known.
+    pub durability_lag_s: Option<f64>,
 }
 
 #[cfg(feature = "otlp")]
@@ -97,7 +97,9 @@ mod instruments {
             instruments.tokens_per_s.record(sample.tokens_per_s, &[]);
             instruments.loss.record(sample.loss, &[]);
             instruments.grad_norm.record(sample.grad_norm, &[]);
-            instruments.durability_lag_s.record(sample.durability_lag_s, &[]);
+            if let Some(lag_s) = sample.durability_lag_s {
+                instruments.durability_lag_s.record(lag_s, &[]);
+            }
         }
 
         /// How long the oldest line has waited that no checkpoint covers, in seconds: also where no step is committed.

@@ -237,8 +237,22 @@ impl Watcher {
         let end = tail(&self.folder.events())?;
         let events: Vec<Value> = whole_lines(&end).filter_map(parse).collect();
         self.view.incidents = incidents(&events);
+        self.hear_of_checkpoint(&events);
         self.slow = slow_lanes(&events);
         Ok(())
+    }
+
+    /// Checkpoints come behind the line that is the last in the metrics, the last one always.
+    fn hear_of_checkpoint(&mut self, events: &[Value]) {
+        let figures = &mut self.view.figures;
+        let made =
+            |event: &&Value| event["kind"] == "checkpoint" && event["time_unix_ms"].as_u64() >= figures.at_unix_ms;
+        let newest = events.iter().rev().find(made);
+        if let Some(step) = newest.and_then(|event| event["checkpoint_step"].as_u64()) {
+            figures.durable_step = Some(step);
+            // How old the lines behind it are no file says.
+            figures.durability_lag_s = (step >= self.view.step).then_some(0.0);
+        }
     }
 
     /// A live controller's answer.

@@ -190,6 +190,27 @@ fn a_run_folder_says_who_is_in_charge() {
     );
 }
 
+/// A run's last checkpoint comes behind its last line.
+#[test]
+fn a_checkpoint_behind_the_last_line_is_the_newest() {
+    let (_dir, folder) = run();
+    write_files(&folder);
+    let checkpoint = |step: u64, at_ms: u64| json!({"kind": "checkpoint", "time_unix_ms": at_ms, "checkpoint_step": step, "took_ms": 5});
+    for (step, at_ms, expected) in [
+        (90, 110_000, (Some(100), Some(20.0))),
+        (110, 120_001, (Some(110), None)),
+        (120, 120_002, (Some(120), Some(0.0))),
+    ] {
+        write(folder.events(), &[checkpoint(step, at_ms)], "");
+        let figures = look(&folder).figures;
+        assert_eq!(
+            (figures.durable_step, figures.durability_lag_s),
+            expected,
+            "step {step}"
+        );
+    }
+}
+
 /// What a killed controller said last stays, but for what only a live one knows.
 #[test]
 fn a_live_controller_is_heard_and_its_last_word_kept() {
