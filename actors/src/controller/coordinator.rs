@@ -121,6 +121,8 @@ pub struct CoordinatorState {
     /// What came before the beginning: a word of each rank of the controller before, at most a few.
     early: Vec<HubEvent>,
     ended: bool,
+    /// Something was committed here, and may be collected still.
+    committed: bool,
 }
 
 pub struct CoordinatorActor;
@@ -147,6 +149,7 @@ impl Actor for CoordinatorActor {
             cut_off: Vec::new(),
             early: Vec::new(),
             ended: false,
+            committed: false,
         })
     }
 
@@ -718,12 +721,19 @@ impl CoordinatorState {
         Ok(())
     }
 
-    /// All is saved: what is collected may go before the root hears of the end.
+    /// All is saved: what is collected may go before the root hears of the end. Where nothing is, nobody waits for a store, which
+    /// may be away.
     fn done(&mut self, code: u8) -> Result<(), ActorProcessingErr> {
+        let Some(peers) = self.peers.as_ref().filter(|_| self.committed && !self.ended) else {
+            return self.halt(code, String::new());
+        };
+        let end = End {
+            code,
+            diagnosis: String::new(),
+        };
+        let close = CheckpointerMessage::Close(end, self.arguments.root.clone());
+        peers.checkpointer.cast(close)?;
         self.ended = true;
-        let diagnosis = String::new();
-        let close = CheckpointerMessage::Close(End { code, diagnosis }, self.arguments.root.clone());
-        self.peers()?.checkpointer.cast(close)?;
         Ok(())
     }
 }

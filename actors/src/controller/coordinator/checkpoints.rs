@@ -24,6 +24,7 @@ impl CoordinatorState {
     }
 
     pub(super) fn committed(&mut self, step: StepsCompleted) -> Result<(), ActorProcessingErr> {
+        self.committed = true;
         self.observe(ObservatoryMessage::Checkpoint(step))?;
         self.arguments.tracker.on_committed(step);
         self.arguments.ledger.forget(step);
