@@ -117,6 +117,7 @@ async fn start(ranks: u32, folder: &Path) -> Result<Bench, Failure> {
         restarts_max: 5,
         restart_backoff_ms: 100,
         last_step: StepsCompleted(1_000_000),
+        hosts: Vec::new(),
     };
     let mut bench = Bench {
         machine: Coordinator::new(options, Generation(1), StepsCompleted(0)),

@@ -179,6 +179,12 @@ impl RunPaths {
         self.0.join("controller.json")
     }
 
+    /// Which life of each node's process is the newest.
+    #[must_use]
+    pub fn nodes(&self) -> PathBuf {
+        self.0.join("nodes")
+    }
+
     /// Which rank processes were started, for a controller that takes over.
     #[must_use]
     pub fn ranks(&self) -> PathBuf {
@@ -303,7 +309,7 @@ impl RunFolder {
 const TRACE_TAIL_BYTES: u64 = 256 * 1024;
 
 /// Everything that a run puts into its folder but the lock, by name.
-const ENTRIES: [&str; 13] = [
+const ENTRIES: [&str; 16] = [
     "config.toml",
     "config.toml.new",
     "trace.jsonl",
@@ -317,6 +323,9 @@ const ENTRIES: [&str; 13] = [
     "control.token",
     "controller.json",
     "ranks",
+    "nodes",
+    "dashboard.url",
+    "dashboard.url.new",
 ];
 
 /// What a start has changed around the run folder, so that a refusal can undo it.
@@ -477,6 +486,12 @@ pub struct InCharge {
     /// Digest of what rank processes take from their config besides the run's identity.
     #[serde(default)]
     pub rules: String,
+    /// Where the nodes of a run on several hosts dial.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<String>,
+    /// Folder of the prepared data set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
 }
 
 impl InCharge {

@@ -15,11 +15,18 @@
 //!   │   └─ SessionHost └─ session × n
 //!   └─ NodeAgent
 //!       └─ RankProcess × n  spawn, pidfd, kill, reap
+//!
+//! with ranks on several hosts, instead of NodeAgent:      node process, one for each host
+//!   └─ Nodes               who is to live where             NodeHost           what lives here
+//!       └─ Switchboard     the nodes' hub                     ├─ NodeAgent └─ RankProcess × n
+//!           └─ as above                                       └─ Switchboard the uplink
 //! ```
 //!
 //! | who dies | who decides, where | what it means |
 //! |---|---|---|
 //! | a rank process | the membership machine (`protocol::coordinator`) | survivors go on in a new generation; it is started again within a budget (SUP-3) |
+//! | a node process | nobody: its ranks go on, and the next one on its host finds them (`node/host.rs`) | as `Kill`s of its ranks are asked for, they count as ending (`protocol::nodes`) |
+//! | an actor of a node process | NodeHost, `node/host.rs` | the agent's: the process ends with the cause, and its ranks with it; the uplink's: the link is made again |
 //! | a `RankProcess` | NodeAgent, `node/agent.rs` | its process is killed and reported as an exit of its own kind; then as above |
 //! | an actor of a rank process | RankRoot, `rank/root.rs`; for an `OptimizerShard` Rank first, which fails too | the process ends with the cause: a whole rank is replaced, never half of one |
 //! | Tsm, Ate or Dmu | Root, `controller/root.rs` | all three are made again from the committed trace, within a budget; they hold nothing else (DATA-2, LOOP-1) |

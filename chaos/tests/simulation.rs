@@ -40,6 +40,7 @@ fn a_run_asks_for_checkpoints_as_often_as_its_losses_advise() {
         lanes: 8,
         ranks: 4,
         spares: 0,
+        nodes: 0,
         steps: 600_000 / STEP_MS,
         replicas: 2,
         checkpoint_interval_steps: 0,

@@ -21,6 +21,7 @@
 
 mod claims;
 mod collector;
+mod node;
 mod processes;
 mod program;
 mod project;
@@ -30,6 +31,7 @@ mod trace;
 
 pub use claims::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, wait_for_no_ranks};
 pub use collector::{Collector, Export};
+pub use node::Node;
 pub use processes::Processes;
 pub use program::{tarazed, verifier};
 pub use project::{Project, Train};

@@ -123,6 +123,7 @@ impl Reference {
             norm_eps: shape.norm_eps,
             init_std: 0.02,
             norm_init: 1.0,
+            initial: None,
         }
     }
 

@@ -3,7 +3,7 @@
 use super::appender::heads_from;
 use super::coordinator::CoordinatorMessage;
 use super::durability::Newest;
-use super::root::{End, OWN_PROGRAM, RootMessage};
+use super::root::{End, RootMessage};
 use super::{RunError, TraceHeads, unix_ms};
 use crate::run_folder::{self, Tenure};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -176,9 +176,11 @@ fn program_of(binary: &BinaryId, device_type: &str) -> Program {
 }
 
 /// Version and BLAKE3 of the running program.
-fn binary_id() -> BinaryId {
-    let bytes = std::fs::read(OWN_PROGRAM).unwrap_or_default();
-    let build = blake3::hash(&bytes).to_hex()[..16].to_owned();
+#[must_use]
+pub fn binary_id() -> BinaryId {
+    // Of nothing, where it cannot be read.
+    let digest = crate::node::program_digest().map_or_else(|_| blake3::hash(&[]), blake3::Hash::from);
+    let build = digest.to_hex()[..16].to_owned();
     BinaryId {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         build,

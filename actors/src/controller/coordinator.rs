@@ -20,11 +20,12 @@ use crate::link::{HubEvent, LinkError, PeerId, ToRanks};
 use crate::node::{NodeCommand, NodeEvent, Processes};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde_json::Value;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_domain::limits::{LAST_WORDS_MS_MAX, UNACKNOWLEDGED_LINES_MAX};
-use tarazed_domain::{Mutant, StepsCompleted};
+use tarazed_domain::{Mutant, StepsCompleted, WorkerId};
 use tarazed_protocol::checkpoint::{CheckpointTracker, StoredShard};
 use tarazed_protocol::coordinator::{Coordinator as Machine, Effect, Event, Incident};
 use tarazed_protocol::data::controller::Request;
@@ -118,6 +119,10 @@ pub struct CoordinatorState {
     syncing: BTreeMap<StepsCompleted, Vec<StoredShard>>,
     /// Ranks without a session that have not ended yet, since when, and why.
     cut_off: Vec<(Instant, Member, String)>,
+    /// Workers whose processes nobody watches: no exit of theirs will come.
+    unwatched: BTreeMap<u32, Range<u32>>,
+    /// Nodes that are there; some may have come before the beginning.
+    nodes_back: BTreeSet<u32>,
     /// What came before the beginning: a word of each rank of the controller before, at most a few.
     early: Vec<HubEvent>,
     ended: bool,
@@ -147,6 +152,8 @@ impl Actor for CoordinatorActor {
             writing: None,
             syncing: BTreeMap::new(),
             cut_off: Vec::new(),
+            unwatched: BTreeMap::new(),
+            nodes_back: BTreeSet::new(),
             early: Vec::new(),
             ended: false,
             committed: false,
@@ -242,7 +249,11 @@ impl CoordinatorState {
         let now_ms = self.now_ms();
         self.hear_decisions()?;
         let effects = self.arguments.machine.start(now_ms, &lives);
-        self.act(effects)
+        self.act(effects)?;
+        for node in self.nodes_back.clone() {
+            self.event(Event::NodeBack { node })?;
+        }
+        Ok(())
     }
 
     /// A dropped reply says that nobody answers.
@@ -454,7 +465,7 @@ impl CoordinatorState {
     }
 
     /// A rank without a session cannot take part: what is left of it is ended. One that failed closes its session just
-    /// before it ends, and killed at once it would take its cause along (SUP-1).
+    /// before it ends, and killed at once it would take its cause along (SUP-1). Whose node is away, whose end nobody tells.
     fn end_cut_off(&mut self) -> Result<(), ActorProcessingErr> {
         if self.ended || self.arguments.machine.is_leaving() {
             return Ok(());
@@ -462,10 +473,14 @@ impl CoordinatorState {
         let patience = Duration::from_millis(LAST_WORDS_MS_MAX);
         let (due, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.cut_off)
             .into_iter()
-            .partition(|(since, ..)| since.elapsed() >= patience);
+            .partition(|(since, member, _)| since.elapsed() >= patience || self.is_unwatched(member.worker));
         self.cut_off = rest;
         let kill = |(_, member, reason)| Effect::Kill { member, reason };
         self.act(due.into_iter().map(kill).collect())
+    }
+
+    fn is_unwatched(&self, worker: WorkerId) -> bool {
+        self.unwatched.values().any(|workers| workers.contains(&worker.0))
     }
 
     fn heard(&mut self, member: Member, message: FromRank) -> Result<(), ActorProcessingErr> {
@@ -600,7 +615,7 @@ impl CoordinatorState {
                 incarnation,
                 exit,
             } => {
-                let orderly = exit.cause == crate::node::ExitCause::Code(0);
+                let orderly = exit.cause.is_orderly();
                 let member = Member { worker, incarnation };
                 self.cut_off.retain(|(_, cut_off, _)| *cut_off != member);
                 self.event(Event::Exited {
@@ -622,6 +637,16 @@ impl CoordinatorState {
                 })
             }
             NodeEvent::AllStopped => Ok(()),
+            NodeEvent::NodeAway { node, workers } => {
+                self.nodes_back.remove(&node);
+                self.unwatched.insert(node, workers);
+                self.event(Event::NodeAway { node })
+            }
+            NodeEvent::NodeBack { node } => {
+                self.nodes_back.insert(node);
+                self.unwatched.remove(&node);
+                self.event(Event::NodeBack { node })
+            }
         }
     }
 

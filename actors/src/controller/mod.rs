@@ -7,6 +7,7 @@ mod checkpointer;
 mod coordinator;
 mod durability;
 mod loops;
+mod nodes;
 mod observatory;
 mod root;
 mod sharder;
@@ -16,8 +17,9 @@ pub mod status;
 mod tree;
 
 pub use appender::{Appended, JsonLines, TraceFile, TraceRequest, TraceSink};
-pub use checkpointer::{Claimed, ManifestFacts};
+pub use checkpointer::{Claimed, ManifestFacts, binary_id};
 pub use loops::{LoopMember, LoopRules, RequestAnswer};
+pub use nodes::{Nodes, NodesEnd, NodesParts, node_token};
 pub use root::{DEPOSED, End, TENURE_LOOK, WhileInCharge};
 pub use tree::{Begun, Ear, Edges, LoopHarm, Past, TICK, Tree, TreeParts};
 
@@ -64,6 +66,22 @@ pub enum Notice {
         store: String,
         /// Parameters of the model.
         parameters: usize,
+    },
+    /// Ranks run on these hosts, whose nodes dial this address.
+    AwaitingNodes {
+        /// Their names.
+        nodes: Vec<String>,
+        /// Where they dial.
+        address: String,
+    },
+    /// A node is there.
+    NodeBack {
+        /// Its name.
+        node: String,
+        /// Its host's name.
+        host: String,
+        /// How many rank processes it has already.
+        lives: usize,
     },
     /// A rank process was started.
     RankStarted {

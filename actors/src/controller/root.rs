@@ -5,15 +5,16 @@ use super::appender::{JsonLines, TraceAppender};
 use super::checkpointer::{self, ManifestFacts};
 use super::coordinator::CoordinatorMessage;
 use super::loops::{Loop, LoopRules};
+use super::nodes::{Nodes, NodesParts};
 use super::tree::{Ear, Edges, Past, Tree, TreeParts};
 use super::{Notice, Notify, RunError, status};
 use crate::link::{Bind, HubConfig, start_hub};
-use crate::node::{LaunchSpec, NodeCommand, NodeError, Processes, registry, start_node_agent};
+use crate::node::{LaunchSpec, NodeCommand, NodeError, OWN_PROGRAM, Processes, registry, start_node_agent};
 use crate::rank::{TOKEN_VARIABLE, recipe};
 use crate::run_folder::{FolderError, InCharge, RunFolder, RunPaths, Tenure};
 use crate::supervision::{Death, death};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -146,15 +147,19 @@ impl Legacy {
     /// Looks for ranks that are still there. Without any, secret and sockets are new, and what is left of the old ones goes.
     fn find(paths: &RunPaths, config: &Config, tenure: Tenure) -> Result<Self, RunError> {
         let entries = registry::read(&paths.ranks()).map_err(disk(paths.ranks()))?;
+        let has_nodes = !config.cluster.nodes.is_empty();
         let known = InCharge::read(paths).filter(|before| {
             // Named by a file: nothing else is ever removed.
             let name = socket_folder_name(&hex(&before.token));
-            before.sockets.is_dir() && before.sockets.file_name().is_some_and(|found| found == name.as_str())
+            // The controller before may have run on another host.
+            (before.sockets.is_dir() || has_nodes)
+                && before.sockets.file_name().is_some_and(|found| found == name.as_str())
         });
         // Ranks of the folder that this one is a copy of are not this run's; those that follow other rules would disagree
         // with newcomers on what is due.
-        let before =
-            known.filter(|before| before.folder == folder_identity(paths) && before.rules == rules_of_ranks(config));
+        let before = known.filter(|before| {
+            before.folder == folder_identity(paths, config) && before.rules == rules_of_ranks(config)
+        });
         let lives: Vec<PastLife> = entries
             .iter()
             .map(|entry| PastLife {
@@ -162,11 +167,19 @@ impl Legacy {
                     worker: entry.worker(),
                     incarnation: entry.incarnation(),
                 },
-                lives: before.is_some() && entry.lives(),
+                // Of a process on another host its node says what became of it.
+                lives: before.is_some() && (has_nodes || entry.lives()),
             })
             .collect();
         if let Some(InCharge { token, sockets, .. }) = before {
             if lives.iter().any(|life| life.lives) {
+                if has_nodes && !sockets.is_dir() {
+                    std::fs::DirBuilder::new()
+                        .mode(0o700)
+                        .recursive(true)
+                        .create(&sockets)
+                        .map_err(disk(sockets.clone()))?;
+                }
                 let sockets = SocketFolder {
                     path: sockets,
                     tenure,
@@ -198,21 +211,26 @@ fn disk(path: PathBuf) -> impl Fn(std::io::Error) -> RunError {
 /// What a controller says that has been put out of charge.
 pub const DEPOSED: &str = "the run folder is in other hands: another controller took over, or it was moved";
 
-/// The file that this process runs, whatever has its name by now.
-pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
-
-/// Which folder the run lies in, whatever its name.
-fn folder_identity(paths: &RunPaths) -> [u64; 2] {
-    std::fs::metadata(paths.dir()).map_or([0, 0], |folder| [folder.dev(), folder.ino()])
+/// Which folder the run lies in, whatever its name. Hosts that share one number its device as they like.
+fn folder_identity(paths: &RunPaths, config: &Config) -> [u64; 2] {
+    let is_shared = !config.cluster.nodes.is_empty();
+    std::fs::metadata(paths.dir()).map_or([0, 0], |folder| {
+        let device = if is_shared { 0 } else { folder.dev() };
+        [device, folder.ino()]
+    })
 }
 
 /// What rank processes take from their config besides the run's identity: ranks that follow others cannot train together.
 fn rules_of_ranks(config: &Config) -> String {
     let collective = config.cluster.collective;
-    let rules = format!(
+    let mut rules = format!(
         "{:?} {:?} {:?} {collective:?}",
         config.fault, config.checkpoint, config.monitor
     );
+    if !config.cluster.nodes.is_empty() {
+        // Ranks on other hosts are adopted without a look at their processes: another program's must not be (DET-4).
+        rules += &format!(" {:?} {:?}", config.cluster.nodes, crate::node::program_digest().ok());
+    }
     blake3::hash(rules.as_bytes()).to_string()
 }
 
@@ -291,6 +309,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         parameters: layout.parameter_count(),
     });
 
+    let notify_nodes = Arc::clone(&notify);
     let tree = Tree::start(TreeParts {
         config: Arc::clone(&config),
         last_step,
@@ -315,13 +334,18 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         share_gpus: config.cluster.share_gpus,
         ..launch_spec(program, &paths, &prepared, &address, &sockets.path, &text)
     };
+    let nodes = start_nodes(&config, &token, &tree, &notify_nodes, paths.logs()).await?;
+    let (nodes, node_address) = nodes.unzip();
+    let nodes_end = nodes.as_ref().map(Nodes::ending);
     let in_charge = InCharge {
         generation: generation.0,
         address,
         token,
         sockets: sockets.path.clone(),
-        folder: folder_identity(&paths),
+        folder: folder_identity(&paths, &config),
         rules: rules_of_ranks(&config),
+        nodes: node_address,
+        data: Some(prepared.folder.clone()),
     };
     let heard = ear.clone();
     let trace = TraceAppender::open(&paths, tree.weights_bytes(), move |appended| heard.appended(appended))
@@ -331,16 +355,29 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
         return Ok(End::deposed());
     }
     in_charge.write(&paths).map_err(disk(paths.controller()))?;
-    let heard = ear.clone();
-    let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
-        .await
-        .map_err(|e| system("actors", "raise the limits of the process")(e.to_string()))?;
+    let processes: Box<dyn Processes> = match nodes {
+        Some(nodes) => Box::new(WhileInCharge {
+            processes: nodes,
+            tenure: tenure.clone(),
+        }),
+        None => {
+            let heard = ear.clone();
+            let node = start_node_agent(spec, Some(parent), move |event| heard.node(event))
+                .await
+                .map_err(|e| system("actors", "raise the limits of the process")(e.to_string()))?;
+            Box::new(WhileInCharge {
+                processes: node,
+                tenure: tenure.clone(),
+            })
+        }
+    };
     let listener = status::open(&paths, &text).map_err(disk(paths.control_socket()))?;
     let serving = tokio::spawn(status::serve(
         listener,
         text,
         status::Desk {
-            lanes: config.batch.lanes,
+            ranks_max: ranks_max(&config),
+            cluster: config.cluster.clone(),
             data: paths.data(),
             context: config.model.context,
             tokenizer: prepared.manifest.tokenizer.clone(),
@@ -350,10 +387,7 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     ));
     let mut begun = tree.begin(Edges {
         ranks: Box::new(hub),
-        processes: Box::new(WhileInCharge {
-            processes: node,
-            tenure: tenure.clone(),
-        }),
+        processes,
         trace: Box::new(trace),
         past,
     });
@@ -377,6 +411,9 @@ pub async fn serve(arguments: RootArguments, mut stop: tokio::sync::watch::Recei
     watching.abort();
     guarding.abort();
     serving.abort();
+    if let Some(nodes) = nodes_end.filter(|_| tenure.holds()) {
+        nodes.end(end.code).await;
+    }
     begun.close().await;
     if tenure.holds() {
         let _ = std::fs::remove_file(paths.control_socket());
@@ -449,11 +486,46 @@ async fn start_hub_for(
     })
 }
 
+/// Where ranks run on several hosts: their nodes, and where those dial.
+async fn start_nodes(
+    config: &Config,
+    token: &[u8; 32],
+    tree: &Tree,
+    notify: &Notify,
+    logs: PathBuf,
+) -> Result<Option<(Nodes, String)>, RunError> {
+    if config.cluster.nodes.is_empty() {
+        return Ok(None);
+    }
+    let parts = NodesParts {
+        ear: tree.ear(),
+        notify: Arc::clone(notify),
+        parent: tree.parent(),
+        logs,
+        program: crate::node::program_digest().map_err(disk(OWN_PROGRAM.into()))?,
+        patience_ms: config.timeouts().failure_ms,
+    };
+    let failed = system("nodes", "check cluster.address and cluster.node_port");
+    let nodes = Nodes::begin(&config.cluster, parts).await.map_err(&failed)?;
+    let address = nodes.listen(config, token).await.map_err(&failed)?;
+    notify(Notice::AwaitingNodes {
+        nodes: config.cluster.nodes.iter().map(|node| node.name.clone()).collect(),
+        address: address.clone(),
+    });
+    Ok(Some((nodes, address)))
+}
+
+/// As many ranks as a world may have: one for each lane, as far as the nodes have room beside the spares.
+fn ranks_max(config: &Config) -> u32 {
+    let room = config.cluster.slots().map(|slots| slots.saturating_sub(config.cluster.spares));
+    config.batch.lanes.min(room.unwrap_or(u32::MAX))
+}
+
 /// Where the hub listens: at the configured port, or at a socket of this name.
 fn bind_of(config: &Config, sockets: &Path, name: &str) -> Bind {
     match config.cluster.transport {
         ClusterTransport::Unix => Bind::near(sockets, name),
-        ClusterTransport::Tcp => Bind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, config.cluster.control_port))),
+        ClusterTransport::Tcp => Bind::Tcp(SocketAddr::new(host_of(config), config.cluster.control_port)),
     }
 }
 
@@ -461,8 +533,13 @@ fn bind_of(config: &Config, sockets: &Path, name: &str) -> Bind {
 fn dialed(config: &Config, hub: &crate::link::Hub) -> String {
     match config.cluster.control_advertise_port {
         0 => hub.address(),
-        port => format!("tcp:{}", SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+        port => format!("tcp:{}", SocketAddr::new(host_of(config), port)),
     }
+}
+
+/// Where the controller's host is found.
+fn host_of(config: &Config) -> IpAddr {
+    config.cluster.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST))
 }
 
 fn launch_spec(
@@ -493,6 +570,7 @@ fn launch_spec(
         log_dir: paths.logs(),
         registry: paths.ranks(),
         tenure: None,
+        released: Arc::default(),
     }
 }
 

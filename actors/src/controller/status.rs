@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::TokenizerManifest;
 use tarazed_domain::StepIndex;
+use tarazed_domain::config::ClusterConfig;
 use tarazed_protocol::data::controller::Request as Decide;
 use tarazed_protocol::data::decision::DecisionKind;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -58,8 +59,10 @@ pub fn open(paths: &RunPaths, token: &str) -> std::io::Result<UnixListener> {
 
 /// Whom requests are passed on to, and what they are judged by.
 pub struct Desk {
-    /// Lanes of the global batch.
-    pub lanes: u32,
+    /// As many ranks as a world may have.
+    pub ranks_max: u32,
+    /// Who is where.
+    pub cluster: ClusterConfig,
     /// Where the run keeps its data sets.
     pub data: PathBuf,
     /// Tokens of one sequence.
@@ -155,8 +158,12 @@ async fn answer(mut stream: UnixStream, token: &str, desk: &Arc<Desk>) -> std::i
         .await?;
     let value = match Request::read(&line, token) {
         Request::Stranger => json!({"error": "the token is not this run's"}),
-        Request::Status => status(&desk.coordinator, &desk.sharder).await,
-        Request::Resize(ranks) => resize(ranks, desk.lanes, &desk.coordinator),
+        Request::Status => {
+            let mut value = status(&desk.coordinator, &desk.sharder).await;
+            name_nodes(&mut value, &desk.cluster);
+            value
+        }
+        Request::Resize(ranks) => resize(ranks, desk.ranks_max, &desk.coordinator),
         Request::Decide(Ok(request)) => match check_data(desk, &request.kind).await {
             Ok(()) => decide(request, &desk.coordinator).await,
             Err(error) => json!({"error": error, "remedy": "`tarazed data add` brings data sets into a run"}),
@@ -167,14 +174,29 @@ async fn answer(mut stream: UnixStream, token: &str, desk: &Arc<Desk>) -> std::i
     write.write_all(format!("{value}\n").as_bytes()).await
 }
 
+/// Where ranks run on several hosts: on which node each worker is.
+fn name_nodes(status: &mut Value, cluster: &ClusterConfig) {
+    let workers = status.get_mut("workers").and_then(Value::as_array_mut);
+    for worker in workers.into_iter().flatten() {
+        let number = worker.get("worker").and_then(Value::as_u64);
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        let node = number.and_then(|number| cluster.node_of(number));
+        if let (Some(node), Some(object)) = (node, worker.as_object_mut()) {
+            object.insert("node".to_owned(), cluster.nodes[node].name.as_str().into());
+        }
+    }
+}
+
 /// Asks for another number of ranks; that it was understood is all that the answer says.
-fn resize(ranks: Option<u32>, lanes: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
+fn resize(ranks: Option<u32>, ranks_max: u32, coordinator: &ActorRef<CoordinatorMessage>) -> Value {
     match ranks {
-        Some(ranks) if (1..=lanes).contains(&ranks) => match coordinator.cast(CoordinatorMessage::Resize(ranks)) {
+        Some(ranks) if (1..=ranks_max).contains(&ranks) => match coordinator.cast(CoordinatorMessage::Resize(ranks)) {
             Ok(()) => json!({"ranks": ranks}),
             Err(_) => json!({"error": "the controller is ending"}),
         },
-        _ => json!({"error": format!("a world has 1 to {lanes} ranks, one for each of its lanes at most")}),
+        _ => json!({
+            "error": format!("a world has 1 to {ranks_max} ranks: one for each of its lanes, and no more than its nodes have room for")
+        }),
     }
 }
 

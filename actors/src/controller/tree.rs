@@ -18,7 +18,7 @@ use ractor::{Actor, ActorCell, ActorRef, rpc::CallResult};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{ClusterConfig, Config};
 use tarazed_domain::limits::UNACKNOWLEDGED_LINES_MAX;
 use tarazed_domain::{LaneTree, StepsCompleted};
 use tarazed_protocol::checkpoint::CheckpointTracker;
@@ -370,6 +370,14 @@ impl Begun {
     }
 }
 
+/// The node of each worker that there may ever be, by its number.
+fn hosts(cluster: &ClusterConfig) -> Vec<u32> {
+    let nodes = cluster.nodes.iter().zip(0..);
+    nodes
+        .flat_map(|(node, index)| std::iter::repeat_n(index, node.slots as usize))
+        .collect()
+}
+
 /// The pure machines of a run whose trace so far is known.
 fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
     let config = &parts.config;
@@ -385,6 +393,7 @@ fn machines(parts: &TreeParts) -> (Machine, Ledger, CheckpointTracker) {
         restarts_max: config.fault.restarts_max,
         restart_backoff_ms: config.fault.restart_backoff_ms,
         last_step: parts.last_step,
+        hosts: hosts(&config.cluster),
     };
     let machine = Machine::new(options, parts.claimed.fence.generation, written);
     let names = config.data.domains.iter().map(|domain| domain.name.clone()).collect();

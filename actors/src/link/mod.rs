@@ -129,6 +129,28 @@ impl ToRanks for Hub {
     }
 }
 
+/// The controller's way to its nodes.
+pub trait ToNodes: Send + Sync {
+    /// Queues one message; never waits.
+    ///
+    /// # Errors
+    /// As [`Hub::send`].
+    fn send(&self, peer: PeerId, body: Vec<u8>) -> Result<(), LinkError>;
+
+    /// Ends one peer's connection.
+    fn disconnect(&self, peer: PeerId, reason: &str);
+}
+
+impl ToNodes for Hub {
+    fn send(&self, peer: PeerId, body: Vec<u8>) -> Result<(), LinkError> {
+        Self::send(self, peer, body)
+    }
+
+    fn disconnect(&self, peer: PeerId, reason: &str) {
+        Self::disconnect(self, peer, reason);
+    }
+}
+
 /// A rank's way to its controller.
 #[async_trait::async_trait]
 pub trait ToController: Send + Sync {

@@ -22,6 +22,7 @@
 
 mod agent;
 mod environment;
+pub mod host;
 mod lifeline;
 mod process;
 mod rank_process;
@@ -36,7 +37,10 @@ use crate::run_folder::Tenure;
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tarazed_domain::{Incarnation, WorkerId};
 
@@ -62,12 +66,14 @@ pub struct LaunchSpec {
     /// Nobody is started or killed once this is lost: the processes are another agent's then. Without one they are this
     /// agent's alone.
     pub tenure: Option<Tenure>,
+    /// Set where another agent takes these processes over: they are neither killed nor started any more.
+    pub released: Arc<AtomicBool>,
 }
 
 impl LaunchSpec {
     /// Whether its processes are this agent's to start and to end.
     fn is_in_charge(&self) -> bool {
-        self.tenure.as_ref().is_none_or(Tenure::holds)
+        !self.released.load(Ordering::SeqCst) && self.tenure.as_ref().is_none_or(Tenure::holds)
     }
 }
 
@@ -146,6 +152,18 @@ pub enum NodeEvent {
     },
     /// After [`NodeCommand::StopAll`]: no process is left.
     AllStopped,
+    /// Nobody watches these workers' processes: what becomes of them is told when their node is back. Of a run on several hosts.
+    NodeAway {
+        /// Which node.
+        node: u32,
+        /// Its workers.
+        workers: Range<u32>,
+    },
+    /// Somebody does again.
+    NodeBack {
+        /// Which node.
+        node: u32,
+    },
 }
 
 /// What is known of a [`NodeEvent::Ending`].
@@ -187,6 +205,21 @@ pub enum ExitCause {
     Unsupervised(String),
     /// It ended, and only the process that started it could learn how.
     Unknown,
+    /// As its node tells it.
+    OnNode {
+        /// How, with its last words.
+        words: String,
+        /// By itself, with code 0.
+        orderly: bool,
+    },
+}
+
+impl ExitCause {
+    /// Whether it ended by itself with code 0.
+    #[must_use]
+    pub const fn is_orderly(&self) -> bool {
+        matches!(self, Self::Code(0) | Self::OnNode { orderly: true, .. })
+    }
 }
 
 impl fmt::Display for ExitCause {
@@ -199,6 +232,7 @@ impl fmt::Display for ExitCause {
             },
             Self::Unsupervised(cause) => write!(f, "killed because its supervisor died: {cause}"),
             Self::Unknown => write!(f, "ended; an earlier controller started it, so how is not known,"),
+            Self::OnNode { words, .. } => f.write_str(words),
         }
     }
 }
@@ -222,6 +256,9 @@ fn signal_name(number: i32) -> Option<&'static str> {
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if matches!(self.cause, ExitCause::OnNode { .. }) {
+            return write!(f, "{}", self.cause);
+        }
         write!(f, "{} after {} ms", self.cause, self.ran.as_millis())?;
         if let Some(reason) = &self.killed {
             write!(f, "; killed: {reason}")?;
@@ -274,6 +311,9 @@ pub enum StartError {
     /// Its supervising actor died first, for this reason.
     #[error("its supervisor died before it started: {0}")]
     Unsupervised(String),
+    /// As its node tells it.
+    #[error("{0}")]
+    OnNode(String),
 }
 
 /// Starts and kills rank processes; what becomes of them comes back as [`NodeEvent`]s.
@@ -291,7 +331,16 @@ impl Processes for NodeAgent {
     }
 }
 
+/// BLAKE3 of the program that this process runs, whatever has its name by now.
+pub(crate) fn program_digest() -> io::Result<[u8; 32]> {
+    let bytes = std::fs::read(OWN_PROGRAM)?;
+    Ok(*blake3::hash(&bytes).as_bytes())
+}
+
+/// The file that this process runs, whatever has its name by now.
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// The agent is gone or could not start.
 #[derive(Debug, thiserror::Error)]
 #[error("the node agent {0}; the controller must end and start again")]
-pub struct NodeError(String);
+pub struct NodeError(pub(crate) String);

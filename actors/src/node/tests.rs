@@ -24,6 +24,7 @@ fn shell(script: &str, folder: &Path) -> LaunchSpec {
         log_dir: folder.join("logs"),
         registry: folder.join("ranks"),
         tenure: None,
+        released: Arc::default(),
     }
 }
 

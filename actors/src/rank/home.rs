@@ -44,9 +44,14 @@ enum Over {
 }
 
 impl Home {
-    /// Dials the controller that started this process.
-    pub(super) async fn first(&self, address: &str) -> Result<Linked, RankError> {
+    /// Dials the controller that started this process, or the one that the run folder names.
+    pub(super) async fn first(&self, address: Option<&str>) -> Result<Linked, RankError> {
         let patience = Duration::from_millis(self.timeouts.connect_ms);
+        let Some(address) = address else {
+            let found = tokio::time::timeout(patience, self.find()).await;
+            let found = found.unwrap_or_else(|_| Err("no controller is there".to_owned()));
+            return found.map_err(|e| RankError::because("control plane")(&e));
+        };
         let generation = self.named().await.map(|named| named.generation);
         self.dial(address, generation, patience)
             .await

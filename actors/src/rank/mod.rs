@@ -8,6 +8,7 @@ mod actor;
 mod device;
 mod feeder;
 mod home;
+mod initial;
 mod restore;
 mod root;
 mod shard;
@@ -15,15 +16,15 @@ mod writer;
 
 use crate::later_data;
 use crate::link::PeerId;
-use crate::run_folder::RunPaths;
+use crate::run_folder::{InCharge, RunPaths};
 pub use actor::CommandSink;
 use actor::explained;
 pub use device::{DeviceChoice, DevicePeak, DeviceRefused, device_type, peak};
 use home::Home;
 pub use restore::StoreSource;
 pub use root::{RankParts, RankTree};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tarazed_corpus::{Split, TokenStore};
@@ -49,12 +50,16 @@ pub const TOKEN_VARIABLE: &str = "TARAZED_RUN_TOKEN";
 pub struct RankArgs {
     /// Run folder.
     pub run_dir: PathBuf,
-    /// Folder of the prepared data set.
-    pub data: PathBuf,
-    /// Address of the controller's hub.
-    pub controller: String,
-    /// Folder for the data plane's sockets.
-    pub sockets: PathBuf,
+    /// Folder of the prepared data set; none for the one that the run folder names.
+    pub data: Option<PathBuf>,
+    /// Address of the controller's hub; none for the one that the run folder names.
+    pub controller: Option<String>,
+    /// Folder for the data plane's sockets; none where it talks over TCP.
+    pub sockets: Option<PathBuf>,
+    /// Where other hosts reach this one; none for loopback.
+    pub address: Option<IpAddr>,
+    /// The first worker of this host: it takes the first GPU.
+    pub first_worker: u32,
     /// Which slot this process fills.
     pub worker: u32,
     /// Which life of it.
@@ -133,12 +138,18 @@ pub fn recipe(config: &Config, tokens: &TokenStore) -> Recipe {
     }
 }
 
-fn run_token() -> Result<[u8; 32], RankError> {
-    let text = std::env::var(TOKEN_VARIABLE).map_err(|_| {
-        RankError(format!(
-            "{TOKEN_VARIABLE} is not set: rank processes are started by `tarazed train`"
-        ))
-    })?;
+/// The run's secret: given by a controller that is this process's parent, or read in the run folder.
+fn run_token(named: Option<&InCharge>) -> Result<[u8; 32], RankError> {
+    let text = match (std::env::var(TOKEN_VARIABLE), named) {
+        (Ok(text), _) => text,
+        (Err(_), Some(named)) => return Ok(named.token),
+        (Err(_), None) => {
+            return Err(RankError(format!(
+                "{TOKEN_VARIABLE} is not set, and no controller is in charge of the run: rank processes are started by \
+                 `tarazed train` and `tarazed node`"
+            )));
+        }
+    };
     let mut token = [0; 32];
     let whole = text.len() == 64
         && token.iter_mut().zip(text.as_bytes().chunks(2)).all(|(byte, hex)| {
@@ -162,8 +173,11 @@ fn run_token() -> Result<[u8; 32], RankError> {
 /// # Errors
 /// A [`RankError`] with the cause; the caller prints it and ends with a code other than 0.
 pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
-    let token = run_token()?;
     let paths = RunPaths::new(&args.run_dir);
+    let named = InCharge::read(&paths);
+    let token = run_token(named.as_ref())?;
+    let data = args.data.clone().or_else(|| named?.data);
+    let data = data.ok_or_else(|| RankError("data: neither --data nor the run folder names any".to_owned()))?;
     let config = Config::load(&paths.config(), &[]).map_err(|e| RankError::because("config")(&e))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -171,27 +185,31 @@ pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
         .enable_all()
         .build()
         .map_err(|e| RankError::because("actor runtime")(&e))?;
-    let exit = runtime.block_on(serve(args, paths, Arc::new(config), token, runtime.handle().clone()));
+    let exit = runtime.block_on(serve(args, paths, &data, Arc::new(config), token, runtime.handle().clone()));
     runtime.shutdown_timeout(Duration::from_millis(200));
     exit
 }
 
 /// Where the data plane of this worker listens. Config validation keeps the ports of all workers within range.
-fn transport(config: &Config, args: &RankArgs) -> Transport {
+fn transport(config: &Config, args: &RankArgs) -> Result<Transport, RankError> {
     let cluster = &config.cluster;
     let of_worker = |port: u16| match port {
         0 => 0,
         first => first.saturating_add(u16::try_from(args.worker).unwrap_or(u16::MAX)),
     };
-    match cluster.transport {
+    let here = args.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    Ok(match cluster.transport {
         ClusterTransport::Unix => Transport::Unix {
-            dir: args.sockets.clone(),
+            dir: args
+                .sockets
+                .clone()
+                .ok_or_else(|| RankError("data plane: --sockets is not given".to_owned()))?,
         },
         ClusterTransport::Tcp => Transport::TcpAt {
-            at: SocketAddr::from((Ipv4Addr::LOCALHOST, of_worker(cluster.mesh_port))),
+            at: SocketAddr::new(here, of_worker(cluster.mesh_port)),
             advertised_port: of_worker(cluster.mesh_advertise_port),
         },
-    }
+    })
 }
 
 /// What a device thread is made of, before its device is known.
@@ -231,6 +249,7 @@ impl DeviceWork {
 async fn serve(
     args: &RankArgs,
     paths: RunPaths,
+    data: &Path,
     config: Arc<Config>,
     token: [u8; 32],
     handle: tokio::runtime::Handle,
@@ -239,7 +258,7 @@ async fn serve(
         worker: WorkerId(args.worker),
         incarnation: Incarnation(args.incarnation),
     };
-    let tokens = TokenStore::open(&args.data, config.model.context).map_err(|e| RankError::because("data")(&e))?;
+    let tokens = TokenStore::open(data, config.model.context).map_err(|e| RankError::because("data")(&e))?;
     let recipe = recipe(&config, &tokens);
     let cursor =
         DataCursor::new(recipe.clone(), DecisionSchedule::of(&config)).map_err(|e| RankError::because("data")(&e))?;
@@ -255,10 +274,10 @@ async fn serve(
         data: paths.data(),
     };
     let feeder = Feeder::new(cursor, rules, Arc::new(samples));
-    let listener = Listener::bind(&transport(&config, args)).map_err(|e| RankError::because("data plane")(&e))?;
+    let listener = Listener::bind(&transport(&config, args)?).map_err(|e| RankError::because("data plane")(&e))?;
     let address = listener.address();
     let progress: Arc<Progress> = Arc::default();
-    let store = StoreSource::new(paths.store_location(&config), handle);
+    let store = StoreSource::new(paths.store_location(&config), handle).with_initial(&config);
 
     let (exit_sender, exit) = tokio::sync::oneshot::channel();
     let parts = RankParts {
@@ -288,7 +307,7 @@ async fn serve(
         DeviceChoice::Cpu => work.start(&tree, CpuDevice::new(), |sockets, _| Box::new(sockets))?,
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda { count } => {
-            let device = device::open(args.worker % count)?;
+            let device = device::open(args.worker.saturating_sub(args.first_worker) % count)?;
             work.start(&tree, device, |sockets, device| {
                 device::data_plane(&config, sockets, device)
             })?;
@@ -305,7 +324,7 @@ async fn serve(
         listener: address,
         tree,
     };
-    let linked = home.first(&args.controller).await?;
+    let linked = home.first(args.controller.as_deref()).await?;
     let staying = tokio::spawn(home.stay(linked));
     let result = exit.await;
     staying.abort();

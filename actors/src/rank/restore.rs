@@ -7,23 +7,26 @@
 //!   recorded, the controller hears that the checkpoint is bad.
 //! - Where the store asks to try again, it is asked again, a bounded number of times.
 
+use super::initial::InitialWeights;
 use std::future::Future;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tarazed_domain::OptimizerShardIndex;
+use tarazed_domain::config::Config;
 use tarazed_protocol::message::RestoreFrom;
 use tarazed_store::{Digest, Manifest, RankStore, StoreError};
 use tarazed_train::StepError;
-use tarazed_train::generation::{ShardSource, TakeShard};
+use tarazed_train::generation::{ShardSource, TakeShard, TakeWeights};
 
 /// Tries of one read while the store asks to try again; its client's own retries come on top.
 const READ_TRIES_MAX: u32 = 6;
 /// Reads of an object after which it counts as bad.
 const BAD_READS_MAX: u32 = 3;
 /// Wait before the second try; doubles from try to try. Together about six seconds.
-const READ_BACKOFF_MS: u64 = 200;
+pub(super) const READ_BACKOFF_MS: u64 = 200;
 /// Threads that read the shards of one restore, beside the one that takes them over.
 const READS_AHEAD: usize = 2;
 /// How soon an abort is seen.
@@ -38,6 +41,8 @@ pub struct StoreSource {
     location: String,
     runtime: tokio::runtime::Handle,
     store: Arc<tokio::sync::OnceCell<RankStore>>,
+    /// Where the run begins with given weights.
+    initial: Option<Arc<InitialWeights>>,
     /// The manifest read last: all shards of a restore come from one.
     manifest: Arc<Mutex<Option<NamedManifest>>>,
 }
@@ -50,6 +55,7 @@ impl StoreSource {
             location,
             runtime,
             store: Arc::default(),
+            initial: None,
             manifest: Arc::default(),
         }
     }
@@ -61,6 +67,15 @@ impl StoreSource {
         Self {
             store: Arc::new(tokio::sync::OnceCell::new_with(Some(store))),
             ..Self::new(location, runtime)
+        }
+    }
+
+    /// With the weights that a run of this config begins with, where it names any.
+    #[must_use]
+    pub fn with_initial(self, config: &Config) -> Self {
+        Self {
+            initial: InitialWeights::of(config).map(Arc::new),
+            ..self
         }
     }
 
@@ -149,8 +164,7 @@ impl ShardSource for StoreSource {
         self.runtime.block_on(self.fetch(from, shard, abort))
     }
 
-    /// On threads of their own, beside each other and beside `take`: what is read is hashed and laid into fresh memory, which
-    /// would hold up the actors on theirs. Each ends with an abort, with its first error, or when nobody takes what it has.
+    /// On threads of their own, beside each other and beside `take`; each ends with an abort.
     fn read_each(
         &self,
         from: &RestoreFrom,
@@ -158,35 +172,58 @@ impl ShardSource for StoreSource {
         abort: &AtomicBool,
         take: &mut TakeShard<'_>,
     ) -> Result<(), StepError> {
-        let next = &AtomicUsize::new(0);
-        let (give, taken) = sync_channel(0);
-        std::thread::scope(|scope| {
-            for _ in 0..READS_AHEAD.min(shards.len()) {
-                let give = give.clone();
-                let read = move || {
-                    while let Some(&shard) = shards.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let read = self.read(from, shard, abort);
-                        let is_last = read.is_err();
-                        if give.send((shard, read)).is_err() || is_last {
-                            return;
-                        }
-                    }
-                };
-                let name = "restore".to_owned();
-                let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, read);
-                spawned.map_err(|e| StepError::Restore(format!("no thread to read with: {e}")))?;
-            }
-            drop(give);
-            for (shard, read) in taken {
-                take(shard, read?)?;
-            }
-            Ok(())
-        })
+        read_ahead(shards, &|shard| self.read(from, shard, abort), take)
+    }
+
+    fn read_initial(
+        &self,
+        shards: &[(OptimizerShardIndex, Range<usize>)],
+        abort: &AtomicBool,
+        take: &mut TakeWeights<'_>,
+    ) -> Result<(), StepError> {
+        let initial = self.initial.as_ref().ok_or_else(|| {
+            let cause = "the run's config names no weights to begin with";
+            StepError::Restore(cause.to_owned())
+        })?;
+        initial.read(&self.runtime, shards, abort, take)
     }
 }
 
+/// Reads each of these on threads of their own, beside each other and beside `take`: what is read is hashed and laid into fresh
+/// memory, which would hold up the actors on theirs. Each ends with an abort, with its first error, or when nobody takes what it has.
+pub(super) fn read_ahead<I: Copy + Send + Sync, T: Send>(
+    items: &[I],
+    read: &(dyn Fn(I) -> Result<T, StepError> + Sync),
+    take: &mut (dyn FnMut(I, T) -> Result<(), StepError> + '_),
+) -> Result<(), StepError> {
+    let next = &AtomicUsize::new(0);
+    let (give, taken) = sync_channel(0);
+    std::thread::scope(|scope| {
+        for _ in 0..READS_AHEAD.min(items.len()) {
+            let give = give.clone();
+            let work = move || {
+                while let Some(&item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let read = read(item);
+                    let is_last = read.is_err();
+                    if give.send((item, read)).is_err() || is_last {
+                        return;
+                    }
+                }
+            };
+            let name = "restore".to_owned();
+            let spawned = std::thread::Builder::new().name(name).spawn_scoped(scope, work);
+            spawned.map_err(|e| StepError::Restore(format!("no thread to read with: {e}")))?;
+        }
+        drop(give);
+        for (item, read) in taken {
+            take(item, read?)?;
+        }
+        Ok(())
+    })
+}
+
 /// What `read` gives, or `Aborted` as soon as the flag is set; the read is then given up where it stands.
-async fn unless_aborted<T>(
+pub(super) async fn unless_aborted<T>(
     abort: &AtomicBool,
     read: impl Future<Output = Result<T, StepError>>,
 ) -> Result<T, StepError> {
@@ -205,7 +242,7 @@ async fn unless_aborted<T>(
 
 /// Tries until the store gives an answer other than "try again", or [`READ_TRIES_MAX`] times. What comes back damaged may
 /// have been damaged on its way: it is read again, too, [`BAD_READS_MAX`] times in all.
-async fn retried<T, F>(first_wait: Duration, attempt: impl Fn() -> F) -> Result<T, StoreError>
+pub(super) async fn retried<T, F>(first_wait: Duration, attempt: impl Fn() -> F) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,
 {

@@ -128,6 +128,7 @@ fn options(setup: &Setup) -> Options {
         restarts_max: setup.restarts_max,
         restart_backoff_ms: setup.restart_backoff_ms,
         last_step: StepsCompleted(LAST_STEP),
+        hosts: Vec::new(),
     }
 }
 

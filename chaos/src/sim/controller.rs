@@ -2,23 +2,25 @@
 
 use super::edges::{SimHub, SimNode, SimTrace, carry_down, write_trace};
 use super::gate::Gate;
+use super::nodes::{NodeHub, Noted, PROGRAM, WayForNodes};
 use super::persons::PATIENCE;
 use super::process::{Process, exit_of};
 use super::world::World;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tarazed_actors::controller::{
-    Begun, Claimed, Ear, Edges, End, JsonLines, LoopHarm, LoopMember, LoopRules, Notice, Past, RequestAnswer,
-    TENURE_LOOK, TICK, TraceFile, Tree, TreeParts, WhileInCharge,
+    Begun, Claimed, Ear, Edges, End, JsonLines, LoopHarm, LoopMember, LoopRules, Nodes, NodesEnd, NodesParts, Notice,
+    Past, RequestAnswer, TENURE_LOOK, TICK, TraceFile, Tree, TreeParts, WhileInCharge,
 };
 use tarazed_actors::link::{Body, HubEvent, PeerId};
-use tarazed_actors::node::{ExitCause, NodeEvent};
+use tarazed_actors::node::{ExitCause, NodeEvent, Processes};
 use tarazed_actors::run_folder::{Existing, Occupied, RunFolder, Tenure};
 use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
+use tarazed_protocol::coordinator::PastLife;
 use tarazed_protocol::data::controller::Request;
 use tarazed_protocol::message::Member;
 use tarazed_protocol::trace::TraceLine;
@@ -82,6 +84,8 @@ pub struct Life {
     processes: Mutex<BTreeMap<Member, Arc<Process>>>,
     /// Starts that wait for their time.
     waiting: Mutex<BTreeMap<Member, ()>>,
+    /// Where nodes dial, once they may.
+    nodes: Mutex<Option<Arc<WayForNodes>>>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -109,6 +113,7 @@ impl Life {
             connections: Mutex::default(),
             processes: Mutex::default(),
             waiting: Mutex::default(),
+            nodes: Mutex::default(),
         })
     }
 
@@ -294,6 +299,11 @@ impl Life {
         Some(lost)
     }
 
+    /// Where nodes dial, if they may.
+    pub fn way_for_nodes(&self) -> Option<Arc<WayForNodes>> {
+        lock(&self.nodes).clone()
+    }
+
     /// Where messages to a rank go, if it is connected.
     pub fn way_to(&self, peer: PeerId) -> Option<mpsc::UnboundedSender<Vec<u8>>> {
         lock(&self.connections).get(&peer).cloned()
@@ -401,10 +411,16 @@ async fn run(
         return End::deposed().into();
     }
     let lives = world.past_lives();
-    if !lives.iter().any(|past| past.lives) {
+    if !lives.iter().any(|past| past.lives) || world.has_one_given_up() {
         world.losses.new_life();
     }
-    let past = match Past::new(lives, &world.paths.trace(), &lines) {
+    // Of processes on other hosts the run folder says no more than that they were started.
+    let on_hosts = !world.hosts.is_empty();
+    let lives = lives.into_iter().map(|past| PastLife {
+        lives: past.lives || on_hosts,
+        ..past
+    });
+    let past = match Past::new(lives.collect(), &world.paths.trace(), &lines) {
         Ok(past) => past,
         Err(error) => return halted(error.to_string()),
     };
@@ -428,12 +444,13 @@ async fn run(
     while let Ok(word) = heard.try_recv() {
         word(&ear);
     }
+    let (processes, nodes_end) = match processes(world, life, &tree, folder.tenure()).await {
+        Ok(processes) => processes,
+        Err(error) => return halted(error),
+    };
     let mut fall = Fall(tree.begin(Edges {
         ranks: Box::new(SimHub::new(world, life)),
-        processes: Box::new(WhileInCharge {
-            processes: SimNode::new(world, life),
-            tenure: folder.tenure(),
-        }),
+        processes,
         trace: Box::new(SimTrace(sink)),
         past,
     }));
@@ -447,11 +464,51 @@ async fn run(
         }
         std::future::pending::<()>().await;
     };
-    tokio::select! {
+    tokio::pin!(listening);
+    let end = tokio::select! {
         biased;
-        end = fall.0.end() => end.judged(life.holds()).into(),
-        () = listening => LifeEnd::Killed,
+        end = fall.0.end() => end.judged(life.holds()),
+        () = &mut listening => return LifeEnd::Killed,
+    };
+    if let Some(nodes) = nodes_end.filter(|_| life.holds()) {
+        tokio::select! {
+            biased;
+            () = nodes.end(end.code) => {}
+            () = &mut listening => return LifeEnd::Killed,
+        }
     }
+    end.into()
+}
+
+/// Who starts processes: the node agent of this machine, or the nodes of several hosts.
+async fn processes(
+    world: &Arc<World>,
+    life: &Arc<Life>,
+    tree: &Tree,
+    tenure: Tenure,
+) -> Result<(Box<dyn Processes>, Option<NodesEnd>), String> {
+    if world.hosts.is_empty() {
+        let processes = SimNode::new(world, life);
+        return Ok((Box::new(WhileInCharge { processes, tenure }), None));
+    }
+    let history = world.history.clone();
+    let parts = NodesParts {
+        ear: tree.ear(),
+        notify: Arc::new(move |notice| history.note(&format!("{notice:?}"))),
+        parent: tree.parent(),
+        logs: PathBuf::from("simulated"),
+        program: PROGRAM,
+        patience_ms: world.scenario.timeout_ms,
+    };
+    let nodes = Nodes::begin(&life.config.cluster, parts).await?;
+    let (way, end) = (WayForNodes::new(nodes.heard()), nodes.ending());
+    nodes.open(Box::new(NodeHub {
+        life: Arc::clone(life),
+        way: Arc::clone(&way),
+    }));
+    *lock(&life.nodes) = Some(way);
+    let processes = Noted::new(nodes, world);
+    Ok((Box::new(WhileInCharge { processes, tenure }), Some(end)))
 }
 
 /// What the production tree of a life is made of.

@@ -12,7 +12,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tarazed_actors::controller::LoopMember;
 use tarazed_actors::node::ExitCause;
-use tarazed_domain::{Incarnation, StepIndex};
+use tarazed_domain::{Incarnation, StepIndex, WorkerId};
 use tarazed_protocol::message::Member;
 use tarazed_train::harm::{Harm, Place};
 use tokio::time::Instant;
@@ -60,7 +60,7 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
     let Some(life) = world.life().filter(|life| life.is_alive()) else {
         return;
     };
-    let processes = life.processes();
+    let processes = world.processes(&life);
     let one = |random: &mut Random| -> Option<Arc<Process>> {
         let last = processes.len().checked_sub(1)?;
         Some(Arc::clone(&processes[random.between(0, last as u64) as usize]))
@@ -128,6 +128,7 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
             // A store whose listings stay old for longer is not one that the product takes.
             world.weather.stale(age, a_while.min(STALE_MAX));
         }
+        Fault::KillNode | Fault::LoseHost | Fault::CutNode => strike_host(world, kind, random),
         Fault::Resize => {
             let ranks = random.between(1, u64::from(world.scenario.lanes)) as u32;
             world.history.note(&format!("{ranks} ranks are wanted"));
@@ -140,6 +141,25 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
         | Fault::KillInRecovery
         | Fault::FlipBit
         | Fault::KillLoop => strike_controller(world, kind, random),
+    }
+}
+
+fn strike_host(world: &Arc<World>, kind: Fault, random: &mut Random) {
+    let Some(last) = world.hosts.len().checked_sub(1) else { return };
+    let host = Arc::clone(&world.hosts[random.between(0, last as u64) as usize]);
+    world.history.note(&format!("fault: {kind:?}, workers {:?}", host.workers));
+    match kind {
+        Fault::CutNode => {
+            let time = Duration::from_millis(random.between(1, world.scenario.timeout_ms * 3));
+            host.cut(world, time, random.chance(0.5));
+        }
+        _ => host.kill_node(),
+    }
+    if kind == Fault::LoseHost {
+        let lost = host.workers.clone().map(WorkerId).filter_map(|worker| world.newest_of(worker));
+        for process in lost.filter(|process| process.is_alive()) {
+            process.end(world, ExitCause::Signal(9), None);
+        }
     }
 }
 

@@ -40,6 +40,7 @@ mod gate;
 mod lives;
 mod losses;
 mod mesh;
+mod nodes;
 mod persons;
 mod process;
 mod reference;
@@ -118,6 +119,8 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
     let world = World::new(scenario, paths, history.clone())?;
     let disturbing = tokio::spawn(faults::disturb(world.clone()));
     let deciding = tokio::spawn(persons::decide(world.clone()));
+    let hosts = world.hosts.iter().map(|host| tokio::spawn(nodes::keep_up(world.clone(), host.clone())));
+    let hosts: Vec<_> = hosts.collect();
     let scenario = &world.scenario;
     let alone_ms = scenario.steps * u64::from(scenario.lanes) * scenario.lane_ms;
     let bound_ms = scenario.fault_phase_ms + LIVENESS_TIMEOUTS * scenario.timeout_ms + LIVENESS_STEPS * alone_ms;
@@ -130,6 +133,7 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
     }
     disturbing.abort();
     deciding.abort();
+    hosts.iter().for_each(tokio::task::JoinHandle::abort);
     if world.failure().is_none() {
         check_end(&world).await;
     }

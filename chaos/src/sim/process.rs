@@ -205,6 +205,9 @@ impl Process {
                 for life in world.lives() {
                     life.hear_of_dying(&me, killed.clone());
                 }
+                for host in &world.hosts {
+                    host.hear_of_dying(&me, killed.clone());
+                }
             }
             tokio::time::sleep(Duration::from_micros(random.between(50, 1_500))).await;
             for (shared, rank) in parts {
@@ -216,6 +219,9 @@ impl Process {
             world.forget(&me);
             for life in world.lives() {
                 life.hear_of(&me, cause.clone(), killed.clone());
+            }
+            for host in &world.hosts {
+                host.hear_of(&me, cause.clone(), killed.clone());
             }
         });
     }
@@ -316,11 +322,16 @@ async fn boot(world: Arc<World>, process: Arc<Process>) {
     let mut random = world.random("boot", u64::from(process.pid));
     let (life, member) = (process.life(), process.member);
     tokio::time::sleep(Duration::from_micros(random.between(500, 2_000))).await;
-    life.hear(NodeEvent::Started {
-        worker: member.worker,
-        incarnation: member.incarnation,
-        pid: process.pid,
-    });
+    if world.hosts.is_empty() {
+        life.hear(NodeEvent::Started {
+            worker: member.worker,
+            incarnation: member.incarnation,
+            pid: process.pid,
+        });
+    }
+    for host in &world.hosts {
+        host.hear_of_start(&process);
+    }
     let start_us_max = world.scenario.start_ms_max * 1000;
     tokio::time::sleep(Duration::from_micros(random.between(1_000, start_us_max))).await;
     process.until_it_runs().await;

@@ -5,6 +5,7 @@
 
 use super::random::Random;
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::Path;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{BatchRamp, Config, ConfigError};
@@ -62,11 +63,17 @@ pub enum Fault {
     TakeOver,
     /// Parts of the controller's closed loop die of themselves, now and then when a line has come.
     KillLoop,
+    /// A node process is killed; its ranks live on.
+    KillNode,
+    /// A host is lost: its node process and all its ranks at the same moment.
+    LoseHost,
+    /// What a node and the controller say does not arrive for a while; half of the time their link breaks.
+    CutNode,
 }
 
 impl Fault {
     /// Every kind.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::KillRank,
         Self::KillSeveral,
         Self::KillAll,
@@ -86,9 +93,14 @@ impl Fault {
         Self::StandStill,
         Self::TakeOver,
         Self::KillLoop,
+        Self::KillNode,
+        Self::LoseHost,
+        Self::CutNode,
     ];
     /// Those that are drawn apart from the others, and less often.
     const OF_CONTROLLERS: [Self; 2] = [Self::StandStill, Self::TakeOver];
+    /// Those of runs on several hosts.
+    const OF_NODES: [Self; 3] = [Self::KillNode, Self::LoseHost, Self::CutNode];
     /// That of the closed loop: drawn apart from all others, and it strikes at times of its own.
     const OF_LOOPS: Self = Self::KillLoop;
 }
@@ -105,6 +117,8 @@ impl Fault {
                 | Self::StoreStale
                 | Self::StandStill
                 | Self::KillLoop
+                | Self::KillNode
+                | Self::CutNode
         )
     }
 }
@@ -120,6 +134,8 @@ pub struct Scenario {
     pub ranks: u32,
     /// Processes held ready beside them.
     pub spares: u32,
+    /// Hosts with a node process each; 0 where the controller starts the ranks itself.
+    pub nodes: u32,
     /// Steps of the run.
     pub steps: u64,
     /// Optimizer shards at most.
@@ -180,14 +196,20 @@ impl Scenario {
         let lanes = random.pick(&[1, 2, 3, 4, 4, 5, 6, 8]);
         let ranks = random.between(1, u64::from(lanes.min(5))) as u32;
         let timeout_ms = random.pick(&[300, 500, 1000, 2000]);
-        let drawn = Fault::ALL
-            .into_iter()
-            .filter(|fault| !Fault::OF_CONTROLLERS.contains(fault) && *fault != Fault::OF_LOOPS);
+        let drawn = Fault::ALL.into_iter().filter(|fault| {
+            let apart = Fault::OF_CONTROLLERS.contains(fault) || Fault::OF_NODES.contains(fault);
+            !apart && *fault != Fault::OF_LOOPS
+        });
         let mut faults: Vec<Fault> = drawn.filter(|_| random.chance(0.45)).collect();
         let mut controllers = Random::of(seed, "controllers", 0);
         faults.extend(Fault::OF_CONTROLLERS.into_iter().filter(|_| controllers.chance(0.3)));
         if Random::of(seed, "loops", 0).chance(0.35) {
             faults.push(Fault::OF_LOOPS);
+        }
+        let mut hosts = Random::of(seed, "hosts", 0);
+        let nodes = if hosts.chance(0.5) { hosts.pick(&[1, 2, 2, 3]).min(ranks) } else { 0 };
+        if nodes > 0 {
+            faults.extend(Fault::OF_NODES.into_iter().filter(|_| hosts.chance(0.65)));
         }
         let mut persons = Random::of(seed, "who decides", 0);
         let wrong_update = Random::of(seed, "wrong update", 0).chance(0.06);
@@ -209,6 +231,7 @@ impl Scenario {
             lanes,
             ranks,
             spares,
+            nodes,
             steps,
             shards: random.between(1, 6) as u32,
             replicas: random.between(1, u64::from(ranks.min(3))) as u32,
@@ -289,6 +312,31 @@ impl Scenario {
         self.faults.contains(&fault)
     }
 
+    /// The workers of each host: those of the world as it begins on all of them, those that may come on the last.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Range<u32>> {
+        let each = self.ranks.div_ceil(self.nodes.max(1));
+        let first_of = |host: u32| (host * each).min(self.ranks + self.spares);
+        let last = self.lanes + self.spares + self.nodes;
+        let ends = (1..=self.nodes).map(|next| if next == self.nodes { last } else { first_of(next) });
+        (0..self.nodes).map(first_of).zip(ends).map(|(first, end)| first..end).collect()
+    }
+
+    /// The hosts, as a config has them.
+    fn nodes_text(&self) -> String {
+        if self.nodes == 0 {
+            return String::new();
+        }
+        let nodes: Vec<String> = (0..)
+            .zip(self.slots())
+            .map(|(index, workers): (u32, Range<u32>)| format!("{{name = \"host-{index}\", slots = {}}}", workers.len()))
+            .collect();
+        format!(
+            "transport = \"tcp\"\naddress = \"127.0.0.1\"\nnodes = [{}]\n",
+            nodes.join(", ")
+        )
+    }
+
     /// The run's config, at a world size.
     ///
     /// # Errors
@@ -300,6 +348,7 @@ impl Scenario {
             false => ("cosine", 0),
         };
         let (replicas, timeout_ms) = (self.replicas.min(ranks), self.timeout_ms);
+        let nodes = self.nodes_text();
         let Self {
             seed,
             lanes,
@@ -372,7 +421,7 @@ weights_interval_steps = 3
 device = "cpu"
 ranks = {ranks}
 spares = {spares}
-[fault]
+{nodes}[fault]
 timeout_ms = {timeout_ms}
 restarts_max = 1000
 restart_backoff_ms = 20
@@ -452,6 +501,7 @@ mod tests {
             ("ramp", with(|s| s.ramp.is_some()), 25..80),
             ("rollback", with(|s| !s.rollbacks.is_empty()), 25..80),
             ("persons", with(|s| s.persons), 25..60),
+            ("nodes", with(|s| s.nodes > 0), 60..140),
         ] {
             assert!(range.contains(&count), "{name}: {count} of 200 seeds");
         }

@@ -4,6 +4,7 @@ use super::controller::Life;
 use super::history::{Failure, History};
 use super::losses::Losses;
 use super::mesh::Generational;
+use super::nodes::Host;
 use super::persons::{self, Persons};
 use super::process::Process;
 use super::random::Random;
@@ -52,6 +53,8 @@ pub struct World {
     pub deposed: AtomicU64,
     /// Deaths in the closed loops of controllers.
     pub loop_deaths: AtomicU64,
+    /// Hosts with a node process each; none where the controller starts the ranks itself.
+    pub hosts: Vec<Arc<Host>>,
     /// How the store behaves.
     pub weather: Arc<Weather>,
     behind: Arc<dyn ObjectStore>,
@@ -65,6 +68,8 @@ pub struct World {
     /// The one that the run folder names to ranks.
     in_charge: Mutex<Option<Arc<Life>>>,
     another_wanted: Notify,
+    /// Lives of ranks that a controller gave up; where their node was away they may live on.
+    given_up: Mutex<BTreeSet<Member>>,
     /// Lives of ranks that were started.
     started: Mutex<BTreeSet<Member>>,
     faults_over: AtomicBool,
@@ -113,6 +118,10 @@ impl World {
             persons: Persons::default(),
             deposed: AtomicU64::new(0),
             loop_deaths: AtomicU64::new(0),
+            hosts: (0..)
+                .zip(scenario.slots())
+                .map(|(index, workers)| Arc::new(Host::new(index, workers)))
+                .collect(),
             weather: Arc::new(weather),
             behind: Arc::new(InMemory::new()),
             pids: AtomicU32::new(1),
@@ -123,6 +132,7 @@ impl World {
             lives: Mutex::default(),
             in_charge: Mutex::default(),
             another_wanted: Notify::new(),
+            given_up: Mutex::default(),
             started: Mutex::default(),
             faults_over: AtomicBool::new(false),
             compute: Mutex::new(Random::of(seed, "compute", 0)),
@@ -209,6 +219,30 @@ impl World {
     /// The newest process of a worker.
     pub fn newest_of(&self, worker: WorkerId) -> Option<Arc<Process>> {
         lock(&self.newest).get(&worker).cloned()
+    }
+
+    /// A controller gives a rank up, whether or not anybody can end it.
+    pub fn gives_up(&self, member: Member) {
+        lock(&self.given_up).insert(member);
+    }
+
+    /// Whether one that was given up is there all the same. A new controller goes on with it, and it may stand before the others or
+    /// behind them: then copies that are there do not fit together, and the state is restored.
+    pub fn has_one_given_up(&self) -> bool {
+        let given_up = lock(&self.given_up);
+        let newest = lock(&self.newest);
+        newest
+            .values()
+            .any(|process| process.is_alive() && given_up.contains(&process.member))
+    }
+
+    /// The rank processes that are there, in order: those that a controller watches, or those of all hosts.
+    pub fn processes(&self, life: &Life) -> Vec<Arc<Process>> {
+        if self.hosts.is_empty() {
+            return life.processes();
+        }
+        let newest = lock(&self.newest);
+        newest.values().filter(|process| process.is_alive()).cloned().collect()
     }
 
     /// What a new controller reads in the run folder of those that were started before.
@@ -363,7 +397,7 @@ impl World {
         let (world, life) = (Arc::clone(self), Arc::clone(life));
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
-            let processes = life.processes();
+            let processes = world.processes(&life);
             if let Some(process) = processes.get(choice as usize % processes.len().max(1)) {
                 world
                     .history
@@ -408,8 +442,17 @@ impl World {
             let number = life.number;
             self.fail(&format!("controller {number} starts {member}, and is not in charge"));
         }
+        self.check_started_once(member);
+    }
+
+    /// A life of a rank is started once (SUP-2), and beside no other of its worker.
+    pub fn check_started_once(&self, member: Member) {
         if !lock(&self.started).insert(member) {
             self.fail(&format!("{member} is started twice"));
+        }
+        let other = self.newest_of(member.worker);
+        if let Some(other) = other.filter(|other| other.is_alive()) {
+            self.fail(&format!("{member} is started while {} lives", other.member));
         }
     }
 
@@ -419,6 +462,12 @@ impl World {
         if !life.holds() {
             self.fail(&format!("controller {number} kills {member}, and is not in charge"));
         }
+        self.check_silence(process, reason);
+    }
+
+    /// Nobody is killed for silence who was never silent.
+    pub fn check_silence(&self, process: &Process, reason: &str) {
+        let member = process.member;
         let for_silence = ["no heartbeat for", "not back within", "of its start"];
         // One that takes its time to be gone is dead, and may be killed once more.
         if for_silence.iter().any(|why| reason.contains(why)) && !process.is_disturbed() && process.is_alive() {

@@ -115,6 +115,14 @@ mutants! {
     FenceIgnored,
     /// What a person asked for and was granted is not written (LOOP-2).
     PersonUnheard,
+    /// A node starts a life that has been there before (SUP-2).
+    NodeStartsTwice,
+    /// A node starts a worker's next life beside the one that is there (SUP-2).
+    NodeStartsBeside,
+    /// Whoever is to end on a node that is away is waited for.
+    AwayAwaited,
+    /// A node that is back is not told what is wanted of it.
+    BackUntold,
 }
 
 /// Turns off what guards the state, from a program's start.

@@ -41,6 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         norm_eps: 1e-5,
         init_std: 0.02,
         norm_init: 1.0,
+        initial: None,
     };
     let layout = parameter_layout(&config, BLOCK_ELEMENTS);
     let model = Model::new(&config, &layout, CpuDevice::new())?;

@@ -48,6 +48,7 @@ mod tests {
             norm_eps: 1e-5,
             init_std: 0.02,
             norm_init: 1.0,
+            initial: None,
         };
         let matrices = 6.0 * (8.0 * (8.0 + 8.0 + 4.0 + 4.0 + 3.0 * 16.0) + 80.0);
         let attention = 12.0 * 1.0 * 4.0 * 2.0 * 5.0;

@@ -45,7 +45,7 @@ use crate::message::{BarrierOutcome, BeginPlan, Member, RestoreFrom};
 use crate::placement::Placement;
 use crate::restart::RestartLimiter;
 use crate::rollback::Rollbacks;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tarazed_domain::{Generation, Incarnation, Mutant, Rank, StepsCompleted, WorkerId};
 use trial::Trial;
@@ -186,6 +186,10 @@ pub struct Coordinator {
     refuted: Option<StepsCompleted>,
     /// What was wrong with those whose objects could not be read, since a checkpoint was committed.
     unreadable: Vec<String>,
+    /// Nodes on which nobody starts or ends processes now.
+    away: BTreeSet<u32>,
+    /// Newer lives than are known here that said they are ready: which, address, process id and newest generation.
+    unexpected: BTreeMap<WorkerId, (Incarnation, String, u32, Generation)>,
     /// Relative speeds of those that are not as fast as the rest.
     slow: BTreeMap<Member, u32>,
     /// Since when other lanes would make steps much shorter, and when that was last looked at.
@@ -219,6 +223,7 @@ impl Coordinator {
     pub fn new(options: Options, generation: Generation, written: StepsCompleted) -> Self {
         let fruitless = RestartLimiter::new(options.restarts_max.saturating_mul(4).max(8), 0);
         let stall_ms = options.timeouts.failure_ms;
+        let away = options.hosts.iter().copied().collect();
         Self {
             options,
             workers: Workers::default(),
@@ -243,6 +248,8 @@ impl Coordinator {
             distrusted: false,
             refuted: None,
             unreadable: Vec::new(),
+            away,
+            unexpected: BTreeMap::new(),
             slow: BTreeMap::new(),
             uneven_since_ms: None,
             looked_at_pace_ms: 0,

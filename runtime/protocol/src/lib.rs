@@ -14,6 +14,7 @@
 //! | [`checkpoint`] | when a checkpoint is whole and may be committed (CKPT-1) |
 //! | [`schedule`] | when a checkpoint is due by the clock, also after Young and Daly |
 //! | [`data`] | samples, mixture, signals and decisions (DATA-1, DATA-2, LOOP-1) |
+//! | [`nodes`] | which processes each host is to have, and what became of them (SUP-2, NODE-1) |
 //! | [`message`] | what travels between controller and ranks |
 //! | [`trace`] | a line of the committed trace |
 
@@ -23,6 +24,7 @@ pub mod coordinator;
 pub mod data;
 pub mod ledger;
 pub mod message;
+pub mod nodes;
 pub mod placement;
 pub mod restart;
 pub mod rollback;

@@ -485,24 +485,26 @@ macro_rules! codec {
             ///
             /// # Errors
             /// If rkyv cannot serialise it (out of memory).
-            pub fn encode(&self) -> Result<Vec<u8>, Malformed> {
+            pub fn encode(&self) -> Result<Vec<u8>, $crate::message::Malformed> {
                 rkyv::to_bytes::<rkyv::rancor::Error>(self)
                     .map(|bytes| bytes.to_vec())
-                    .map_err(|e| Malformed(e.to_string()))
+                    .map_err(|e| $crate::message::Malformed(e.to_string()))
             }
 
             /// The message in `bytes`, whatever their alignment.
             ///
             /// # Errors
             /// If they hold no such message.
-            pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+            pub fn decode(bytes: &[u8]) -> Result<Self, $crate::message::Malformed> {
                 let mut aligned = rkyv::util::AlignedVec::<16>::with_capacity(bytes.len());
                 aligned.extend_from_slice(bytes);
-                rkyv::from_bytes::<Self, rkyv::rancor::Error>(&aligned).map_err(|e| Malformed(e.to_string()))
+                rkyv::from_bytes::<Self, rkyv::rancor::Error>(&aligned)
+                    .map_err(|e| $crate::message::Malformed(e.to_string()))
             }
         }
     };
 }
+pub(crate) use codec;
 codec!(ToRank);
 codec!(FromRank);
 

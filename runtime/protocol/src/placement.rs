@@ -10,7 +10,7 @@ pub enum ShardOrigin {
     Keep,
     /// From this rank, once that rank stands at the base step.
     CopyFrom(Rank),
-    /// From the seed: the run begins.
+    /// From the seed, or the weights that the config names: the run begins.
     Initialise,
     /// From the checkpoint named in the plan.
     Restore,

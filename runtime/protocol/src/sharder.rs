@@ -1,8 +1,9 @@
 //! Which worker holds which optimizer shard (DESIGN.md section 4).
 //!
 //! Every shard has `copies` holders on different workers, its primary first. The assignment moves as little as it can:
-//! a worker that holds a shard whole keeps it while that leaves the load even. Pure and deterministic: the same
-//! holdings and roster give the same map. Placement never shows in a number; it decides only who works.
+//! a worker that holds a shard whole keeps it while that leaves the load even. Where workers run on several hosts, the copies of
+//! a shard lie on different ones, so that a host may be lost; as long as nobody thereby holds twice an even share. Pure and
+//! deterministic: the same holdings and roster give the same map. Placement never shows in a number; it decides only who works.
 
 use std::collections::VecDeque;
 use tarazed_domain::{OptimizerShardIndex, Rank};
@@ -36,7 +37,19 @@ impl ShardMap {
 #[must_use]
 pub fn assign(shard_count: usize, world_size: usize, copies: usize, whole: &[Vec<Rank>]) -> ShardMap {
     assert_eq!(whole.len(), shard_count, "one list of whole holders per shard");
-    let placed = place(shard_count, world_size, copies, |shard| &whole[shard]);
+    assign_apart(shard_count, world_size, copies, &[], whole)
+}
+
+/// As [`assign`], with the host of each rank, by rank; none where all are on one.
+#[must_use]
+pub fn assign_apart(
+    shard_count: usize,
+    world_size: usize,
+    copies: usize,
+    hosts: &[u32],
+    whole: &[Vec<Rank>],
+) -> ShardMap {
+    let placed = place(shard_count, world_size, copies, hosts, |shard| &whole[shard]);
     ShardMap {
         holders: placed.all().map(<[Rank]>::to_vec).collect(),
     }
@@ -64,12 +77,13 @@ impl Placed {
     }
 }
 
-/// As [`assign`], with `whole` as a function, so that a large world needs no list per shard. It may name ranks past the
+/// As [`assign_apart`], with `whole` as a function, so that a large world needs no list per shard. It may name ranks past the
 /// world, which hold a shard now and are to hold none.
 pub(crate) fn place<'a>(
     shard_count: usize,
     world_size: usize,
     copies: usize,
+    hosts: &[u32],
     whole: impl Fn(usize) -> &'a [Rank],
 ) -> Placed {
     assert!(world_size > 0, "a world has ranks");
@@ -112,7 +126,8 @@ pub(crate) fn place<'a>(
         for &shard in &order {
             let holders = &mut placed.ranks[shard as usize * copies..][..=copy];
             let candidates = whole(shard as usize).iter().copied();
-            let candidate = replicas.least_loaded_of(candidates.filter(|rank| !holders[..copy].contains(rank)));
+            let is_free = |rank: &Rank| !holders[..copy].contains(rank) && is_apart(hosts, *rank, &holders[..copy]);
+            let candidate = replicas.least_loaded_of(candidates.filter(is_free));
             match candidate {
                 Some(rank) => {
                     replicas.take(rank);
@@ -123,10 +138,22 @@ pub(crate) fn place<'a>(
         }
         for shard in left {
             let holders = &mut placed.ranks[shard as usize * copies..][..=copy];
-            holders[copy] = replicas.take_least_loaded(&holders[..copy]);
+            holders[copy] = match replicas.least_loaded_apart(hosts, &holders[..copy]) {
+                Some(rank) => {
+                    replicas.take(rank);
+                    rank
+                }
+                None => replicas.take_least_loaded(&holders[..copy]),
+            };
         }
     }
     placed
+}
+
+/// Whether a rank's host is none of the `holders`'; a rank past the world has none.
+fn is_apart(hosts: &[u32], rank: Rank, holders: &[Rank]) -> bool {
+    let host = |rank: Rank| hosts.get(rank.index());
+    hosts.is_empty() || holders.iter().all(|&holder| host(holder) != host(rank))
 }
 
 /// Shards in order of how many hold them whole, none counted as one; of equals the first first.
@@ -157,6 +184,8 @@ fn scarcest_first(shard_count: usize, whole_count: impl Fn(usize) -> usize) -> V
 struct Quota {
     loads: Vec<u32>,
     share: u32,
+    /// Twice an even share, rounded up.
+    cap: u32,
     /// How many ranks may still take one more than the even share.
     extra: usize,
     /// No rank has a smaller load. Loads only grow, so a search goes on where the last one ended.
@@ -173,6 +202,7 @@ impl Quota {
         Self {
             loads: vec![0; world_size],
             share: (shard_count / world_size) as u32,
+            cap: 2 * shard_count.div_ceil(world_size) as u32,
             extra: shard_count % world_size,
             least: 0,
             searched: 0,
@@ -203,6 +233,14 @@ impl Quota {
     fn least_loaded_of(&self, ranks: impl Iterator<Item = Rank>) -> Option<Rank> {
         let with_room = ranks.filter(|&rank| self.has_room(rank));
         with_room.min_by_key(|&rank| self.load(rank))
+    }
+
+    /// The first of the ranks with the least load on other hosts than the `holders`', unless it has twice an even share. Nobody
+    /// where all are on one host.
+    fn least_loaded_apart(&self, hosts: &[u32], holders: &[Rank]) -> Option<Rank> {
+        let ranks = (0..hosts.len() as u32).map(Rank);
+        let apart = ranks.filter(|&rank| is_apart(hosts, rank, holders) && self.loads[rank.index()] < self.cap);
+        apart.min_by_key(|&rank| self.load(rank))
     }
 
     /// Takes the first of the ranks with the least load, besides those in `not`.
@@ -390,6 +428,41 @@ mod tests {
         fn the_same_holdings_give_the_same_map(shards in 1usize..20, world in 1usize..6) {
             let first = assign(shards, world, 2, &vec![vec![]; shards]);
             prop_assert_eq!(&assign(shards, world, 2, first.all()), &first, "a map is stable under itself");
+        }
+
+        /// Losing a host loses no shard, whoever held what before: as long as two hosts are there, and of one size.
+        #[test]
+        fn copies_lie_on_different_hosts(
+            shards in 1usize..40, count in 2usize..5, per_host in 1usize..5, lost in 0usize..4, scattered in any::<bool>(),
+        ) {
+            let (world, lost) = (count * per_host, (lost % count) as u32);
+            let host_of = |rank: usize| (if scattered { rank % count } else { rank / per_host }) as u32;
+            let hosts: Vec<u32> = (0..world).map(host_of).collect();
+            let apart = |map: &ShardMap, hosts: &[u32]| map.all().iter().all(|holders| {
+                hosts[holders[0].index()] != hosts[holders[1].index()]
+            });
+            let before = assign_apart(shards, world, 2, &hosts, &vec![vec![]; shards]);
+            let (primaries, all) = check(&before, world, 2);
+            prop_assert!(apart(&before, &hosts));
+            prop_assert!(primaries.iter().max().unwrap() - primaries.iter().min().unwrap() <= 1);
+            prop_assert!(*all.iter().max().unwrap() <= 3 * shards.div_ceil(world), "{all:?}");
+            prop_assert_eq!(&assign_apart(shards, world, 2, &hosts, before.all()), &before, "stable");
+
+            // The others go on, renumbered densely; then the host is back, and holds nothing.
+            let left: Vec<usize> = (0..world).filter(|&rank| hosts[rank] != lost).collect();
+            let renumber = |rank: &Rank| left.iter().position(|&old| old == rank.index()).map(|new| Rank(new as u32));
+            let whole: Vec<Vec<Rank>> =
+                before.all().iter().map(|holders| holders.iter().filter_map(renumber).collect()).collect();
+            prop_assert!(whole.iter().all(|holders| !holders.is_empty()), "nothing is lost with a host");
+            let left_hosts: Vec<u32> = left.iter().map(|&rank| hosts[rank]).collect();
+            let alone = count == 2;
+            let during = assign_apart(shards, left.len(), 2, if alone { &[] } else { &left_hosts }, &whole);
+            check(&during, left.len(), 2);
+            prop_assert!(alone || apart(&during, &left_hosts));
+            let whole: Vec<Vec<Rank>> = during.all().iter()
+                .map(|holders| holders.iter().map(|rank| Rank(left[rank.index()] as u32)).collect()).collect();
+            let after = assign_apart(shards, world, 2, &hosts, &whole);
+            prop_assert!(apart(&after, &hosts), "it is used again");
         }
 
         /// Searching on finds whom searching all ranks finds.

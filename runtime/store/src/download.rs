@@ -91,16 +91,27 @@ impl CheckpointStore {
         &'a self,
         manifest: &'a Manifest,
     ) -> impl Stream<Item = Result<WeightsPart, StoreError>> + Send + 'a {
-        futures::stream::iter(&manifest.shards).then(move |record| async move {
-            let geometry = manifest.geometry(record.shard)?;
-            self.check_length(&record.object).await?;
-            let mut values = zeros(geometry.elements())?;
-            self.read_shard(manifest, record.shard, [Some(&mut values), None, None])
-                .await?;
-            Ok(WeightsPart {
-                first_element: geometry.first_element(),
-                values,
-            })
+        futures::stream::iter(&manifest.shards)
+            .then(move |record| async move { self.get_weights(manifest, record.shard).await })
+    }
+
+    /// The master weights of one checkpoint shard; all of its bytes are hashed.
+    ///
+    /// # Errors
+    /// As [`Self::get_shard`].
+    pub async fn get_weights(
+        &self,
+        manifest: &Manifest,
+        shard: OptimizerShardIndex,
+    ) -> Result<WeightsPart, StoreError> {
+        let geometry = manifest.geometry(shard)?;
+        self.check_length(&manifest.shard(shard)?.object).await?;
+        let mut values = zeros(geometry.elements())?;
+        self.read_shard(manifest, shard, [Some(&mut values), None, None])
+            .await?;
+        Ok(WeightsPart {
+            first_element: geometry.first_element(),
+            values,
         })
     }
 

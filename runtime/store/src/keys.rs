@@ -18,6 +18,7 @@ pub(crate) const MANIFESTS: &str = "manifests";
 pub(crate) const SHARDS: &str = "shards";
 pub(crate) const SELF_TEST: &str = "self-test";
 const RECORD_SUFFIX: &str = ".jsonl";
+const MANIFEST_SUFFIX: &str = ".manifest";
 const DIGITS: usize = 20;
 /// Places of a chain: a record each millisecond fills them in thirty thousand years. Anybody may put an object with a higher
 /// number there, and with a bound none makes a sum of places overflow.
@@ -29,9 +30,21 @@ pub(crate) fn record(sequence: u64) -> String {
 
 pub(crate) fn manifest(step: StepsCompleted, generation: Generation, digest: &Digest) -> String {
     format!(
-        "{MANIFESTS}/{:0DIGITS$}/{:0DIGITS$}-{digest}.manifest",
+        "{MANIFESTS}/{:0DIGITS$}/{:0DIGITS$}-{digest}{MANIFEST_SUFFIX}",
         step.0, generation.0
     )
+}
+
+/// Where the manifests of a step lie.
+pub(crate) fn manifests_of(step: StepsCompleted) -> String {
+    format!("{MANIFESTS}/{:0DIGITS$}", step.0)
+}
+
+/// Whether the key of a manifest names this digest.
+pub(crate) fn is_manifest_of(key: &str, digest: &Digest) -> bool {
+    let name = key.strip_suffix(MANIFEST_SUFFIX);
+    name.and_then(|name| name.strip_suffix(&digest.to_string()))
+        .is_some_and(|rest| rest.ends_with('-'))
 }
 
 pub(crate) fn shard(
@@ -106,6 +119,9 @@ mod tests {
         assert_eq!(step_and_generation_of(&key), Some((step, generation)));
         let key = manifest(step, generation, &Digest::of(b"x"));
         assert_eq!(step_and_generation_of(&key), Some((step, generation)));
+        let digest = Digest::of(b"x");
+        assert!(is_manifest_of(&key, &digest) && key.starts_with(&format!("{}/", manifests_of(step))));
+        assert!(!is_manifest_of(&key, &Digest::of(b"y")) && !is_manifest_of(&format!("{digest}.manifest"), &digest));
         assert_eq!(step_and_generation_of(&record(1)), None);
         let root = Path::from("bucket folder/run");
         assert_eq!(relative(&root, &full(&root, &key)), Some(key));

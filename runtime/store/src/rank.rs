@@ -2,7 +2,7 @@
 //! commits or claims is the controller's handle alone, so no defect of a rank can lose a checkpoint.
 
 use crate::digest::Digest;
-use crate::download::ShardState;
+use crate::download::{ShardState, WeightsPart};
 use crate::error::StoreError;
 use crate::manifest::{Manifest, ObjectRecord, ShardRecord};
 use crate::shard_file::ShardGeometry;
@@ -65,6 +65,26 @@ impl RankStore {
     /// As there.
     pub async fn get_shard(&self, manifest: &Manifest, shard: OptimizerShardIndex) -> Result<ShardState, StoreError> {
         self.0.get_shard(manifest, shard).await
+    }
+
+    /// The manifest of exactly these bytes, wherever it lies; see [`CheckpointStore::manifest_named`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn manifest_named(&self, blake3: Digest, step: Option<StepsCompleted>) -> Result<Manifest, StoreError> {
+        self.0.manifest_named(blake3, step).await
+    }
+
+    /// The master weights of one checkpoint shard; see [`CheckpointStore::get_weights`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn get_weights(
+        &self,
+        manifest: &Manifest,
+        shard: OptimizerShardIndex,
+    ) -> Result<WeightsPart, StoreError> {
+        self.0.get_weights(manifest, shard).await
     }
 }
 

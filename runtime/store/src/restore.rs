@@ -314,6 +314,54 @@ impl CheckpointStore {
         Manifest::decode(key, &bytes)
     }
 
+    /// The manifest whose bytes have this digest, for a process that is told no more of a checkpoint than that, and its step
+    /// perhaps. Reads no record: whether the checkpoint stands is the teller's knowledge.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if no manifest has that digest in its name, [`StoreError::Corrupt`] if the one that has is another;
+    /// else by cause.
+    pub async fn manifest_named(&self, blake3: Digest, step: Option<StepsCompleted>) -> Result<Manifest, StoreError> {
+        let folder = step.map_or_else(|| keys::MANIFESTS.to_string(), keys::manifests_of);
+        let listed = self.list_objects(&folder).await?;
+        let found = listed.into_iter().find(|(key, _)| keys::is_manifest_of(key, &blake3));
+        let Some((key, meta)) = found else {
+            return Err(StoreError::NotFound {
+                what: format!(
+                    "a manifest with the BLAKE3 {blake3} below {folder} in {}",
+                    self.location()
+                ),
+                remedy: "list the checkpoints there are".to_string(),
+            });
+        };
+        let length = meta.size;
+        self.manifest_at(&ObjectRecord { key, length, blake3 }).await
+    }
+
+    /// The checkpoint whose manifest has this digest: the one name of it that pins every byte, since a manifest has the digest of
+    /// each object. None where no checkpoint that stands has it; a retired one does not.
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] or [`StoreError::NotFound`] if its manifest or the length of a checkpoint shard is not as recorded;
+    /// else by cause.
+    pub async fn by_manifest(&self, blake3: Digest) -> Result<Option<Restorable>, StoreError> {
+        let judgement = self.chain().await?.judge();
+        let is_named = |record: &CommitRecord| manifest_of(record).is_some_and(|(_, _, digest)| digest == blake3);
+        let Some(standing) = judgement.commits().find(|standing| is_named(&standing.record)) else {
+            return Ok(None);
+        };
+        let Some(reference) = standing.reference() else {
+            return Ok(None);
+        };
+        let (manifest, _) = self.examine(&standing.record, Depth::Quick).await?;
+        Ok(Some(Restorable {
+            reference,
+            record: standing.record.clone(),
+            object: manifest_object(&standing.record)?,
+            manifest,
+            warnings: judgement.problems.clone(),
+        }))
+    }
+
     /// All checkpoints that the chain knows, newest first, retired ones included; reads no manifest.
     ///
     /// # Errors

@@ -13,8 +13,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_store::{
-    CheckpointState, CheckpointStore, Depth, Fence, Manifest, Retention, Select, ShardGeometry, ShardPayload,
-    StoreError,
+    CheckpointState, CheckpointStore, Depth, Fence, Manifest, RankStore, Retention, Select, ShardGeometry,
+    ShardPayload, StoreError,
 };
 
 fn open(objects: &Arc<dyn ObjectStore>, number: u8) -> CheckpointStore {
@@ -652,4 +652,41 @@ async fn a_manifest_is_read_by_its_very_bytes_and_not_by_its_step() {
             "{error}"
         );
     }
+}
+
+// CKPT-4: a checkpoint is found by the digest of its manifest, as long as it stands; whoever is told the digest needs no record, and
+// nothing else passes for it.
+#[tokio::test]
+async fn a_checkpoint_is_found_by_the_digest_of_its_manifest() {
+    let objects = memory();
+    let store = open(&objects, 1);
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [5, 10, 15] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let wanted = store.at_step(StepsCompleted(10)).await.unwrap();
+    let digest = wanted.object.blake3;
+    let found = store.by_manifest(digest).await.unwrap().unwrap();
+    assert_eq!((found.reference, &found.manifest), (wanted.reference, &wanted.manifest));
+    let other = tarazed_store::Digest::of(b"other");
+    assert!(store.by_manifest(other).await.unwrap().is_none());
+
+    let reader = RankStore::from(open(&objects, 2));
+    for step in [None, Some(StepsCompleted(10))] {
+        assert_eq!(reader.manifest_named(digest, step).await.unwrap(), wanted.manifest);
+    }
+    for (digest, step) in [(digest, Some(StepsCompleted(5))), (other, None)] {
+        let error = reader.manifest_named(digest, step).await.unwrap_err();
+        assert!(matches!(error, StoreError::NotFound { .. }), "{error}");
+    }
+    let geometry = geometries()[1];
+    let part = reader.get_weights(&wanted.manifest, geometry.shard).await.unwrap();
+    assert_eq!(part.first_element, geometry.first_element());
+    assert_eq!(part.values, common::values(10, &geometry, 0));
+
+    store.gc(&fence, Retention::last(1)).await.unwrap();
+    assert!(
+        store.by_manifest(digest).await.unwrap().is_none(),
+        "a retired one is none"
+    );
 }

@@ -1,8 +1,8 @@
 //! The command line: which commands there are. Each command's options and work stand in its own file.
 
 use crate::commands::{
-    bench, checkpoint, data, decide, eval, export, generate, gpu_check, plan, rank, resize, status, tokenizer, trace,
-    train, watch,
+    bench, checkpoint, data, decide, eval, export, generate, gpu_check, import, node, plan, rank, resize, status,
+    tokenizer, trace, train, watch,
 };
 use clap::{Parser, Subcommand};
 
@@ -27,11 +27,14 @@ pub struct Cli {
 /// The commands that work.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Train; a run folder that holds the run is resumed.
+    /// Train; a run folder that holds the run is resumed. Where the config names nodes, this is the controller alone.
+    #[command(visible_alias = "controller")]
     Train(train::Args),
     /// One rank process; started by `train`.
     #[command(hide = true)]
     Rank(rank::Args),
+    /// Stand for one host of a run whose ranks run on several ([[cluster.nodes]]): start, watch and end its rank processes.
+    Node(node::Args),
     /// Show where a run stands.
     Status(status::Args),
     /// Show a run live, redrawn in place: figures, workers, mixture, incidents, loss curve. Ctrl-C leaves it.
@@ -54,6 +57,8 @@ pub enum Command {
     Eval(eval::Args),
     /// Write a checkpoint as a Hugging Face folder, which loads as LlamaForCausalLM.
     Export(export::Args),
+    /// Begin a store of checkpoints with the weights of a Hugging Face folder: the way back of export.
+    Import(import::Args),
     /// Prepare data, look into them, look for benchmark text, export tokens, bring more into a running training.
     #[command(subcommand)]
     Data(data::Command),

@@ -6,12 +6,14 @@
 pub mod choices;
 pub mod cli;
 pub mod commands;
+pub mod dashboard;
 pub mod exit;
 pub mod finale;
 #[cfg(feature = "cuda")]
 pub mod gpu_check;
 pub mod hugging_face;
 pub mod inference;
+pub mod initial;
 pub mod mixture;
 pub mod outlet;
 pub mod output;
@@ -20,6 +22,7 @@ pub mod plan;
 pub mod progress;
 pub mod run_folder;
 pub mod screen;
+pub mod signals;
 pub mod source;
 pub mod telemetry;
 pub mod watch;

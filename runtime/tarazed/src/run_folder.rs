@@ -62,6 +62,12 @@ impl RunFolder {
         self.0.join("control.token")
     }
 
+    /// Address of a live run's page; readable by the owner alone.
+    #[must_use]
+    pub fn dashboard_url(&self) -> PathBuf {
+        self.0.join("dashboard.url")
+    }
+
     /// The log of one process, e.g. `controller` or `worker-3`.
     #[must_use]
     pub fn log(&self, process: &str) -> PathBuf {

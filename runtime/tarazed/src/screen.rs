@@ -26,9 +26,17 @@ const SAVING_SHOWN_AFTER_MS: u64 = 1_000;
 /// Least time between two lines of how far one checkpoint is.
 const SAVING_LINE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// What the thread that writes is given.
+enum Item {
+    /// Something happened in the run.
+    Notice(Notice),
+    /// Something is to be said that no notice tells.
+    Said(Incident),
+}
+
 /// The thread that writes.
 pub struct Screen {
-    outlet: Outlet<Notice>,
+    outlet: Outlet<Item>,
     metrics: Metrics,
 }
 
@@ -48,11 +56,15 @@ impl Screen {
     /// Starts it on whatever `print` writes to.
     fn start_on(mut lines: Lines, metrics: Metrics, print: impl Fn(&str) + Send + 'static) -> Result<Self, Failure> {
         let began = Instant::now();
-        let write = move |dropped, notice| {
+        let write = move |dropped, item| {
             if dropped > 0 {
                 print(&(lines.dropped(dropped) + "\n"));
             }
-            for line in lines.on(began.elapsed(), &notice) {
+            let said = match item {
+                Item::Notice(notice) => lines.on(began.elapsed(), &notice),
+                Item::Said(incident) => vec![incident.render(lines.style)],
+            };
+            for line in said {
                 print(&(line + "\n"));
             }
         };
@@ -68,11 +80,16 @@ impl Screen {
 
     /// What hears notices; it never blocks.
     pub fn listener(&self) -> impl Fn(Notice) + Send + Sync + use<> {
-        let (feed, metrics): (Feed<Notice>, Metrics) = (self.outlet.feed(), self.metrics.clone());
+        let (feed, metrics): (Feed<Item>, Metrics) = (self.outlet.feed(), self.metrics.clone());
         move |notice| {
             measure(&metrics, &notice);
-            feed.put(notice);
+            feed.put(Item::Notice(notice));
         }
+    }
+
+    /// Says something between the lines that notices make; it never blocks.
+    pub fn say(&self, incident: Incident) {
+        self.outlet.feed().put(Item::Said(incident));
     }
 
     /// Writes what waits and ends, within [`DRAIN_TIMEOUT_MS`]; whether all was written.
@@ -83,10 +100,10 @@ impl Screen {
 }
 
 /// Progress, but for the rare line that carries held-out losses.
-fn is_expendable(notice: &Notice) -> bool {
-    match notice {
-        Notice::Line { line, .. } => line.heldout.is_none(),
-        Notice::Saving(_) | Notice::Durability { .. } => true,
+fn is_expendable(item: &Item) -> bool {
+    match item {
+        Item::Notice(Notice::Line { line, .. }) => line.heldout.is_none(),
+        Item::Notice(Notice::Saving(_) | Notice::Durability { .. }) => true,
         _ => false,
     }
 }
@@ -130,6 +147,8 @@ pub struct Lines {
     losses: BTreeMap<String, f64>,
     generation: u64,
     generation_ranks: u32,
+    /// What step 0 begins from.
+    beginning: &'static str,
     shown_at: Option<Duration>,
     /// The checkpoint whose progress was shown last, and when.
     saving_shown: Option<(StepsCompleted, Duration)>,
@@ -141,17 +160,18 @@ impl Lines {
     /// For a run of `config` that stops at `last_step`.
     #[must_use]
     pub fn new(config: &Config, last_step: StepsCompleted, style: Style) -> Self {
-        let domains = config.data.domains.iter();
         Self {
             style,
             steps: last_step.0,
             ranks: config.cluster.ranks,
-            languages: domains
-                .map(|domain| (domain.name.clone(), domain.language.name()))
-                .collect(),
+            languages: languages_of(config),
             losses: BTreeMap::new(),
             generation: 0,
             generation_ranks: 0,
+            beginning: match config.model.initial {
+                Some(_) => "from the weights that model.initial names",
+                None => "from the seed",
+            },
             shown_at: None,
             saving_shown: None,
             next_domain: 0,
@@ -180,8 +200,8 @@ impl Lines {
         }
         let incidents = match notice {
             Notice::Decided(decisions) => {
-                self.learn(decisions);
-                decisions.iter().map(|decision| self.decision(decision)).collect()
+                learn(&mut self.languages, decisions);
+                decisions.iter().map(decision).collect()
             }
             Notice::Saving(progress) => self.saving(now, progress).into_iter().collect(),
             other => self.incident(other).into_iter().collect::<Vec<_>>(),
@@ -219,6 +239,13 @@ impl Lines {
                     output::short(Path::new(store)).display()
                 ))
             }
+            Notice::AwaitingNodes { nodes, address } => stage(format!(
+                "ranks run on the nodes {}: start `tarazed node --run-dir DIR --name NAME` on each; they dial {address}",
+                nodes.join(", ")
+            )),
+            Notice::NodeBack { node, host, lives } => {
+                stage(format!("node {node} is there (host {host}, {lives} ranks alive)"))
+            }
             Notice::RankStarted { member, pid } => stage(format!("{member}: started as process {pid}")),
             Notice::RankReady { member, after_ms } => stage(format!("{member}: ready after {after_ms} ms")),
             Notice::RankLost { member, cause } => Some(Incident::RankLost {
@@ -235,7 +262,7 @@ impl Lines {
             } => {
                 (self.generation, self.generation_ranks) = (generation.0, *ranks as u32);
                 let from = match (restored, base.0) {
-                    (true, 0) => "from the seed",
+                    (true, 0) => self.beginning,
                     (true, _) => "from a checkpoint",
                     (false, _) => "from the ranks' own state",
                 };
@@ -278,54 +305,6 @@ impl Lines {
             shards: progress.shards as u64,
             for_ms: progress.for_ms,
         })
-    }
-
-    /// Languages of domains that come while the run is watched; of those that came before, "other" is said.
-    fn learn(&mut self, decisions: &[Decision]) {
-        for edition in data_changes(decisions).flat_map(|(_, change)| &change.domains) {
-            if let Some(language) = Language::from_name(&edition.language) {
-                self.languages.insert(edition.name.clone(), language.name());
-            }
-        }
-    }
-
-    fn decision(&self, decision: &Decision) -> Incident {
-        let what = match &decision.kind {
-            DecisionKind::Mixture { weights } => format!("mixture {}", shares(weights)),
-            DecisionKind::Advice { weights } => format!("advice: mixture {}", shares(weights)),
-            DecisionKind::Pin => "mixture pinned".to_owned(),
-            DecisionKind::Release => "mixture released".to_owned(),
-            DecisionKind::Veto { decision } => format!("veto of decision {decision}"),
-            DecisionKind::LearningRate { factor } => format!("learning rate times {factor}"),
-            DecisionKind::Decay => "learning rate decays".to_owned(),
-            DecisionKind::SpikeBounds(bounds) => format!("spikes above gradient norm {:.3}", bounds.grad_norm),
-            DecisionKind::Rollback { to, .. } => format!("back to the state after step {to}"),
-            DecisionKind::RollbackNotice { to } => {
-                format!(
-                    "notice: back to the state after step {to}, unless decision {} is vetoed in time",
-                    decision.id
-                )
-            }
-            DecisionKind::Stop => "the run stops".to_owned(),
-            DecisionKind::Data(change) => {
-                let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();
-                let mixture = match change.weights.as_slice() {
-                    weights if change.states_mixture() => format!("; mixture {}", shares(weights)),
-                    [] => String::new(),
-                    new => {
-                        let percent = new.iter().map(|share| format!("{:.1}%", 100.0 * share));
-                        format!("; shares of new domains {}", percent.collect::<Vec<_>>().join(" "))
-                    }
-                };
-                let version = change.version.get(..16).unwrap_or_default();
-                format!("data set {version} brings {}{mixture}", names.join(", "))
-            }
-        };
-        let what = format!("{what} ({})", decision.reason);
-        Incident::Decision {
-            effective_step: decision.effective.completed().0,
-            what,
-        }
     }
 
     fn progress(
@@ -381,8 +360,70 @@ impl Lines {
     }
 }
 
+fn decision(decision: &Decision) -> Incident {
+    Incident::Decision {
+        effective_step: decision.effective.completed().0,
+        what: format!("{} ({})", decided(decision), decision.reason),
+    }
+}
+
+/// What a decision says, in words, without its reason.
+pub(crate) fn decided(decision: &Decision) -> String {
+    match &decision.kind {
+        DecisionKind::Mixture { weights } => format!("mixture {}", shares(weights)),
+        DecisionKind::Advice { weights } => format!("advice: mixture {}", shares(weights)),
+        DecisionKind::Pin => "mixture pinned".to_owned(),
+        DecisionKind::Release => "mixture released".to_owned(),
+        DecisionKind::Veto { decision } => format!("veto of decision {decision}"),
+        DecisionKind::LearningRate { factor } => format!("learning rate times {factor}"),
+        DecisionKind::Decay => "learning rate decays".to_owned(),
+        DecisionKind::SpikeBounds(bounds) => format!("spikes above gradient norm {:.3}", bounds.grad_norm),
+        DecisionKind::Rollback { to, .. } => format!("back to the state after step {to}"),
+        DecisionKind::RollbackNotice { to } => {
+            format!(
+                "notice: back to the state after step {to}, unless decision {} is vetoed in time",
+                decision.id
+            )
+        }
+        DecisionKind::Stop => "the run stops".to_owned(),
+        DecisionKind::Data(change) => {
+            let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();
+            let mixture = match change.weights.as_slice() {
+                weights if change.states_mixture() => format!("; mixture {}", shares(weights)),
+                [] => String::new(),
+                new => {
+                    let percent = new.iter().map(|share| format!("{:.1}%", 100.0 * share));
+                    format!("; shares of new domains {}", percent.collect::<Vec<_>>().join(" "))
+                }
+            };
+            let version = change.version.get(..16).unwrap_or_default();
+            format!("data set {version} brings {}{mixture}", names.join(", "))
+        }
+    }
+}
+
+/// Languages of the domains that a run of `config` begins with.
+pub(crate) fn languages_of(config: &Config) -> BTreeMap<String, &'static str> {
+    let domains = config.data.domains.iter();
+    domains
+        .map(|domain| (domain.name.clone(), domain.language.name()))
+        .collect()
+}
+
+/// Languages of domains that come while a run is watched; of one that nobody told of, "other" is said.
+pub(crate) fn learn(languages: &mut BTreeMap<String, &'static str>, decisions: &[Decision]) {
+    for edition in data_changes(decisions).flat_map(|(_, change)| &change.domains) {
+        if let Some(language) = Language::from_name(&edition.language) {
+            languages.insert(edition.name.clone(), language.name());
+        }
+    }
+}
+
 /// Held-out loss of each domain, then of each language, weighted by tokens.
-fn by_language(held_out: &DomainMap<DomainLoss>, languages: &BTreeMap<String, &'static str>) -> Vec<(String, f64)> {
+pub(crate) fn by_language(
+    held_out: &DomainMap<DomainLoss>,
+    languages: &BTreeMap<String, &'static str>,
+) -> Vec<(String, f64)> {
     let mut sums: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
     let mut losses: Vec<(String, f64)> = Vec::new();
     for (name, domain) in held_out.iter() {

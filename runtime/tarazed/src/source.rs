@@ -3,13 +3,15 @@
 //! A store has weights, and of its run's config and data only digests. So where a store is named that does not lie in its run's
 //! folder, that folder or the two files are named besides, and a config of another run is refused. A tokenizer that is named by
 //! its file is taken at its word: no checkpoint has a digest of that alone.
+//!
+//! An import has no run at all: any config serves whose `[model]` means what its weights were made for.
 
 use crate::commands::checkpoint;
 use crate::exit::Failure;
 use std::path::{Path, PathBuf};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_corpus::{DataManifest, MANIFEST_FILE, Tokenizer};
-use tarazed_domain::config::Config;
+use tarazed_domain::config::{Config, ModelConfig};
 use tarazed_domain::{Generation, ParameterLayout, StepsCompleted};
 use tarazed_store::{
     CheckpointState, CheckpointStore, CheckpointSummary, CommitRef, Digest, Manifest, Restorable, StoreError, WriterId,
@@ -180,6 +182,31 @@ impl Source {
     }
 }
 
+/// The device type of a checkpoint that no device has made.
+pub const IMPORT: &str = "import";
+
+/// What stands for the run of an import: what of `[model]` decides what its weights mean. How they were initialised decides
+/// nothing any more, and neither does a context that they may be trained on with.
+#[must_use]
+pub fn import_digest(model: &ModelConfig) -> Digest {
+    let ModelConfig {
+        layers,
+        hidden,
+        ffn,
+        heads,
+        kv_heads,
+        vocabulary,
+        rope_theta,
+        norm_eps,
+        ..
+    } = model;
+    let text = format!(
+        "tarazed import: layers={layers} hidden={hidden} ffn={ffn} heads={heads} kv_heads={kv_heads} \
+         vocabulary={vocabulary} rope_theta={rope_theta:?} norm_eps={norm_eps:?}"
+    );
+    Digest::of(text.as_bytes())
+}
+
 fn is_url(place: &str) -> bool {
     place.contains("://")
 }
@@ -230,7 +257,13 @@ fn check(path: &Path, config: &Config, layout: &ParameterLayout, manifest: &Mani
     // The config of a run that was begun before there were notices of rollbacks does not say that it gives none.
     unannounced.policy.rollback_notice_steps = 0;
     let step = manifest.step;
-    if !is_of_run(config) && !is_of_run(&unannounced) {
+    if manifest.device_type == IMPORT {
+        if import_digest(&config.model) != manifest.run {
+            let cause = "its [model] is not that of the imported weights";
+            let remedy = "give sizes, vocabulary, rope_theta and norm_eps as `tarazed import` printed them";
+            return Err(Failure::refused(path.display(), cause, remedy));
+        }
+    } else if !is_of_run(config) && !is_of_run(&unannounced) {
         let cause = format!("the checkpoint of step {step} was made with another config");
         let remedy = "name the config.toml of its run's folder, as it was";
         return Err(Failure::refused(path.display(), cause, remedy));
@@ -239,7 +272,13 @@ fn check(path: &Path, config: &Config, layout: &ParameterLayout, manifest: &Mani
     let is_laid_out = Digest::of(layout.described().as_bytes()) == manifest.layout;
     if !is_laid_out || covered != layout.flat_elements() as u64 {
         let cause = "its weights do not lie where this program looks for them";
-        let remedy = "use the version of tarazed that made it";
+        let remedy = match manifest.device_type == IMPORT {
+            true => format!(
+                "give a config with optimizer.block_elements = {}",
+                manifest.block_elements
+            ),
+            false => "use the version of tarazed that made it".to_owned(),
+        };
         return Err(Failure::refused(format!("checkpoint of step {step}"), cause, remedy));
     }
     Ok(())
@@ -302,5 +341,34 @@ mod tests {
     fn what_a_url_holds_is_not_repeated() {
         let refused = split("s3://key:topsecret@topsecret").expect_err("no step");
         assert!(!refused.message.contains("topsecret"), "{refused}");
+    }
+
+    /// A run that goes on from an import may begin with another context, and says from where it begins.
+    #[test]
+    fn an_import_is_named_by_what_its_weights_mean() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/quickstart.toml");
+        let digest = |overrides: &[&str]| {
+            let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+            import_digest(&Config::load(Path::new(path), &overrides).expect("a good config").model)
+        };
+        let own = digest(&[]);
+        let hash = format!("model.initial.blake3={}", "0a".repeat(32));
+        for same in [
+            &["model.context=64"][..],
+            &["model.init_std=0.5", "model.norm_init=2.0"],
+            &["run.seed=1", "optimizer.shards=3"],
+            &["model.initial.from=elsewhere", &hash],
+        ] {
+            assert_eq!(digest(same), own, "{same:?}");
+        }
+        for other in [
+            "layers=3",
+            "ffn=64",
+            "vocabulary=9999",
+            "rope_theta=5e5",
+            "norm_eps=1e-6",
+        ] {
+            assert_ne!(digest(&[&format!("model.{other}")]), own, "{other}");
+        }
     }
 }

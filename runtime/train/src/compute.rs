@@ -371,6 +371,7 @@ mod tests {
             norm_eps: 1e-5,
             init_std: 0.02,
             norm_init: 1.0,
+            initial: None,
         };
         let layout = parameter_layout(&config, 1024);
         let device = CudaDevice::new(recorder.clone()).unwrap();

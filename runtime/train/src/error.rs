@@ -68,7 +68,8 @@ pub enum StepError {
     /// Samples could not be read or planned: this rank must be replaced; halt if it comes again.
     #[error("data: {0}")]
     Data(String),
-    /// A checkpoint shard could not be read back: this rank must be replaced.
+    /// A checkpoint shard could not be read, or is bad and none of the run's own but one that it begins with: this rank must be
+    /// replaced.
     #[error("restore: {0}")]
     Restore(String),
     /// A checkpoint shard is not what its manifest says, or is not there: restore from an older checkpoint (CKPT-4).

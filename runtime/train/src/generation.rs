@@ -64,10 +64,30 @@ pub trait ShardSource: Sync {
             .iter()
             .try_for_each(|&shard| take(shard, self.read(from, shard, abort)?))
     }
+
+    /// Master weights of these optimizer shards, by their elements in the flat parameter space, as the checkpoint has them that the
+    /// config's `model.initial` names; each given to `take` once it is there, in any order.
+    ///
+    /// # Errors
+    /// `Aborted` within milliseconds of `abort` being set; `Restore`, naming object, cause and remedy. Never `BadCheckpoint`: it is
+    /// none of the run's own, and whatever is wrong with it refutes none of those. And what `take` says.
+    #[expect(unused_variables, reason = "a source that knows of no such checkpoint reads none")]
+    fn read_initial(
+        &self,
+        shards: &[(OptimizerShardIndex, Range<usize>)],
+        abort: &AtomicBool,
+        take: &mut TakeWeights<'_>,
+    ) -> Result<(), StepError> {
+        let cause = "the config names weights to begin with, and this rank has no way to them";
+        Err(StepError::Restore(cause.to_owned()))
+    }
 }
 
 /// Hears of a shard that was read: master weights and both moments.
 pub type TakeShard<'a> = dyn FnMut(OptimizerShardIndex, [Vec<f32>; 3]) -> Result<(), StepError> + 'a;
+
+/// Hears of a shard's master weights.
+pub type TakeWeights<'a> = dyn FnMut(OptimizerShardIndex, Vec<f32>) -> Result<(), StepError> + 'a;
 
 /// Switches that other threads set on a running generation.
 #[derive(Debug, Default)]
@@ -284,6 +304,12 @@ fn start<D: HostVisible>(
     // What was saved in the last generation may have been lost with it.
     state.saved = StepsCompleted(0);
     check_memory(state)?;
+    // A rank that was given up while it lived, since nobody could end it, and was found again by a new controller may stand further
+    // behind: nobody counts on what it holds, and it cannot finish the step (STEP-2).
+    let base = plan.base;
+    state
+        .shards
+        .retain(|_, shard| shard.read_steps() == base || shard.holding().reduced == Some(base));
     if let Some(outcome) = &plan.outcome {
         let step = StepIndex(outcome.step.0 - 1);
         let directives = match state.facts.as_ref().filter(|facts| facts.step == step) {
@@ -467,19 +493,22 @@ fn copy_tag(base: StepsCompleted, shard: OptimizerShardIndex, part: usize) -> Ta
     Tag::new(TagKind::StateCopy, base.0, u64::from(shard.0) << 2 | part as u64)
 }
 
-/// Shards from the seed or from the checkpoint.
+/// Shards from the seed, from the checkpoint that the config begins with, or from the run's own.
 fn make_shards<D: HostVisible>(
     state: &mut RankState<D>,
     world: &World,
     plan: &BeginPlan,
     source: &dyn ShardSource,
 ) -> Result<Vec<Shard<D>>, StepError> {
-    let (mut made, mut restored) = (Vec::new(), Vec::new());
+    let (mut made, mut begun, mut restored) = (Vec::new(), Vec::new(), Vec::new());
     for (index, holders) in world.shards.shards().zip(plan.shards.iter()) {
         let Some(mine) = holders.iter().find(|holder| holder.rank == world.rank) else {
             continue;
         };
         match mine.origin {
+            ShardOrigin::Initialise if state.config.model.initial.is_some() => {
+                begun.push((index, world.elements(index)));
+            }
             ShardOrigin::Initialise => {
                 check_abort(state)?;
                 let tensors = initial(state, world.elements(index));
@@ -489,8 +518,16 @@ fn make_shards<D: HostVisible>(
             ShardOrigin::Keep | ShardOrigin::CopyFrom(_) => {}
         }
     }
+    let abort = Arc::clone(&state.abort);
+    if !begun.is_empty() {
+        source.read_initial(&begun, &abort, &mut |index, master| {
+            check_abort(state)?;
+            let zeros = vec![0.0; master.len()];
+            made.push(shard_of(state, world, index, [master, zeros.clone(), zeros])?);
+            Ok(())
+        })?;
+    }
     if !restored.is_empty() {
-        let abort = Arc::clone(&state.abort);
         source.read_each(checkpoint_of(plan)?, &restored, &abort, &mut |index, tensors| {
             check_abort(state)?;
             made.push(shard_of(state, world, index, tensors)?);
@@ -500,7 +537,7 @@ fn make_shards<D: HostVisible>(
     settle(state, plan.base, made)
 }
 
-/// The state that a run begins with, of these elements.
+/// The state that a run begins with by its seed, of these elements.
 fn initial<D: Device>(state: &RankState<D>, elements: Range<usize>) -> [Vec<f32>; 3] {
     let (config, length) = (&state.config, elements.len());
     let mut master = vec![0.0; length];

@@ -6,6 +6,7 @@ mod common;
 
 use common::{Checkpoint, NoStore, Node, Outcome, Said, Tensors, Wanted, agreed, member, meshes, plan, reports, run};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,8 +15,9 @@ use tarazed_fabric::{Collective, FabricError};
 use tarazed_protocol::message::{BeginPlan, DisputedItem, Member, RestoreFrom, StateReport, StepLine};
 use tarazed_protocol::placement::{ShardHolder, ShardOrigin};
 use tarazed_train::StepError;
-use tarazed_train::generation::ShardSource;
+use tarazed_train::generation::{ShardSource, TakeWeights};
 use tarazed_train::harm::{Harm, Place};
+use tarazed_train::host::HostVisible;
 
 type Lines = BTreeMap<StepsCompleted, StepLine>;
 
@@ -641,4 +643,117 @@ fn from_another_state_than_that_of_the_trace_nobody_begins() {
         );
         assert_eq!(outcome.said, []);
     }
+}
+
+/// Another run's checkpoint, whose master weights this one begins with. Reads of whole shards are not asked for.
+struct Given<'a> {
+    checkpoint: &'a Checkpoint,
+    elements: usize,
+    /// The read fails there, if anywhere.
+    bad: Option<OptimizerShardIndex>,
+}
+
+impl ShardSource for Given<'_> {
+    fn read(&self, from: &RestoreFrom, _: OptimizerShardIndex, _: &AtomicBool) -> Result<Tensors, StepError> {
+        panic!("nothing is restored here, least of all {from:?}");
+    }
+
+    fn read_initial(
+        &self,
+        shards: &[(OptimizerShardIndex, Range<usize>)],
+        abort: &AtomicBool,
+        take: &mut TakeWeights<'_>,
+    ) -> Result<(), StepError> {
+        // In any order.
+        for (shard, elements) in shards.iter().rev() {
+            if self.bad == Some(*shard) {
+                return Err(StepError::Restore("shards/x is bad".to_owned()));
+            }
+            let master = self.checkpoint.shards[shard][0].clone();
+            assert!(elements.len() == master.len() && elements.end <= self.elements);
+            take(*shard, master)?;
+            if abort.load(Ordering::Relaxed) {
+                return Err(StepError::Aborted);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Nodes of a run that begins with given weights, from step 0.
+fn begin_given(workers: u32, last_step: u64) -> (Vec<Node>, BeginPlan) {
+    let config = common::config_with(&[
+        "model.initial.from=elsewhere",
+        &format!("model.initial.blake3={}", "0a".repeat(32)),
+    ]);
+    let members: Vec<u32> = (0..workers).collect();
+    let (_, plan) = begin(&members, 2.min(workers as usize), last_step);
+    (members.iter().map(|&worker| Node::of(worker, &config)).collect(), plan)
+}
+
+/// DET-1, CKPT-6: given weights are what a run begins with, on every rank and in every world; moments begin at zero, steps too,
+/// and of the seed's weights nothing is left.
+#[test]
+fn given_weights_begin_a_run_alike_in_every_world() {
+    let (checkpoint, of_seed) = saved();
+    let mut traces = Vec::new();
+    for workers in [1, 2, 3] {
+        let (mut nodes, plan) = begin_given(workers, 0);
+        let elements = nodes[0].state.layout.flat_elements();
+        let source = Given {
+            checkpoint: &checkpoint,
+            elements,
+            bad: None,
+        };
+        for outcome in run(&mut nodes, &plan, &mut meshes(&plan), &source) {
+            assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+        }
+        for node in &nodes {
+            for (shard, held) in &node.state.shards {
+                let held = held.read();
+                let buffers = [&held.master, &held.first_moment, &held.second_moment];
+                let [master, first, second] = node.state.device.copies(buffers).unwrap().map(|copy| copy.to_vec());
+                assert_eq!(master, checkpoint.shards[shard][0], "shard {shard}");
+                assert!(first.iter().chain(&second).all(|value| value.to_bits() == 0));
+            }
+        }
+        let (mut nodes, plan) = begin_given(workers, 4);
+        let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &source);
+        let mut lines = Lines::new();
+        take_lines(&mut lines, &outcomes);
+        assert_eq!(lines.len(), 4);
+        traces.push(lines);
+    }
+    assert!(traces.iter().all(|trace| *trace == traces[0]));
+    let first = StepsCompleted(1);
+    assert_ne!(traces[0][&first].state, of_seed[&first].state);
+    assert_eq!(traces[0][&first].data, of_seed[&first].data, "samples are the seed's");
+}
+
+/// CKPT-4, SUP-4: what is wrong with them is the fault of this rank, not of a checkpoint of the run, and nothing of them is held
+/// then; an abort ends them, too.
+#[test]
+fn given_weights_that_cannot_be_read_begin_nothing() {
+    let (checkpoint, _) = saved();
+    for (bad, aborted) in [(Some(OptimizerShardIndex(2)), false), (None, true)] {
+        let (mut nodes, plan) = begin_given(1, 2);
+        let source = Given {
+            checkpoint: &checkpoint,
+            elements: nodes[0].state.layout.flat_elements(),
+            bad,
+        };
+        nodes[0].abort.store(aborted, Ordering::Relaxed);
+        let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &source);
+        let error = outcomes[0].ended.as_ref().unwrap_err();
+        let expected = match aborted {
+            true => matches!(error, StepError::Aborted),
+            false => matches!(error, StepError::Restore(_)) && error.is_own_fault() && error.dispute().is_none(),
+        };
+        assert!(expected, "{error:?}");
+        assert_eq!(held(&outcomes[0].report), []);
+    }
+    // A source that knows of none.
+    let (mut nodes, plan) = begin_given(1, 2);
+    let outcomes = run(&mut nodes, &plan, &mut meshes(&plan), &NoStore);
+    assert!(matches!(outcomes[0].ended, Err(StepError::Restore(_))));
 }

@@ -47,6 +47,14 @@ impl Processes {
         self.ranks().into_iter().find(is_it)
     }
 
+    /// The living ranks that were started with this option.
+    #[must_use]
+    pub fn ranks_with(&self, option: &str, value: &str) -> Vec<u32> {
+        let mut found = self.ranks();
+        found.retain(|&pid| follows(&command_line(pid), option, value));
+        found
+    }
+
     /// Processor time of all living ranks so far, in clock ticks.
     #[must_use]
     pub fn ticks(&self) -> u64 {

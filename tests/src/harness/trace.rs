@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::sync::OnceLock;
 
 /// Steps of the shared undisturbed run.
-const UNDISTURBED_STEPS: u64 = 1_200;
+const UNDISTURBED_STEPS: u64 = 2_000;
 
 /// The first `steps` lines of the trace that the tiny config writes on one rank, undisturbed. Made once per test
 /// program.

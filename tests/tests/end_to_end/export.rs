@@ -19,14 +19,14 @@ const ROWS: usize = 512;
 const BLOCK: usize = 1024;
 
 /// Shape and bytes of each tensor.
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
 
 /// A run with checkpoints of steps 20 and 40.
-fn trained(project: &Project) -> Run {
+pub fn trained(project: &Project) -> Run {
     project.train("source").ranks(2).steps(40).complete()
 }
 
-fn text(path: &Path) -> String {
+pub fn text(path: &Path) -> String {
     path.to_str().expect("UTF-8").to_owned()
 }
 
@@ -36,26 +36,26 @@ fn export(project: &Project, from: &str, to: &Path, more: &[&str]) -> Outcome {
 }
 
 #[track_caller]
-fn exported(project: &Project, from: &str, name: &str, more: &[&str]) -> PathBuf {
+pub fn exported(project: &Project, from: &str, name: &str, more: &[&str]) -> PathBuf {
     let to = project.path().join(name);
     export(project, from, &to, more).assert_code(0);
     to
 }
 
 /// The folder of the run's data set.
-fn data_set(run: &Path) -> PathBuf {
+pub fn data_set(run: &Path) -> PathBuf {
     let mut sets = std::fs::read_dir(run.join("data")).expect("a folder").flatten();
     let found = sets.find(|set| set.path().join("data.json").is_file());
     found.expect("a data set").path()
 }
 
-fn document(path: &Path) -> Value {
+pub fn document(path: &Path) -> Value {
     let bytes = std::fs::read(path).expect("a file");
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// All tensors of the folder's files, which are all of this type.
-fn tensors(folder: &Path, dtype: Dtype) -> Tensors {
+pub fn tensors(folder: &Path, dtype: Dtype) -> Tensors {
     let mut found = Tensors::new();
     for file in files_with_ending(folder, ".safetensors") {
         let bytes = std::fs::read(&file).expect("a file");

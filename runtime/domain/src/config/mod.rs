@@ -4,10 +4,13 @@
 
 mod batch;
 mod data_file;
+mod initial;
 mod interval;
 mod later;
 mod loops;
 mod loops_check;
+mod model;
+mod nodes;
 mod reading;
 mod refine;
 mod sections;
@@ -15,9 +18,11 @@ mod validate;
 
 pub use batch::{BatchRamp, BatchSchedule};
 pub use data_file::DataFile;
+pub use initial::InitialConfig;
 pub use interval::CheckpointInterval;
 pub use later::LaterConfig;
 pub use loops::{ControllerKind, MixtureConfig, MixtureStage, PolicyConfig, SpikePolicy, StageStart, StopRules};
+pub use nodes::NodeConfig;
 pub use refine::{
     BenchmarkConfig, DecontaminateConfig, DuplicateScope, DuplicatesConfig, LanguageFilterConfig, QualityConfig,
     RefineConfig,
@@ -195,9 +200,9 @@ impl Config {
             format!(";later={later:?}")
         };
         format!(
-            "seed={:?};model={:?};batch={};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={};evaluation={:?}{}{later}",
+            "seed={:?};model={};batch={};optimizer=({:?});tokenizer={:?};held_out={:?};domains={:?};mixture={};evaluation={:?}{}{later}",
             self.run.seed,
-            self.model,
+            self.model.identity(),
             self.batch.identity(),
             self.optimizer.identity(),
             (self.data.tokenizer.vocabulary, self.data.tokenizer.train_bytes_max),
@@ -232,6 +237,9 @@ impl Config {
 
     fn resolve(&mut self, folder: &Path) -> Result<(), ConfigError> {
         self.data.resolve(folder)?;
+        if let Some(initial) = &mut self.model.initial {
+            initial.resolve(folder)?;
+        }
         let steps = self.run.steps;
         self.optimizer.schedule.fill_decay_steps(steps);
         let dir = if self.run.dir.as_os_str().is_empty() {

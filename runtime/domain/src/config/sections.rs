@@ -1,8 +1,9 @@
 //! The sections of a config. Units and qualifiers stand last in each name.
 
-use super::{BatchRamp, CheckpointInterval, LaterConfig, RefineConfig};
+use super::{BatchRamp, CheckpointInterval, InitialConfig, LaterConfig, NodeConfig, RefineConfig};
 use crate::ids::StepsCompleted;
 use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// `[run]`
@@ -49,6 +50,9 @@ pub struct ModelConfig {
     /// Initial value of norm weights.
     #[serde(default = "one")]
     pub norm_init: f64,
+    /// Weights to begin with, instead of those of the seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initial: Option<InitialConfig>,
 }
 
 impl ModelConfig {
@@ -517,7 +521,7 @@ pub enum ClusterTransport {
     /// Unix sockets in a folder that only the run's user can enter.
     #[default]
     Unix,
-    /// TCP on loopback: what a proxy can stand between.
+    /// TCP: on loopback, where a proxy can stand between, or between hosts.
     Tcp,
 }
 
@@ -575,6 +579,14 @@ pub struct ClusterConfig {
     pub control_port: u16,
     /// The port that ranks dial instead; 0 for the one listened at.
     pub control_advertise_port: u16,
+    /// Where the controller's host is found by the others; needed where there are `nodes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+    /// The controller listens for its nodes at this TCP port; 0 for one that the system chooses.
+    pub node_port: u16,
+    /// The hosts that ranks run on, in order of workers. None: all of them on this machine, started by the controller itself.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<NodeConfig>,
 }
 
 impl Default for ClusterConfig {
@@ -591,6 +603,9 @@ impl Default for ClusterConfig {
             mesh_advertise_port: 0,
             control_port: 0,
             control_advertise_port: 0,
+            address: None,
+            node_port: 0,
+            nodes: Vec::new(),
         }
     }
 }

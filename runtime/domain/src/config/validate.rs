@@ -2,6 +2,7 @@
 
 use super::{
     ClusterCollective, ClusterDevice, ClusterTransport, Config, ConfigError, DataConfig, LearningRateSchedule,
+    ModelConfig,
 };
 use crate::limits::*;
 use std::collections::BTreeSet;
@@ -30,7 +31,7 @@ pub(super) use require;
 
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     run(config)?;
-    model(config)?;
+    model(&config.model, config.optimizer.block_elements)?;
     batch_and_cluster(config)?;
     optimizer(config)?;
     data(&config.data, config.model.vocabulary)?;
@@ -43,11 +44,18 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
 const STORE_SCHEMES: [&str; 4] = ["file", "s3", "gs", "az"];
 
 fn store(config: &Config) -> Result<(), ConfigError> {
-    if let Some((scheme, _)) = config.checkpoint.store.split_once("://") {
+    if let Some(initial) = &config.model.initial {
+        initial.check()?;
+    }
+    store_scheme("checkpoint.store", &config.checkpoint.store)
+}
+
+pub(super) fn store_scheme(key: &str, store: &str) -> Result<(), ConfigError> {
+    if let Some((scheme, _)) = store.split_once("://") {
         // The rest may hold a secret, so it is not repeated.
         require!(
             STORE_SCHEMES.contains(&scheme),
-            "checkpoint.store",
+            key,
             format!("no store speaks {scheme}://"),
             "give a folder or a URL such as file:///data/run, s3://bucket/prefix"
         );
@@ -72,8 +80,7 @@ fn run(config: &Config) -> Result<(), ConfigError> {
     )
 }
 
-fn model(config: &Config) -> Result<(), ConfigError> {
-    let m = &config.model;
+pub(super) fn model(m: &ModelConfig, block_elements: usize) -> Result<(), ConfigError> {
     for (key, value, most) in [
         ("model.layers", m.layers, LAYERS_MAX),
         ("model.hidden", m.hidden, HIDDEN_MAX),
@@ -122,7 +129,7 @@ fn model(config: &Config) -> Result<(), ConfigError> {
         264..=VOCABULARY_MAX,
         "set it to the tokenizer's entries",
     )?;
-    parameters(config)?;
+    parameters(m, block_elements)?;
     for (key, value) in [
         ("model.rope_theta", m.rope_theta),
         ("model.norm_eps", m.norm_eps),
@@ -140,8 +147,8 @@ fn model(config: &Config) -> Result<(), ConfigError> {
 }
 
 /// Parameters and blocks of the whole model: each size may be good by itself and their product not.
-fn parameters(config: &Config) -> Result<(), ConfigError> {
-    let count = config.model.parameter_count();
+fn parameters(m: &ModelConfig, block_elements: usize) -> Result<(), ConfigError> {
+    let count = m.parameter_count();
     let Some(count) = count.filter(|&count| count <= PARAMETERS_MAX) else {
         let count = count.map_or_else(|| "more than 2^64".to_owned(), |count| count.to_string());
         return Err(ConfigError::new(
@@ -150,7 +157,7 @@ fn parameters(config: &Config) -> Result<(), ConfigError> {
             "lower model.layers, model.hidden or model.ffn",
         ));
     };
-    let block_elements = config.optimizer.block_elements as u64;
+    let block_elements = block_elements as u64;
     require!(
         block_elements > 0 && block_elements.is_multiple_of(64),
         "optimizer.block_elements",
@@ -245,7 +252,8 @@ fn batch_and_cluster(config: &Config) -> Result<(), ConfigError> {
         "\"nccl\" moves the memory of CUDA devices, and cluster.device is \"cpu\"".to_owned(),
         "set cluster.device = \"cuda\", or leave cluster.collective out"
     );
-    ports(config)
+    ports(config)?;
+    super::nodes::check(config)
 }
 
 /// Ports belong to TCP; one that is dialed stands for one that is known, or nothing could forward it.
@@ -258,6 +266,7 @@ fn ports(config: &Config) -> Result<(), ConfigError> {
         ("cluster.mesh_advertise_port", c.mesh_advertise_port, workers_max),
         ("cluster.control_port", c.control_port, 1),
         ("cluster.control_advertise_port", c.control_advertise_port, 1),
+        ("cluster.node_port", c.node_port, 1),
     ] {
         require!(
             port == 0 || c.transport == ClusterTransport::Tcp,

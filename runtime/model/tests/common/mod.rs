@@ -22,6 +22,7 @@ pub fn config() -> ModelConfig {
         norm_eps: 1e-5,
         init_std: 0.2,
         norm_init: 0.7,
+        initial: None,
     }
 }
 

@@ -141,6 +141,7 @@ mod tests {
                 restarts_max: 100,
                 restart_backoff_ms: 1,
                 last_step: StepsCompleted(100),
+                hosts: Vec::new(),
             };
             let mut machine = Coordinator::new(options, Generation(0), StepsCompleted(0));
             machine.start(0, &[]);

@@ -149,6 +149,10 @@ impl Coordinator {
         let mut effects = Vec::new();
         for (member, w) in self.workers.iter() {
             match w.phase {
+                // One whose node is away has not begun, or was given up; but one of an earlier controller is waited for.
+                WorkerPhase::Starting { .. }
+                    if self.is_away(member.worker)
+                        && (self.workers.is_doomed(member) || !matches!(self.phase, Phase::Adopting { .. })) => {}
                 WorkerPhase::Starting { deadline_ms } if now_ms > deadline_ms => {
                     let reason = match self.phase {
                         Phase::Adopting { .. } => format!("not back within {} ms", timeouts.failure_ms),

@@ -27,6 +27,8 @@ pub struct Options {
     pub restart_backoff_ms: u64,
     /// The run ends with this count.
     pub last_step: StepsCompleted,
+    /// The host of each worker, by its number; none where all are on one.
+    pub hosts: Vec<u32>,
 }
 
 /// The newest life of a worker that an earlier controller started.
@@ -170,6 +172,16 @@ pub enum Event {
     GoesBack {
         /// All of them.
         rollbacks: Rollbacks,
+    },
+    /// Nobody is there who starts and ends processes on this node, of a run on several hosts. So it is with all of them at first.
+    NodeAway {
+        /// Its number, as in [`Options::hosts`].
+        node: u32,
+    },
+    /// Somebody is again.
+    NodeBack {
+        /// Its number.
+        node: u32,
     },
     /// A signal asks for a last checkpoint and an end.
     StopRequested,

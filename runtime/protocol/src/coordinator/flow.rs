@@ -5,7 +5,7 @@ use super::{Coordinator, Effect, Event, Ground, Incident, Phase, WorkerPhase, Wo
 use crate::commit::{Holders, Survey};
 use crate::message::{Member, RestoreFrom, StateReport, ToRank};
 use crate::restart::Verdict;
-use tarazed_domain::{Generation, Mutant, Rank, StepsCompleted};
+use tarazed_domain::{Generation, Mutant, Rank, StepsCompleted, WorkerId};
 
 impl Coordinator {
     /// One fact in, effects out. It is only read: the machine keeps what it needs of it, so a driver of a large world tells
@@ -120,6 +120,14 @@ impl Coordinator {
                 self.ends_at = step;
                 Vec::new()
             }
+            &Event::NodeAway { node } => {
+                self.away.insert(node);
+                Vec::new()
+            }
+            &Event::NodeBack { node } => {
+                self.on_node_back(now_ms, node);
+                Vec::new()
+            }
             Event::GoesBack { rollbacks } => {
                 self.rollbacks = rollbacks.clone();
                 Vec::new()
@@ -158,6 +166,13 @@ impl Coordinator {
 
     fn on_ready(&mut self, now_ms: u64, member: Member, address: &str, pid: u32, newest: Generation) -> Vec<Effect> {
         if !self.knows(member) {
+            let present = self.workers.get(member.worker).map(|worker| worker.incarnation);
+            if present < Some(member.incarnation) && present.is_some() && !self.options.hosts.is_empty() {
+                // Its node started it for the controller before, after this one had read who is there.
+                let word = (member.incarnation, address.to_owned(), pid, newest);
+                self.unexpected.insert(member.worker, word);
+                return Vec::new();
+            }
             return vec![Effect::Kill {
                 member,
                 reason: "a life that was given up".to_owned(),
@@ -252,7 +267,7 @@ impl Coordinator {
     /// It can do nothing any more, and holds nothing: the others of its generation are fenced now. What became of it, and its next life, wait
     /// for its exit.
     fn on_ending(&mut self, now_ms: u64, member: Member, cause: String) -> Vec<Effect> {
-        if !self.knows(member) || matches!(self.phase, Phase::Leaving { .. } | Phase::Adopting { .. }) {
+        if !self.knows(member) || matches!(self.phase, Phase::Leaving { .. }) {
             return Vec::new();
         }
         let phase = self.workers.get(member.worker).map(|worker| &worker.phase);
@@ -261,6 +276,12 @@ impl Coordinator {
             Some(WorkerPhase::Member | WorkerPhase::Ready) => {}
             Some(WorkerPhase::Starting { .. }) => {
                 self.workers.doom(member);
+                // One of an earlier controller that is waited for.
+                if let Phase::Adopting { awaiting } = &mut self.phase
+                    && awaiting.remove(member.worker)
+                {
+                    return self.settle_adoption(now_ms);
+                }
                 return Vec::new();
             }
             _ => return Vec::new(),
@@ -280,6 +301,33 @@ impl Coordinator {
             effects.extend(self.go_on_without(now_ms, member, rank, format!("{member}: {cause}")));
         }
         effects
+    }
+
+    /// A life that is asked for now may be there already, and have said so.
+    fn hear_unexpected(&mut self, now_ms: u64, member: Member) -> Vec<Effect> {
+        match self.unexpected.remove(&member.worker) {
+            Some((incarnation, address, pid, newest)) if incarnation == member.incarnation => {
+                self.on_ready(now_ms, member, &address, pid, newest)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether nobody could start or end this worker's processes now.
+    pub(super) fn is_away(&self, worker: WorkerId) -> bool {
+        let node = self.options.hosts.get(worker.index());
+        node.is_some_and(|node| self.away.contains(node))
+    }
+
+    /// Those who waited for their node have the time of a start from now on.
+    fn on_node_back(&mut self, now_ms: u64, node: u32) {
+        self.away.remove(&node);
+        let deadline_ms = now_ms + self.options.timeouts.start_ms;
+        for member in self.workers.starting() {
+            if self.options.hosts.get(member.worker.index()) == Some(&node) {
+                self.workers.set_phase(member.worker, WorkerPhase::Starting { deadline_ms });
+            }
+        }
     }
 
     fn silent_ms(&self, now_ms: u64, member: Member) -> u64 {
@@ -327,6 +375,7 @@ impl Coordinator {
                         after_ms,
                     });
                 }
+                effects.extend(self.hear_unexpected(now_ms, successor));
             }
             Verdict::GiveUp { causes } => {
                 self.workers.set_phase(member.worker, WorkerPhase::Left);

@@ -6,7 +6,7 @@ use crate::message::{Addresses, BeginPlan, Member, RosterEntry};
 use crate::placement::{Placement, ShardHolder, ShardOrigin};
 use crate::sharder;
 use std::sync::Arc;
-use tarazed_domain::{Mutant, Rank};
+use tarazed_domain::{LaneRange, Mutant, Rank};
 
 /// The memory of the last plan, to be filled anew: a large world's plan has several MiB.
 #[derive(Default)]
@@ -134,7 +134,8 @@ impl Coordinator {
     fn place_shards(&mut self, ground: &Ground, ranks: usize, mut holders: Vec<ShardHolder>) -> (Placement, usize) {
         let shard_count = self.options.shard_count;
         let whole = self.whole_ranks(ground);
-        let placed = sharder::place(shard_count, ranks, self.options.replicas, |shard| whole.of(shard));
+        let hosts = self.hosts_of(ranks);
+        let placed = sharder::place(shard_count, ranks, self.options.replicas, &hosts, |shard| whole.of(shard));
         self.primaries.clear();
         holders.reserve(shard_count * placed.copies());
         let mut copies = 0;
@@ -153,6 +154,14 @@ impl Coordinator {
             self.primaries.push(self.roster[ranks[0].index()].0);
         }
         (Placement::new(placed.copies(), holders), copies)
+    }
+
+    /// The host of each of the first ranks; none where all of them are on one.
+    fn hosts_of(&self, ranks: usize) -> Vec<u32> {
+        let host = |&(member, _): &(Member, LaneRange)| self.options.hosts.get(member.worker.index()).copied();
+        let hosts: Option<Vec<u32>> = self.roster[..ranks].iter().map(host).collect();
+        let several = |hosts: &Vec<u32>| hosts.windows(2).any(|pair| pair[0] != pair[1]);
+        hosts.filter(several).unwrap_or_default()
     }
 
     fn whole_ranks(&self, ground: &Ground) -> Whole {

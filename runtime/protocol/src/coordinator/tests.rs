@@ -4,6 +4,7 @@
 mod absent;
 mod dying;
 mod ending;
+mod nodes;
 mod pace;
 mod rollback;
 mod trial;
@@ -81,6 +82,7 @@ fn options() -> Options {
         restarts_max: 1000,
         restart_backoff_ms: 1,
         last_step: StepsCompleted(LAST),
+        hosts: Vec::new(),
     }
 }
 

@@ -15,8 +15,8 @@ use tarazed_domain::config::Config;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_protocol::trace::NewLineage;
 use tarazed_store::{
-    CheckpointState, CheckpointStore, CheckpointSummary, Depth, GcReport, Manifest, Restorable, Retention, Select,
-    StoreError, Verdict, VerifyReport, WriterId,
+    CheckpointState, CheckpointStore, CheckpointSummary, Depth, GcReport, Restorable, Retention, Select, StoreError,
+    Verdict, VerifyReport, WriterId,
 };
 
 /// `tarazed checkpoint …`; STORE is a run folder, a store's folder or its URL.
@@ -199,7 +199,7 @@ async fn show(place: &str, step: Option<StepsCompleted>, json: bool) -> Result<(
     if json {
         print_json(&described(&found, &known))
     } else {
-        print(&details(&found.manifest, &known))
+        print(&details(&found, &known))
     }
 }
 
@@ -450,7 +450,8 @@ fn verdicts(report: &VerifyReport, known: &LeftBehind) -> String {
     text
 }
 
-fn details(manifest: &Manifest, known: &LeftBehind) -> String {
+fn details(found: &Restorable, known: &LeftBehind) -> String {
+    let manifest = &found.manifest;
     let mut text = String::new();
     let _ = writeln!(text, "step {}, generation {}", manifest.step, manifest.generation);
     if let Some(fate) = known.fate(manifest.step) {
@@ -469,8 +470,8 @@ fn details(manifest: &Manifest, known: &LeftBehind) -> String {
     );
     let _ = writeln!(
         text,
-        "run    {}\nlayout {}\ndata   {}",
-        manifest.run, manifest.layout, manifest.data
+        "manifest {}\nrun    {}\nlayout {}\ndata   {}",
+        found.object.blake3, manifest.run, manifest.layout, manifest.data
     );
     let trace = &manifest.trace_head;
     let _ = writeln!(

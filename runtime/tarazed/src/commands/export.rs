@@ -17,6 +17,9 @@ use std::io::{Error, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use tarazed_corpus::TOKENIZER_FILE;
 
+/// Files of an export that say what its weights are.
+const JSON_FILES: [&str; 3] = ["config.json", "generation_config.json", "tokenizer_config.json"];
+
 /// Options of `tarazed export`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -70,19 +73,17 @@ async fn write_weights(opened: &Opened, files: &[WeightsFile], dtype: Dtype, fol
 
 fn write_rest(opened: &Opened, files: &[WeightsFile], dtype: Dtype, folder: &Path) -> Result<(), Failure> {
     let Opened { config, tokenizer, .. } = opened;
+    let [config_file, generation_file, words_file] = JSON_FILES;
     let pretty = |value: &Value| format!("{value:#}\n").into_bytes();
     let mut rest = vec![
         (
-            "config.json",
+            config_file,
             pretty(&hugging_face::config(&config.model, tokenizer, dtype)),
         ),
-        (
-            "generation_config.json",
-            pretty(&hugging_face::generation_config(tokenizer)),
-        ),
+        (generation_file, pretty(&hugging_face::generation_config(tokenizer))),
         (TOKENIZER_FILE, opened.tokenizer_json.clone()),
         (
-            "tokenizer_config.json",
+            words_file,
             pretty(&hugging_face::tokenizer_config(&config.model, tokenizer)),
         ),
     ];
@@ -159,11 +160,52 @@ fn cannot_write(path: &Path, error: &Error) -> Failure {
     Failure::io(path.display(), error, cause, remedy)
 }
 
+/// Removes what exports to the same folder have left that were killed. Whatever is not surely one's stays, and so does what cannot
+/// be removed: it is in nobody's way.
+fn remove_leftovers(parent: &Path, start: &str) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(start));
+        let pid = number.and_then(|number| number.parse::<i32>().ok().filter(|pid| pid.to_string() == number));
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_folder && pid.is_some_and(is_over) && is_left(&entry.path()) {
+            // One that goes meanwhile is removed by another export.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Whether no process has this number; or this one has, which has only begun.
+fn is_over(pid: i32) -> bool {
+    let is_own = u32::try_from(pid) == Ok(std::process::id());
+    let is_gone = |pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH);
+    is_own || (pid > 0 && rustix::process::Pid::from_raw(pid).is_some_and(is_gone))
+}
+
+/// Whether a folder holds nothing but what an export writes, and no process holds it: on another host, or in another container, the
+/// number of a living one may be that of none here.
+fn is_left(folder: &Path) -> bool {
+    let is_written = |name: &str| {
+        let is_weights = name.starts_with("model") && name.ends_with(".safetensors");
+        is_weights || name == INDEX_FILE || name == TOKENIZER_FILE || JSON_FILES.contains(&name)
+    };
+    let Ok(mut entries) = std::fs::read_dir(folder) else {
+        return false;
+    };
+    let is_own = |entry: std::fs::DirEntry| {
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        is_file && entry.file_name().to_str().is_some_and(is_written)
+    };
+    entries.all(|entry| entry.is_ok_and(is_own)) && File::open(folder).is_ok_and(|folder| folder.try_lock().is_ok())
+}
+
 /// A folder beside the one to be made, under another name until it is whole. One that is dropped before goes with all in it.
 struct Partial {
     path: PathBuf,
     /// Where both names stand.
     parent: PathBuf,
+    /// Held as long as this process writes there, where the file system knows locks.
+    _lock: Option<File>,
 }
 
 impl Partial {
@@ -174,9 +216,16 @@ impl Partial {
         })?;
         let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty());
         let parent = parent.unwrap_or(Path::new(".")).to_owned();
-        let path = parent.join(format!(".{}.partial-{}", name.display(), std::process::id()));
+        let start = format!(".{}.partial-", name.display());
+        remove_leftovers(&parent, &start);
+        let path = parent.join(format!("{start}{}", std::process::id()));
         std::fs::create_dir(&path).map_err(|e| cannot_write(&path, &e))?;
-        Ok(Self { path, parent })
+        let lock = File::open(&path).ok().filter(|folder| folder.try_lock().is_ok());
+        Ok(Self {
+            path,
+            parent,
+            _lock: lock,
+        })
     }
 
     /// Gives the folder its name. An empty folder of that name is replaced; anything else stays.
@@ -245,5 +294,65 @@ mod tests {
     fn a_full_disk_halts() {
         let full = cannot_write(Path::new("out"), &Error::from_raw_os_error(28));
         assert_eq!(full.exit, Exit::Halted, "{full}");
+    }
+
+    /// The number of a process that is no more.
+    fn ended() -> u32 {
+        let mut process = std::process::Command::new("true").spawn().expect("a process");
+        process.wait().expect("it ends");
+        process.id()
+    }
+
+    /// What exports to the same folder have left goes, and nothing that only looks like it: what a living process writes, another
+    /// folder's, what is no export's, what a process holds that has no number here.
+    #[test]
+    fn what_a_killed_export_left_is_removed_and_nothing_else() {
+        let base = tempfile::tempdir().expect("a temporary folder");
+        let make = |name: &str, file: &str| {
+            let folder = base.path().join(name);
+            std::fs::create_dir(&folder).expect("a folder");
+            std::fs::write(folder.join(file), "x").expect("written");
+            folder
+        };
+        let own = std::process::id();
+        for (pid, file) in [
+            (ended(), "config.json"),
+            (ended(), "model-00001-of-00002.safetensors"),
+            (ended(), INDEX_FILE),
+            (own, "model.safetensors"),
+        ] {
+            make(&format!(".out.partial-{pid}"), file);
+        }
+        std::fs::create_dir(base.path().join(format!(".out.partial-{}", ended()))).expect("an empty folder");
+
+        let mut stay = vec![
+            make(".out.partial-1", "config.json"),
+            make(&format!(".out.partial-{}", ended()), "notes.txt"),
+            make(&format!(".out.partial-0{}", ended()), "config.json"),
+            make(&format!(".out.partial--{}", ended()), "config.json"),
+            make(&format!(".out.partial-{}x", ended()), "config.json"),
+            make(&format!(".other.partial-{}", ended()), "config.json"),
+            make(&format!("out.partial-{}", ended()), "config.json"),
+        ];
+        let file = base.path().join(format!(".out.partial-{}", ended()));
+        std::fs::write(&file, "x").expect("written");
+        let deeper = make(&format!(".out.partial-{}", ended()), "config.json");
+        std::fs::create_dir(deeper.join("model.safetensors")).expect("a folder");
+        let held = make(&format!(".out.partial-{}", ended()), "config.json");
+        let lock = File::open(&held).expect("a folder");
+        lock.try_lock().expect("free");
+        stay.extend([file, deeper, held]);
+
+        let partial = Partial::begin(&base.path().join("out")).expect("a folder beside it");
+        // Not even one's own that is under way.
+        remove_leftovers(base.path(), ".out.partial-");
+        stay.push(partial.path.clone());
+        let mut left: Vec<PathBuf> = std::fs::read_dir(base.path())
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").path())
+            .collect();
+        left.sort();
+        stay.sort();
+        assert_eq!(left, stay);
     }
 }

@@ -9,7 +9,9 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod gpu_check;
+pub mod import;
 mod left_behind;
+pub mod node;
 pub mod plan;
 pub mod rank;
 pub mod resize;
@@ -30,6 +32,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Train(args) => train::run(&args),
         Command::Rank(args) => rank::run(args),
+        Command::Node(args) => node::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Decide(args) => decide::run(&args),
         Command::Status(args) => status::run(&args),
@@ -40,6 +43,7 @@ pub fn dispatch(command: Command) -> Result<Exit, Failure> {
         Command::Generate(args) => generate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Data(command) => data::run(&command),
         Command::Tokenizer(command) => tokenizer::run(&command),

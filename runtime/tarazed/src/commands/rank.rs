@@ -2,6 +2,7 @@
 
 use crate::exit::{Exit, Failure};
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use tarazed_actors::node::Lifeline;
 use tarazed_actors::rank::{self, Harm, RankArgs, RankExit};
@@ -15,15 +16,21 @@ pub struct Args {
     /// Run folder.
     #[arg(long)]
     run_dir: PathBuf,
-    /// Folder of the prepared data set.
+    /// Folder of the prepared data set; the run folder says which where it is absent.
     #[arg(long)]
-    data: PathBuf,
-    /// Address of the controller's hub.
+    data: Option<PathBuf>,
+    /// Address of the controller's hub; the run folder says which where it is absent.
     #[arg(long)]
-    controller: String,
+    controller: Option<String>,
     /// Folder for the data plane's sockets.
     #[arg(long)]
-    sockets: PathBuf,
+    sockets: Option<PathBuf>,
+    /// Where other hosts reach this one.
+    #[arg(long)]
+    address: Option<IpAddr>,
+    /// The first worker of this host.
+    #[arg(long, default_value_t = 0)]
+    first_worker: u32,
     /// Which slot this process fills.
     #[arg(long)]
     worker: u32,
@@ -75,6 +82,8 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
         data: args.data,
         controller: args.controller,
         sockets: args.sockets,
+        address: args.address,
+        first_worker: args.first_worker,
         worker: args.worker,
         incarnation: args.incarnation,
         memory_hint: crate::plan::memory_hint,

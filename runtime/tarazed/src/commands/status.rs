@@ -235,15 +235,15 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
         let _ = writeln!(text, "model FLOPs utilisation {mfu:.1}% over the last steps");
     }
     let workers = answer.get("workers").and_then(Value::as_array);
-    let columns = ["worker", "rank", "pid", "incarnation", "lanes", "step", "state"];
+    let mut columns = vec!["worker", "rank", "pid", "incarnation", "lanes", "step", "state"];
     if let Some(workers) = workers.filter(|list| !list.is_empty()) {
-        let _ = writeln!(text, "{}", columns.map(|name| format!("{name:>12}")).concat());
+        if workers.iter().any(|worker| worker.get("node").is_some()) {
+            columns.push("node");
+        }
+        let row = |of: &dyn Fn(&str) -> String| columns.iter().map(|name| format!("{:>12}", of(name))).collect::<String>();
+        let _ = writeln!(text, "{}", row(&|name| name.to_owned()));
         for worker in workers {
-            let _ = writeln!(
-                text,
-                "{}",
-                columns.map(|name| format!("{:>12}", field(worker, name))).concat()
-            );
+            let _ = writeln!(text, "{}", row(&|name| field(worker, name)));
         }
     }
     if let Some(lag_s) = answer.get("durability_lag_s").and_then(Value::as_f64) {

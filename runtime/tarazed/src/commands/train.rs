@@ -1,12 +1,16 @@
 //! `tarazed train`: from a config file to the exit code of a run.
 //!
-//! This file resolves options, opens the run folder and turns notices into lines; the run itself is
+//! This file resolves options, opens the run folder, turns notices into lines and serves the dashboard; the run itself is
 //! [`tarazed_actors::controller`]'s.
 
+use crate::dashboard::{self, Dashboard};
 use crate::exit::{Exit, Failure};
 use crate::outlet::last_words;
-use crate::screen::Screen;
+use crate::progress::Incident;
+use crate::screen::{Screen, languages_of};
+use crate::signals;
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +19,6 @@ use tarazed_actors::rank::DeviceChoice;
 use tarazed_actors::run_folder::{Existing, FolderError, Occupied, RunFolder, Trouble};
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{ClusterDevice, Config};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// Options of `tarazed train`.
@@ -45,6 +48,9 @@ pub struct Args {
     /// still, since one that is dead holds nothing.
     #[arg(long, conflicts_with = "fresh")]
     take_over: bool,
+    /// Where the run's page is served; port 0 is any free one. Whoever knows its address, which is printed, may look.
+    #[arg(long, value_name = "ADDRESS:PORT|off", default_value = dashboard::PLACE)]
+    dashboard: String,
 }
 
 impl Args {
@@ -86,10 +92,11 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     // Before anything else: a signal that finds nobody listening ends the process with no code of the contract.
     let heard = Arc::new(Heard::default());
     let stop = stop_on_signals(Arc::clone(&heard))?;
+    let place = dashboard::place(&args.dashboard)?;
     let config = args.resolve()?;
     let folder = RunFolder::open_as(&config, args.existing(), args.occupied()).map_err(folder_failure)?;
     let (attempt, config_file) = (folder.attempt(), folder.paths.config());
-    let ended = train(args, config, folder, &heard, stop);
+    let ended = train(args, place, config, folder, &heard, stop);
     // A new run that is refused leaves nothing behind, and neither does one that failed before there was anything to keep.
     if let Err(failure) = &ended
         && (failure.exit == Exit::Refused || !config_file.exists())
@@ -101,6 +108,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
 
 fn train(
     args: &Args,
+    place: Option<SocketAddr>,
     config: Config,
     folder: RunFolder,
     heard: &Arc<Heard>,
@@ -116,6 +124,7 @@ fn train(
     })?;
     if !folder.resumed {
         super::checkpoint::try_remote(&config.checkpoint.store)?;
+        crate::initial::check(&config)?;
     }
     let telemetry = telemetry::init(&Settings {
         role: Role::Controller,
@@ -125,6 +134,11 @@ fn train(
     })?;
     let dir = config.run.dir.clone();
     let screen = Screen::start(&config, last_step, telemetry.metrics().clone())?;
+    let dashboard = place.and_then(|place| open_dashboard(place, &config, last_step, &screen));
+    let publish = dashboard.as_ref().map(Dashboard::publisher);
+    if let (false, Some(publish)) = (folder.resumed, &publish) {
+        publish.notify_one();
+    }
     let (show, hear) = (screen.listener(), Arc::clone(heard));
     let ended = controller::run(RunOptions {
         config,
@@ -133,10 +147,14 @@ fn train(
         folder,
         notify: Arc::new(move |notice| {
             hear.on(&notice);
+            if let (Notice::Opened { .. }, Some(publish)) = (&notice, &publish) {
+                publish.notify_one();
+            }
             show(notice);
         }),
         stop,
     });
+    drop(dashboard);
     let shown = screen.finish();
     telemetry.shutdown();
     let exit = conclude(ended, heard, args.fresh)?;
@@ -153,6 +171,29 @@ fn train(
         ));
     }
     Ok(exit)
+}
+
+/// The run's page, where it can be served; what became of it is said, and training goes on either way.
+fn open_dashboard(place: SocketAddr, config: &Config, last_step: StepsCompleted, screen: &Screen) -> Option<Dashboard> {
+    let run = dashboard::Run {
+        folder: crate::run_folder::RunFolder::new(&config.run.dir),
+        last_step: last_step.0,
+        languages: languages_of(config),
+    };
+    let dashboard = match Dashboard::start(place, run) {
+        Ok(dashboard) => dashboard,
+        Err(failure) => {
+            screen.say(Incident::Warning(format!("no dashboard: {}", failure.message)));
+            return None;
+        }
+    };
+    screen.say(Incident::Stage(format!("dashboard {}", dashboard.url())));
+    if !place.ip().is_loopback() {
+        let text =
+            "the dashboard can be reached from other machines over plain HTTP: its address is all that guards it";
+        screen.say(Incident::Warning(text.to_owned()));
+    }
+    Some(dashboard)
 }
 
 /// What ranks will compute on, ready for them.
@@ -197,52 +238,22 @@ impl Heard {
 /// process at once: nothing is to be saved, and data sets and records appear whole or not at all. So does a second one:
 /// the run resumes from its last checkpoint.
 fn stop_on_signals(heard: Arc<Heard>) -> Result<watch::Receiver<bool>, Failure> {
-    let failed = |e: std::io::Error| Failure::transient("signals", format!("cannot be heard ({e})"), "try again");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(failed)?;
-    let entered = runtime.enter();
-    let mut signals = Vec::new();
-    for kind in [
-        SignalKind::terminate(),
-        SignalKind::interrupt(),
-        SignalKind::user_defined1(),
-    ] {
-        signals.push(signal(kind).map_err(failed)?);
-    }
-    drop(entered);
     let (sender, receiver) = watch::channel(false);
-    let listen = move || {
-        runtime.block_on(async move {
-            next_signal(&mut signals).await;
-            if !heard.opened.load(Ordering::SeqCst) {
-                let message = "by a signal before training began; the same command begins again".to_owned();
-                let exit = Exit::Stopped;
-                last_words(&Failure { exit, message }.to_string());
-                std::process::exit(i32::from(exit.code()));
-            }
-            // Nobody listens any more where the run has just ended.
-            let _ = sender.send(true);
-            next_signal(&mut signals).await;
-            last_words("tarazed: stopped at once by a second signal; the run resumes from its last checkpoint");
-            std::process::exit(i32::from(Exit::Transient.code()));
-        });
+    let first = move || {
+        if !heard.opened.load(Ordering::SeqCst) {
+            let message = "by a signal before training began; the same command begins again".to_owned();
+            let exit = Exit::Stopped;
+            last_words(&Failure { exit, message }.to_string());
+            std::process::exit(i32::from(exit.code()));
+        }
+        // Nobody listens any more where the run has just ended.
+        let _ = sender.send(true);
     };
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(listen)
-        .map_err(failed)?;
+    signals::listen(first, || {
+        last_words("tarazed: stopped at once by a second signal; the run resumes from its last checkpoint");
+        std::process::exit(i32::from(Exit::Transient.code()));
+    })?;
     Ok(receiver)
-}
-
-async fn next_signal(signals: &mut [tokio::signal::unix::Signal]) {
-    let [terminate, interrupt, user] = signals else { return };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = user.recv() => {}
-    }
 }
 
 fn folder_failure(error: FolderError) -> Failure {
@@ -315,6 +326,7 @@ mod tests {
             &["--ranks", "8"],
             &["--steps", "10"],
             &["--run-dir", "elsewhere"],
+            &["--dashboard", "off"],
             &[
                 "--set=cluster.transport=tcp",
                 "--set=cluster.mesh_port=7000",

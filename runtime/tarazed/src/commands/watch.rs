@@ -9,12 +9,12 @@ use crate::outlet::DRAIN_TIMEOUT_MS;
 use crate::progress::Style;
 use crate::run_folder::RunFolder;
 use crate::watch::draw::{Line, Tone, draw};
-use crate::watch::look::{Watcher, choose};
+use crate::watch::look::{Watcher, choose, unix_ms};
 use crate::watch::{Stage, View};
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch::{Receiver, channel};
 
@@ -167,11 +167,6 @@ async fn any_of(mut terminate: Signal, mut interrupt: Signal, mut hangup: Signal
         _ = interrupt.recv() => {}
         _ = hangup.recv() => {}
     }
-}
-
-fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// How pages are written to standard output.

@@ -70,6 +70,7 @@ pub(super) fn model(layers: usize, [hidden, ffn, heads, kv_heads, context, vocab
         norm_eps: 1e-5,
         init_std: 0.02,
         norm_init: 1.0,
+        initial: None,
     }
 }
 
@@ -293,7 +294,7 @@ pub fn check<D: Device + Clone>(device: &D, sizes: &Sizes) -> Result<Value, Chec
     for &shape in &sizes.norms {
         check_norm(device, shape, sizes.lanes)?;
     }
-    let models: Vec<String> = sizes.models.iter().map(|model| format!("{model:?}")).collect();
+    let models: Vec<String> = sizes.models.iter().map(|model| model.identity()).collect();
     Ok(json!({
         "models": models, "lanes": sizes.lanes, "sequences": sizes.sequences, "updates": UPDATES, "products": sizes.products, "norms": sizes.norms,
         "same_bits": COMPARISONS,

@@ -282,6 +282,7 @@ impl Run {
             .arg("--run-dir")
             .arg(&dir)
             .arg("--fresh");
+        command.args(["--dashboard", "off"]);
         command.args(["--ranks", &plan.ranks.to_string()]);
         command.args(["--set", &format!("cluster.spares={}", plan.spares)]);
         if plan.over_nccl {

@@ -254,7 +254,7 @@ fn step<D: Driver>(device: &CudaDevice<D>, sizes: &Sizes) -> Result<Value, Check
     Ok(json!({
         "what": format!("forward and backward of {} sequences, {} parameters, by the wall's clock",
             sizes.sequences, bench.layout.parameter_count()),
-        "model": format!("{:?}", sizes.model),
+        "model": sizes.model.identity(),
         "ms_least": least, "ms_median": median, "ms_most": most,
         "tokens_per_second_median": tokens_per_s,
         // Of the two passes alone: a whole step has exchanges and an update besides.

@@ -1,4 +1,5 @@
-//! A model as a Hugging Face folder that loads as `LlamaForCausalLM`: what its files say. Pure; the weights are in [`weights`].
+//! A model as a Hugging Face folder that loads as `LlamaForCausalLM`: what its files say. Pure; the weights are in [`weights`]. The way
+//! back: [`model`] and [`tensors`].
 //!
 //! Aquila2 (arXiv 2408.07410) has the architecture of Llama, and tensors have the names, the shapes `[out, in]`, the order of
 //! rotated pairs (element `i` of a head with `i + head_dim / 2`) and the norm of Hugging Face's Llama here: nothing is
@@ -8,6 +9,9 @@
 //! Every key is written that some reader takes a default for: transformers below version 5 looks for `rope_theta` and
 //! `torch_dtype`, from 5 on for `rope_parameters` and `dtype`, and without its own takes 10,000 and f32 in silence.
 
+pub mod header;
+pub mod model;
+pub mod tensors;
 pub mod weights;
 
 use serde_json::{Value, json};
@@ -131,6 +135,7 @@ mod tests {
             norm_eps: 1e-5,
             init_std: 0.02,
             norm_init: 1.0,
+            initial: None,
         };
         let texts = ["The lane holds.".to_owned(), "训练".to_owned()];
         let (tokenizer, _) = Tokenizer::train_bpe(&texts, 300).expect("a tokenizer");

@@ -7,6 +7,7 @@ use super::Dtype;
 use serde_json::{Map, Value, json};
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tarazed_domain::{ParameterLayout, TensorSlot};
 
@@ -19,7 +20,7 @@ const BY_TOKEN: [&str; 2] = ["model.embed_tokens.weight", "lm_head.weight"];
 /// Values converted at a time.
 const CHUNK_VALUES: usize = 1 << 16;
 
-/// A tensor of an export.
+/// A tensor of a folder.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tensor {
     /// Hugging Face name.
@@ -33,7 +34,8 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    fn of(slot: &TensorSlot, tokens: usize) -> Self {
+    /// A tensor of the layout, in a folder whose vocabulary has so many tokens.
+    pub(super) fn of(slot: &TensorSlot, tokens: usize) -> Self {
         let mut shape = slot.shape.clone();
         if BY_TOKEN.contains(&slot.name.as_str()) {
             shape[0] = shape[0].min(tokens);
@@ -44,6 +46,12 @@ impl Tensor {
             end: slot.offset + shape.iter().product::<usize>(),
             shape,
         }
+    }
+
+    /// Its elements in the flat space.
+    #[must_use]
+    pub const fn elements(&self) -> Range<usize> {
+        self.first..self.end
     }
 
     const fn bytes(&self, dtype: Dtype) -> u64 {

@@ -263,6 +263,8 @@ impl<'a> Processes<'a> {
         command
             .arg("train")
             .arg(config)
+            // Nobody looks at one of so many.
+            .args(["--dashboard", "off"])
             .stdin(Stdio::null())
             .stdout(out)
             .stderr(errors)

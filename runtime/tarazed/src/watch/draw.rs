@@ -142,7 +142,7 @@ fn head(view: &View, width: usize) -> Vec<Line> {
 }
 
 /// Who is in charge, and what to do where nobody is.
-fn stage(view: &View) -> (Tone, String) {
+pub(crate) fn stage(view: &View) -> (Tone, String) {
     let again = "`tarazed train` with the same config and folder";
     let (step, steps) = (view.step, steps_text(view));
     match &view.stage {
@@ -511,7 +511,7 @@ fn incidents(view: &View, width: usize, rows: usize) -> Vec<Line> {
         .collect()
 }
 
-fn tone_of(kind: &str) -> Tone {
+pub(crate) fn tone_of(kind: &str) -> Tone {
     match kind {
         "rank_lost" | "rank_ending" | "alarm" | "state_lost" | "convicted" | "disputed" => Tone::Alarm,
         "recovered" | "adopted" => Tone::Good,

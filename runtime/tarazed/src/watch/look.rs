@@ -15,6 +15,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use tarazed_domain::config::Config;
 use tarazed_domain::{StepIndex, StepsCompleted};
 use tarazed_protocol::data::LoopConfig;
@@ -28,7 +29,7 @@ const CURVE_STEPS_MAX: usize = 400;
 /// Lines over which the time left is reckoned.
 const RATE_LINES: usize = 32;
 /// Events of every healthy run.
-const ROUTINE: [&str; 3] = ["rank_ready", "generation", "checkpoint"];
+pub(crate) const ROUTINE: [&str; 3] = ["rank_ready", "generation", "checkpoint"];
 /// Fields of an event that are shown elsewhere, or say little to a person.
 const SHOWN_ELSEWHERE: [&str; 10] = [
     "kind",
@@ -65,6 +66,13 @@ pub fn choose(dir: Option<&Path>, runs: &Path) -> Result<RunFolder, Failure> {
     found.map_or_else(|| RunFolder::find(dir, runs), Ok)
 }
 
+/// The wall's clock, for whoever looks.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
 fn lock_of(folder: &RunFolder) -> PathBuf {
     folder.dir().join("lock")
 }
@@ -81,6 +89,8 @@ pub struct Watcher {
     slow: BTreeMap<u64, u64>,
     /// Stops and vetoes seen so far, by number: the end of a trace may hold them no more.
     stops: BTreeMap<u64, Decision>,
+    /// Where whoever started the run ends it before its config does.
+    last_step: Option<u64>,
 }
 
 /// What a controller says when it is asked.
@@ -105,7 +115,15 @@ impl Watcher {
             signals: Signals::default(),
             slow: BTreeMap::new(),
             stops: BTreeMap::new(),
+            last_step: None,
         }
+    }
+
+    /// Of a run that is ended after `last_step`, if not before: that stands in no file.
+    #[must_use]
+    pub fn ended_after(mut self, last_step: u64) -> Self {
+        self.last_step = Some(last_step);
+        self
     }
 
     /// What is known now. What cannot be read is said in the view, and stays as it was.
@@ -180,6 +198,7 @@ impl Watcher {
         if let Some(line) = lines.rev().find_map(parse::<TraceEnd>) {
             self.view.step = line.step;
             self.view.figures.lr = line.lr;
+            self.view.figures.tokens = line.tokens;
             self.line = line;
         }
         Ok(())
@@ -197,7 +216,10 @@ impl Watcher {
             .tokens
             .map(|tokens| LoopConfig::of(&config).step_after_tokens(tokens));
         let stops: Vec<Decision> = self.stops.values().cloned().collect();
-        self.view.steps = Some(expected_end(&stops, stop_at, StepsCompleted(config.run.steps)).0);
+        let last_step = self
+            .last_step
+            .map_or(config.run.steps, |last| last.min(config.run.steps));
+        self.view.steps = Some(expected_end(&stops, stop_at, StepsCompleted(last_step)).0);
         self.view.name = config.run.name;
         Ok(())
     }
@@ -212,6 +234,7 @@ impl Watcher {
             loss: last.loss,
             grad_norm: last.grad_norm,
             lr: self.view.figures.lr,
+            tokens: self.view.figures.tokens,
             tokens_per_s: last.tokens_per_s,
             mfu_percent: last.mfu_percent,
             goodput: last.goodput,
@@ -236,7 +259,7 @@ impl Watcher {
     fn read_events(&mut self) -> Result<(), Failure> {
         let end = tail(&self.folder.events())?;
         let events: Vec<Value> = whole_lines(&end).filter_map(parse).collect();
-        self.view.incidents = incidents(&events);
+        self.view.incidents = incidents(&events, INCIDENTS_MAX);
         self.hear_of_checkpoint(&events);
         self.slow = slow_lanes(&events);
         Ok(())
@@ -356,6 +379,7 @@ fn names_lock(locks: &str, device: u64, inode: u64) -> bool {
 #[serde(default)]
 struct TraceEnd {
     step: u64,
+    tokens: Option<u64>,
     lr: Option<f64>,
     mixture: DomainMap<f64>,
     domains: DomainMap<DomainLoss>,
@@ -427,31 +451,39 @@ fn time_left_s(lines: &[MetricsLine], steps: u64) -> Option<f64> {
     Some(steps.saturating_sub(last.step) as f64 * took_s / done)
 }
 
-/// The newest first. A rank whose end was seen to begin is told once: when it is gone, with the cause.
-fn incidents(events: &[Value]) -> Vec<Incident> {
+/// The newest first, so many at most. A rank whose end was seen to begin is told once: when it is gone, with the cause. By then
+/// its end is expected, which that of others is who were told to leave.
+pub(crate) fn incidents(events: &[Value], most: usize) -> Vec<Incident> {
     let of_life = |event: &Value| {
         let number = |key: &str| event.get(key).and_then(Value::as_u64);
         (number("worker"), number("incarnation"))
     };
-    let mut ends = Vec::new();
-    let mut found = Vec::new();
-    for event in events.iter().rev() {
+    let mut told: Vec<Option<Incident>> = Vec::new();
+    // Places of those whose end was seen to begin, and is not over.
+    let mut ending = BTreeMap::new();
+    for event in events {
         let kind = event.get("kind").and_then(Value::as_str).unwrap_or_default();
         let is_expected = event.get("expected").and_then(Value::as_bool).unwrap_or(false);
-        match kind {
-            "rank_lost" => ends.push(of_life(event)),
-            "rank_ending" if ends.contains(&of_life(event)) => continue,
-            _ => {}
-        }
-        if kind.is_empty() || is_expected || ROUTINE.contains(&kind) {
+        if kind.is_empty() || ROUTINE.contains(&kind) {
             continue;
         }
-        found.push(incident(kind, event));
-        if found.len() == INCIDENTS_MAX {
-            break;
-        }
+        let is_told = match kind {
+            "rank_ending" => {
+                ending.insert(of_life(event), told.len());
+                true
+            }
+            "rank_lost" => match ending.remove(&of_life(event)) {
+                Some(begun) => {
+                    told[begun] = None;
+                    true
+                }
+                None => !is_expected,
+            },
+            _ => true,
+        };
+        told.extend(is_told.then(|| Some(incident(kind, event))));
     }
-    found
+    told.into_iter().rev().flatten().take(most).collect()
 }
 
 fn incident(kind: &str, event: &Value) -> Incident {
@@ -472,6 +504,10 @@ fn incident(kind: &str, event: &Value) -> Incident {
         kind: kind.to_owned(),
         what: what.join(": "),
         recovery_ms: number("recovery_ms"),
+        detection_ms: number("detection_ms"),
+        steps_lost: number("steps_lost"),
+        rank: number("rank"),
+        step: number("step"),
     }
 }
 

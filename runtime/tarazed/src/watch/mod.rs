@@ -87,6 +87,8 @@ pub enum WaitsFor {
 pub struct Figures {
     /// When its line was written.
     pub at_unix_ms: Option<u64>,
+    /// Training tokens so far.
+    pub tokens: Option<u64>,
     /// Training loss in nats per token.
     pub loss: Option<f64>,
     /// Gradient norm before clipping.
@@ -192,4 +194,12 @@ pub struct Incident {
     pub what: String,
     /// Since the failure was seen.
     pub recovery_ms: Option<u64>,
+    /// From the last sign of life to its being seen, so at most.
+    pub detection_ms: Option<u64>,
+    /// Steps that had to be done again.
+    pub steps_lost: Option<u64>,
+    /// Rank in the world of that time.
+    pub rank: Option<u64>,
+    /// Steps completed when it was written.
+    pub step: Option<u64>,
 }

@@ -30,6 +30,7 @@ fn view() -> View {
         steps: Some(280),
         figures: Figures {
             at_unix_ms: Some(99_000),
+            tokens: None,
             loss: Some(5.43214),
             grad_norm: Some(1.25),
             lr: Some(1.93e-3),
@@ -96,6 +97,7 @@ fn incident(unix_ms: u64, kind: &str, recovery_ms: Option<u64>) -> Incident {
         kind: kind.to_owned(),
         what: "worker 1: killed by signal 9".to_owned(),
         recovery_ms,
+        ..Incident::default()
     }
 }
 

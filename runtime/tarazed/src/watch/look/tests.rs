@@ -77,6 +77,7 @@ fn what_is_whole_is_shown_where_files_are_cut() {
     assert_eq!((view.stage, view.remark, view.now_unix_ms), (Stage::Ended, None, NOW));
     let figures = Figures {
         at_unix_ms: Some(120_000),
+        tokens: Some(120 * 2_048),
         loss: Some(5.5),
         grad_norm: Some(1.5),
         lr: Some(1e-3),
@@ -329,6 +330,17 @@ fn a_stop_that_is_decided_is_the_end() {
     assert_eq!(watcher.look(NOW).expect("a view").steps, Some(150));
 }
 
+/// `--steps` stands in no file: whoever started the run knows of it, and an earlier end stays one.
+#[test]
+fn an_end_that_was_asked_for_is_the_end() {
+    let (_dir, folder) = run();
+    write_files(&folder);
+    for (asked_for, expected) in [(200, 200), (280, 280), (999, 280)] {
+        let view = Watcher::new(folder.clone()).ended_after(asked_for).look(NOW);
+        assert_eq!(view.expect("a view").steps, Some(expected), "{asked_for}");
+    }
+}
+
 #[test]
 fn incidents_are_what_is_not_routine() {
     let of = |kind: &str, more: Value| {
@@ -360,10 +372,18 @@ fn incidents_are_what_is_not_routine() {
             json!({"worker": 1, "incarnation": 1, "cause": "silence"}),
         ),
         of("rolled_back", json!({"at": 90, "to": 60})),
+        of(
+            "rank_ending",
+            json!({"worker": 3, "incarnation": 0, "cause": "crashed"}),
+        ),
+        of(
+            "rank_lost",
+            json!({"worker": 3, "incarnation": 0, "cause": "signal 9", "expected": true}),
+        ),
         json!({"no": "kind"}),
         json!(7),
     ];
-    let found = incidents(&events);
+    let found = incidents(&events, INCIDENTS_MAX);
     let told: Vec<(&str, &str, Option<u64>)> = found
         .iter()
         .map(|incident| (incident.kind.as_str(), incident.what.as_str(), incident.recovery_ms))
@@ -371,6 +391,7 @@ fn incidents_are_what_is_not_routine() {
     assert_eq!(
         told,
         [
+            ("rank_lost", "worker 3: signal 9", None),
             ("rolled_back", "at 90, to 60", None),
             ("rank_ending", "worker 1: silence", None),
             ("recovered", "worker 1: signal 9", Some(812)),
@@ -379,7 +400,7 @@ fn incidents_are_what_is_not_routine() {
         "the newest first"
     );
     let many: Vec<Value> = (0..100).map(|_| of("alarm", json!({"cause": "silence"}))).collect();
-    assert_eq!(incidents(&many).len(), INCIDENTS_MAX);
+    assert_eq!(incidents(&many, INCIDENTS_MAX).len(), INCIDENTS_MAX);
 }
 
 /// Until the worker lives another life.
