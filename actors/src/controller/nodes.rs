@@ -48,7 +48,9 @@ impl NodesEnd {
     pub async fn end(self, code: u8) {
         let ended = self.0.call(|reply| NodesMessage::End(code, reply), Some(LEAVING_LIMIT));
         if !matches!(ended.await, Ok(CallResult::Success(()))) {
-            tracing::warn!("a node has not left in time: it ends its ranks by itself, or they end when nobody comes for them");
+            tracing::warn!(
+                "a node has not left in time: it ends its ranks by itself, or they end when nobody comes for them"
+            );
         }
         // An error means that it is gone already.
         let _ = self.0.stop_and_wait(None, Some(LEAVING_LIMIT)).await;
@@ -200,7 +202,9 @@ impl NodesShell {
                     )));
                 }
                 RosterEffect::TurnedAway { node, reason } => {
-                    (self.notify)(Notice::Warning(format!("a process was turned away that would be node '{node}': {reason}")));
+                    (self.notify)(Notice::Warning(format!(
+                        "a process was turned away that would be node '{node}': {reason}"
+                    )));
                 }
             }
         }

@@ -157,9 +157,8 @@ impl Legacy {
         });
         // Ranks of the folder that this one is a copy of are not this run's; those that follow other rules would disagree
         // with newcomers on what is due.
-        let before = known.filter(|before| {
-            before.folder == folder_identity(paths, config) && before.rules == rules_of_ranks(config)
-        });
+        let before = known
+            .filter(|before| before.folder == folder_identity(paths, config) && before.rules == rules_of_ranks(config));
         let lives: Vec<PastLife> = entries
             .iter()
             .map(|entry| PastLife {
@@ -517,7 +516,10 @@ async fn start_nodes(
 
 /// As many ranks as a world may have: one for each lane, as far as the nodes have room beside the spares.
 fn ranks_max(config: &Config) -> u32 {
-    let room = config.cluster.slots().map(|slots| slots.saturating_sub(config.cluster.spares));
+    let room = config
+        .cluster
+        .slots()
+        .map(|slots| slots.saturating_sub(config.cluster.spares));
     config.batch.lanes.min(room.unwrap_or(u32::MAX))
 }
 

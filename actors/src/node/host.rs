@@ -246,7 +246,9 @@ fn claim(paths: &RunPaths, name: &str) -> Result<Option<(File, Incarnation)>, No
     let mut text = String::new();
     lock.read_to_string(&mut text).map_err(failed)?;
     let next = text.trim().parse::<u32>().map_or(0, |last| last.saturating_add(1));
-    lock.rewind().and_then(|()| lock.write_all(format!("{next}\n").as_bytes())).map_err(failed)?;
+    lock.rewind()
+        .and_then(|()| lock.write_all(format!("{next}\n").as_bytes()))
+        .map_err(failed)?;
     Ok(Some((lock, Incarnation(next))))
 }
 

@@ -185,7 +185,14 @@ pub fn run(args: &RankArgs) -> Result<RankExit, RankError> {
         .enable_all()
         .build()
         .map_err(|e| RankError::because("actor runtime")(&e))?;
-    let exit = runtime.block_on(serve(args, paths, &data, Arc::new(config), token, runtime.handle().clone()));
+    let exit = runtime.block_on(serve(
+        args,
+        paths,
+        &data,
+        Arc::new(config),
+        token,
+        runtime.handle().clone(),
+    ));
     runtime.shutdown_timeout(Duration::from_millis(200));
     exit
 }

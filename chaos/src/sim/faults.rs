@@ -145,9 +145,13 @@ fn strike(world: &Arc<World>, kind: Fault, random: &mut Random) {
 }
 
 fn strike_host(world: &Arc<World>, kind: Fault, random: &mut Random) {
-    let Some(last) = world.hosts.len().checked_sub(1) else { return };
+    let Some(last) = world.hosts.len().checked_sub(1) else {
+        return;
+    };
     let host = Arc::clone(&world.hosts[random.between(0, last as u64) as usize]);
-    world.history.note(&format!("fault: {kind:?}, workers {:?}", host.workers));
+    world
+        .history
+        .note(&format!("fault: {kind:?}, workers {:?}", host.workers));
     match kind {
         Fault::CutNode => {
             let time = Duration::from_millis(random.between(1, world.scenario.timeout_ms * 3));
@@ -156,7 +160,11 @@ fn strike_host(world: &Arc<World>, kind: Fault, random: &mut Random) {
         _ => host.kill_node(),
     }
     if kind == Fault::LoseHost {
-        let lost = host.workers.clone().map(WorkerId).filter_map(|worker| world.newest_of(worker));
+        let lost = host
+            .workers
+            .clone()
+            .map(WorkerId)
+            .filter_map(|worker| world.newest_of(worker));
         for process in lost.filter(|process| process.is_alive()) {
             process.end(world, ExitCause::Signal(9), None);
         }

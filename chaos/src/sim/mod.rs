@@ -119,7 +119,10 @@ async fn simulate(scenario: Scenario, paths: RunPaths, keep_history: bool) -> Re
     let world = World::new(scenario, paths, history.clone())?;
     let disturbing = tokio::spawn(faults::disturb(world.clone()));
     let deciding = tokio::spawn(persons::decide(world.clone()));
-    let hosts = world.hosts.iter().map(|host| tokio::spawn(nodes::keep_up(world.clone(), host.clone())));
+    let hosts = world
+        .hosts
+        .iter()
+        .map(|host| tokio::spawn(nodes::keep_up(world.clone(), host.clone())));
     let hosts: Vec<_> = hosts.collect();
     let scenario = &world.scenario;
     let alone_ms = scenario.steps * u64::from(scenario.lanes) * scenario.lane_ms;

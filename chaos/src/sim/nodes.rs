@@ -175,7 +175,11 @@ pub async fn keep_up(world: Arc<World>, host: Arc<Host>) {
         while stays_away && !world.is_calm() {
             tokio::time::sleep(AWAY_LOOK).await;
         }
-        let patience_ms = if world.is_calm() { 50 } else { world.scenario.timeout_ms * 2 };
+        let patience_ms = if world.is_calm() {
+            50
+        } else {
+            world.scenario.timeout_ms * 2
+        };
         tokio::time::sleep(Duration::from_millis(random.between(1, patience_ms))).await;
     }
 }
@@ -207,7 +211,9 @@ async fn live(world: &Arc<World>, host: &Arc<Host>, random: &mut Random) {
     });
     *lock(&host.node) = Some(Arc::clone(&node));
     let past: Vec<PastLife> = world.past_lives();
-    let past = past.into_iter().filter(|past| host.workers.contains(&past.member.worker.0));
+    let past = past
+        .into_iter()
+        .filter(|past| host.workers.contains(&past.member.worker.0));
     let agent = SimAgent {
         world: Arc::clone(world),
         node: Arc::clone(&node),
@@ -240,7 +246,9 @@ async fn stay(world: &Arc<World>, host: &Arc<Host>, node: &Arc<Node>, random: &m
     loop {
         let (life, way) = loop {
             tokio::time::sleep(Duration::from_millis(random.between(1, 60))).await;
-            let life = world.in_charge().filter(|life| life.is_alive() && !life.gate.is_closed());
+            let life = world
+                .in_charge()
+                .filter(|life| life.is_alive() && !life.gate.is_closed());
             if let Some((life, way)) = life.and_then(|life| life.way_for_nodes().map(|way| (life, way))) {
                 break (life, way);
             }
@@ -256,9 +264,22 @@ async fn stay(world: &Arc<World>, host: &Arc<Host>, node: &Arc<Node>, random: &m
         let link = way.connect(&life, peer, down);
         let ends = [Arc::clone(node), Arc::clone(node)];
         let [upper, lower] = ends;
-        let end = LinkEnd { life: Arc::clone(&life), way, peer, link };
+        let end = LinkEnd {
+            life: Arc::clone(&life),
+            way,
+            peer,
+            link,
+        };
         tokio::spawn(carry_up(Arc::clone(world), Arc::clone(host), upper, end, said));
-        tokio::spawn(carry_down(Arc::clone(world), Arc::clone(host), lower, Arc::clone(&life), number, told, lose));
+        tokio::spawn(carry_down(
+            Arc::clone(world),
+            Arc::clone(host),
+            lower,
+            Arc::clone(&life),
+            number,
+            told,
+            lose,
+        ));
         node.tree.linked(Box::new(NodeUplink { up: up.clone() }));
         let why = until_over(world, node, &life, lost).await;
         // An error means that the link is over at the other end, too.
@@ -341,7 +362,10 @@ async fn carry_down(
     mut told: mpsc::UnboundedReceiver<Vec<u8>>,
     lose: oneshot::Sender<()>,
 ) {
-    let mut random = world.random("node down", (life.number << 32) + (u64::from(host.index) << 24) + node.number);
+    let mut random = world.random(
+        "node down",
+        (life.number << 32) + (u64::from(host.index) << 24) + node.number,
+    );
     loop {
         let message = tokio::select! {
             biased;
@@ -459,7 +483,11 @@ impl SimAgent {
                 return;
             };
             if node.released.load(Ordering::Relaxed) {
-                return start_failed(&node, member, StartError::Cancelled("another agent is in charge".to_owned()));
+                return start_failed(
+                    &node,
+                    member,
+                    StartError::Cancelled("another agent is in charge".to_owned()),
+                );
             }
             world.check_started_once(member);
             let process = world.new_process(&life, member);

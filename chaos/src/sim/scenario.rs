@@ -207,7 +207,11 @@ impl Scenario {
             faults.push(Fault::OF_LOOPS);
         }
         let mut hosts = Random::of(seed, "hosts", 0);
-        let nodes = if hosts.chance(0.5) { hosts.pick(&[1, 2, 2, 3]).min(ranks) } else { 0 };
+        let nodes = if hosts.chance(0.5) {
+            hosts.pick(&[1, 2, 2, 3]).min(ranks)
+        } else {
+            0
+        };
         if nodes > 0 {
             faults.extend(Fault::OF_NODES.into_iter().filter(|_| hosts.chance(0.65)));
         }
@@ -319,7 +323,11 @@ impl Scenario {
         let first_of = |host: u32| (host * each).min(self.ranks + self.spares);
         let last = self.lanes + self.spares + self.nodes;
         let ends = (1..=self.nodes).map(|next| if next == self.nodes { last } else { first_of(next) });
-        (0..self.nodes).map(first_of).zip(ends).map(|(first, end)| first..end).collect()
+        (0..self.nodes)
+            .map(first_of)
+            .zip(ends)
+            .map(|(first, end)| first..end)
+            .collect()
     }
 
     /// The hosts, as a config has them.
@@ -329,7 +337,9 @@ impl Scenario {
         }
         let nodes: Vec<String> = (0..)
             .zip(self.slots())
-            .map(|(index, workers): (u32, Range<u32>)| format!("{{name = \"host-{index}\", slots = {}}}", workers.len()))
+            .map(|(index, workers): (u32, Range<u32>)| {
+                format!("{{name = \"host-{index}\", slots = {}}}", workers.len())
+            })
             .collect();
         format!(
             "transport = \"tcp\"\naddress = \"127.0.0.1\"\nnodes = [{}]\n",

@@ -54,7 +54,9 @@ impl Node {
     fn start_by(mut command: Command, project: &Project, run: &str, name: &str, address: &str, more: &[&str]) -> Self {
         let run_dir = project.run_dir(run);
         let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let output = project.path().join(format!("node-{name}-{}.out", begun.map_or(0, |since| since.as_nanos())));
+        let output = project
+            .path()
+            .join(format!("node-{name}-{}.out", begun.map_or(0, |since| since.as_nanos())));
         let child = command
             .args(["node", "--name", name, "--run-dir"])
             .arg(&run_dir)
@@ -143,7 +145,11 @@ impl Node {
         let deadline = Instant::now() + WAIT;
         while !self.said().contains(words) {
             let ended = self.child.try_wait().expect("a child can be waited for");
-            assert!(ended.is_none(), "the node ended before it said '{words}'\n{}", self.said());
+            assert!(
+                ended.is_none(),
+                "the node ended before it said '{words}'\n{}",
+                self.said()
+            );
             assert!(Instant::now() < deadline, "'{words}' is not said\n{}", self.said());
             std::thread::sleep(POLL);
         }

@@ -32,7 +32,9 @@ fn pids(run: &Run) -> BTreeSet<u32> {
 /// The workers that compute.
 fn training(status: &Status) -> Vec<u32> {
     let all = status.workers.iter();
-    all.filter(|worker| worker.state == "training").map(|worker| worker.worker).collect()
+    all.filter(|worker| worker.state == "training")
+        .map(|worker| worker.worker)
+        .collect()
 }
 
 /// DET-1, DESIGN.md section 4: where ranks run decides no number; copies of a shard lie on different hosts; a rank that is
@@ -151,7 +153,9 @@ fn a_node_that_stands_still_stalls_nobody() {
     let from = run.step();
     run.wait_for_step(from + 20);
     b.signal(Signal::CONT);
-    run.wait_for_status("its next life", |status| status.all_train(4) && status.workers[3].incarnation > 0);
+    run.wait_for_status("its next life", |status| {
+        status.all_train(4) && status.workers[3].incarnation > 0
+    });
     assert_undisturbed(&mut run, steps, "a node that stood still");
     assert_eq!(run.events("state_lost").len(), 0, "{}", run.tail());
     b.finish().assert_code(0);
@@ -208,7 +212,9 @@ fn nodes_outlive_their_controller() {
     second.wait_for_status("all ranks", |status| status.all_train(4));
     // A rank that the first one's nodes started is started again for the second.
     assert!(second.kill_rank(2).is_some());
-    second.wait_for_status("its next life", |status| status.all_train(4) && status.workers[2].incarnation == 1);
+    second.wait_for_status("its next life", |status| {
+        status.all_train(4) && status.workers[2].incarnation == 1
+    });
     assert_undisturbed(&mut second, steps, "a killed controller");
     assert_eq!(second.events("adopted").len(), 1, "{}", second.tail());
     assert_eq!(second.events("state_lost").len(), 0, "{}", second.tail());
@@ -354,8 +360,9 @@ impl Wire {
         if !ip(&["netns", "add", namespace]) {
             return None;
         }
-        let laid = ip(&["link", "add", &near, "type", "veth", "peer", "name", &far, "netns", namespace])
-            && ip(&["addr", "add", &format!("{}/30", wire.here), "dev", &near])
+        let laid = ip(&[
+            "link", "add", &near, "type", "veth", "peer", "name", &far, "netns", namespace,
+        ]) && ip(&["addr", "add", &format!("{}/30", wire.here), "dev", &near])
             && ip(&["link", "set", &near, "up"])
             && wire.there(&["addr", "add", &format!("{}/30", wire.there), "dev", &far])
             && wire.there(&["link", "set", &far, "up"])
@@ -372,8 +379,20 @@ impl Wire {
         let number = std::process::id() % 10_000;
         let (near, far) = (format!("tzn{number}"), format!("tzf{number}"));
         let nobody = ["lladdr", "02:00:00:00:00:99", "nud", "permanent"];
-        assert!(ip(&[&["neigh", "replace", self.there.as_str(), "dev", near.as_str()], &nobody[..]].concat()));
-        assert!(self.there(&[&["neigh", "replace", self.here.as_str(), "dev", far.as_str()], &nobody[..]].concat()));
+        assert!(ip(&[
+            &["neigh", "replace", self.there.as_str(), "dev", near.as_str()],
+            &nobody[..]
+        ]
+        .concat()));
+        assert!(
+            self.there(
+                &[
+                    &["neigh", "replace", self.here.as_str(), "dev", far.as_str()],
+                    &nobody[..]
+                ]
+                .concat()
+            )
+        );
     }
 
     fn mend(&self) {

@@ -70,7 +70,10 @@ pub(super) async fn first_config(paths: &RunPaths, wait: Duration) -> Option<Res
 /// Who is in charge, as far as the folder can be read.
 async fn named(paths: &RunPaths) -> Option<InCharge> {
     let paths = paths.clone();
-    crate::blocking::run(move || InCharge::read(&paths)).await.ok().flatten()
+    crate::blocking::run(move || InCharge::read(&paths))
+        .await
+        .ok()
+        .flatten()
 }
 
 impl Lookout {
@@ -79,7 +82,9 @@ impl Lookout {
         let mut number = 0;
         loop {
             number += 1;
-            let Some(mut linked) = self.find(number).await else { return };
+            let Some(mut linked) = self.find(number).await else {
+                return;
+            };
             let why = self.until_over(&mut linked).await;
             (self.notify)(NodeNotice::Unlinked(why));
             self.tree.unlinked();
@@ -155,10 +160,19 @@ impl Lookout {
     /// Why this process can be no node of the run as it is configured now.
     async fn misfit(&self) -> Option<String> {
         let file = self.paths.config();
-        let config = crate::blocking::run(move || Config::load(&file, &[])).await.ok()?.ok()?;
+        let config = crate::blocking::run(move || Config::load(&file, &[]))
+            .await
+            .ok()?
+            .ok()?;
         let index = self.index as usize;
-        let same = config.cluster.nodes.get(index) == Some(&self.node) && config.cluster.workers_of(index) == self.workers;
-        (!same).then(|| format!("node '{}' has another place in the config by now; start it again", self.node.name))
+        let same =
+            config.cluster.nodes.get(index) == Some(&self.node) && config.cluster.workers_of(index) == self.workers;
+        (!same).then(|| {
+            format!(
+                "node '{}' has another place in the config by now; start it again",
+                self.node.name
+            )
+        })
     }
 
     /// Waits until the link ends, or until another controller is in charge; says why.

@@ -98,13 +98,21 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
             "names no host that others could dial",
             "set it to the node's own address, or leave it to `tarazed node --address`"
         );
-        within(&key("slots"), u64::from(node.slots), 1..=SLOTS_MAX, "one for each rank and spare that the host has room for")?;
+        within(
+            &key("slots"),
+            u64::from(node.slots),
+            1..=SLOTS_MAX,
+            "one for each rank and spare that the host has room for",
+        )?;
     }
     let wanted = c.ranks.saturating_add(c.spares);
     require!(
         wanted <= slots,
         "cluster.ranks",
-        format!("{} ranks and {} spares are more than the {slots} slots of cluster.nodes", c.ranks, c.spares),
+        format!(
+            "{} ranks and {} spares are more than the {slots} slots of cluster.nodes",
+            c.ranks, c.spares
+        ),
         "add nodes or slots, or take fewer"
     );
     Ok(())

@@ -325,7 +325,8 @@ impl Coordinator {
         let deadline_ms = now_ms + self.options.timeouts.start_ms;
         for member in self.workers.starting() {
             if self.options.hosts.get(member.worker.index()) == Some(&node) {
-                self.workers.set_phase(member.worker, WorkerPhase::Starting { deadline_ms });
+                self.workers
+                    .set_phase(member.worker, WorkerPhase::Starting { deadline_ms });
             }
         }
     }

@@ -135,7 +135,9 @@ impl Coordinator {
         let shard_count = self.options.shard_count;
         let whole = self.whole_ranks(ground);
         let hosts = self.hosts_of(ranks);
-        let placed = sharder::place(shard_count, ranks, self.options.replicas, &hosts, |shard| whole.of(shard));
+        let placed = sharder::place(shard_count, ranks, self.options.replicas, &hosts, |shard| {
+            whole.of(shard)
+        });
         self.primaries.clear();
         holders.reserve(shard_count * placed.copies());
         let mut copies = 0;

@@ -126,7 +126,9 @@ impl NodeDesk {
     fn begin(&mut self, life: &WantedLife) -> Vec<DeskEffect> {
         let member = life.member;
         let was_here = self.newest.get(&member.worker) >= Some(&member.incarnation) && !Mutant::NodeStartsTwice.is_on();
-        let unborn = |cause: &str| LifeState::NotStarted { cause: cause.to_owned() };
+        let unborn = |cause: &str| LifeState::NotStarted {
+            cause: cause.to_owned(),
+        };
         let state = match &life.kill {
             _ if life.adopt || was_here => ended_unseen(),
             Some(reason) => unborn(reason),
@@ -137,7 +139,10 @@ impl NodeDesk {
         let starts = state == LifeState::Starting;
         self.hold(member, state);
         let after_ms = life.after_ms;
-        starts.then_some(DeskEffect::Start { member, after_ms }).into_iter().collect()
+        starts
+            .then_some(DeskEffect::Start { member, after_ms })
+            .into_iter()
+            .collect()
     }
 
     fn kill(&mut self, worker: WorkerId, reason: &str) -> Vec<DeskEffect> {
@@ -146,7 +151,10 @@ impl NodeDesk {
                 held.is_killed = true;
                 let incarnation = held.incarnation;
                 let member = Member { worker, incarnation };
-                vec![DeskEffect::Kill { member, reason: reason.to_owned() }]
+                vec![DeskEffect::Kill {
+                    member,
+                    reason: reason.to_owned(),
+                }]
             }
             _ => Vec::new(),
         }
@@ -174,7 +182,10 @@ impl NodeDesk {
     /// The process of a life that is known to run; 0 for others.
     #[must_use]
     pub fn pid(&self, member: Member) -> u32 {
-        let held = self.held.get(&member.worker).filter(|held| held.incarnation == member.incarnation);
+        let held = self
+            .held
+            .get(&member.worker)
+            .filter(|held| held.incarnation == member.incarnation);
         match held.map(|held| &held.state) {
             Some(&(LifeState::Running { pid } | LifeState::Ending { pid, .. })) => pid,
             _ => 0,
@@ -185,7 +196,10 @@ impl NodeDesk {
     pub fn leave(&mut self, reason: &str) -> Vec<DeskEffect> {
         self.is_leaving = true;
         let workers: Vec<WorkerId> = self.held.keys().copied().collect();
-        workers.into_iter().flat_map(|worker| self.kill(worker, reason)).collect()
+        workers
+            .into_iter()
+            .flat_map(|worker| self.kill(worker, reason))
+            .collect()
     }
 
     /// Whether no process is left, nor will come to be.

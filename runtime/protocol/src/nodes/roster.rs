@@ -144,7 +144,9 @@ impl NodeRoster {
     }
 
     fn node_of(&self, worker: WorkerId) -> Option<usize> {
-        self.nodes.iter().position(|node| node.facts.workers.contains(&worker.0))
+        self.nodes
+            .iter()
+            .position(|node| node.facts.workers.contains(&worker.0))
     }
 
     /// A life is to begin after a while, or one of an earlier controller is to be watched. It is answered once its node says
@@ -175,7 +177,11 @@ impl NodeRoster {
             return Vec::new();
         };
         let node = &mut self.nodes[index];
-        let Some(wanted) = node.wanted.get_mut(&member.worker).filter(|wanted| wanted.life.member == member) else {
+        let Some(wanted) = node
+            .wanted
+            .get_mut(&member.worker)
+            .filter(|wanted| wanted.life.member == member)
+        else {
             return Vec::new();
         };
         if wanted.life.kill.is_some() {
@@ -224,7 +230,11 @@ impl NodeRoster {
             node: node.facts.name.clone(),
             workers: node.facts.workers.clone(),
             cause: cause.to_owned(),
-            lives: node.wanted.values().filter(|wanted| wanted.told == Told::Started).count(),
+            lives: node
+                .wanted
+                .values()
+                .filter(|wanted| wanted.told == Told::Started)
+                .count(),
         }];
         effects.extend(node.given_up());
         effects
@@ -241,9 +251,10 @@ impl NodeRoster {
         }
         match message {
             FromNode::Hello { binary: theirs, .. } if theirs != binary => {
-                let reason = "its program is not the one that the controller runs, and another program computes other numbers; \
+                let reason =
+                    "its program is not the one that the controller runs, and another program computes other numbers; \
                               start the same file on every host"
-                    .to_owned();
+                        .to_owned();
                 let turned = RosterEffect::TurnedAway {
                     node: node.facts.name.clone(),
                     reason: reason.clone(),

@@ -170,7 +170,12 @@ impl World {
                 (member, LifeState::Running { pid: 1 })
             }
             DeskEffect::Adopt { member } if self.living.contains(&member) => (member, LifeState::Running { pid: 1 }),
-            DeskEffect::Adopt { member } => (member, LifeState::NotStarted { cause: "gone".to_owned() }),
+            DeskEffect::Adopt { member } => (
+                member,
+                LifeState::NotStarted {
+                    cause: "gone".to_owned(),
+                },
+            ),
             DeskEffect::Kill { member, .. } => {
                 self.living.remove(&member);
                 (member, over("killed"))
@@ -275,13 +280,22 @@ impl World {
         for (member, heard) in &self.asked {
             let lives = self.living.contains(member);
             if heard.is_killed {
-                assert!(heard.over == 1 && !lives, "{member} was to end: {heard:?}, lives: {lives}");
+                assert!(
+                    heard.over == 1 && !lives,
+                    "{member} was to end: {heard:?}, lives: {lives}"
+                );
             }
             assert_eq!(heard.over == 0, lives, "{member}: {heard:?}");
-            assert!(heard.started >= u32::from(lives), "{member} lives, and nobody was told: {heard:?}");
+            assert!(
+                heard.started >= u32::from(lives),
+                "{member} lives, and nobody was told: {heard:?}"
+            );
         }
         for member in &self.living {
-            assert!(self.asked.contains_key(member), "{member} lives, and nobody asked for it");
+            assert!(
+                self.asked.contains_key(member),
+                "{member} lives, and nobody asked for it"
+            );
         }
     }
 }
@@ -343,11 +357,20 @@ fn a_node_that_stands_still_is_not_waited_for() {
     world.ask_for_next(WorkerId(0));
     world.settle();
     let life = member(0, 0);
-    assert!(matches!(world.roster.kill(5, life, "silent")[..], [RosterEffect::Send { .. }]));
+    assert!(matches!(
+        world.roster.kill(5, life, "silent")[..],
+        [RosterEffect::Send { .. }]
+    ));
     assert_eq!(world.roster.kill(5 + PATIENCE_MS, life, "silent"), []);
     let effects = world.roster.kill(6 + PATIENCE_MS, life, "silent");
     assert!(
-        matches!(&effects[..], [RosterEffect::Report { report: LifeReport::Ending { .. }, .. }]),
+        matches!(
+            &effects[..],
+            [RosterEffect::Report {
+                report: LifeReport::Ending { .. },
+                ..
+            }]
+        ),
         "{effects:?}"
     );
     assert_eq!(world.roster.kill(7 + PATIENCE_MS, life, "silent"), []);
@@ -384,7 +407,16 @@ fn a_node_of_another_program_is_turned_away() {
     };
     let effects = roster.on_message(0, hello([8; 32]));
     assert!(
-        matches!(&effects[..], [RosterEffect::TurnedAway { .. }, RosterEffect::Send { message: ToNode::Refused(_), .. }]),
+        matches!(
+            &effects[..],
+            [
+                RosterEffect::TurnedAway { .. },
+                RosterEffect::Send {
+                    message: ToNode::Refused(_),
+                    ..
+                }
+            ]
+        ),
         "{effects:?}"
     );
     assert_eq!(roster.on_message(0, FromNode::Have(Vec::new())), [], "whatever it says");
@@ -413,12 +445,24 @@ fn a_node_that_leaves_starts_nobody() {
     assert_eq!(desk.on_want(&[wanted(0)]), [start, DeskEffect::Report]);
     desk.on_life(member(0, 0), LifeState::Running { pid: 3 });
     let reason = "drained".to_owned();
-    assert_eq!(desk.leave(&reason), [DeskEffect::Kill { member: member(0, 0), reason }]);
+    assert_eq!(
+        desk.leave(&reason),
+        [DeskEffect::Kill {
+            member: member(0, 0),
+            reason
+        }]
+    );
     assert!(!desk.is_deserted());
     assert_eq!(desk.on_want(&[wanted(0), wanted(1)]), [DeskEffect::Report]);
     desk.on_life(member(0, 0), over("killed"));
     assert!(desk.is_deserted());
-    assert_eq!(desk.have(), [HeldLife { member: member(0, 0), state: over("killed") }]);
+    assert_eq!(
+        desk.have(),
+        [HeldLife {
+            member: member(0, 0),
+            state: over("killed")
+        }]
+    );
 }
 
 /// A controller that has just taken over may know an older life than the node does: it hears that this one is over.
@@ -439,6 +483,9 @@ fn an_outdated_life_is_answered() {
     };
     assert_eq!(desk.on_want(&[older]), [DeskEffect::Report]);
     let have = desk.have();
-    assert!(matches!(&have[..], [six, HeldLife { member: five, state: LifeState::Over { .. } }]
-        if six.member == member(2, 6) && *five == member(2, 5)), "{have:?}");
+    assert!(
+        matches!(&have[..], [six, HeldLife { member: five, state: LifeState::Over { .. } }]
+        if six.member == member(2, 6) && *five == member(2, 5)),
+        "{have:?}"
+    );
 }

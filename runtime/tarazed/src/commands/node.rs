@@ -47,10 +47,18 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
     })?;
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if args.name.is_empty() || args.name.starts_with('.') || !args.name.bytes().all(is_plain) {
-        return Err(Failure::refused("--name", "is no name of a node", "give one of the config's [[cluster.nodes]]"));
+        return Err(Failure::refused(
+            "--name",
+            "is no name of a node",
+            "give one of the config's [[cluster.nodes]]",
+        ));
     }
     let program = std::env::current_exe().map_err(|e| {
-        Failure::refused("this program", format!("cannot find itself ({e})"), "start it by its path")
+        Failure::refused(
+            "this program",
+            format!("cannot find itself ({e})"),
+            "start it by its path",
+        )
     })?;
     // Its file in the run folder comes with the ranks' own: until a controller has made that folder, nothing is written.
     let telemetry = telemetry::init(&Settings {
@@ -99,7 +107,10 @@ fn conclude(ended: Result<NodeEnd, NodeFailed>, args: &Args) -> Result<Exit, Fai
         ),
         Ok(NodeEnd::Abandoned) => Err(Failure::transient(
             RunPaths::new(&args.run_dir).dir().display(),
-            format!("no controller with nodes came to be in charge of it within {} s", args.wait),
+            format!(
+                "no controller with nodes came to be in charge of it within {} s",
+                args.wait
+            ),
             "start `tarazed train` with [[cluster.nodes]] on this run folder, or wait longer with --wait",
         )),
         Ok(NodeEnd::Refused(message)) => failure(Exit::Refused, message),

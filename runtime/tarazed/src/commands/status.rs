@@ -240,7 +240,12 @@ fn table(folder: &RunFolder, answer: &Value) -> String {
         if workers.iter().any(|worker| worker.get("node").is_some()) {
             columns.push("node");
         }
-        let row = |of: &dyn Fn(&str) -> String| columns.iter().map(|name| format!("{:>12}", of(name))).collect::<String>();
+        let row = |of: &dyn Fn(&str) -> String| {
+            columns
+                .iter()
+                .map(|name| format!("{:>12}", of(name)))
+                .collect::<String>()
+        };
         let _ = writeln!(text, "{}", row(&|name| name.to_owned()));
         for worker in workers {
             let _ = writeln!(text, "{}", row(&|name| field(worker, name)));

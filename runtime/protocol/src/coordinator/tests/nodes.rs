@@ -45,7 +45,10 @@ fn a_start_waits_for_its_node() {
     assert!(kills(&effects, member(0, 0)), "its node is there: it is late");
     assert!(!kills(&effects, member(2, 0)), "{effects:?}");
     machine.on_event(3 * start_ms + 200, &Event::NodeBack { node: 1 });
-    assert!(!kills(&pass(&mut machine, start_ms - 1_000), member(2, 0)), "it has its time");
+    assert!(
+        !kills(&pass(&mut machine, start_ms - 1_000), member(2, 0)),
+        "it has its time"
+    );
     assert!(kills(&pass(&mut machine, 2_000), member(2, 0)), "it had its time");
     machine.on_event(5 * start_ms, &Event::NodeAway { node: 1 });
     let effects = machine.on_event(5 * start_ms + 1, &Event::Tick);
@@ -77,7 +80,11 @@ fn a_life_that_is_ready_before_it_is_asked_for_counts() {
     };
     let effects = machine.on_event(3, &exited);
     let next = member(0, 3);
-    assert!(effects.iter().any(|effect| matches!(effect, Effect::Start { member, .. } if *member == next)));
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Start { member, .. } if *member == next))
+    );
     let shown = machine.workers();
     assert_eq!((shown[0].member, shown[0].state, shown[0].pid), (next, "ready", 9));
 }
