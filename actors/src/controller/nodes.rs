@@ -179,7 +179,6 @@ impl NodesShell {
                     node,
                     host,
                     lives,
-                    ..
                 } => {
                     self.ear.node(NodeEvent::NodeBack { node: index as u32 });
                     (self.notify)(Notice::NodeBack { node, host, lives });

@@ -153,8 +153,7 @@ impl SimNode {
 
     fn adopt(&self, worker: WorkerId, incarnation: Incarnation) {
         let member = Member { worker, incarnation };
-        let found = self.world.newest_of(worker);
-        match found.filter(|process| process.member == member && process.is_alive()) {
+        match self.world.living(member) {
             Some(process) => {
                 let pid = process.pid;
                 self.life.watches(process);

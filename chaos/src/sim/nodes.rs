@@ -508,8 +508,7 @@ impl SimAgent {
     }
 
     fn adopt(&self, member: Member) {
-        let found = self.world.newest_of(member.worker);
-        match found.filter(|process| process.member == member && process.is_alive()) {
+        match self.world.living(member) {
             Some(process) => {
                 let pid = process.pid;
                 lock(&self.node.watched).insert(member, process);

@@ -245,6 +245,12 @@ impl World {
         newest.values().filter(|process| process.is_alive()).cloned().collect()
     }
 
+    /// The process of this very life, if it lives.
+    pub fn living(&self, member: Member) -> Option<Arc<Process>> {
+        let newest = self.newest_of(member.worker);
+        newest.filter(|process| process.member == member && process.is_alive())
+    }
+
     /// What a new controller reads in the run folder of those that were started before.
     pub fn past_lives(&self) -> Vec<PastLife> {
         let newest = lock(&self.newest);

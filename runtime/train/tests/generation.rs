@@ -287,6 +287,44 @@ fn what_moved_away_is_dropped_when_all_are_whole() {
     }
 }
 
+/// STEP-2: a rank that was given up while it lived, and is found again, stands several steps behind. What it holds counts for
+/// nothing, it does not try to finish the agreed step with it, and it is fed like a newcomer.
+#[test]
+fn a_rank_far_behind_is_fed_like_a_newcomer() {
+    let mut trace = Lines::new();
+    let (mut nodes, first) = begin(&[0, 1, 2], 2, 2);
+    let mut outcomes = run(&mut nodes, &first, &mut meshes(&first), &NoStore);
+    take_lines(&mut trace, &outcomes);
+    let (behind, given_up) = (nodes.remove(2), outcomes.remove(2));
+    let mut wanted = Wanted {
+        generation: 2,
+        members: vec![member(0), member(1)],
+        replicas: 2,
+        last_step: 5,
+        acknowledged: 2,
+        ..Wanted::default()
+    };
+    let without = plan(&wanted, &reports(&outcomes));
+    let mut outcomes = run(&mut nodes, &without, &mut meshes(&without), &NoStore);
+    take_lines(&mut trace, &outcomes);
+
+    nodes.push(behind);
+    outcomes.push(given_up);
+    wanted.generation = 3;
+    wanted.members.push(member(2));
+    (wanted.last_step, wanted.acknowledged) = (7, 5);
+    let again = plan(&wanted, &reports(&outcomes));
+    assert_eq!(again.base, StepsCompleted(5));
+    assert!(again.outcome.is_some(), "there is a step to be finished");
+    assert!(copies_to(&again, 2) > 0, "it holds nothing of use");
+    let outcomes = run(&mut nodes, &again, &mut meshes(&again), &NoStore);
+    for outcome in &outcomes {
+        assert!(outcome.ended.is_ok(), "{:?}", outcome.ended);
+    }
+    take_lines(&mut trace, &outcomes);
+    assert_eq!(trace, undisturbed(7));
+}
+
 /// STEP-1, STEP-2, DET-1: with two copies of each shard, whoever of three dies at whatever exchange, in the start of a
 /// generation that admits a newcomer or in the steps after it, the others go on without a restore and write the same
 /// trace.

@@ -103,7 +103,7 @@ impl Lookout {
                         return None;
                     }
                 },
-                None => tokio::time::sleep(LOOK_WHEN_LOST).await,
+                None => {}
             }
             if lost.elapsed() >= self.wait {
                 // Where a rank lives, its controller may come yet; it ends by itself where none does.

@@ -27,6 +27,15 @@ pub struct NodeConfig {
     pub slots: u32,
 }
 
+impl NodeConfig {
+    /// Whether a node can be called this: it becomes a file's name.
+    #[must_use]
+    pub fn is_name(text: &str) -> bool {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        (1..=NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(is_plain) && !text.starts_with('.')
+    }
+}
+
 impl ClusterConfig {
     /// Workers that the nodes have room for; none where all run on the controller's machine, which sets no limit.
     #[must_use]
@@ -78,10 +87,9 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     );
     for (index, node) in c.nodes.iter().enumerate() {
         let key = |field: &str| format!("cluster.nodes[{index}].{field}");
-        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         let name = &node.name;
         require!(
-            (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_plain) && !name.starts_with('.'),
+            NodeConfig::is_name(name),
             key("name"),
             format!("'{name}' is no plain name of at most {NAME_BYTES_MAX} letters, digits, '-', '_' and '.'"),
             "choose one such as \"host-1\""

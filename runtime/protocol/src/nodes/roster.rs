@@ -38,8 +38,6 @@ pub enum RosterEffect {
         index: usize,
         /// Its name.
         node: String,
-        /// Its workers.
-        workers: Range<u32>,
         /// Its host's name.
         host: String,
         /// How many rank processes it has.
@@ -216,8 +214,7 @@ impl NodeRoster {
     }
 
     /// A node's link is over.
-    pub fn on_lost(&mut self, node: usize, cause: &str) -> Vec<RosterEffect> {
-        let index = node;
+    pub fn on_lost(&mut self, index: usize, cause: &str) -> Vec<RosterEffect> {
         let Some(node) = self.nodes.get_mut(index).filter(|node| node.is_linked) else {
             return Vec::new();
         };
@@ -251,10 +248,9 @@ impl NodeRoster {
         }
         match message {
             FromNode::Hello { binary: theirs, .. } if theirs != binary => {
-                let reason =
-                    "its program is not the one that the controller runs, and another program computes other numbers; \
-                              start the same file on every host"
-                        .to_owned();
+                let reason = "its program is not the one that the controller runs, and another program computes other \
+                              numbers; start the same file on every host"
+                    .to_owned();
                 let turned = RosterEffect::TurnedAway {
                     node: node.facts.name.clone(),
                     reason: reason.clone(),
@@ -267,7 +263,6 @@ impl NodeRoster {
                 let mut effects = vec![RosterEffect::Back {
                     index,
                     node: node.facts.name.clone(),
-                    workers: node.facts.workers.clone(),
                     host,
                     lives: lives.iter().filter(|life| life.state.is_alive()).count(),
                 }];

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tarazed_actors::node::host::{self, NodeEnd, NodeFailed, NodeNotice, NodeOptions};
 use tarazed_actors::run_folder::RunPaths;
-use tarazed_domain::config::TelemetryConfig;
+use tarazed_domain::config::{NodeConfig, TelemetryConfig};
 use tokio::sync::watch;
 
 /// Options of `tarazed node`.
@@ -45,8 +45,7 @@ pub fn run(args: &Args) -> Result<Exit, Failure> {
         last_words("tarazed: stopped at once by a second signal");
         std::process::exit(i32::from(Exit::Transient.code()));
     })?;
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    if args.name.is_empty() || args.name.starts_with('.') || !args.name.bytes().all(is_plain) {
+    if !NodeConfig::is_name(&args.name) {
         return Err(Failure::refused(
             "--name",
             "is no name of a node",
