@@ -1,6 +1,6 @@
 //! What travels within the control plane.
 
-/// Messages between controller and ranks, and the lane statistics that some carry.
+/// Messages between controller and ranks, those between controller and nodes, and the lane statistics that some carry.
 pub mod message {
     use tarazed_domain::{
         Generation, Incarnation, LaneIndex, LaneRange, OptimizerShardIndex, Rank, StepIndex, StepsCompleted, WorkerId,
@@ -12,6 +12,9 @@ pub mod message {
         Addresses, BarrierOutcome, BeginPlan, Claim, Dispute, DisputedItem, FromRank, Member, RestoreFrom, RosterEntry,
         ShardHolding, StateReport, StepLine, ToRank,
     };
+    use tarazed_protocol::nodes::desk::NodeDesk;
+    use tarazed_protocol::nodes::roster::{NodeFacts, NodeRoster};
+    use tarazed_protocol::nodes::{FromNode, HeldLife, LifeState, ToNode, WantedLife};
     use tarazed_protocol::placement::{Placement, ShardHolder, ShardOrigin};
     use tarazed_protocol::rollback::Rollback;
 
@@ -25,7 +28,7 @@ pub mod message {
         let Some((way, body)) = data.split_first() else {
             return;
         };
-        match way % 3 {
+        match way % 5 {
             0 => {
                 if let Ok(message) = ToRank::decode(body) {
                     let written = message.encode().expect("what was read can be written");
@@ -43,12 +46,90 @@ pub mod message {
                     }
                 }
             }
+            2 => {
+                if let Ok(message) = ToNode::decode(body) {
+                    let written = message.encode().expect("what was read can be written");
+                    assert_eq!(ToNode::decode(&written).as_ref(), Ok(&message));
+                    if let ToNode::Want(wanted) = message {
+                        let (mut desk, _) = NodeDesk::new(&[]);
+                        let _orders = (desk.on_want(&wanted), desk.on_want(&wanted));
+                    }
+                }
+            }
+            3 => {
+                if let Ok(message) = FromNode::decode(body) {
+                    let written = message.encode().expect("what was read can be written");
+                    assert_eq!(FromNode::decode(&written).as_ref(), Ok(&message));
+                    let _reports = roster().on_message(0, message);
+                }
+            }
             _ => {
                 if let Ok(stats) = LaneStats::decode(body, DOMAINS) {
                     assert_eq!(stats.encode(), body, "one value, one spelling");
                 }
             }
         }
+    }
+
+    const PROGRAM: [u8; 32] = [7; 32];
+
+    const fn member() -> Member {
+        Member {
+            worker: WorkerId(1),
+            incarnation: Incarnation(2),
+        }
+    }
+
+    /// One node, of which a life is wanted.
+    fn roster() -> NodeRoster {
+        let facts = NodeFacts {
+            name: "a".to_owned(),
+            workers: 0..4,
+        };
+        let mut roster = NodeRoster::new(PROGRAM, 1_000, vec![facts]);
+        let _waits = roster.start(member(), 0, false);
+        roster
+    }
+
+    fn to_nodes() -> Vec<ToNode> {
+        let wanted = WantedLife {
+            member: member(),
+            after_ms: 100,
+            adopt: false,
+            kill: Some("no heartbeat".to_owned()),
+        };
+        vec![
+            ToNode::Want(vec![wanted]),
+            ToNode::Refused("another program".to_owned()),
+            ToNode::End { code: 34 },
+        ]
+    }
+
+    fn from_nodes() -> Vec<FromNode> {
+        let states = [
+            LifeState::Starting,
+            LifeState::Running { pid: 9 },
+            LifeState::Ending { pid: 9, killed: None },
+            LifeState::Over {
+                cause: "signal 9".to_owned(),
+                orderly: false,
+            },
+            LifeState::NotStarted {
+                cause: "cancelled".to_owned(),
+            },
+        ];
+        let lives: Vec<HeldLife> = states
+            .into_iter()
+            .map(|state| HeldLife { member: member(), state })
+            .collect();
+        vec![
+            FromNode::Hello {
+                binary: PROGRAM,
+                host: "host".to_owned(),
+                lives: lives.clone(),
+            },
+            FromNode::Have(lives),
+        ]
     }
 
     fn outcome() -> BarrierOutcome {
@@ -269,8 +350,13 @@ pub mod message {
         let to = to.iter().map(|message| (0, message.encode().expect("a message")));
         let from = [of_the_run(), of_failures_and_shards()].concat();
         let from = from.iter().map(|message| (1, message.encode().expect("a message")));
-        let stats = std::iter::once((2, LaneStats::new(DOMAINS).encode()));
+        let (to_nodes, from_nodes) = (to_nodes(), from_nodes());
+        let to_nodes = to_nodes.iter().map(|message| (2, message.encode().expect("a message")));
+        let from_nodes = from_nodes.iter().map(|message| (3, message.encode().expect("a message")));
+        let stats = std::iter::once((4, LaneStats::new(DOMAINS).encode()));
         to.chain(from)
+            .chain(to_nodes)
+            .chain(from_nodes)
             .chain(stats)
             .map(|(way, body)| [vec![way], body].concat())
             .collect()
