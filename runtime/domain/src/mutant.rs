@@ -103,6 +103,10 @@ mutants! {
     BlindRetry,
     /// The collector keeps one checkpoint less than it should (CKPT-5).
     GreedyCollector,
+    /// A checkpoint's objects are deleted before its record says that it is retired: who restores it meanwhile trusts it (CKPT-5).
+    DeletedBeforeRetired,
+    /// A checkpoint that was pinned while the collector looked is retired all the same (CKPT-5).
+    PinOvertaken,
     /// A line that a crash cut short stays in the trace.
     TornLineKept,
     /// The time in which the controller stood still counts against its ranks.

@@ -275,6 +275,7 @@ impl CheckpointStore {
                 None => tracing::warn!(key, location = self.location(), "not a commit record; ignored"),
             }
         }
+        places.extend(self.unlisted(&places).await?);
         let links: Vec<(u64, SystemTime, Option<Link>)> = futures::stream::iter(places)
             .map(|(sequence, meta)| async move {
                 let link = self.link(sequence, &meta).await?;
@@ -291,6 +292,29 @@ impl CheckpointStore {
         }
         self.sync_doubtful(&chain).await?;
         Ok(chain)
+    }
+
+    /// Places that this process has read or written, that are still there, and that the listing does not show: it is older than what
+    /// is known here. Whoever has claimed the store so sees his claim, and all that was before it, whatever listings say.
+    async fn unlisted(&self, listed: &[(u64, ObjectMeta)]) -> Result<Vec<(u64, ObjectMeta)>, StoreError> {
+        let listed: BTreeSet<u64> = listed.iter().map(|(sequence, _)| *sequence).collect();
+        let mut found = Vec::new();
+        for sequence in self.known_places() {
+            if !listed.contains(&sequence)
+                && let Some(meta) = self.meta_of(&keys::record(sequence)).await?
+            {
+                found.push((sequence, meta));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads a place that somebody else has taken, whether a listing shows it yet or not.
+    async fn learn(&self, sequence: u64) -> Result<(), StoreError> {
+        if let Some(meta) = self.meta_of(&keys::record(sequence)).await? {
+            self.link(sequence, &meta).await?;
+        }
+        Ok(())
     }
 
     /// What a create of ours left that failed, and that reads well by now, goes to the disk before anybody relies on it. A place
@@ -391,6 +415,7 @@ impl CheckpointStore {
                 self.refuse_lost_place(sequence, digest).await?;
                 return Ok(Standing { record, digest });
             }
+            self.learn(sequence).await?;
         }
         Err(StoreError::Retry {
             operation: "append to",

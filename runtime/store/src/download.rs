@@ -2,7 +2,7 @@
 //! the hash is right, and the file's header is parsed only then (CKPT-4).
 
 use crate::error::StoreError;
-use crate::limits::{READ_RANGE_BYTES, READS_IN_FLIGHT_MAX};
+use crate::limits::{READ_RANGE_BYTES, READS_IN_FLIGHT_MAX, SHARD_READS_MAX};
 use crate::manifest::{Manifest, ObjectRecord};
 use crate::shard_file;
 use crate::store::CheckpointStore;
@@ -164,8 +164,8 @@ impl CheckpointStore {
             }));
         }
         let mut header = Vec::new();
-        self.read_object(object, plan, |target, bytes| match target {
-            None => header.extend_from_slice(bytes),
+        let mut sink = |target: Option<(usize, usize)>, bytes: &[u8]| match target {
+            None => header = bytes.to_vec(),
             Some((tensor, at)) => {
                 if let Some(place) = &mut places[tensor] {
                     for (value, bytes) in place[at..].iter_mut().zip(bytes.chunks_exact(4)) {
@@ -173,8 +173,8 @@ impl CheckpointStore {
                     }
                 }
             }
-        })
-        .await?;
+        };
+        self.read_object(object, &plan, &mut sink).await?;
         shard_file::check_header(&header, manifest.step, &geometry).map_err(corrupt)
     }
 
@@ -198,21 +198,38 @@ impl CheckpointStore {
     /// Checks an object's length and hash without keeping a byte.
     pub(crate) async fn hash_object(&self, object: &ObjectRecord) -> Result<(), StoreError> {
         self.check_length(object).await?;
-        let plan = reads(0..object.length).map(|range| (range, ()));
-        self.read_object(object, plan.collect(), |(), _| ()).await
+        let plan: Vec<(Range<u64>, ())> = reads(0..object.length).map(|range| (range, ())).collect();
+        self.read_object(object, &plan, &mut |(), _| ()).await
     }
 
     /// Reads a whole object, seen to have its length, by the ranges of `plan`, which tile it in order; `sink` gets each
-    /// range's bytes. What the sink got counts only if this returns `Ok`: the hash is then as recorded (CKPT-4).
-    async fn read_object<T: Send>(
+    /// range's bytes, and gets them again where the hash was wrong: what was garbled on its way costs no checkpoint. What the
+    /// sink got last counts, and only if this returns `Ok`: the hash is then as recorded (CKPT-4).
+    async fn read_object<T: Copy + Send + Sync>(
         &self,
         object: &ObjectRecord,
-        plan: Vec<(Range<u64>, T)>,
-        mut sink: impl FnMut(T, &[u8]) + Send,
+        plan: &[(Range<u64>, T)],
+        sink: &mut (impl FnMut(T, &[u8]) + Send),
+    ) -> Result<(), StoreError> {
+        for _ in 1..SHARD_READS_MAX {
+            match self.read_once(object, plan, sink).await {
+                Err(StoreError::Corrupt { .. }) => {}
+                read => return read,
+            }
+        }
+        self.read_once(object, plan, sink).await
+    }
+
+    async fn read_once<T: Copy + Send + Sync>(
+        &self,
+        object: &ObjectRecord,
+        plan: &[(Range<u64>, T)],
+        sink: &mut (impl FnMut(T, &[u8]) + Send),
     ) -> Result<(), StoreError> {
         let key = object.key.as_str();
         let path = &self.path(key);
-        let mut chunks = futures::stream::iter(plan)
+        // Owned items: a closure over borrowed ones makes futures that are not `Send` in the compiler's eyes.
+        let mut chunks = futures::stream::iter(plan.to_vec())
             .map(|(range, target)| async move {
                 let wanted = range.end - range.start;
                 let read = self.bounded(self.objects().get_range(path, range)).await;

@@ -179,6 +179,13 @@ impl CheckpointStore {
             self.sweep(rule, &mut report).await;
         }
         self.delete_garbage(garbage, &listing, &mut report).await?;
+        if Mutant::DeletedBeforeRetired.is_on() {
+            let early = doomed.iter().flat_map(|doomed| doomed.objects.keys.iter().cloned());
+            let early = early
+                .filter(|key| !needed.holds(key) && listing.contains_key(key))
+                .collect();
+            self.delete_garbage(early, &listing, &mut report).await?;
+        }
         let mut garbage = BTreeSet::new();
         for doomed in self.retire(fence, doomed, &mut needed, &mut report).await? {
             garbage.extend(doomed.objects.keys);
@@ -310,7 +317,7 @@ impl CheckpointStore {
                 // A pin may have come in between: it is in the chain before this record, or loses its place to it.
                 let still = doomed.iter().map(|doomed| doomed.standing.record.sequence);
                 let sequences = still
-                    .filter(|sequence| !judgement.pinned.contains_key(sequence))
+                    .filter(|sequence| !judgement.pinned.contains_key(sequence) || Mutant::PinOvertaken.is_on())
                     .collect();
                 Ok(Decision::Write(fence.generation, RecordKind::Retire { sequences }))
             })

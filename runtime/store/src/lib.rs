@@ -48,6 +48,7 @@ pub use digest::Digest;
 pub use download::{ShardState, ShardStateMut, WeightsPart};
 pub use error::StoreError;
 pub use gc::{GcReport, Retention};
+pub use location::folder_of;
 pub use manifest::{BinaryId, CommitRef, Lineage, MANIFEST_SCHEMA, Manifest, ObjectRecord, ShardRecord, TraceHead};
 pub use rank::RankStore;
 pub use record::{CommitRecord, RECORD_SCHEMA, RecordKind};

@@ -7,7 +7,7 @@ pub const MANIFEST_BYTES_MAX: u64 = 256 * 1024 * 1024;
 /// Bytes of the JSON header of one checkpoint shard.
 pub const SHARD_HEADER_BYTES_MAX: u64 = 64 * 1024;
 /// Objects up to this size go up in one request; larger ones in parts.
-pub const SINGLE_PUT_BYTES_MAX: u64 = 8 * 1024 * 1024;
+pub const SINGLE_PUT_BYTES_MAX: u64 = PART_BYTES;
 /// Parts as large as this serve any object that is not so large that it would have too many.
 pub const PART_BYTES: u64 = 8 * 1024 * 1024;
 /// Parts of one upload; S3 refuses more than 10,000, so parts of a very large object grow instead.
@@ -25,8 +25,10 @@ pub const SMALL_REQUESTS_IN_FLIGHT_MAX: usize = 32;
 pub const MANIFESTS_IN_FLIGHT_MAX: usize = 8;
 /// Sequence numbers tried by one append before the caller is told to retry.
 pub const APPEND_ATTEMPTS_MAX: usize = 16;
-/// Reads of one record before its place counts as unreadable, unless two in a row give the same bytes.
+/// Reads of one record or manifest before it counts as unreadable, unless two in a row give the same bytes.
 pub const RECORD_READS_MAX: usize = 4;
+/// Reads of one checkpoint shard whose hash is wrong: the second says whether the first was garbled on its way.
+pub const SHARD_READS_MAX: usize = 2;
 /// Commits named by one retire record; the next collection goes on from there.
 pub const RETIRED_PER_RECORD_MAX: usize = 1_000;
 /// Bytes of free text in a record or a pin.

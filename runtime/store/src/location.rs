@@ -27,6 +27,17 @@ pub(crate) enum IfAbsent {
     Refuse,
 }
 
+/// The folder that a location names, by its path or by a `file://` URL; none for a store elsewhere, and for what is no location.
+#[must_use]
+pub fn folder_of(location: &str) -> Option<PathBuf> {
+    let location = location.trim();
+    if !location.contains("://") {
+        return (!location.is_empty()).then(|| PathBuf::from(location));
+    }
+    let url = Url::parse(location).ok().filter(|url| url.scheme() == "file")?;
+    url.to_file_path().ok()
+}
+
 pub(crate) async fn open(location: &str, if_absent: IfAbsent) -> Result<Place, StoreError> {
     let location = location.trim();
     if location.is_empty() {

@@ -3,7 +3,7 @@
 use crate::chain::CachedLink;
 use crate::error::{Redactor, StoreError};
 use crate::keys;
-use crate::limits::{OPERATION_TIMEOUT_MS, SMALL_REQUESTS_IN_FLIGHT_MAX, UPLOADS_IN_FLIGHT_MAX};
+use crate::limits::{OPERATION_TIMEOUT_MS, PART_BYTES, SMALL_REQUESTS_IN_FLIGHT_MAX, UPLOADS_IN_FLIGHT_MAX};
 use crate::location::{self, IfAbsent, Place};
 use crate::writer::WriterId;
 use bytes::Bytes;
@@ -35,6 +35,8 @@ struct Inner {
     stored_bytes: AtomicU64,
     /// One for each part that may be on its way.
     upload_permits: Arc<Semaphore>,
+    /// Bytes of a part, and of an object that goes up whole.
+    part_bytes: u64,
     /// Records read before; they never change, so each is read once as long as its listing looks the same.
     records: Mutex<HashMap<u64, CachedLink>>,
     /// Places where a create of ours failed and may have left its record all the same: in a folder, not on the disk yet.
@@ -95,6 +97,20 @@ impl CheckpointStore {
         Self::at(place, writer)
     }
 
+    /// With parts of that size, and objects up to it whole: for tests, whose objects are small, and stores that ask for other parts.
+    /// A handle that has clones stays as it is.
+    #[must_use]
+    pub fn in_parts_of(mut self, bytes: u64) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.part_bytes = bytes.max(1);
+        }
+        self
+    }
+
+    pub(crate) fn part_bytes(&self) -> u64 {
+        self.inner.part_bytes
+    }
+
     pub(crate) fn at(place: Place, writer: WriterId) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -106,6 +122,7 @@ impl CheckpointStore {
                 uploads: AtomicU64::new(0),
                 stored_bytes: AtomicU64::new(0),
                 upload_permits: Arc::new(Semaphore::new(UPLOADS_IN_FLIGHT_MAX)),
+                part_bytes: PART_BYTES,
                 records: Mutex::default(),
                 doubtful: Mutex::default(),
             }),
@@ -159,6 +176,14 @@ impl CheckpointStore {
     pub(crate) fn cached(&self, sequence: u64) -> Option<CachedLink> {
         let records = self.inner.records.lock().unwrap_or_else(PoisonError::into_inner);
         records.get(&sequence).cloned()
+    }
+
+    /// Places of the chain that were read or written here.
+    pub(crate) fn known_places(&self) -> Vec<u64> {
+        let records = self.inner.records.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut places: Vec<u64> = records.keys().copied().collect();
+        places.sort_unstable();
+        places
     }
 
     pub(crate) fn cache(&self, sequence: u64, link: CachedLink) {
@@ -240,10 +265,15 @@ impl CheckpointStore {
 
     /// Length of an object; nothing if there is none.
     pub(crate) async fn length_of(&self, key: &str) -> Result<Option<u64>, StoreError> {
+        self.meta_of(key).await.map(|meta| meta.map(|meta| meta.size))
+    }
+
+    /// What a listing would say of an object; nothing if there is none.
+    pub(crate) async fn meta_of(&self, key: &str) -> Result<Option<ObjectMeta>, StoreError> {
         let path = self.path(key);
         let head = self.bounded(self.inner.objects.head(&path)).await;
         match head.map_err(|failure| self.sort("look up", key, failure)) {
-            Ok(meta) => Ok(Some(meta.size)),
+            Ok(meta) => Ok(Some(meta)),
             Err(StoreError::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),
         }

@@ -2,7 +2,7 @@
 
 use crate::error::StoreError;
 use crate::keys;
-use crate::limits::{PART_BYTES, PARTS_MAX, SINGLE_PUT_BYTES_MAX};
+use crate::limits::PARTS_MAX;
 use crate::manifest::{ObjectRecord, ShardRecord};
 use crate::shard_file::{self, ShardGeometry};
 use crate::store::{CheckpointStore, Failure, in_time};
@@ -67,12 +67,30 @@ fn hash(hasher: &mut blake3::Hasher, pieces: &[Bytes]) {
     }
 }
 
-/// Part size for an object: larger where there would be too many parts.
-fn part_bytes(length: u64) -> u64 {
-    PART_BYTES.max(length.div_ceil(PARTS_MAX)).next_multiple_of(4096)
+/// Part size for an object: larger than `least` where there would be too many parts.
+fn part_bytes(length: u64, least: u64) -> u64 {
+    least.max(length.div_ceil(PARTS_MAX)).next_multiple_of(4096)
 }
 
 impl CheckpointStore {
+    /// Whether any checkpoint shard is there, of a checkpoint or of none.
+    ///
+    /// # Errors
+    /// By cause.
+    pub async fn holds_shards(&self) -> Result<bool, StoreError> {
+        Ok(!self.list_objects(keys::SHARDS).await?.is_empty())
+    }
+
+    /// Deletes checkpoint shards that this caller put and that no manifest was ever written of: each has a key of its own, so nobody
+    /// else can mean it.
+    ///
+    /// # Errors
+    /// By cause; some may be gone.
+    pub async fn discard(&self, shards: &[ShardRecord]) -> Result<(), StoreError> {
+        let doomed: Vec<String> = shards.iter().map(|record| record.object.key.clone()).collect();
+        self.delete_all(&doomed).await
+    }
+
     /// Uploads one checkpoint shard, straight from the snapshot's memory. The key is new with every call, so a shard uploaded again (after a failure, or by a
     /// rank that is out of date) never touches bytes that a manifest may name. What a failed call leaves behind counts
     /// for nothing and is collected later.
@@ -107,7 +125,7 @@ impl CheckpointStore {
             self.next_upload(),
         );
         let mut hasher = blake3::Hasher::new();
-        if length <= SINGLE_PUT_BYTES_MAX {
+        if length <= self.part_bytes() {
             let pieces = source.pieces(0..length);
             hash(&mut hasher, &pieces);
             let _permit = self.upload_permit().await;
@@ -155,7 +173,7 @@ impl CheckpointStore {
         parts: &mut JoinSet<Result<(), Failure>>,
     ) -> Result<(), Failure> {
         let length = source.length();
-        let part = part_bytes(length);
+        let part = part_bytes(length, self.part_bytes());
         let mut start = 0;
         while start < length {
             let end = length.min(start + part);
@@ -191,12 +209,13 @@ fn part_done(joined: Result<Result<(), Failure>, JoinError>) -> Result<(), Failu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::PART_BYTES;
     use proptest::prelude::*;
 
     #[test]
     fn parts_stay_within_the_stores_limits() {
         for length in [1, 5 << 20, 100 << 30, 5 << 40] {
-            let part = part_bytes(length);
+            let part = part_bytes(length, PART_BYTES);
             assert!(part >= PART_BYTES);
             assert!(length.div_ceil(part) <= PARTS_MAX, "{length}");
         }

@@ -241,6 +241,39 @@ async fn an_interrupted_collection_is_finished_by_the_next() {
     }
 }
 
+/// CKPT-2, CKPT-5: the same where the collector lives on, whichever answer is lost, or whatever was not done: it is told to try again or
+/// notices nothing, nothing that counts is ever missing, and the next call of the same collector leaves what one in peace leaves.
+#[tokio::test]
+async fn a_collection_that_loses_an_answer_is_finished_by_itself() {
+    for fault in [Fault::Before, Fault::After, Fault::AfterAsConflict] {
+        for fail_at in 0.. {
+            let objects = memory();
+            let store = open(&objects, 1);
+            let fence = store.claim(Generation(0)).await.unwrap();
+            for step in [10, 20, 30] {
+                checkpoint(&store, &fence, step).await;
+            }
+            let faulty = Faulty::new(objects.clone(), fail_at, fault, false);
+            let collector = CheckpointStore::with_object_store(faulty.clone(), "", writer(1));
+            match collector.gc(&fence, Retention::last(1)).await {
+                Ok(_) | Err(StoreError::Retry { .. }) => {}
+                Err(error) => panic!("{fault:?} at {fail_at}: {error}"),
+            }
+            let clean = open(&objects, 2);
+            let report = clean.verify(Select::All, Depth::Full).await.unwrap();
+            assert!(report.is_clean(), "{fault:?} at {fail_at}: {report:?}");
+            assert_eq!(restore(&clean).await.unwrap(), Some(30));
+            if faulty.struck().is_none() {
+                assert!(fail_at > 20, "each of a collection's operations: {fail_at}");
+                break;
+            }
+            collector.gc(&fence, Retention::last(1)).await.unwrap();
+            assert_eq!(keys(&objects, "manifests/").await.len(), 1, "{fault:?} at {fail_at}");
+            assert_eq!(keys(&objects, "shards/").await.len(), 3, "{fault:?} at {fail_at}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_is_older_than_damage_in_the_chain_is_kept() {
     let objects = memory();

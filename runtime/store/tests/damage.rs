@@ -654,6 +654,39 @@ async fn a_restore_that_is_cut_short_anywhere_harms_nothing() {
     }
 }
 
+/// CKPT-4: what is garbled once on its way, a record, a manifest or a shard, is read again: it costs no checkpoint, and is no damage
+/// in the eyes of a verification.
+#[tokio::test]
+async fn a_bit_flipped_on_the_way_costs_no_checkpoint() {
+    let objects: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+    let store = CheckpointStore::with_object_store(objects.clone(), "", writer(1));
+    let fence = store.claim(Generation(0)).await.unwrap();
+    for step in [10, 20] {
+        checkpoint(&store, &fence, step).await;
+    }
+    let faulty = |fail_at| {
+        let faulty = Faulty::new(objects.clone(), fail_at, Fault::Garbles, false);
+        (
+            faulty.clone(),
+            CheckpointStore::with_object_store(faulty, "", writer(2)),
+        )
+    };
+    for fail_at in 0.. {
+        let (garbles, reader) = faulty(fail_at);
+        assert_eq!(restore(&reader).await.unwrap(), Some(20), "{fail_at}");
+        let (_, reader) = faulty(fail_at);
+        let report = reader.verify(Select::All, Depth::Full).await.unwrap();
+        assert!(
+            report.is_clean() && report.checkpoints.len() == 2,
+            "{fail_at}: {report:?}"
+        );
+        if garbles.struck().is_none() {
+            assert!(fail_at > 10, "every operation of a restore");
+            return;
+        }
+    }
+}
+
 /// What a verification of [`newest_is_bad`] must find: the steps that are bad.
 fn bad_steps(depth: Depth) -> &'static [u64] {
     match depth {

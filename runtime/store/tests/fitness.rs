@@ -26,6 +26,8 @@ enum Flaw {
     ListsLate,
     KeepsDeleted,
     RefusesAccess,
+    /// What was just written is not there yet.
+    ReadsLate,
 }
 
 #[derive(Debug)]
@@ -69,7 +71,13 @@ impl ObjectStore for Flawed {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.inner.get_opts(location, options).await
+        match self.flaw {
+            Flaw::ReadsLate => Err(object_store::Error::NotFound {
+                path: location.to_string(),
+                source: "not yet".into(),
+            }),
+            _ => self.inner.get_opts(location, options).await,
+        }
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -105,6 +113,7 @@ async fn an_unfit_store_is_refused_with_the_reason() {
         (Flaw::ChecksThenWrites, Some("concurrent creates of one object won")),
         (Flaw::NoConditions, Some("does not offer conditional writes")),
         (Flaw::ListsLate, Some("lists 0 of 4 objects")),
+        (Flaw::ReadsLate, Some("an object just written cannot be read")),
         (Flaw::KeepsDeleted, Some("still listed")),
         (Flaw::RefusesAccess, Some("403 AccessDenied")),
     ];
