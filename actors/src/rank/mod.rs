@@ -7,6 +7,7 @@
 mod actor;
 mod device;
 mod feeder;
+mod hang;
 mod home;
 mod initial;
 mod restore;
@@ -37,7 +38,7 @@ use tarazed_protocol::data::decision::{DataChange, DecisionSchedule};
 use tarazed_protocol::message::Member;
 use tarazed_train::device_thread::{DataPlane, DeviceThread, Sockets};
 use tarazed_train::feeder::{FeedRules, Feeder, SampleSource};
-pub use tarazed_train::harm::Harm;
+pub use tarazed_train::harm::{Hang, Harm};
 use tarazed_train::host::HostVisible;
 use tarazed_train::progress::Progress;
 use tarazed_train::state::RankState;
@@ -66,6 +67,8 @@ pub struct RankArgs {
     pub incarnation: u32,
     /// Harm to be done to it on purpose.
     pub harm: Option<Harm>,
+    /// A part of it that is to stand still on purpose.
+    pub hang: Option<Hang>,
     /// What is said besides where the device's memory is too small, of the run's config; the caller's plan knows.
     pub memory_hint: fn(&Config) -> String,
 }
@@ -224,6 +227,7 @@ struct DeviceWork {
     config: Arc<Config>,
     member: Member,
     harm: Option<Harm>,
+    hang: Option<Hang>,
     progress: Arc<Progress>,
     data_plane: Sockets,
     feeder: Arc<Feeder>,
@@ -243,7 +247,7 @@ impl DeviceWork {
         let state = RankState::new(self.config, device, self.progress)
             .map_err(|e| RankError::because("device")(&explained(&e, &self.memory_hint)))?;
         tree.start_device(DeviceThread {
-            state: state.harmed(self.harm),
+            state: state.harmed(self.harm).hanging(self.hang),
             member: self.member,
             data_plane,
             feeder: self.feeder,
@@ -284,6 +288,7 @@ async fn serve(
     let listener = Listener::bind(&transport(&config, args)?).map_err(|e| RankError::because("data plane")(&e))?;
     let address = listener.address();
     let progress: Arc<Progress> = Arc::default();
+    hang::arm(args.hang, &progress, &handle)?;
     let store = StoreSource::new(paths.store_location(&config), handle).with_initial(&config);
 
     let (exit_sender, exit) = tokio::sync::oneshot::channel();
@@ -301,6 +306,7 @@ async fn serve(
         config: Arc::clone(&config),
         member,
         harm: args.harm,
+        hang: args.hang,
         progress,
         data_plane: Sockets {
             listener,

@@ -195,6 +195,7 @@ pub fn flip(world: &World, pid: u32, member: Member) -> Option<Harm> {
     if !struck || world.is_calm() {
         return None;
     }
+    // Not a gradient: where its lane is not audited in that very step, nobody can see it, and the line is wrong.
     let places: &[Place] = if world.scenario.wrong_update {
         &[Place::Update]
     } else {

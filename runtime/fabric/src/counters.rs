@@ -122,7 +122,34 @@ impl RefusalCounters {
         self.0.iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
+    /// What was refused so far, with its numbers; none where nothing was.
+    #[must_use]
+    pub fn told(&self) -> Option<String> {
+        let counted = Refusal::ALL.iter().map(|refusal| (refusal, self.get(*refusal)));
+        let told: Vec<String> = counted
+            .filter(|(_, count)| *count > 0)
+            .map(|(refusal, count)| format!("{refusal:?} {count}"))
+            .collect();
+        (!told.is_empty()).then(|| told.join(", "))
+    }
+
     pub(crate) fn count(&self, refusal: Refusal) {
         self.0[refusal as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_refused_is_told_by_its_reason() {
+        let refusals = RefusalCounters::default();
+        assert_eq!(refusals.told(), None);
+        refusals.count(Refusal::FrameCorrupt);
+        refusals.count(Refusal::StaleGeneration);
+        refusals.count(Refusal::FrameCorrupt);
+        assert_eq!(refusals.told().as_deref(), Some("StaleGeneration 1, FrameCorrupt 2"));
+        assert_eq!(refusals.total(), 3);
     }
 }

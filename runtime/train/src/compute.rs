@@ -7,6 +7,7 @@
 use crate::StepError;
 use crate::barrier::sum_over_blocks;
 use crate::feeder::{LaneSamples, StepBatch};
+use crate::harm::Harm;
 use crate::progress::Progress;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -65,6 +66,8 @@ pub struct LaneInputs<'a, D: Device> {
     pub progress: &'a Progress,
     /// What two ranks compare of a lane's gradient.
     pub digest: GradientDigest<D>,
+    /// Harm to be done to a lane's gradient on purpose.
+    pub harm: Option<Harm>,
 }
 
 impl<D: Device> Clone for LaneInputs<'_, D> {
@@ -226,6 +229,9 @@ impl<D: Device> Shared<'_, D> {
     fn one_lane(&self, worker: &mut Worker<D>, inputs: LaneInputs<'_, D>, lane: LaneIndex) -> Result<(), StepError> {
         let mut gradient = self.take_buffer(worker, inputs)?;
         let stats = self.compute_lane(worker, inputs, lane, &mut gradient)?;
+        if let Some(harm) = inputs.harm.filter(|harm| harm.lane(self.range) == Some(lane)) {
+            harm.flip(inputs.device, worker.workspace.stream(), &mut gradient);
+        }
         if inputs.batch.audited == Some(lane) {
             let digest = (inputs.digest)(inputs.device, worker.workspace.stream(), &gradient)?;
             *lock(&self.audited) = Some(digest);
@@ -401,6 +407,7 @@ mod tests {
             abort: &AtomicBool::new(false),
             progress: &Progress::default(),
             digest: |_, _, _| unreachable!("no lane is audited"),
+            harm: None,
         };
         drop(recorder.take());
         let results = engine.run(inputs, LaneTree::new(1), range).unwrap();

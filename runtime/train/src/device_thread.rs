@@ -86,6 +86,13 @@ impl Sockets {
         control: &GenerationControl,
         timeouts: &Timeouts,
     ) -> Result<SocketMesh, FabricError> {
+        // Here, because a generation that had to be renewed is where such things matter.
+        if let Some(refused) = self.listener.refusals().told() {
+            tracing::info!(
+                refused,
+                "connections and frames that were refused since this process began"
+            );
+        }
         let roster: Vec<String> = plan.addresses.iter().map(str::to_owned).collect();
         connect_mesh(
             &self.listener,

@@ -2,7 +2,7 @@
 
 use crate::StepError;
 use crate::compute::LaneEngine;
-use crate::harm::Harm;
+use crate::harm::{Hang, Harm};
 use crate::optimizer::{Shard, Update};
 use crate::progress::Progress;
 use crate::snapshot::{SnapshotGate, Uploads};
@@ -55,6 +55,8 @@ pub struct RankState<D: Device> {
     pub audited: Option<ItemDigest>,
     /// Harm to be done to this rank on purpose.
     pub harm: Option<Harm>,
+    /// A part of it that is to stand still on purpose.
+    pub hang: Option<Hang>,
     /// Shown to the outside.
     pub progress: Arc<Progress>,
     /// Checkpoints of this rank that are being stored, those of earlier generations, too.
@@ -112,6 +114,7 @@ impl<D: Device + Clone> RankState<D> {
             shard_digests: Vec::new(),
             audited: None,
             harm: None,
+            hang: None,
             progress,
             uploads: Uploads::default(),
             gate: Arc::default(),
@@ -134,6 +137,13 @@ impl<D: Device> RankState<D> {
     #[must_use]
     pub fn harmed(mut self, harm: Option<Harm>) -> Self {
         self.harm = harm;
+        self
+    }
+
+    /// The same, with a part of it that is to stand still on purpose.
+    #[must_use]
+    pub fn hanging(mut self, hang: Option<Hang>) -> Self {
+        self.hang = hang;
         self
     }
 

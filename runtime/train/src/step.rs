@@ -85,6 +85,7 @@ fn compute_lanes<D: HostVisible>(
 ) -> Result<(LaneResults<D>, Audit), StepError> {
     let _span = tracing::info_span!("compute").entered();
     state.progress.enter(Phase::Computing);
+    let harm = harm::take_due(&mut state.harm, batch.step, Moment::Computed);
     let inputs = LaneInputs {
         device: &state.device,
         model: &state.model,
@@ -95,6 +96,7 @@ fn compute_lanes<D: HostVisible>(
         abort: &state.abort,
         progress: &state.progress,
         digest: gradient_digest::<D>,
+        harm,
     };
     let began = Instant::now();
     let results = state.engine.run(inputs, world.tree, world.my_lanes())?;

@@ -1,7 +1,8 @@
-//! Silent data corruption: one bit of one rank's memory flips, and nobody says so.
+//! Silent data corruption: one bit of one rank's memory flips, and nobody says so. What might be its work and is not, too: a
+//! loss that is no number.
 
 use crate::common::{assert_halted, assert_undisturbed};
-use tarazed_tests::harness::{Project, Run};
+use tarazed_tests::harness::{Project, Run, assert_same_trace, line_count};
 
 const STEPS: u64 = 160;
 
@@ -99,6 +100,44 @@ fn a_flipped_working_weight_is_found_by_an_audit() {
     let mut run = Run::start(&train.variable(FLIP, "3.0=58:weight:0:20000:29"));
     assert_undisturbed(&mut run, STEPS, "a wrong lane");
     assert_only_the_culprit_was_replaced(&run, 3, "a wrong lane");
+}
+
+/// DET-3: a bit of a lane's gradient flips after it was computed, before it is added to others and sent. The audit of that lane
+/// finds it.
+#[test]
+fn a_flipped_gradient_is_found_by_an_audit() {
+    let project = Project::tiny_with(&[("fault.audit_interval_steps", "1")]);
+    // Step 61 audits lane 5, which is all that worker 5 computes.
+    let train = project.train("gradient").ranks(8).steps(STEPS);
+    let mut run = Run::start(&train.variable(FLIP, "5.0=60:gradient:0:20000:29"));
+    assert_undisturbed(&mut run, STEPS, "a wrong gradient");
+    assert_only_the_culprit_was_replaced(&run, 5, "a wrong gradient");
+}
+
+/// DET-1, DET-3: a loss that is no number is in no line. It may be one rank's accident, so the step is done again from a
+/// restored state; what comes again is of the run itself, and halts it with the step named: at the same step in every world,
+/// with the same lines before it, and nobody is replaced.
+#[test]
+fn a_loss_that_is_no_number_halts_the_run_at_its_step() {
+    // Weights come to be of the order of the rate, and products of theirs leave the range of numbers.
+    let project = Project::tiny_with(&[("optimizer.learning_rate", "1e15")]);
+    let mut traces = Vec::new();
+    for ranks in [1, 3] {
+        let mut run = Run::start(&project.train(&format!("ranks{ranks}")).ranks(ranks).steps(STEPS));
+        let outcome = run.finish();
+        let lines = line_count(&run.trace());
+        assert!(lines > 0, "the first step is sound\n{}", run.tail());
+        let step = format!("step {} gives loss ", lines + 1);
+        assert_halted(
+            &outcome,
+            &["lower the learning rate", &step, "done again, with the same result"],
+        );
+        assert_eq!(run.events("disputed").len(), 1, "{}", run.tail());
+        assert_eq!(run.events("rank_lost").len(), 0, "{}", run.tail());
+        assert_eq!(run.processes().ranks(), [0_u32; 0], "ranks are left\n{}", run.tail());
+        traces.push(run.trace());
+    }
+    assert_same_trace(&traces[1], &traces[0], "three ranks and one");
 }
 
 /// DET-3: what comes again each time that the step is done was no accident: the run halts, with the ranks named.

@@ -2,6 +2,7 @@
 
 use crate::common::assert_undisturbed;
 use rustix::process::Signal;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tarazed_tests::harness::{Project, Random, Run};
@@ -135,6 +136,70 @@ fn a_rank_that_hangs_is_replaced() {
         .iter()
         .any(|event| event["worker"] == 1 && event["cause"].to_string().contains("no heartbeat"));
     assert!(told, "{lost:?}");
+}
+
+/// What of a rank is to stand still, as `WORKER.INCARNATION=STEP:PART`.
+const HANG: &str = "TARAZED_CHAOS_HANG";
+/// The step at which it does, and `fault.timeout_ms` meanwhile.
+const HANGS_AT: u64 = 40;
+const HANG_TIMEOUT_MS: u64 = 2_000;
+
+/// A run of which this part of worker 1 hangs: that worker is replaced, nobody else, and no line shows it. Returns how it was
+/// lost, and the alarms.
+#[track_caller]
+fn with_hanging(part: &str) -> (Value, Vec<Value>) {
+    let timeout = HANG_TIMEOUT_MS.to_string();
+    // A device thread that goes on without its actors waits for them at step 60 at the latest: its snapshot is not taken.
+    let keys = [
+        ("fault.timeout_ms", timeout.as_str()),
+        ("checkpoint.interval_steps", "60"),
+    ];
+    let project = Project::tiny_with(&keys);
+    let steps = 1_100;
+    let train = project.train(part).ranks(3).steps(steps);
+    let mut run = Run::start(&train.variable(HANG, &format!("1.0={HANGS_AT}:{part}")));
+    run.wait_for_status("a replacement that trains", |status| {
+        status.all_train(3) && status.workers[1].incarnation == 1
+    });
+    assert_undisturbed(&mut run, steps, part);
+    let mut lost = run.events("rank_lost");
+    assert_eq!(lost.len(), 1, "{part}: {lost:?}\n{}", run.tail());
+    let lost = lost.remove(0);
+    assert!(lost["worker"] == 1 && lost["incarnation"] == 0, "{lost}");
+    assert_eq!(run.events("state_lost").len(), 0, "{}", run.tail());
+    let alarms = run.events("alarm");
+    for seen in alarms.iter().chain([&lost]) {
+        assert!(seen_after_ms(seen) <= 2 * HANG_TIMEOUT_MS, "{seen}");
+    }
+    (lost, alarms)
+}
+
+#[track_caller]
+fn seen_after_ms(event: &Value) -> u64 {
+    event["detection_ms"].as_u64().expect("a number")
+}
+
+/// SUP-4, SUP-2: a device thread never comes back while its process's heartbeats go on. The others wait for it in a collective;
+/// that nobody makes progress raises the alarm, and the one that does not answer the fence is replaced.
+#[test]
+fn a_device_thread_that_hangs_is_found_although_its_heart_beats() {
+    let (lost, alarms) = with_hanging("device");
+    let cause = lost["cause"].to_string();
+    assert!(cause.contains("its device thread hangs"), "{lost}");
+    assert!(seen_after_ms(&lost) < HANG_TIMEOUT_MS, "its heart beat on: {lost}");
+    let stalled = alarms
+        .iter()
+        .any(|alarm| alarm["cause"].to_string().contains("no rank has made any progress"));
+    assert!(stalled, "{alarms:?}");
+}
+
+/// SUP-4, STEP-6: the actors of a rank stand still, so no heartbeat comes, while its device thread computes on with the others:
+/// steps go on until the rank is replaced.
+#[test]
+fn a_rank_whose_actors_hang_is_found_although_it_computes() {
+    let (lost, _) = with_hanging("runtime");
+    assert!(lost["cause"].to_string().contains("no heartbeat"), "{lost}");
+    assert!(lost["step"].as_u64() > Some(HANGS_AT + 5), "it computed on: {lost}");
 }
 
 /// STEP-6: ranks compute on while their controller stands still, and nobody is taken for lost when it wakes up.

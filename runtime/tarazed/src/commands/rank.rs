@@ -4,8 +4,9 @@ use crate::exit::{Exit, Failure};
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use tarazed_actors::node::Lifeline;
-use tarazed_actors::rank::{self, Harm, RankArgs, RankExit};
+use tarazed_actors::rank::{self, RankArgs, RankExit};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_domain::config::Config;
 use tarazed_domain::{Incarnation, WorkerId};
@@ -45,17 +46,20 @@ pub struct Args {
 /// Environment variable of chaos runs: bits to flip, `WORKER.INCARNATION=STEP:PLACE:SHARD:ELEMENT:BIT`, separated by commas.
 const HARM_VARIABLE: &str = "TARAZED_CHAOS_FLIP";
 
-/// The harm that is meant for this life of this worker.
-fn harm_for(worker: u32, incarnation: u32, text: Option<String>) -> Result<Option<Harm>, Failure> {
-    let who = format!("{worker}.{incarnation}");
-    let text = text.unwrap_or_default();
+/// Environment variable of chaos runs: what is to stand still, `WORKER.INCARNATION=STEP:PART`, separated by commas.
+const HANG_VARIABLE: &str = "TARAZED_CHAOS_HANG";
+
+/// What such a variable asks of this life of this worker.
+fn asked_of<T: FromStr<Err = String>>(args: &Args, variable: &str) -> Result<Option<T>, Failure> {
+    let who = format!("{}.{}", args.worker, args.incarnation);
+    let text = std::env::var(variable).unwrap_or_default();
     let mine = text
         .split(',')
         .filter_map(|entry| entry.split_once('='))
         .find(|(name, _)| *name == who);
-    mine.map(|(_, harm)| harm.parse())
+    mine.map(|(_, asked)| asked.parse::<T>())
         .transpose()
-        .map_err(|e: String| Failure::refused(HARM_VARIABLE, e, "it is for chaos runs: leave it unset"))
+        .map_err(|e| Failure::refused(variable, e, "it is for chaos runs: leave it unset"))
 }
 
 /// Runs a rank process to its end.
@@ -77,6 +81,7 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
     // Dropped at the very end: it says that the process ends by itself.
     let _lifeline = args.lifeline.then(Lifeline::hold);
     let who = format!("worker {} (incarnation {})", args.worker, args.incarnation);
+    let (harm, hang) = (asked_of(&args, HARM_VARIABLE)?, asked_of(&args, HANG_VARIABLE)?);
     let ended = rank::run(&RankArgs {
         run_dir: args.run_dir,
         data: args.data,
@@ -87,7 +92,8 @@ pub fn run(args: Args) -> Result<Exit, Failure> {
         worker: args.worker,
         incarnation: args.incarnation,
         memory_hint: crate::plan::memory_hint,
-        harm: harm_for(args.worker, args.incarnation, std::env::var(HARM_VARIABLE).ok())?,
+        harm,
+        hang,
     });
     telemetry.shutdown();
     match ended {

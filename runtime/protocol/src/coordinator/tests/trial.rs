@@ -1,6 +1,10 @@
 //! Silent corruption: disputes, verdicts, checkpoints that are not believed.
 
 use super::*;
+use crate::placement::ShardHolder;
+
+/// What ranks say of a step whose loss is no number.
+const NO_NUMBER: &str = "step N gives loss NaN";
 
 impl Cluster {
     /// Everybody of the generation reports the same claims on shard 0; returns its holders.
@@ -26,18 +30,42 @@ impl Cluster {
             item: DisputedItem::Shard(OptimizerShardIndex(0)),
             claims: claims.collect(),
         };
+        self.all_report(&dispute, "shard 0 differs");
+        holders
+    }
+
+    /// Everybody of the generation fails with this.
+    fn all_report(&mut self, dispute: &Dispute, cause: &str) {
         let generation = self.coordinator.generation();
         for (member, _) in self.coordinator.roster().to_vec() {
             self.event(Event::Failed {
                 member,
                 generation,
-                cause: "shard 0 differs".to_owned(),
+                cause: cause.to_owned(),
                 suspects: vec![],
                 fatal: false,
                 dispute: Some(dispute.clone()),
             });
         }
-        holders
+    }
+
+    /// The next step gives a loss that is no number, and the next generation runs: nothing that anybody held before is in it.
+    fn loses_its_numbers(&mut self) -> Dispute {
+        let dispute = Dispute {
+            step: StepsCompleted(self.coordinator.written.0 + 1),
+            item: DisputedItem::Finite,
+            claims: vec![],
+        };
+        self.all_report(&dispute, NO_NUMBER);
+        assert_eq!(self.end, None, "once may be an accident");
+        while !self.coordinator.is_running() {
+            self.settle(1);
+        }
+        let plan = self.coordinator.plan.as_ref().expect("a generation runs");
+        assert_eq!(plan.disputed, Some((dispute.step, dispute.item)));
+        let believed = |holder: &ShardHolder| matches!(holder.origin, ShardOrigin::Keep | ShardOrigin::CopyFrom(_));
+        assert!(!plan.shards.holders().iter().any(believed), "the state is restored");
+        dispute
     }
 }
 
@@ -118,6 +146,43 @@ fn a_dispute_that_nobody_can_decide_halts() {
     for holder in holders {
         assert!(diagnosis.contains(&holder.to_string()), "{diagnosis}");
     }
+}
+
+/// DET-3: a loss that is no number comes again from a restored state, so it is of the run itself: it halts at once, with step and
+/// loss named, and nobody is replaced for it.
+#[test]
+fn a_loss_that_is_no_number_twice_halts() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let dispute = cluster.loses_its_numbers();
+    cluster.all_report(&dispute, NO_NUMBER);
+    let Some(Effect::Halt { code: 3, diagnosis }) = &cluster.end else {
+        panic!("{:?}", cluster.end)
+    };
+    let again = format!("step {} done again, with the same result", dispute.step);
+    assert!(
+        diagnosis.starts_with(NO_NUMBER) && diagnosis.contains(&again),
+        "{diagnosis}"
+    );
+    assert!(cluster.started.values().all(|&life| life == Incarnation(0)));
+}
+
+/// DET-3: one that does not come again was an accident of nobody knows whom: the run goes on with everybody.
+#[test]
+fn a_loss_that_is_no_number_once_costs_nobody_his_place() {
+    let mut cluster = Cluster::new();
+    cluster.settle(12);
+    let dispute = cluster.loses_its_numbers();
+    let event = Event::Settled {
+        member: cluster.coordinator.roster()[0].0,
+        generation: cluster.coordinator.generation(),
+        step: dispute.step,
+        digest: [0; 16], // nobody claimed anything
+    };
+    cluster.event(event);
+    cluster.settle(300);
+    assert_eq!(cluster.end, Some(Effect::Done { code: 0 }));
+    assert!(cluster.started.values().all(|&life| life == Incarnation(0)));
 }
 
 /// DET-3: two lots of bad luck at one step are no reason to halt: the result that came twice, of two workers, is right.
