@@ -175,13 +175,13 @@ impl Cost {
         let admission = answers + begin(From::Copies(2));
         let (mut detect_ms, mut restart_ms) = (0.0, 0.0);
         for cause in &CAUSES {
-            let stalled = t.failure_ms + t.fence_ms + self.exit_ms;
+            let stalled = t.suspect_ms + t.fence_ms + self.exit_ms;
             let detect = match cause.seen {
                 Seen::Exit => self.exit_ms,
-                Seen::Silence => t.failure_ms + self.exit_ms,
+                Seen::Silence => t.suspect_ms + self.exit_ms,
                 Seen::Hang => stalled,
                 // Two rounds: stalled, agreed, begun, and at the second refusal replaced.
-                Seen::Connection => t.failure_ms + 2 * answers + t.connect_ms + self.exit_ms,
+                Seen::Connection => t.suspect_ms + 2 * answers + t.connect_ms + self.exit_ms,
                 Seen::Corruption => self.step_ms / 2,
             };
             let detect = cause.hang_share * stalled as f64 + (1.0 - cause.hang_share) * detect as f64;

@@ -98,8 +98,11 @@ pub const EXIT_TAIL_BYTES_MAX: u64 = 16 * 1024;
 /// Every timeout, derived from the one that is configured (DESIGN.md section 6).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Timeouts {
-    /// A peer that shows no progress for this long is suspected (milliseconds). The configured one.
+    /// A peer that has stood still for this long is suspected (milliseconds). The configured one.
     pub failure_ms: u64,
+    /// So long nothing has been heard of it by then: whoever stands still may have done so right behind a heartbeat, and what one
+    /// told may be as old as the one before.
+    pub suspect_ms: u64,
     /// Between heartbeats of a rank.
     pub heartbeat_ms: u64,
     /// Waiting for a peer that moves nothing inside one collective operation. The last resort: the controller sees a stall
@@ -128,6 +131,7 @@ impl Timeouts {
     pub const fn derive(failure_ms: u64) -> Self {
         Self {
             failure_ms,
+            suspect_ms: failure_ms - failure_ms / 8,
             heartbeat_ms: failure_ms / 10,
             collective_ms: failure_ms * 30,
             connect_ms: failure_ms,
@@ -178,8 +182,12 @@ const _: () = {
 const _: () = {
     let t = Timeouts::derive(FAILURE_TIMEOUT_MS_MIN);
     assert!(
-        t.heartbeat_ms * 5 <= t.failure_ms,
-        "several heartbeats must fit into the failure timeout"
+        t.heartbeat_ms * 5 <= t.suspect_ms,
+        "several heartbeats must fit into the time in which nothing is heard"
+    );
+    assert!(
+        t.suspect_ms + t.heartbeat_ms < t.failure_ms,
+        "what stands still must be seen in time, though its last heartbeat told of progress"
     );
     assert!(
         t.collective_ms > t.failure_ms,

@@ -222,7 +222,7 @@ impl Coordinator {
     #[must_use]
     pub fn new(options: Options, generation: Generation, written: StepsCompleted) -> Self {
         let fruitless = RestartLimiter::new(options.restarts_max.saturating_mul(4).max(8), 0);
-        let stall_ms = options.timeouts.failure_ms;
+        let stall_ms = options.timeouts.suspect_ms;
         let away = options.hosts.iter().copied().collect();
         Self {
             options,

@@ -243,8 +243,8 @@ mod tests {
         bench.pass(TIMEOUT_MS + 200, &[]);
         assert!(bench.fenced && bench.killed.is_empty());
         assert!(
-            matches!(bench.silent_ms[..], [silent] if (TIMEOUT_MS..=TIMEOUT_MS + 200).contains(&silent)),
-            "{:?}",
+            matches!(bench.silent_ms[..], [silent] if (TIMEOUT_MS * 7 / 8..=TIMEOUT_MS).contains(&silent)),
+            "seen within the timeout: {:?}",
             bench.silent_ms
         );
         let generation = bench.machine.generation();

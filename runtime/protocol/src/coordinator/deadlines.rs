@@ -32,7 +32,7 @@ impl Coordinator {
     pub fn silence_deadline_ms(&self, worker: WorkerId) -> Option<u64> {
         let worker = self.workers.get(worker)?;
         matches!(worker.phase, WorkerPhase::Member | WorkerPhase::Ready)
-            .then(|| worker.heard_ms + self.options.timeouts.failure_ms + 1)
+            .then(|| worker.heard_ms + self.options.timeouts.suspect_ms + 1)
     }
 
     /// Ticks until now had nothing to do and were not made. Without this the next tick would take their lack for this
@@ -161,9 +161,9 @@ impl Coordinator {
                     effects.push(Effect::Kill { member, reason });
                 }
                 WorkerPhase::Member | WorkerPhase::Ready
-                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.failure_ms =>
+                    if !matches!(self.phase, Phase::Leaving { .. }) && now_ms > w.heard_ms + timeouts.suspect_ms =>
                 {
-                    let reason = format!("no heartbeat for {} ms", timeouts.failure_ms);
+                    let reason = format!("no heartbeat for {} ms", timeouts.suspect_ms);
                     effects.push(Effect::Kill { member, reason });
                 }
                 _ => {}

@@ -746,7 +746,7 @@ fn ticks_between_deadlines_do_nothing() {
     let killed = cluster.coordinator.on_event(fence, &Event::Tick);
     assert_eq!(killed.len(), 3, "{killed:?}");
     let silent = cluster.coordinator.silence_deadline_ms(WorkerId(0)).expect("a member");
-    assert_eq!(silent, fence - 1 + 10_000 + 1);
+    assert_eq!(silent, fence - 1 + Timeouts::derive(10_000).suspect_ms + 1);
     assert_eq!(cluster.coordinator.silence_deadline_ms(WorkerId(1)), None, "it starts");
     assert_eq!(cluster.coordinator.silence_deadline_ms(WorkerId(99)), None);
 }

@@ -30,7 +30,7 @@ fn an_absent_controller_kills_nobody() {
 fn a_word_behind_an_absence_is_of_now() {
     let mut cluster = Cluster::new();
     cluster.settle(20);
-    let failure_ms = cluster.coordinator.options.timeouts.failure_ms;
+    let suspect_ms = cluster.coordinator.options.timeouts.suspect_ms;
     let now_ms = cluster.now_ms;
     assert_eq!(cluster.coordinator.on_event(now_ms, &Event::Tick), []);
     let woken_ms = now_ms + ABSENT_MS;
@@ -41,7 +41,7 @@ fn a_word_behind_an_absence_is_of_now() {
     }
     assert_eq!(cluster.coordinator.on_event(woken_ms, &Event::Tick), []);
     let silent_from_ms = cluster.coordinator.silence_deadline_ms(WorkerId(0));
-    assert_eq!(silent_from_ms, Some(woken_ms + failure_ms + 1));
+    assert_eq!(silent_from_ms, Some(woken_ms + suspect_ms + 1));
 }
 
 /// The same before its first tick, when it waits for the ranks of the controller before.
