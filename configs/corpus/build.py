@@ -2,14 +2,15 @@
 """Makes the bilingual corpus from Debian 12 packages.
 
     python3 configs/corpus/build.py                  the sample beside this script (about 6 MB)
-    python3 configs/corpus/build.py --full DIR       everything (about 75 MB) into DIR
+    python3 configs/corpus/build.py --full [DIR]     everything (about 75 MB) into DIR (full/ beside this script)
 
 Needs apt-get and dpkg-deb, and nothing else but Python's standard library. Each domain becomes DOMAIN.jsonl, one document
 a line: {"text": ..., "source": "package:path#part"}. PROVENANCE.json beside them holds the hash of each file, and the
 packages it was made from by version, hash, licence and copyright. Elsewhere than beside this script, README.md and the
 texts of the licences are put there too. The same packages give the same bytes: nothing depends on time, locale or the
 order of a directory. So each package is asked for in the version that PROVENANCE.json beside this script names; where
-the archive no longer has it, the present one is taken and a warning says so.
+the archive no longer has it, the present one is taken and a warning says so. Of a package that only the full corpus has,
+the version stands below.
 
 Steps: extract text (HTML by leaf blocks, man pages by a small roff reader, reStructuredText and YAML as they are); cut long
 texts at headings and paragraphs; drop Chinese documents with less than 15% Han; drop lines that occurred before anywhere
@@ -88,13 +89,23 @@ def licence(domain_name, package):
     return dict(zip(("licence", "copyright"), found))
 
 
+# What only the full corpus is made from; the packages of the sample stand in PROVENANCE.json.
+PINNED_FULL = {
+    "anarchism": {
+        "version": "15.3-3",
+        "sha256": "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
+    }
+}
+
+
 def pinned():
-    """Packages by name, as the corpus beside this script was made from them."""
+    """Packages by name, as the corpus beside this script was made from them, and those of the full corpus."""
     path = os.path.join(HERE, "PROVENANCE.json")
     if not os.path.exists(path):
-        return {}
+        return PINNED_FULL
     with open(path, encoding="utf-8") as file:
-        return {package["package"]: package for entry in json.load(file) for package in entry["packages"]}
+        sample = {package["package"]: package for entry in json.load(file) for package in entry["packages"]}
+    return PINNED_FULL | sample
 
 
 class Packages:
@@ -580,7 +591,10 @@ def sample(found, budget):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", metavar="DIR", help="write everything into DIR instead of the sample")
+    parser.add_argument(
+        "--full", metavar="DIR", nargs="?", const=os.path.join(HERE, "full"),
+        help="write everything instead of the sample, into DIR (default: full/ beside this script)",
+    )
     parser.add_argument("--out", metavar="DIR", default=HERE, help="where the sample goes (default: beside this script)")
     arguments = parser.parse_args()
     out = arguments.full or arguments.out

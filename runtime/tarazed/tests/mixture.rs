@@ -4,7 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-const RUNS: usize = 4 + 2 * (4 + 3);
+/// Of four static candidates one has the weights of another, and shares its runs: no domain repeats, so UniMax is uniform.
+const RUNS: usize = 3 + 2 * (3 + 3);
 
 /// A plan of four static candidates, one controller, two judging seeds and one case, on two small domains.
 fn project(folder: &Path) {
@@ -195,6 +196,9 @@ fn a_stopped_bench_goes_on_and_finds_the_same() {
     );
     let report = read(folder, "undisturbed/report.json");
     assert_eq!(read(folder, "stopped/report.json"), report);
+    let shared = "`unimax` has the weights of `uniform` here";
+    assert!(read(folder, "stopped/report.md").contains(shared));
+    assert!(!folder.join("undisturbed/runs/plain/unimax").exists());
     assert!(read(folder, "stopped/report.md").contains(&format!("All {RUNS} runs are finished.")));
     let decided = read(folder, "undisturbed/runs/plain/ado/seed-1/trace.jsonl");
     assert!(
@@ -291,4 +295,61 @@ fn a_late_domain_comes_to_all_arms_alike() {
     let (_, again) = whole(folder, "again");
     assert_eq!(again.lines().filter(|line| line.starts_with('[')).count(), RUNS);
     assert_eq!(read(folder, "again/report.json"), report);
+}
+
+/// The text of a domain becomes harder in all arms alike: from its step on, with no change of anybody's weight. What is measured
+/// stays what it was, and a second bench finds the same.
+#[test]
+fn a_shift_comes_to_all_arms_alike() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    project(folder);
+    let plan = read(folder, "plan.toml").replace(
+        "name = \"plain\"\nchange = { kind = \"none\" }",
+        "name = \"shift\"\nchange = { kind = \"shift\", of = \"web\", from_step = 13 }",
+    );
+    std::fs::write(folder.join("plan.toml"), &plan).expect("written");
+    let (_, said) = whole(folder, "work");
+    assert_eq!(finished(&said), RUNS, "{said}");
+
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+    let trace = |arm: &str| -> Vec<serde_json::Value> {
+        let text = read(folder, &format!("work/runs/shift/{arm}/seed-1/trace.jsonl"));
+        text.lines().map(json).collect()
+    };
+    for arm in ["uniform", "natural", "ado", "ado-mean"] {
+        let lines = trace(arm);
+        assert_eq!(lines.len(), 24);
+        let decided = lines.iter().filter_map(|line| line["decisions"].as_array()).flatten();
+        let changes: Vec<&serde_json::Value> = decided.filter(|decision| !decision["kind"]["data"].is_null()).collect();
+        assert_eq!(changes.len(), 1, "{arm}: {changes:?}");
+        assert_eq!(changes[0]["effective"], 13, "{arm}: {changes:?}");
+        let domains = &changes[0]["kind"]["data"]["domains"];
+        assert_eq!(domains.as_array().map(Vec::len), Some(1), "{arm}");
+        assert_eq!(domains[0]["name"], "web");
+        assert_eq!(domains[0]["domain"], 0);
+        // Whoever does not adapt keeps its weights over the step.
+        let share = |line: &serde_json::Value| line["mixture"]["web"].as_f64().expect("a share");
+        let stays = lines.iter().all(|line| (share(line) - share(&lines[0])).abs() < 1e-12);
+        assert!(stays || arm == "ado", "{arm}");
+    }
+    let report = json(&read(folder, "work/report.json"));
+    let case = &report["cases"][0];
+    let web = &case["facts"]["domains"][0];
+    assert_eq!(web["name"], "web");
+    assert_eq!(web["later"]["from_step"], 13, "{web}");
+    assert!(case["facts"]["domains"][1]["later"].is_null());
+    // 24 steps of 32 tokens, half of them web's: 13 steps of the easy text, then 11 of the hard one.
+    let passes = |at: usize| case["epochs"][at]["arms"][1]["epochs"].as_f64().expect("a number");
+    for (at, steps, tokens) in [
+        (0, 13.0, &web["train_tokens"]),
+        (1, 11.0, &web["later"]["train_tokens"]),
+    ] {
+        let expected = 0.5 * steps * 32.0 / tokens.as_f64().expect("a number");
+        assert!((passes(at) - expected).abs() < 1e-9, "{at}: {} {expected}", passes(at));
+    }
+    let text = read(folder, "work/report.md");
+    assert!(text.contains("| web from step 13 on | the hard half of web"), "{text}");
+    whole(folder, "again");
+    assert_eq!(read(folder, "again/report.json"), read(folder, "work/report.json"));
 }

@@ -197,7 +197,13 @@ fn lock(work: &Path) -> Result<File, Failure> {
 }
 
 fn data(plan: &Plan, base: &Config, work: &Path) -> Result<BTreeMap<String, Ready>, Failure> {
-    let corpus = cases::read_corpus(base)?;
+    let corpus = cases::corpus(plan, base)?;
+    print(&format!(
+        "corpus: {} domains, {} documents, BLAKE3 {}\n",
+        corpus.len(),
+        corpus.iter().map(|domain| domain.documents.len()).sum::<usize>(),
+        cases::hash(&corpus)
+    ))?;
     let tokenizer = cases::tokenizer(base, work)?;
     let mut ready = BTreeMap::new();
     for case in plan.cases() {
@@ -266,7 +272,7 @@ fn side_by_side(parallel: usize) -> String {
 
 /// Said before anything is made: data take a while, too.
 fn whole_plan(plan: &Plan, parallel: usize) -> String {
-    let runs = plan.cases().count() * plan.runs_per_case(false);
+    let runs = plan.cases().count() * plan.runs_per_case_max();
     let each = plan.expected_seconds_per_run;
     format!(
         "plan {}: {runs} runs at most, about {} at the plan's {each:.0} s a run, {}; the data first\n",
@@ -389,12 +395,16 @@ mod tests {
     /// The plans that ship are whole: their base loads, and it has what a comparison needs.
     #[test]
     fn the_plans_that_ship_are_good() {
+        let mut bases = Vec::new();
         for name in ["small", "full"] {
             let path = format!("{}/../../configs/mixture/{name}.toml", env!("CARGO_MANIFEST_DIR"));
             let plan = Plan::load(Path::new(&path)).expect("a good plan");
             let base = base(&plan).expect("a good base");
             assert_eq!(plan.name, name);
             assert_eq!(base.run.steps, plan.steps);
+            bases.push(base);
         }
+        // The same model, on another corpus.
+        assert_eq!((&bases[0].model, &bases[0].batch), (&bases[1].model, &bases[1].batch));
     }
 }

@@ -36,24 +36,62 @@ pub struct DomainFacts {
     pub train_tokens: u64,
     /// Bytes of the training text.
     pub train_bytes: u64,
+    /// Other training text, which takes the place of that one while runs train.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub later: Option<LaterText>,
     /// Held-out tokens that an evaluation scores.
     pub scored_tokens: u64,
     /// Bytes of the text behind them.
     pub scored_bytes: f64,
 }
 
+/// Training text that takes the place of another.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct LaterText {
+    /// The first step (from 0) that trains on it.
+    pub from_step: u64,
+    /// How it was made.
+    pub made: String,
+    /// Training documents.
+    pub train_documents: u64,
+    /// Training tokens.
+    pub train_tokens: u64,
+    /// Bytes of the training text.
+    pub train_bytes: u64,
+}
+
 impl DomainFacts {
+    /// Training tokens of all of its texts.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.train_tokens + self.later.as_ref().map_or(0, |later| later.train_tokens)
+    }
+
+    /// Bytes of all of its training texts.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.train_bytes + self.later.as_ref().map_or(0, |later| later.train_bytes)
+    }
+
     /// Whether the step of this line can train on it.
     const fn is_there(&self, line: &TraceLine) -> bool {
         self.from_step < line.step.0
     }
+
+    /// Whether the step of this line is the first that trains on a text of it. Weights are divided up anew there, which may touch
+    /// their last bits even where nobody has decided anything.
+    fn brings_text(&self, line: &TraceLine) -> bool {
+        let later = self.later.as_ref().map(|later| later.from_step);
+        let mut first_steps = std::iter::once(self.from_step).chain(later);
+        first_steps.any(|first| first + 1 == line.step.0)
+    }
 }
 
 impl Facts {
-    /// Training tokens by domain.
+    /// Training tokens by domain, of all texts that it has in the course of a run: no arm knows when one takes another's place.
     #[must_use]
     pub fn sizes(&self) -> Vec<u64> {
-        self.domains.iter().map(|domain| domain.train_tokens).collect()
+        self.domains.iter().map(DomainFacts::tokens).collect()
     }
 }
 
@@ -146,9 +184,9 @@ impl Outcome {
             return Err(Unfit::Other("its last line holds no evaluation".to_owned()));
         }
         let judged = || facts.domains.iter().zip(&end).filter(|(domain, _)| domain.judged);
-        let bytes: f64 = judged().map(|(domain, _)| domain.train_bytes as f64).sum();
-        let weighted: f64 = judged().map(|(domain, bits)| domain.train_bytes as f64 * bits).sum();
-        let arrives = |line: &TraceLine| facts.domains.iter().any(|domain| domain.from_step + 1 == line.step.0);
+        let bytes: f64 = judged().map(|(domain, _)| domain.bytes() as f64).sum();
+        let weighted: f64 = judged().map(|(domain, bits)| domain.bytes() as f64 * bits).sum();
+        let arrives = |line: &TraceLine| facts.domains.iter().any(|domain| domain.brings_text(line));
         let changes = mixtures.windows(2).zip(&lines[1..]);
         Ok(Self {
             mean_mixture: mean_mixture(&mixtures, facts),
@@ -308,6 +346,7 @@ pub(crate) mod tests {
             train_documents: 10,
             train_tokens: train_bytes / 4,
             train_bytes,
+            later: None,
             scored_tokens: 100,
             scored_bytes,
         };
@@ -434,6 +473,35 @@ pub(crate) mod tests {
             outcome.mean_mixture
         );
         assert_eq!(outcome.decisions, 1, "that it comes is no decision of an arm");
+    }
+
+    /// Of a domain whose text changes, all text counts for its size and its weight in the natural mean; nothing else does.
+    #[test]
+    fn a_text_that_takes_anothers_place_counts_for_size_alone() {
+        let mut shifted = facts();
+        shifted.domains[1].later = Some(LaterText {
+            from_step: 1,
+            made: "the hard half".to_owned(),
+            train_documents: 9,
+            train_tokens: 750,
+            train_bytes: 3_000,
+        });
+        assert_eq!(shifted.sizes(), [1_000, 1_000, 2_250]);
+        let (even, almost) = ([0.25, 0.25, 0.5], [0.25, 0.25, 0.5_f64.next_up()]);
+        let lines = [line(1, even, None), line(2, almost, Some([2.0, 3.0]))];
+        let read = |facts: &Facts| Outcome::read(&lines, facts, 2).expect("an outcome");
+        let (plain, with) = (read(&facts()), read(&shifted));
+        assert!(close(plain.natural, 2.2) && close(with.natural, 2.5));
+        assert_eq!((plain.decisions, with.decisions), (1, 0), "it comes by itself");
+        let (natural, decisions) = (plain.natural, plain.decisions);
+        assert_eq!(
+            Outcome {
+                natural,
+                decisions,
+                ..with
+            },
+            plain
+        );
     }
 
     #[test]

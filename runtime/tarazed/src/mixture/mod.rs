@@ -10,6 +10,7 @@
 //! | [`again`] | finished runs done once more, trace against trace |
 //! | [`runner`] | a run as a `tarazed train` process of its own |
 //! | [`measure`] | from a trace to bits per byte |
+//! | [`epochs`] | how often a run passes over each text |
 //! | [`statistics`] | paired differences: intervals, exact tests, corrections |
 //! | [`results`], [`report`], [`figure`] | what was found, as data, text and SVG |
 //!
@@ -20,6 +21,7 @@
 pub mod again;
 pub mod book;
 pub mod cases;
+pub mod epochs;
 pub mod figure;
 pub mod margin;
 pub mod measure;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// Candidates of a sweep, seeds, cases and controllers of a plan at most, each.
 const COUNT_MAX: usize = 1_000;
 const RESAMPLES_MAX: usize = 10_000_000;
-/// A domain that comes is announced in a decision point before its step.
+/// Text that comes is announced in a decision point before its step.
 const LATE_STEP_MIN: u64 = 2;
 
 /// A comparison of mixtures.
@@ -40,6 +40,9 @@ pub struct Plan {
     /// When a held-out document is too much like training text.
     #[serde(default)]
     pub overlap: Overlap,
+    /// Where the corpus comes from, where it does not ship.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corpus: Option<Corpus>,
     /// The static arms.
     #[serde(default, rename = "static")]
     pub statics: Statics,
@@ -183,6 +186,17 @@ impl Default for Overlap {
     }
 }
 
+/// `[corpus]`: text that a command makes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Corpus {
+    /// The command, from the root of the project: for whoever has not made it yet.
+    pub make: String,
+    /// BLAKE3 of the texts, as the bench says it: another corpus is refused. Any is taken where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
+}
+
 /// A static mixture with a name.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -210,6 +224,12 @@ impl NamedStatic {
             Self::Sqrt => "sqrt",
             Self::Unimax => "unimax",
         }
+    }
+
+    /// Whether an arm has one of these names.
+    #[must_use]
+    pub fn is_name(arm: &str) -> bool {
+        Self::ALL.iter().any(|named| named.name() == arm)
     }
 }
 
@@ -327,6 +347,13 @@ pub enum Change {
         /// The first step (from 0) that trains on it.
         from_step: u64,
     },
+    /// The training text of a domain becomes harder during the run: first its easy half, then its hard half in place of that.
+    Shift {
+        /// The domain.
+        of: String,
+        /// The first step (from 0) that trains on the hard half.
+        from_step: u64,
+    },
 }
 
 impl Plan {
@@ -372,15 +399,15 @@ impl Plan {
         self.controllers.iter().filter(|controller| controller.enabled)
     }
 
-    /// What is fixed before the first run, as data. Keys that decide no finding, and the base, whose config every run is compared
-    /// with, may change.
+    /// What is fixed before the first run, as data. Keys that decide no finding may change; so may the base, whose config every run
+    /// is compared with, and the corpus, which the versions of the cases' data speak for.
     ///
     /// # Errors
     /// None that a plan which was checked could cause.
     pub fn fixed(&self) -> Result<serde_json::Value, serde_json::Error> {
         let mut fixed = serde_json::to_value(self)?;
         if let Some(keys) = fixed.as_object_mut() {
-            for free in ["base", "ranks", "expected_seconds_per_run"] {
+            for free in ["base", "corpus", "ranks", "expected_seconds_per_run"] {
                 keys.remove(free);
             }
         }
@@ -393,12 +420,18 @@ impl Plan {
         NamedStatic::ALL.len() + self.statics.powers.len() + self.statics.points
     }
 
-    /// Runs of one case: every candidate on every tuning seed; on every judging seed the named static mixtures, the best one
-    /// where it has no name, and each controller with the two mixtures frozen after it.
+    /// Runs of one case: every candidate on every tuning seed; on every judging seed `static_judged` static mixtures, and each
+    /// controller with the two mixtures frozen after it.
     #[must_use]
-    pub fn runs_per_case(&self, best_is_named: bool) -> usize {
-        let judged = NamedStatic::ALL.len() + usize::from(!best_is_named) + 3 * self.controllers().count();
-        self.candidates() * self.seeds.tuning.len() + judged * self.seeds.judging.len()
+    pub fn runs_per_case(&self, candidates: usize, static_judged: usize) -> usize {
+        let judged = static_judged + 3 * self.controllers().count();
+        candidates * self.seeds.tuning.len() + judged * self.seeds.judging.len()
+    }
+
+    /// The most that it can be: no two candidates have the same weights, and the best one has no name.
+    #[must_use]
+    pub fn runs_per_case_max(&self) -> usize {
+        self.runs_per_case(self.candidates(), NamedStatic::ALL.len() + 1)
     }
 
     fn check(&self) -> Result<(), Failure> {
@@ -480,7 +513,7 @@ impl Plan {
         // Names of arms are names of folders: a controller may not have that of another arm.
         for controller in &self.controllers {
             let name = &controller.name;
-            let taken = NamedStatic::ALL.iter().any(|named| named.name() == name)
+            let taken = NamedStatic::is_name(name)
                 || ["sweep-", "power-"].iter().any(|stem| name.starts_with(stem))
                 || ["-mean", "-final"].iter().any(|end| name.ends_with(end));
             if taken || name == "best-static" {
@@ -510,11 +543,13 @@ impl Plan {
                 Change::Difficulty { of } if of.is_empty() => {
                     return Err(Failure::refused(key, "names no domain", "name one or more in `of`"));
                 }
-                Change::Late { from_step, .. } if !(LATE_STEP_MIN..self.steps).contains(from_step) => {
+                Change::Late { from_step, .. } | Change::Shift { from_step, .. }
+                    if !(LATE_STEP_MIN..self.steps).contains(from_step) =>
+                {
                     return Err(Failure::refused(
                         key,
                         format!("from_step is not in {LATE_STEP_MIN}..{}", self.steps),
-                        "let the domain come while a run trains, e.g. after a third of it",
+                        "let the text come while a run trains, e.g. after a third of it",
                     ));
                 }
                 _ => {}
@@ -621,6 +656,11 @@ pub(crate) mod tests {
             (
                 "from_step = 20 }\n        enabled = false",
                 "from_step = 40 }",
+                "from_step is not in 2..40",
+            ),
+            (
+                "kind = \"noise\", share = 0.2, seed = 5",
+                "kind = \"shift\", of = \"web\", from_step = 1",
                 "from_step is not in 2..40",
             ),
             ("points = 2", "points = 2\nunimax_epochs_max = 0.0", "unimax_epochs_max"),

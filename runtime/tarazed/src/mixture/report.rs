@@ -1,6 +1,8 @@
 //! Results as text for people: `report.md`. Pure.
 
+use super::epochs::TextEpochs;
 use super::margin::{MARGIN_MAX, MarginVerdict};
+use super::measure::DomainFacts;
 use super::plan::{Metric, Target};
 use super::results::{ArmResults, CaseResults, Comparison, Results, Verdict};
 use super::statistics;
@@ -215,6 +217,7 @@ fn case_text(text: &mut String, case: &CaseResults, results: &Results) {
     }
     comparisons_text(text, case, results);
     mixtures_text(text, case);
+    epochs_text(text, case);
     for controller in results.plan.controllers() {
         let file = figure_file(&case.name, MIXTURE, &controller.name);
         let _ = writeln!(text, "![mixture of {}](figures/{file})\n", controller.name);
@@ -240,6 +243,7 @@ fn data_text(text: &mut String, case: &CaseResults) {
             domain.scored_tokens,
             domain.scored_bytes / domain.scored_tokens as f64
         );
+        later_text(text, domain);
     }
     let _ = writeln!(
         text,
@@ -263,6 +267,17 @@ fn data_text(text: &mut String, case: &CaseResults) {
     }
     if !case.dropped_examples.is_empty() {
         text.push('\n');
+    }
+}
+
+/// Its row: what is measured of the domain is in that above.
+fn later_text(text: &mut String, domain: &DomainFacts) {
+    if let Some(later) = &domain.later {
+        let _ = writeln!(
+            text,
+            "| {} from step {} on | {} | | {} | {} | | |",
+            domain.name, later.from_step, later.made, later.train_documents, later.train_tokens
+        );
     }
 }
 
@@ -309,6 +324,13 @@ fn arms_text(text: &mut String, case: &CaseResults) {
         let _ = writeln!(text, " {} |", seeds.len());
     }
     text.push('\n');
+    for twin in case.candidates.iter().filter(|one| one.name != one.runs) {
+        let _ = writeln!(
+            text,
+            "`{}` has the weights of `{}` here, bit for bit: one mixture under two names, whose runs were done once.\n",
+            twin.name, twin.runs
+        );
+    }
 }
 
 fn difference(comparison: &Comparison) -> (String, String) {
@@ -389,6 +411,38 @@ fn mixtures_text(text: &mut String, case: &CaseResults) {
     text.push('\n');
 }
 
+/// Which arms repeat which texts: a mixture that repeats a text is judged for that, too.
+fn epochs_text(text: &mut String, case: &CaseResults) {
+    let Some(first) = case.epochs.first().filter(|first| !first.arms.is_empty()) else {
+        return;
+    };
+    text.push_str("Passes over each training text, by the mean mixture (share times budget over tokens).\n\n| arm |");
+    for epochs in &case.epochs {
+        let _ = match epochs.from_step {
+            0 => write!(text, " {} |", epochs.domain),
+            from_step => write!(text, " {} from step {from_step} on |", epochs.domain),
+        };
+    }
+    let _ = writeln!(text, "\n|---|{}", "---|".repeat(case.epochs.len()));
+    for (at, arm) in first.arms.iter().enumerate() {
+        let _ = write!(text, "| {} |", arm.arm);
+        for epochs in &case.epochs {
+            let _ = write!(text, " {:.2} |", epochs.arms[at].epochs);
+        }
+        text.push('\n');
+    }
+    let repeats = |epochs: &TextEpochs| {
+        let arms = epochs.arms.iter().filter(|arm| arm.epochs > 1.0);
+        let arms: Vec<String> = arms.map(|arm| format!("{} ({:.1})", arm.arm, arm.epochs)).collect();
+        (!arms.is_empty()).then(|| format!("`{}` under {}", epochs.domain, arms.join(", ")))
+    };
+    let repeated: Vec<String> = case.epochs.iter().filter_map(repeats).collect();
+    let _ = match repeated.as_slice() {
+        [] => writeln!(text, "\nNo arm passes over a text more than once.\n"),
+        repeated => writeln!(text, "\nPassed over more than once: {}.\n", repeated.join("; ")),
+    };
+}
+
 fn sweep_text(text: &mut String, case: &CaseResults) {
     let Some(best) = &case.best_static else {
         text.push_str("The sweep is not finished.\n\n");
@@ -431,6 +485,7 @@ fn left_out(text: &mut String, results: &Results) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::measure::LaterText;
     use super::super::results::DoneAgain;
     use super::super::results::tests::{plan_of, whole};
     use super::*;
@@ -450,6 +505,8 @@ mod tests {
             "figures/noise-curves.svg",
             "figures/plain-mixture-ado.svg",
             "The sweep chose `",
+            "Passed over more than once: `web` under natural (1.7), uniform (2.0), ",
+            "; `zh` under ",
             "- case `late`: not in every test",
         ] {
             assert!(text.contains(part), "{part} is missing from\n{text}");
@@ -483,6 +540,35 @@ mod tests {
         ] {
             assert!(text.contains(&said), "{said} is missing from\n{text}");
         }
+    }
+
+    /// Two names of one mixture, and a text that takes another's place, are told; tables stay whole.
+    #[test]
+    fn shared_runs_and_later_texts_are_told() {
+        let (mut results, _) = whole(&plan_of("[1, 2]"));
+        assert!(!markdown(&results).contains("one mixture under two names"));
+        let case = &mut results.cases[0];
+        case.candidates[3].runs = "uniform".to_owned();
+        case.facts.domains[0].later = Some(LaterText {
+            from_step: 20,
+            made: "the hard half of web".to_owned(),
+            train_documents: 8,
+            train_tokens: 900,
+            train_bytes: 3_600,
+        });
+        for text in &mut case.epochs {
+            text.arms.iter_mut().for_each(|arm| arm.epochs = 0.5);
+        }
+        let text = markdown(&results);
+        for part in [
+            "`unimax` has the weights of `uniform` here, bit for bit",
+            "| web from step 20 on | the hard half of web | | 8 | 900 | | |",
+            "No arm passes over a text more than once.",
+        ] {
+            assert!(text.contains(part), "{part} is missing from\n{text}");
+        }
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| web")).collect();
+        assert!(rows.len() > 1 && rows.iter().all(|row| row.matches('|').count() == 8));
     }
 
     #[test]

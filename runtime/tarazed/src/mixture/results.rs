@@ -8,6 +8,7 @@
 
 use super::book::Book;
 use super::cases::{Overlapping, Ready};
+use super::epochs::{self, Length, TextEpochs};
 use super::margin::{self, Margin};
 use super::measure::{Facts, Outcome};
 use super::plan::{Metric, NamedStatic, Plan};
@@ -63,6 +64,8 @@ pub struct CaseResults {
     pub best_static: Option<String>,
     /// The arms, judged.
     pub arms: Vec<ArmResults>,
+    /// How often they pass over each text.
+    pub epochs: Vec<TextEpochs>,
     /// Controllers against other arms.
     pub comparisons: Vec<Comparison>,
     /// Controllers against the best mixture that needs no run.
@@ -74,6 +77,8 @@ pub struct CaseResults {
 pub struct Candidate {
     /// Its name.
     pub name: String,
+    /// Whose runs are its: its own name, or that of the first candidate with the same weights, bit for bit.
+    pub runs: String,
     /// Its mixture, by domain.
     pub mixture: Vec<f64>,
     /// Mean of the primary metric on the tuning seeds.
@@ -190,7 +195,9 @@ fn judge(case: &CaseRuns<'_>, ready: &Ready, finished: &Finished) -> CaseResults
     let tuned = case.tuned(finished);
     let best_static = case.best_static(finished);
     let candidates = case.candidates().into_iter().enumerate();
+    let runs = case.runs_of_candidates();
     let arms = case.arms(best_static.as_deref().unwrap_or_default());
+    let judged: Vec<ArmResults> = arms.iter().map(|arm| judge_arm(case, arm, finished)).collect();
     CaseResults {
         name: case.name.to_owned(),
         facts: case.facts.clone(),
@@ -200,15 +207,30 @@ fn judge(case: &CaseRuns<'_>, ready: &Ready, finished: &Finished) -> CaseResults
         candidates: candidates
             .map(|(at, (name, mixture))| Candidate {
                 name,
+                runs: runs[at].clone(),
                 mixture,
                 tuned: tuned.as_ref().map(|tuned| tuned[at].1),
             })
             .collect(),
         comparisons: compare(case, &arms, finished),
         margins: margin::margins(case, &arms, finished),
-        arms: arms.into_iter().map(|arm| judge_arm(case, arm, finished)).collect(),
+        epochs: passes(case, &judged),
+        arms: judged,
         best_static,
     }
+}
+
+fn passes(case: &CaseRuns<'_>, arms: &[ArmResults]) -> Vec<TextEpochs> {
+    let mixtures: Vec<(&str, &[f64])> = arms
+        .iter()
+        .filter(|arm| !arm.mean_mixture.is_empty())
+        .map(|arm| (arm.arm.label.as_str(), arm.mean_mixture.as_slice()))
+        .collect();
+    let length = Length {
+        steps: case.plan.steps,
+        tokens: case.run_tokens,
+    };
+    epochs::epochs(case.facts, &mixtures, length)
 }
 
 /// A run of the judging, by arm and seed.
@@ -232,11 +254,11 @@ pub(super) fn value_of(case: &CaseRuns<'_>, arm: &Arm, metric: Metric, seed: u64
     value(case, run(case, arm, seed, finished)?, metric, seed, finished)
 }
 
-fn judge_arm(case: &CaseRuns<'_>, arm: Arm, finished: &Finished) -> ArmResults {
+fn judge_arm(case: &CaseRuns<'_>, arm: &Arm, finished: &Finished) -> ArmResults {
     let judging = &case.plan.seeds.judging;
     let runs: Vec<(u64, &Outcome)> = judging
         .iter()
-        .filter_map(|&seed| Some((seed, run(case, &arm, seed, finished)?)))
+        .filter_map(|&seed| Some((seed, run(case, arm, seed, finished)?)))
         .collect();
     let metrics = Metric::ALL.map(|metric| {
         let values: Vec<Option<f64>> = runs
@@ -258,7 +280,7 @@ fn judge_arm(case: &CaseRuns<'_>, arm: Arm, finished: &Finished) -> ArmResults {
         statistics::mean(&weights)
     };
     ArmResults {
-        arm,
+        arm: arm.clone(),
         seeds: runs.iter().map(|(seed, _)| *seed).collect(),
         metrics: metrics.into(),
         mean_mixture: if runs.is_empty() {

@@ -316,16 +316,27 @@ impl<'a> Processes<'a> {
     }
 }
 
-/// What comes late, in the config of a run of this mixture: its share is that of the mixture, which is of all domains.
+/// What comes late, in the config of a run of this mixture: a new domain with its share of the mixture, which is of all domains,
+/// or other text of one that keeps its weight.
 fn later(late: &Late, mixture: &[f64]) -> LaterConfig {
+    let (step, prepared, name) = (late.from_step, late.data.clone(), late.name.clone());
+    if late.replaces {
+        return LaterConfig {
+            step,
+            prepared,
+            domains: Vec::new(),
+            replace: vec![name],
+            shares: BTreeMap::new(),
+        };
+    }
     let sum: f64 = mixture.iter().sum();
     let share = mixture.last().map_or(0.0, |weight| weight / sum);
     LaterConfig {
-        step: late.from_step,
-        prepared: late.data.clone(),
-        domains: vec![late.name.clone()],
+        step,
+        prepared,
+        domains: vec![name.clone()],
         replace: Vec::new(),
-        shares: BTreeMap::from([(late.name.clone(), share.clamp(WEIGHT_LEAST, 1.0 - WEIGHT_LEAST))]),
+        shares: BTreeMap::from([(name, share.clamp(WEIGHT_LEAST, 1.0 - WEIGHT_LEAST))]),
     }
 }
 

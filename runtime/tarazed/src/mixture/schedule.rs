@@ -6,6 +6,9 @@
 //! controller. *Freezing*, within a seed: the mean and the last mixture of each controller's run as static mixtures of
 //! their own, with that run's seed: what is left of a controller's advantage then is not due to adapting.
 //!
+//! Candidates whose weights are the same, bit for bit, are one mixture under several names, as UniMax and the uniform one where no
+//! domain repeats within the budget: the runs of the first are those of all.
+//!
 //! Runs that are due are independent of each other, so several may be done at once ([`carry_out`]). Which are due is a function
 //! of what is finished, and what a run finds is one of its config, data, seed, program and device type (DET-1): how many are
 //! done at once, and which ends first, decides no number.
@@ -69,6 +72,16 @@ impl RunSpec {
     }
 }
 
+/// Candidates with the same weights, bit for bit, share their runs: those of the first.
+fn first_with<'a>(candidates: &'a [(String, Vec<f64>)], mixture: &[f64]) -> Option<&'a str> {
+    let is_it = |(_, other): &&(String, Vec<f64>)| has_same_bits(other, mixture);
+    candidates.iter().find(is_it).map(|(name, _)| name.as_str())
+}
+
+fn has_same_bits(a: &[f64], b: &[f64]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
 /// Outcomes so far.
 pub type Finished = BTreeMap<RunId, Outcome>;
 
@@ -90,7 +103,7 @@ pub struct CaseRuns<'a> {
 pub struct Arm {
     /// What reports call it.
     pub label: String,
-    /// What its runs are called; `best-static` is one of the candidates.
+    /// What its runs are called: `best-static` is one of the candidates, and one with the weights of another has that one's.
     pub runs: String,
 }
 
@@ -129,6 +142,33 @@ impl CaseRuns<'_> {
         named.into_iter().chain(powers).chain(points).collect()
     }
 
+    /// Whose runs those of each candidate are: its own, or those of the first with the same weights, bit for bit.
+    #[must_use]
+    pub fn runs_of_candidates(&self) -> Vec<String> {
+        let candidates = self.candidates();
+        let runs = candidates.iter().map(|(name, mixture)| {
+            let first = first_with(&candidates, mixture);
+            first.unwrap_or(name).to_owned()
+        });
+        runs.collect()
+    }
+
+    /// The same of a named mixture, which are the first candidates.
+    fn runs_of(&self, named: NamedStatic) -> &'static str {
+        let own = self.named(named);
+        let first = NamedStatic::ALL
+            .into_iter()
+            .find(|other| has_same_bits(&self.named(*other), &own));
+        first.unwrap_or(named).name()
+    }
+
+    /// The candidates that have runs of their own.
+    fn distinct(&self) -> Vec<(String, Vec<f64>)> {
+        let candidates = self.candidates();
+        let has_own = |(name, mixture): &&(String, Vec<f64>)| first_with(&candidates, mixture) == Some(name.as_str());
+        candidates.iter().filter(has_own).cloned().collect()
+    }
+
     fn id(&self, arm: &str, seed: u64) -> RunId {
         RunId {
             case: self.name.to_owned(),
@@ -141,7 +181,9 @@ impl CaseRuns<'_> {
     #[must_use]
     pub fn target(&self, finished: &Finished, seed: u64) -> Option<f64> {
         target(self.plan, |named| {
-            finished.get(&self.id(named.name(), seed)).map(Outcome::macro_end)
+            finished
+                .get(&self.id(self.runs_of(named), seed))
+                .map(Outcome::macro_end)
         })
     }
 
@@ -150,25 +192,28 @@ impl CaseRuns<'_> {
     #[must_use]
     pub fn tuned(&self, finished: &Finished) -> Option<Vec<(String, f64)>> {
         let primary = self.plan.metrics.primary;
-        let score = |arm: &str| {
+        let candidates = self.candidates();
+        let score = |mixture: &[f64]| {
+            let runs = first_with(&candidates, mixture)?;
             let values: Option<Vec<f64>> = self
                 .plan
                 .seeds
                 .tuning
                 .iter()
                 .map(|&seed| {
-                    let outcome = finished.get(&self.id(arm, seed))?;
+                    let outcome = finished.get(&self.id(runs, seed))?;
                     let target = self.target(finished, seed)?;
                     Some(outcome.metric(primary, target).unwrap_or(f64::INFINITY))
                 })
                 .collect();
             values.map(|values| statistics::mean(&values))
         };
-        let scored = |(arm, _): (String, Vec<f64>)| score(&arm).map(|score| (arm, score));
-        self.candidates().into_iter().map(scored).collect()
+        let scored = |(arm, mixture): &(String, Vec<f64>)| score(mixture).map(|score| (arm.clone(), score));
+        candidates.iter().map(scored).collect()
     }
 
-    /// The candidate that is best on the tuning seeds, the first of equals; none while a run is missing.
+    /// The candidate that is best on the tuning seeds, the first of equals, so that it has runs of its own; none while a run is
+    /// missing.
     #[must_use]
     pub fn best_static(&self, finished: &Finished) -> Option<String> {
         let tuned = self.tuned(finished)?;
@@ -184,7 +229,7 @@ impl CaseRuns<'_> {
         };
         let mut arms: Vec<Arm> = NamedStatic::ALL
             .iter()
-            .map(|named| arm(named.name(), named.name()))
+            .map(|named| arm(named.name(), self.runs_of(*named)))
             .collect();
         arms.push(arm(BEST_STATIC, best_static));
         for Controller { name, .. } in self.plan.controllers() {
@@ -206,7 +251,7 @@ impl CaseRuns<'_> {
     /// The same with those that are finished.
     #[must_use]
     pub fn all(&self, finished: &Finished) -> Vec<RunSpec> {
-        let candidates = self.candidates();
+        let candidates = self.distinct();
         let spec = |arm: &str, seed, mixture: &[f64], set: &[String]| RunSpec {
             id: self.id(arm, seed),
             mixture: mixture.to_vec(),
@@ -220,8 +265,7 @@ impl CaseRuns<'_> {
         let best = self.best_static(finished);
         for &seed in &seeds.judging {
             for (arm, mixture) in &candidates {
-                let is_named = NamedStatic::ALL.iter().any(|named| named.name() == arm);
-                if is_named || best.as_ref() == Some(arm) {
+                if NamedStatic::is_name(arm) || best.as_ref() == Some(arm) {
                     runs.push(spec(arm, seed, mixture, &[]));
                 }
             }
@@ -243,8 +287,10 @@ impl CaseRuns<'_> {
     #[must_use]
     pub fn total(&self, finished: &Finished) -> usize {
         let best = self.best_static(finished).unwrap_or_default();
-        let is_named = NamedStatic::ALL.iter().any(|named| named.name() == best);
-        self.plan.runs_per_case(is_named)
+        let distinct = self.distinct();
+        let named = distinct.iter().filter(|(arm, _)| NamedStatic::is_name(arm)).count();
+        let judged = named + usize::from(!NamedStatic::is_name(&best));
+        self.plan.runs_per_case(distinct.len(), judged)
     }
 }
 
@@ -478,8 +524,44 @@ pub(crate) mod tests {
             plan,
             name,
             facts,
-            run_tokens: 2_000,
+            // So many that UniMax caps a domain, and no two candidates are the same.
+            run_tokens: 6_000,
         }
+    }
+
+    /// UniMax is uniform where no domain repeats: its runs are done once, and named for both.
+    #[test]
+    fn candidates_with_the_same_weights_share_their_runs() {
+        let (plan, facts) = (plan(), facts());
+        let case = CaseRuns {
+            run_tokens: 2_000,
+            ..runs(&plan, "plain", &facts)
+        };
+        assert_eq!(case.named(NamedStatic::Unimax), case.named(NamedStatic::Uniform));
+        let names: Vec<String> = case.candidates().into_iter().map(|(name, _)| name).collect();
+        let differ: Vec<(String, String)> = names
+            .into_iter()
+            .zip(case.runs_of_candidates())
+            .filter(|(name, runs)| name != runs)
+            .collect();
+        assert_eq!(differ, [("unimax".to_owned(), "uniform".to_owned())]);
+        let mut book = Book::default();
+        do_all(&[case], &Fake::default(), 2, &mut book).expect("done");
+        let finished = book.finished();
+        assert!(finished.keys().all(|run| run.arm != "unimax"), "{finished:?}");
+        assert_eq!(finished.len(), case.total(finished));
+        let other = runs(&plan, "plain", &facts);
+        let mut book_of_other = Book::default();
+        do_all(&[other], &Fake::default(), 2, &mut book_of_other).expect("done");
+        let without = other.total(book_of_other.finished());
+        assert_eq!(without - finished.len(), 2 + 2, "a run less a seed");
+        // Both are judged, by the same runs; and the sweep has both.
+        let tuned = case.tuned(finished).expect("all are there");
+        let score = |name: &str| tuned.iter().find(|(arm, _)| arm == name).expect("a candidate").1;
+        assert_eq!(score("unimax").to_bits(), score("uniform").to_bits());
+        let arms = case.arms(&case.best_static(finished).expect("a best one"));
+        let unimax = arms.iter().find(|arm| arm.label == "unimax").expect("an arm");
+        assert_eq!(unimax.runs, "uniform");
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub fn temperature(sizes: &[u64], power: f64) -> Vec<f64> {
 /// `U_d = min(left / domains left, epochs_max · size_d)`, `p_d = U_d / Σ U`.
 ///
 /// The paper counts characters; here `sizes` and `budget` are tokens. What no domain can take within the cap is left undealt,
-/// as in the paper.
+/// as in the paper. Where the cap binds nowhere, it is the uniform mixture, bit for bit: the same runs do for both.
 ///
 /// # Panics
 /// If nothing is dealt out: a budget and a cap are positive.
@@ -40,8 +40,17 @@ pub fn unimax(sizes: &[u64], budget: u64, epochs_max: f64) -> Vec<f64> {
     let mut left = budget as f64;
     for (done, &domain) in order.iter().enumerate() {
         let even = left / (sizes.len() - done) as f64;
-        shares[domain] = even.min(epochs_max * sizes[domain] as f64);
-        left -= shares[domain];
+        let most = epochs_max * sizes[domain] as f64;
+        if even <= most {
+            // Larger domains reach their caps no more than this one: all that are left have the same, to the last bit.
+            if done == 0 {
+                return temperature(sizes, 0.0);
+            }
+            order[done..].iter().for_each(|&other| shares[other] = even);
+            break;
+        }
+        shares[domain] = most;
+        left -= most;
     }
     normalised(shares)
 }
@@ -96,8 +105,14 @@ mod tests {
             &unimax(&[1000, 50, 200], 900, 2.0),
             &[expected[2], expected[0], expected[1]]
         ));
-        // Without a cap in reach it is uniform; where all are capped it is the natural mixture.
-        assert!(close(&unimax(&[50, 200, 1000], 90, 2.0), &[1.0 / 3.0; 3]));
+        // Without a cap in reach it is uniform to the last bit, by which runs are shared; where all are capped it is natural.
+        for domains in 1..30_u64 {
+            let sizes: Vec<u64> = (0..domains).map(|domain| 1_000 + 37 * domain).collect();
+            assert_eq!(unimax(&sizes, 999, 4.0), temperature(&sizes, 0.0));
+        }
+        // Those below the cap are alike to the last bit, too.
+        let most = unimax(&[1, 200, 1000, 300, 7000], 1_000, 2.0);
+        assert!(most[1..].iter().all(|weight| weight.to_bits() == most[1].to_bits()));
         assert!(close(
             &unimax(&[50, 200, 1000], 1_000_000, 2.0),
             &natural(&[50, 200, 1000])

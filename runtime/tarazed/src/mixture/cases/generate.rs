@@ -54,6 +54,12 @@ pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key:
             late.made = format!("the corpus' own, from step {from_step} on");
             domains.push(late);
         }
+        Change::Shift { of, from_step } => {
+            let at = position(of)?;
+            let (easy, hard) = shifted(&corpus[at], *from_step, held_out_fraction);
+            domains[at] = easy;
+            domains.push(hard);
+        }
     }
     check_distinct(&domains, key)?;
     Ok(domains)
@@ -62,7 +68,7 @@ pub fn generate(change: &Change, corpus: &[Domain], held_out_fraction: f64, key:
 fn check_distinct(domains: &[Domain], key: &str) -> Result<(), Failure> {
     let mut seen = BTreeSet::new();
     for domain in domains {
-        if !seen.insert(domain.name.as_str()) {
+        if !domain.replaces && !seen.insert(domain.name.as_str()) {
             let cause = format!("makes a second domain '{}'", domain.name);
             return Err(Failure::refused(key, cause, "rename that domain of the base config"));
         }
@@ -115,6 +121,7 @@ fn noise(corpus: &[Domain], share: f64, seed: u64) -> Domain {
         judged: false,
         made: format!("characters drawn with the corpus' frequencies, seed {seed}, {share} of its bytes"),
         from_step: 0,
+        replaces: false,
         documents,
     }
 }
@@ -179,18 +186,7 @@ fn halves(corpus: &[Domain], cut: &BTreeSet<usize>) -> Vec<Domain> {
             domains.push(domain.clone());
             continue;
         }
-        let scores = surprisal(domain);
-        let mut order: Vec<usize> = (0..domain.documents.len()).collect();
-        order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
-        let bytes: usize = domain.texts().map(str::len).sum();
-        let mut taken = 0;
-        let easy: BTreeSet<usize> = order
-            .into_iter()
-            .take_while(|&document| {
-                taken += domain.documents[document].text.len();
-                taken * 2 <= bytes
-            })
-            .collect();
+        let easy = easy_half(domain);
         for (name, wanted) in [("easy", true), ("hard", false)] {
             let chosen = (0..domain.documents.len()).filter(|document| easy.contains(document) == wanted);
             domains.push(Domain {
@@ -202,6 +198,54 @@ fn halves(corpus: &[Domain], cut: &BTreeSet<usize>) -> Vec<Domain> {
         }
     }
     domains
+}
+
+/// A domain whose text becomes harder: what it is until `from_step`, and what takes its place then. Whatever is held out of
+/// either half is held out, and measured, from the beginning: what runs are judged by is that of the whole domain.
+fn shifted(domain: &Domain, from_step: u64, held_out_fraction: f64) -> (Domain, Domain) {
+    let easy = easy_half(domain);
+    let is_held_out = |at: usize| {
+        let hash = blake3::hash(domain.documents[at].text.as_bytes());
+        Split::of(&hash, held_out_fraction) == Split::HeldOut
+    };
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    for (at, document) in domain.documents.iter().enumerate() {
+        let is_easy = easy.contains(&at);
+        if is_easy || is_held_out(at) {
+            before.push(document.clone());
+        }
+        if !is_easy {
+            after.push(document.clone());
+        }
+    }
+    let name = &domain.name;
+    let easy = Domain {
+        made: format!("the easy half of {name}, by character bigrams, until step {from_step}, and all held-out text"),
+        documents: before,
+        ..domain.clone()
+    };
+    let hard = Domain {
+        made: format!("the hard half of {name}, by character bigrams, from step {from_step} on"),
+        from_step,
+        replaces: true,
+        documents: after,
+        ..domain.clone()
+    };
+    (easy, hard)
+}
+
+/// The documents that are easier to predict, up to half of the bytes.
+fn easy_half(domain: &Domain) -> BTreeSet<usize> {
+    let scores = surprisal(domain);
+    let mut order: Vec<usize> = (0..domain.documents.len()).collect();
+    order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(a.cmp(&b)));
+    let bytes: usize = domain.texts().map(str::len).sum();
+    let mut taken = 0;
+    let is_in_half = |document: &usize| {
+        taken += domain.documents[*document].text.len();
+        taken * 2 <= bytes
+    };
+    order.into_iter().take_while(is_in_half).collect()
 }
 
 /// Bits per byte of each document under the add-one smoothed character bigrams of its domain: a measure of difficulty
@@ -248,6 +292,7 @@ mod tests {
             judged: true,
             made: String::new(),
             from_step: 0,
+            replaces: false,
             documents: texts.into_iter().enumerate().map(document).collect(),
         }
     }
@@ -347,14 +392,19 @@ mod tests {
         }
     }
 
-    #[test]
-    fn difficulty_cuts_a_domain_in_two_by_how_predictable_its_documents_are() {
+    /// Every second document of the first domain is a jumble of letters.
+    fn corpus_with_a_jumble() -> Vec<Domain> {
         let mut corpus = corpus();
-        // Every second document is a jumble of letters.
         for (at, document) in corpus[0].documents.iter_mut().enumerate().filter(|(at, _)| at % 2 == 1) {
             let mut random = Random::of(at as u64, "jumble");
             document.text = (0..43).map(|_| char::from(b'a' + random.index(0..26) as u8)).collect();
         }
+        corpus
+    }
+
+    #[test]
+    fn difficulty_cuts_a_domain_in_two_by_how_predictable_its_documents_are() {
+        let corpus = corpus_with_a_jumble();
         let change = Change::Difficulty {
             of: vec!["web".to_owned()],
         };
@@ -400,9 +450,53 @@ mod tests {
         );
     }
 
+    /// Trained on are the two halves, one after the other; measured is what is held out of both, all the time.
+    #[test]
+    fn a_shift_puts_the_hard_half_in_the_place_of_the_easy_one() {
+        let corpus = corpus_with_a_jumble();
+        let change = Change::Shift {
+            of: "web".to_owned(),
+            from_step: 5,
+        };
+        let domains = generate(&change, &corpus, FRACTION, "cases.test").expect("a case");
+        let known: Vec<(&str, u64, bool)> = domains
+            .iter()
+            .map(|domain| (domain.name.as_str(), domain.from_step, domain.replaces))
+            .collect();
+        assert_eq!(known, [("web", 0, false), ("zh", 0, false), ("web", 5, true)]);
+        assert_eq!(domains[1], corpus[1]);
+        assert!(domains[0].judged);
+        let halves = Change::Difficulty {
+            of: vec!["web".to_owned()],
+        };
+        let halves = generate(&halves, &corpus, FRACTION, "cases.test").expect("a case");
+        let training = |domain: &Domain| -> Vec<Document> {
+            let documents = domain.documents.iter().filter(|document| !is_held_out(document));
+            documents.cloned().collect()
+        };
+        for (half, now) in [(&halves[0], &domains[0]), (&halves[1], &domains[2])] {
+            assert_eq!(training(half), training(now), "{}", half.name);
+        }
+        let held_out = |domain: &Domain| -> Vec<Document> {
+            let documents = domain.documents.iter().filter(|document| is_held_out(document));
+            documents.cloned().collect()
+        };
+        assert_eq!(held_out(&domains[0]), held_out(&corpus[0]), "as without a shift");
+        assert!(!held_out(&domains[2]).is_empty(), "a data set has held-out text");
+        let is_own = |document: &Document| corpus[0].documents.contains(document);
+        assert!(domains[2].documents.iter().all(is_own));
+    }
+
     #[test]
     fn what_cannot_be_made_is_refused() {
         for (change, part) in [
+            (
+                Change::Shift {
+                    of: "code".to_owned(),
+                    from_step: 3,
+                },
+                "no domain of the base config is called 'code'",
+            ),
             (
                 Change::Duplicate { of: "code".to_owned() },
                 "no domain of the base config is called 'code'",

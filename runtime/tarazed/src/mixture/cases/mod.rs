@@ -10,7 +10,7 @@ mod overlap;
 pub use generate::generate;
 pub use overlap::Overlapping;
 
-use super::measure::{DomainFacts, Facts};
+use super::measure::{DomainFacts, Facts, LaterText};
 use super::plan::{Case, Plan};
 use crate::exit::Failure;
 use serde::Serialize;
@@ -24,6 +24,7 @@ use tarazed_domain::config::{Config, DomainConfig, Language, SourceFormat, Token
 pub const PROVENANCE_FILE: &str = "PROVENANCE.json";
 /// Dropped documents that a report names one by one; all are in the provenance.
 const REPORTED_MAX: usize = 8;
+const CORPUS_CONTEXT: &str = "tarazed bench mixture v1 corpus";
 
 /// A text and where it came from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -47,6 +48,8 @@ pub struct Domain {
     pub made: String,
     /// The first step (from 0) that trains on it.
     pub from_step: u64,
+    /// Whether it is other text of the domain of its name, in the place of what that one has before.
+    pub replaces: bool,
     /// Its documents, in order.
     pub documents: Vec<Document>,
 }
@@ -76,10 +79,52 @@ pub fn read_corpus(base: &Config) -> Result<Vec<Domain>, Failure> {
             judged: true,
             made: String::new(),
             from_step: 0,
+            replaces: false,
             documents,
         })
     };
     base.data.domains.iter().map(read).collect()
+}
+
+/// The corpus that a plan asks for.
+///
+/// # Errors
+/// Refused where it is not made, or is another; else as [`read_corpus`].
+pub fn corpus(plan: &Plan, base: &Config) -> Result<Vec<Domain>, Failure> {
+    let Some(wanted) = &plan.corpus else {
+        return read_corpus(base);
+    };
+    if let Some(domain) = base.data.domains.iter().find(|domain| !domain.path.exists()) {
+        return Err(Failure::refused(
+            domain.path.display(),
+            "is not there: the corpus of this plan is made by a command, and does not ship",
+            format!("make it: {}", wanted.make),
+        ));
+    }
+    let corpus = read_corpus(base)?;
+    let found = hash(&corpus);
+    match &wanted.blake3 {
+        Some(pinned) if *pinned != found => Err(Failure::refused(
+            "corpus.blake3",
+            format!("the corpus that is there has {found}, not {pinned}"),
+            format!("make the one of the plan: {}", wanted.make),
+        )),
+        _ => Ok(corpus),
+    }
+}
+
+/// BLAKE3 of a corpus: of its domains' names and texts, in order.
+#[must_use]
+pub fn hash(corpus: &[Domain]) -> String {
+    let mut hasher = blake3::Hasher::new_derive_key(CORPUS_CONTEXT);
+    for domain in corpus {
+        hasher.update(&(domain.documents.len() as u64).to_le_bytes());
+        for part in std::iter::once(domain.name.as_str()).chain(domain.texts()) {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// A case whose data is ready.
@@ -87,7 +132,7 @@ pub fn read_corpus(base: &Config) -> Result<Vec<Domain>, Failure> {
 pub struct Ready {
     /// Its domains, as configs of runs have them; weights are 1.
     pub domains: Vec<DomainConfig>,
-    /// What comes while runs train; the last of its facts.
+    /// What comes while runs train: the last of its facts, or other text of one of its domains.
     pub late: Option<Late>,
     /// Its tokenizer: the same for all cases.
     pub tokenizer: PathBuf,
@@ -103,13 +148,15 @@ pub struct Ready {
     pub held_out_documents: usize,
 }
 
-/// A domain that comes while runs train.
+/// Text that comes while runs train.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Late {
-    /// Its name.
+    /// The name of its domain.
     pub name: String,
     /// The first step (from 0) that trains on it.
     pub from_step: u64,
+    /// Whether runs have that domain before, with other text.
+    pub replaces: bool,
     /// The folder that holds its data set.
     pub data: PathBuf,
 }
@@ -148,7 +195,8 @@ pub fn make(
     let fraction = base.data.held_out_fraction;
     let mut domains = generate(&case.change, corpus, fraction, &format!("cases.{}", case.name))?;
     let is_held_out = |text: &&str| Split::of(&blake3::hash(text.as_bytes()), fraction) == Split::HeldOut;
-    let held_out_documents = domains.iter().flat_map(Domain::texts).filter(is_held_out).count();
+    let measured = domains.iter().filter(|domain| !domain.replaces);
+    let held_out_documents = measured.flat_map(Domain::texts).filter(is_held_out).count();
     let dropped = overlap::remove(&mut domains, fraction, &plan.overlap);
     if let Some(bare) = domains
         .iter()
@@ -167,31 +215,19 @@ pub fn make(
     let folder = work.join("cases").join(&case.name);
     let domain_configs = write(case, &domains, &dropped, plan, &folder.join("text"))?;
     let early = domains.iter().filter(|domain| domain.from_step == 0).count();
-    let sets = [(&domain_configs[..early], "data"), (&domain_configs[early..], "later")];
+    let sets = [("data", 0..early), ("later", early..domains.len())];
     let (mut facts, mut versions) = (Vec::with_capacity(domains.len()), Vec::new());
-    for (configs, name) in sets.into_iter().filter(|(configs, _)| !configs.is_empty()) {
-        let made = prepare(configs, base, tokenizer, &folder.join(name))?;
-        let (_, rest) = domains.split_at(facts.len());
-        facts.extend(
-            rest.iter()
-                .zip(made.domains)
-                .map(|(domain, (manifest, scored))| DomainFacts {
-                    name: domain.name.clone(),
-                    judged: domain.judged,
-                    from_step: domain.from_step,
-                    made: domain.made.clone(),
-                    train_documents: manifest.train.documents,
-                    train_tokens: manifest.train.tokens,
-                    train_bytes: manifest.train.text_bytes,
-                    scored_tokens: scored.tokens,
-                    scored_bytes: scored.text_bytes,
-                }),
-        );
+    for (name, which) in sets.into_iter().filter(|(_, which)| !which.is_empty()) {
+        let made = prepare(&domain_configs[which.clone()], base, tokenizer, &folder.join(name))?;
+        for (domain, (manifest, scored)) in domains[which].iter().zip(made.domains) {
+            take_in(&mut facts, domain, &manifest, scored);
+        }
         versions.push(made.version);
     }
     let late = domains.get(early).map(|late| Late {
         name: late.name.clone(),
         from_step: late.from_step,
+        replaces: late.replaces,
         data: folder.join("later"),
     });
     Ok(Ready {
@@ -207,6 +243,36 @@ pub fn make(
         dropped_examples: dropped.into_iter().take(REPORTED_MAX).collect(),
         held_out_documents,
     })
+}
+
+/// What a data set says of a domain of it, which is one of the case's or other text of one.
+fn take_in(facts: &mut Vec<DomainFacts>, domain: &Domain, manifest: &DomainManifest, scored: ScoredText) {
+    let train = &manifest.train;
+    let same = facts
+        .iter_mut()
+        .find(|known| domain.replaces && known.name == domain.name);
+    if let Some(known) = same {
+        known.later = Some(LaterText {
+            from_step: domain.from_step,
+            made: domain.made.clone(),
+            train_documents: train.documents,
+            train_tokens: train.tokens,
+            train_bytes: train.text_bytes,
+        });
+        return;
+    }
+    facts.push(DomainFacts {
+        name: domain.name.clone(),
+        judged: domain.judged,
+        from_step: domain.from_step,
+        made: domain.made.clone(),
+        train_documents: train.documents,
+        train_tokens: train.tokens,
+        train_bytes: train.text_bytes,
+        later: None,
+        scored_tokens: scored.tokens,
+        scored_bytes: scored.text_bytes,
+    });
 }
 
 /// A data set of a case.
@@ -328,6 +394,7 @@ fn put(folder: &Path, files: &BTreeMap<String, String>) -> Result<(), Failure> {
 mod tests {
     use super::*;
     use crate::mixture::plan::tests::plan;
+    use crate::mixture::plan::{Change, Corpus};
 
     /// Text that repeats itself everywhere leaves nothing to judge by, and that is said.
     #[test]
@@ -415,5 +482,78 @@ mod tests {
             );
         }
         assert_eq!(late.facts.domains[1].name, "web", "it is the last of all");
+    }
+
+    /// A shift has the hard text in a data set of its own; what is measured is what is measured without it.
+    #[test]
+    fn a_shift_has_its_second_text_in_a_data_set_of_its_own() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let base = super::super::tests::base(folder.path());
+        let work = folder.path().join("work");
+        let corpus = read_corpus(&base).expect("a corpus");
+        let tokenizer = tokenizer(&base, &work).expect("a tokenizer");
+        let plan = plan();
+        let shift = Case {
+            name: "shift".to_owned(),
+            change: Change::Shift {
+                of: "web".to_owned(),
+                from_step: 20,
+            },
+            ..plan.cases[0].clone()
+        };
+        let make = |case: &Case| make(&plan, case, &corpus, &base, &tokenizer, &work).expect("a case");
+        let (plain, shifted) = (make(&plan.cases[0]), make(&shift));
+        assert_eq!(shifted, make(&shift));
+        let coming = shifted.late.as_ref().expect("another text");
+        assert_eq!(
+            (coming.name.as_str(), coming.from_step, coming.replaces),
+            ("web", 20, true)
+        );
+        assert_eq!(shifted.domains.len(), 2);
+        assert_eq!(shifted.held_out_documents, plain.held_out_documents);
+        assert_eq!(shifted.dropped, plain.dropped);
+        let [before, now] = [&plain, &shifted].map(|ready| &ready.facts.domains);
+        assert_eq!((now.len(), &now[1]), (2, &before[1]));
+        let later = now[0].later.as_ref().expect("another text");
+        assert_eq!(later.from_step, 20);
+        assert!(later.train_tokens > 0 && now[0].train_tokens > 0);
+        // Both halves are all there is; how large it is, no arm sees.
+        let documents = now[0].train_documents + later.train_documents;
+        assert_eq!(documents, before[0].train_documents);
+        let size = |facts: &DomainFacts| (facts.tokens(), facts.bytes());
+        assert_eq!(size(&now[0]), size(&before[0]));
+        assert_eq!(now[0].scored_tokens, before[0].scored_tokens);
+        assert_eq!(now[0].scored_bytes.to_bits(), before[0].scored_bytes.to_bits());
+        assert_eq!(shifted.facts.data_version.split(' ').count(), 2);
+    }
+
+    /// A plan whose corpus does not ship says how it is made, and takes no other.
+    #[test]
+    fn a_corpus_that_is_not_made_or_is_another_is_refused() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let base = super::super::tests::base(folder.path());
+        let asking = |blake3: Option<String>| Plan {
+            corpus: Some(Corpus {
+                make: "python3 make.py".to_owned(),
+                blake3,
+            }),
+            ..plan()
+        };
+        let whole = corpus(&asking(None), &base).expect("a corpus");
+        assert_eq!(whole, corpus(&plan(), &base).expect("the same"));
+        let pin = hash(&whole);
+        assert_eq!(corpus(&asking(Some(pin.clone())), &base).expect("the same"), whole);
+        let mut other = whole.clone();
+        other[0].documents.swap(0, 1);
+        assert_ne!(hash(&other), pin);
+        let refused = corpus(&asking(Some(hash(&other))), &base).expect_err("another");
+        for part in [pin.as_str(), "make the one of the plan: python3 make.py"] {
+            assert!(refused.message.contains(part), "{}", refused.message);
+        }
+        std::fs::remove_file(folder.path().join("zh.jsonl")).expect("removed");
+        let refused = corpus(&asking(None), &base).expect_err("not there");
+        for part in ["zh.jsonl: is not there", "make it: python3 make.py"] {
+            assert!(refused.message.contains(part), "{}", refused.message);
+        }
     }
 }
