@@ -57,28 +57,13 @@ impl FolderError {
     }
 
     pub(crate) fn io(path: &Path, error: &std::io::Error) -> Self {
-        let kind = error.kind();
-        let full = matches!(
-            kind,
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
-        );
+        let full = is_full(error);
         let remedy = if full {
             "free space on that disk; nothing written so far is lost"
         } else {
             "check the folder's permissions and its disk"
         };
-        let named = matches!(
-            kind,
-            ErrorKind::NotFound
-                | ErrorKind::PermissionDenied
-                | ErrorKind::ReadOnlyFilesystem
-                | ErrorKind::AlreadyExists
-                | ErrorKind::NotADirectory
-                | ErrorKind::IsADirectory
-                | ErrorKind::InvalidFilename
-                | ErrorKind::InvalidInput
-        );
-        let trouble = match (full, named) {
+        let trouble = match (full, is_of_the_place(error)) {
             (true, _) => Trouble::Full,
             (_, true) => Trouble::Unfit,
             _ => Trouble::Failing,
@@ -382,6 +367,32 @@ impl Attempt {
         }
         remove_empty(&self.made);
     }
+}
+
+/// Whether a file could not grow: its disk is full, or a quota or a limit on file sizes is reached. Room is a person's to
+/// make, so such an error halts: a scheduler that retries would do so for ever.
+#[must_use]
+pub fn is_full(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+    )
+}
+
+/// Whether an error is of the path that was named, or of who may do what there, which no retry changes.
+#[must_use]
+pub fn is_of_the_place(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::AlreadyExists
+            | ErrorKind::NotADirectory
+            | ErrorKind::IsADirectory
+            | ErrorKind::InvalidFilename
+            | ErrorKind::InvalidInput
+    )
 }
 
 /// A folder and those above it that are not there, the outermost first; none for a URL.

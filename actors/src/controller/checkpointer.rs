@@ -117,13 +117,9 @@ impl ManifestFacts {
     #[must_use]
     pub fn of_program(config: &Config, data_version: &str, binary: BinaryId, clock: fn() -> u64) -> Self {
         let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
-        let mut described = String::new();
-        for slot in layout.tensors() {
-            described.push_str(&format!("{} {:?} {}\n", slot.name, slot.shape, slot.offset));
-        }
         Self {
             run: Digest::of(config.identity().as_bytes()),
-            layout: Digest::of(described.as_bytes()),
+            layout: Digest::of(layout.described().as_bytes()),
             data: Digest::of(data_version.as_bytes()),
             shards: ShardLayout::new(&layout, config.optimizer.shards),
             block_elements: layout.block_elements() as u64,

@@ -124,7 +124,8 @@ impl Loop {
     ) -> Result<Self, String> {
         let mut monitor = Tsm::new(rules.facts.clone())
             .with_bytes(rules.bytes.clone())
-            .with_lanes(rules.lanes);
+            .with_lanes(rules.lanes)
+            .with_context(rules.config.context_tokens);
         let mut engine = Ate::new(&rules.config, &rules.facts);
         let schedule = DecisionSchedule::new(&rules.config.mixture, &rules.config.policy);
         let mut cursor = DataCursor::new(rules.recipe.clone(), schedule).map_err(|e| e.to_string())?;

@@ -6,6 +6,7 @@ mod appender;
 mod checkpointer;
 mod coordinator;
 mod durability;
+mod epochs;
 mod loops;
 mod nodes;
 mod observatory;
@@ -155,6 +156,15 @@ pub enum Notice {
     },
     /// Decisions were made.
     Decided(Vec<Decision>),
+    /// A domain begins another pass over its text.
+    Epoch {
+        /// Its name.
+        domain: String,
+        /// Which pass, from 2.
+        epoch: u64,
+        /// The line whose step has its first sample.
+        step: StepsCompleted,
+    },
     /// A checkpoint is on its way to the store; said about once a second while it is.
     Saving(SavingProgress),
     /// A checkpoint exists.

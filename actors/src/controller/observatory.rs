@@ -3,6 +3,7 @@
 
 use super::appender::JsonLines;
 use super::durability::{Durability, Newest};
+use super::epochs::{self, Told};
 use super::{Notice, Notify, shown, unix_ms};
 use crate::rank::DevicePeak;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -17,7 +18,7 @@ use tarazed_protocol::checkpoint::SavingProgress;
 use tarazed_protocol::coordinator::Incident;
 use tarazed_protocol::data::decision::{Decision, DecisionKind, expected_end};
 use tarazed_protocol::data::signals::Signals;
-use tarazed_protocol::message::Member;
+use tarazed_protocol::message::{DisputedItem, Member};
 use tarazed_protocol::rollback::Rollback;
 use tarazed_protocol::trace::TraceLine;
 use tarazed_train::progress::{PHASES, Phase};
@@ -325,9 +326,14 @@ impl ObservatoryState {
                 let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
                 let fields = json!({"after_step": step, "item": item.to_string(), "workers": workers});
                 self.event("disputed", &fields);
-                self.notify(Notice::Warning(format!(
-                    "{item} differs between ranks after step {step}: silent data corruption; doing it again"
-                )));
+                self.notify(Notice::Warning(match item {
+                    DisputedItem::Finite => {
+                        format!("after step {step} the loss or the gradient norm is no number; doing it again")
+                    }
+                    _ => format!(
+                        "{item} differs between ranks after step {step}: silent data corruption; doing it again"
+                    ),
+                }));
             }
             Incident::Convicted { step, item, members } => {
                 let workers: Vec<u32> = members.iter().map(|member| member.worker.0).collect();
@@ -463,6 +469,10 @@ impl ObservatoryState {
         self.arguments.metrics.append(&metrics);
         if !line.decisions.is_empty() {
             self.notify(Notice::Decided(line.decisions.clone()));
+        }
+        for Told { kind, fields, notice } in epochs::told(&line, signals.as_deref()) {
+            self.event(kind, &fields);
+            notice.into_iter().for_each(|notice| self.notify(notice));
         }
         self.notify(Notice::Line {
             line,

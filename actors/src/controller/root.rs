@@ -436,6 +436,7 @@ pub(super) fn domain_facts(config: &Config, prepared: &Prepared) -> Vec<DomainFa
             language: domain.language,
             weight: domain.weight,
             train_tokens: made.train.tokens,
+            train_sequences: made.train.sequences(config.model.context),
         })
         .collect()
 }

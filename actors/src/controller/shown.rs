@@ -47,14 +47,14 @@ fn notice(made: &Decision) -> Option<Value> {
     Some(json!({"decision": made.id, "at": made.effective, "to": to, "reason": made.reason}))
 }
 
-/// Gradient noise, and losses by domain and language. What is not known is `null`.
+/// Gradient noise; tokens, passes and losses by domain; losses by language. What is not known is `null`.
 pub fn signals(signals: &Signals) -> Value {
     let domains: Map<String, Value> = signals
         .domains
         .iter()
         .map(|domain| {
             let shown = json!({
-                "tokens": domain.tokens, "epochs": domain.epochs,
+                "tokens": domain.tokens, "tokens_requested": domain.tokens_requested, "epochs": domain.epochs,
                 "train_loss": domain.train_loss, "train_bits_per_byte": domain.train_bits_per_byte,
                 "heldout_loss": domain.heldout_loss, "heldout_bits_per_byte": domain.heldout_bits_per_byte,
             });

@@ -120,7 +120,10 @@ pub mod message {
         ];
         let lives: Vec<HeldLife> = states
             .into_iter()
-            .map(|state| HeldLife { member: member(), state })
+            .map(|state| HeldLife {
+                member: member(),
+                state,
+            })
             .collect();
         vec![
             FromNode::Hello {
@@ -352,7 +355,9 @@ pub mod message {
         let from = from.iter().map(|message| (1, message.encode().expect("a message")));
         let (to_nodes, from_nodes) = (to_nodes(), from_nodes());
         let to_nodes = to_nodes.iter().map(|message| (2, message.encode().expect("a message")));
-        let from_nodes = from_nodes.iter().map(|message| (3, message.encode().expect("a message")));
+        let from_nodes = from_nodes
+            .iter()
+            .map(|message| (3, message.encode().expect("a message")));
         let stats = std::iter::once((4, LaneStats::new(DOMAINS).encode()));
         to.chain(from)
             .chain(to_nodes)

@@ -156,3 +156,48 @@ pub mod data_manifest {
         vec![text.into_bytes()]
     }
 }
+
+/// What strangers' folders begin with: the header of a safetensors file, and `config.json`.
+#[cfg(feature = "all")]
+pub mod hugging_face {
+    use tarazed::hugging_face::{header, model};
+
+    /// Where values begin in a file.
+    const START: u64 = 8;
+
+    /// A header of a file with so many values, or a config: what is believed lies in the file, all of it and once.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn run(data: &[u8]) {
+        let Some(([way, low, high], text)) = data.split_first_chunk() else {
+            return;
+        };
+        if way % 2 == 0 {
+            let length = u64::from(u16::from_le_bytes([*low, *high]));
+            if let Ok(found) = header::entries(text, START, length) {
+                let bytes = |entry: &header::Entry| entry.shape.iter().product::<usize>() as u64 * entry.stored.bytes();
+                assert_eq!(found.iter().map(bytes).sum::<u64>(), length);
+                for entry in &found {
+                    assert!(
+                        entry.at >= START && entry.at + bytes(entry) <= START + length,
+                        "{entry:?}"
+                    );
+                }
+            }
+        } else if let Ok(config) = serde_json::from_slice(text)
+            && let Ok(model) = model::model(&config)
+            && model.validate(64).is_ok()
+        {
+            let _no_overflow = model.parameter_count();
+        }
+    }
+
+    /// A header of three tensors, and a config.
+    #[must_use]
+    pub fn seeds() -> Vec<Vec<u8>> {
+        let header = br#"{"__metadata__":{"format":"pt"},"b":{"dtype":"F32","shape":[2,3],"data_offsets":[4,28]},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"c":{"dtype":"F16","shape":[],"data_offsets":[28,30]}}"#;
+        let config = br#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":32,"intermediate_size":64,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"max_position_embeddings":64,"vocab_size":512,"rms_norm_eps":1e-05,"rope_theta":10000.0,"hidden_act":"silu","tie_word_embeddings":false,"attention_bias":false,"mlp_bias":false,"initializer_range":0.02}"#;
+        vec![[&[0, 30, 0], &header[..]].concat(), [&[1, 0, 0], &config[..]].concat()]
+    }
+}

@@ -18,7 +18,7 @@ pub use control::message;
 pub use control::status_request;
 pub use files::{config, trace_line};
 #[cfg(feature = "all")]
-pub use files::{data_manifest, token_shard};
+pub use files::{data_manifest, hugging_face, token_shard};
 #[cfg(feature = "all")]
 pub use network::{envelope, link_handshake};
 pub use network::{frame, handshake};

@@ -117,6 +117,7 @@ pub fn data_of(config: &Config) -> (Recipe, Vec<DomainFacts>) {
         language: domain.language,
         weight: domain.weight,
         train_tokens: train_sequences * 4,
+        train_sequences,
     };
     let recipe = Recipe {
         seed: config.run.seed,

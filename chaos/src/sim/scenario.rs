@@ -10,6 +10,7 @@ use std::path::Path;
 use tarazed_domain::StepsCompleted;
 use tarazed_domain::config::{BatchRamp, Config, ConfigError};
 use tarazed_protocol::data::LoopConfig;
+use tarazed_store::limits::PART_BYTES;
 
 /// `mixture.interval_steps` and `mixture.start_steps`.
 const DECISION_INTERVAL_STEPS: u64 = 4;
@@ -152,6 +153,8 @@ pub struct Scenario {
     pub keep_last: u32,
     /// The mixture adapts.
     pub adaptive: bool,
+    /// `mixture.epochs_max`; not always reached.
+    pub epochs_max: Option<u64>,
     /// `policy.spikes = "skip"`, with samples of which a few are odd.
     pub skips_spikes: bool,
     /// `policy.stop.tokens`; not always reached.
@@ -177,6 +180,8 @@ pub struct Scenario {
     pub start_ms_max: u64,
     /// A store request at most (milliseconds).
     pub store_ms_max: u64,
+    /// Bytes of a part of an upload: in some runs so few that checkpoint shards go up in several.
+    pub part_bytes: u64,
     /// Kinds of fault that happen.
     pub faults: Vec<Fault>,
     /// One rank computes one update wrong. That shows where copies are compared, at the end of the step; where the right
@@ -228,6 +233,7 @@ impl Scenario {
         if wrong_update {
             faults.retain(|fault| fault.spares_steps());
         }
+        let mut epochs = Random::of(seed, "epochs", 0);
         let mut backs = Random::of(seed, "rollbacks", 0);
         let rolls_back = backs.chance(0.3);
         let mut scenario = Self {
@@ -244,6 +250,7 @@ impl Scenario {
             keep_every_steps: clock.pick(&[0, 0, 4]),
             keep_last: random.between(1, 3) as u32,
             adaptive: random.chance(0.5),
+            epochs_max: epochs.chance(0.2).then(|| epochs.pick(&[1, 1, 2, 3])),
             skips_spikes,
             stop_tokens: policy.chance(0.25).then(|| stop_tokens(&mut policy, lanes, steps)),
             ramp: policy.chance(0.25).then(|| ramp(&mut policy, lanes)),
@@ -253,6 +260,7 @@ impl Scenario {
             frame_bytes: random.pick(&[256, 1024, 4096]),
             start_ms_max: random.pick(&[20, 60, 200]),
             store_ms_max: random.pick(&[3, 20, 80]),
+            part_bytes: Random::of(seed, "parts", 0).pick(&[PART_BYTES, PART_BYTES, 4096]),
             faults,
             wrong_update,
             fault_every_ms: random.pick(&[80.0, 250.0, 800.0]),
@@ -359,6 +367,9 @@ impl Scenario {
         };
         let (replicas, timeout_ms) = (self.replicas.min(ranks), self.timeout_ms);
         let nodes = self.nodes_text();
+        let limit = self
+            .epochs_max
+            .map_or_else(String::new, |epochs| format!("epochs_max = {epochs}\n"));
         let Self {
             seed,
             lanes,
@@ -407,7 +418,7 @@ controller = "{controller}"
 start_steps = {DECISION_INTERVAL_STEPS}
 interval_steps = {DECISION_INTERVAL_STEPS}
 lag_steps = {DECISION_LAG_STEPS}
-[[data.domains]]
+{limit}[[data.domains]]
 name = "one"
 path = "one"
 language = "en"

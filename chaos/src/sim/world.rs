@@ -194,7 +194,7 @@ impl World {
             generation: Generation(0),
         };
         let handle = SimStore::new(Arc::clone(&self.behind), Arc::clone(&self.weather), owner);
-        CheckpointStore::with_object_store(handle, "", writer)
+        CheckpointStore::with_object_store(handle, "", writer).in_parts_of(self.scenario.part_bytes)
     }
 
     /// The store as it is, without the way to it.

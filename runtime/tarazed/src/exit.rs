@@ -3,8 +3,8 @@
 //! A failure prints one message: what (a config key, a file or an option), cause, remedy.
 
 use std::fmt;
-use std::io::ErrorKind;
 use std::process::ExitCode;
+pub use tarazed_actors::run_folder::{is_full, is_of_the_place};
 use tarazed_corpus::CorpusError;
 use tarazed_domain::config::ConfigError;
 
@@ -146,16 +146,6 @@ impl From<CorpusError> for Failure {
         let message = error.to_string();
         Self { exit, message }
     }
-}
-
-/// Whether a file could not grow: its disk is full, or a quota or a limit on file sizes is reached. Room is a person's to
-/// make, so such an error halts: a scheduler that retries would do so for ever.
-#[must_use]
-pub fn is_full(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
-    )
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 
 use crate::commands::{self, checkpoint};
 use crate::exit::{Exit, Failure};
-use std::path::Path;
+use crate::source::is_what_was_imported;
 use tarazed_domain::config::{Config, InitialConfig};
 use tarazed_domain::{Generation, StepsCompleted};
-use tarazed_store::{CheckpointStore, Digest, Manifest, Restorable, StoreError, WriterId};
+use tarazed_store::{CheckpointStore, Digest, Manifest, Restorable, StoreError, WriterId, folder_of};
 
 const FROM: &str = "model.initial.from";
 const BLAKE3: &str = "model.initial.blake3";
@@ -25,8 +25,8 @@ pub fn check(config: &Config) -> Result<(), Failure> {
 
 async fn look_up(config: &Config, initial: &InitialConfig) -> Result<(), Failure> {
     let (place, step) = initial.place();
-    if !place.contains("://") && Path::new(place).join("config.toml").is_file() {
-        let remedy = format!("name its store, e.g. {}", Path::new(place).join("store").display());
+    if let Some(folder) = folder_of(place).filter(|folder| folder.join("config.toml").is_file()) {
+        let remedy = format!("name its store, e.g. {}", folder.join("store").display());
         return Err(Failure::refused(FROM, format!("{place} is a run's folder"), remedy));
     }
     let writer = WriterId::fresh(Generation(0));
@@ -74,16 +74,19 @@ async fn absent(
     Ok(Failure::refused(BLAKE3, cause, remedy))
 }
 
-/// Whether its weights lie where this config's do.
+/// Whether its weights lie where this config's do, and those of an import mean the same there. Of a run's own checkpoint the second is not
+/// known: its manifest has the whole config's digest alone.
 fn fits(config: &Config, manifest: &Manifest) -> Result<(), Failure> {
     let layout = tarazed_model::parameter_layout(&config.model, config.optimizer.block_elements);
     if Digest::of(layout.described().as_bytes()) == manifest.layout {
-        return Ok(());
+        return is_what_was_imported(&"model.initial", &config.model, manifest);
     }
     let (theirs, ours) = (manifest.block_elements, layout.block_elements() as u64);
     if theirs != ours {
         let cause = format!("is {ours}, and the weights of model.initial lie in blocks of {theirs}");
-        let remedy = format!("set it to {theirs}, or import the weights with --block-elements {ours}");
+        let remedy = format!(
+            "set it to {theirs}, or import the weights again with --block-elements {ours}, and give the new hash"
+        );
         return Err(Failure::refused("optimizer.block_elements", cause, remedy));
     }
     let cause = format!(

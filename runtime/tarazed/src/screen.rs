@@ -23,6 +23,8 @@ use tarazed_protocol::trace::{DomainLoss, DomainMap, TraceLine};
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// A checkpoint that takes less is told when it is there.
 const SAVING_SHOWN_AFTER_MS: u64 = 1_000;
+/// Passes over a domain that are told one by one; of further ones only every doubling is, for a tiny domain has many.
+const EPOCHS_TOLD: u64 = 4;
 /// Least time between two lines of how far one checkpoint is.
 const SAVING_LINE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -285,6 +287,11 @@ impl Lines {
                 checkpoint_ms: *took_ms as f64,
             }),
             Notice::Warning(text) => Some(Incident::Warning(text.clone())),
+            Notice::Epoch { domain, epoch, step } => {
+                let is_told = *epoch <= EPOCHS_TOLD || epoch.is_power_of_two();
+                let text = format!("{domain} begins epoch {epoch} at step {step}");
+                is_told.then_some(Incident::Stage(text))
+            }
             Notice::Stopping => stage("stopping: a last checkpoint, then the end".to_owned()),
             Notice::Line { .. } | Notice::Decided(_) | Notice::Saving(_) | Notice::Durability { .. } => None,
         }
@@ -385,6 +392,7 @@ pub(crate) fn decided(decision: &Decision) -> String {
                 decision.id
             )
         }
+        DecisionKind::EpochLimit { domain } => format!("domain {domain} is at its epoch limit"),
         DecisionKind::Stop => "the run stops".to_owned(),
         DecisionKind::Data(change) => {
             let names: Vec<&str> = change.domains.iter().map(|edition| edition.name.as_str()).collect();
@@ -551,6 +559,20 @@ mod tests {
         assert_eq!(say(17_100, 120, 4, 8_099), "* saving step 120: 4 of 4 shards, 8 s");
         assert_eq!(say(17_200, 140, 0, 100), "");
         assert_eq!(say(18_200, 140, 0, 1_100), "* saving step 140: 0 of 4 shards, 1 s");
+    }
+
+    /// A tiny domain is passed over many times: the first are told, then every doubling.
+    #[test]
+    fn passes_over_a_domain_are_told_and_not_all_of_them() {
+        let mut lines = lines();
+        let mut say = |epoch| {
+            let (domain, step) = ("web".to_owned(), StepsCompleted(7));
+            let notice = Notice::Epoch { domain, epoch, step };
+            lines.on(Duration::ZERO, &notice).join("|")
+        };
+        assert!(say(2).ends_with("web begins epoch 2 at step 7"));
+        let told: Vec<u64> = (2..20).filter(|epoch| !say(*epoch).is_empty()).collect();
+        assert_eq!(told, [2, 3, 4, 8, 16]);
     }
 
     #[test]

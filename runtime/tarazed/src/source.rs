@@ -8,6 +8,7 @@
 
 use crate::commands::checkpoint;
 use crate::exit::Failure;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use tarazed_actors::run_folder::RunPaths;
 use tarazed_corpus::{DataManifest, MANIFEST_FILE, Tokenizer};
@@ -171,6 +172,11 @@ impl Source {
             })?;
             return Ok((tokenizer, json));
         }
+        if manifest.device_type == IMPORT {
+            let cause = "an import was trained on no data set of this run, whose tokenizer would be its own";
+            let remedy = "add --tokenizer FILE, the tokenizer.json of the folder that was imported";
+            return Err(Failure::refused(store.location(), cause, remedy));
+        }
         let run = run.ok_or_else(|| {
             let cause = "a store does not hold its run's tokenizer";
             let remedy =
@@ -205,6 +211,19 @@ pub fn import_digest(model: &ModelConfig) -> Digest {
          vocabulary={vocabulary} rope_theta={rope_theta:?} norm_eps={norm_eps:?}"
     );
     Digest::of(text.as_bytes())
+}
+
+/// Whether a model means the same by an import's weights; one that has them lie alike may have other heads, or turn them otherwise.
+///
+/// # Errors
+/// Refused, of whatever names the model, where it does not.
+pub fn is_what_was_imported(what: &dyn Display, model: &ModelConfig, manifest: &Manifest) -> Result<(), Failure> {
+    if manifest.device_type != IMPORT || import_digest(model) == manifest.run {
+        return Ok(());
+    }
+    let cause = "its [model] is not that of the imported weights";
+    let remedy = "give sizes, vocabulary, rope_theta and norm_eps as `tarazed import` printed them";
+    Err(Failure::refused(what, cause, remedy))
 }
 
 fn is_url(place: &str) -> bool {
@@ -258,11 +277,7 @@ fn check(path: &Path, config: &Config, layout: &ParameterLayout, manifest: &Mani
     unannounced.policy.rollback_notice_steps = 0;
     let step = manifest.step;
     if manifest.device_type == IMPORT {
-        if import_digest(&config.model) != manifest.run {
-            let cause = "its [model] is not that of the imported weights";
-            let remedy = "give sizes, vocabulary, rope_theta and norm_eps as `tarazed import` printed them";
-            return Err(Failure::refused(path.display(), cause, remedy));
-        }
+        is_what_was_imported(&path.display(), &config.model, manifest)?;
     } else if !is_of_run(config) && !is_of_run(&unannounced) {
         let cause = format!("the checkpoint of step {step} was made with another config");
         let remedy = "name the config.toml of its run's folder, as it was";

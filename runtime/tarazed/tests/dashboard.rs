@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 use tarazed::dashboard::serve::CONNECTIONS_MAX;
 use tarazed::dashboard::{Dashboard, Run};
@@ -152,7 +153,7 @@ fn all_else_is_refused_by_what_is_wrong_with_it() {
     let served = served();
     for path in [
         "/",
-        "/TOKEN",
+        "/00112233445566778899aabbccddeeff",
         "/TOKEN/trace.jsonl",
         "/00112233445566778899aabbccddeeff/view.json",
         "/favicon.ico",
@@ -164,16 +165,19 @@ fn all_else_is_refused_by_what_is_wrong_with_it() {
             "{path}"
         );
     }
+    let short = served.get("/TOKEN");
+    assert_eq!(short.status, 308);
+    let place = format!("location: /{}/", served.token);
+    assert!(short.head.lines().any(|line| line == place), "{}", short.head);
     let stranger = served.ask("POST", "/00112233445566778899aabbccddeeff/view.json", "");
     assert_eq!(stranger.status, 404, "a stranger is told nothing");
     let posted = served.ask("POST", "/TOKEN/view.json", "");
     assert_eq!(posted.status, 405);
     assert!(posted.head.contains("allow: get, head"), "{}", posted.head);
     assert_eq!(served.get("/TOKEN/history.json?after=x").status, 400);
-    assert_eq!(
-        served.ask("GET", "/TOKEN/view.json", "Content-Length: 5\r\n").status,
-        413
-    );
+    for path in ["/TOKEN/", "/TOKEN/view.json"] {
+        assert_eq!(served.ask("GET", path, "Content-Length: 5\r\n").status, 413, "{path}");
+    }
     let head = served.ask("HEAD", "/TOKEN/view.json", "");
     assert_eq!((head.status, head.body.as_str()), (200, ""));
     // A name of somebody else's that was made to lead here is as good as any: the token is what counts.
@@ -241,7 +245,7 @@ fn a_page_ends_with_its_run_and_takes_its_address_along() {
         dir,
         dashboard,
         address,
-        ..
+        token,
     } = served();
     let file = dir.path().join("dashboard.url");
     assert!(!file.exists(), "not before it is told");
@@ -259,11 +263,17 @@ fn a_page_ends_with_its_run_and_takes_its_address_along() {
         std::fs::metadata(&file).expect("a file").permissions().mode() & 0o777,
         0o600
     );
-    // Somebody who is being served does not hold up the end.
+    // Nobody who is being served holds up the end, nor does a controller that does not answer: it is waited for for five seconds.
+    let folder = RunFolder::new(dir.path());
+    std::fs::write(folder.control_token(), "00").expect("written");
+    let controller = UnixListener::bind(folder.control_socket()).expect("a socket");
     let _half = connect(address);
+    let mut waits = connect(address);
+    write!(waits, "GET /{token}/view.json HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("sent");
+    let _asked = controller.accept().expect("the controller is asked");
     let began = Instant::now();
     drop(dashboard);
-    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     assert!(TcpStream::connect(address).is_err(), "nobody listens");
     assert!(!file.exists());
 }

@@ -179,6 +179,27 @@ fn the_next_controller_has_another_address() {
     let asked = get(&format!("http://{host}/{old_path}view.json")).expect("an answer");
     assert_eq!(asked.0, 404, "{}", asked.1);
     assert_eq!(get(&new).map(|(status, _)| status), Some(200));
+
+    // One without a page leaves no address of another's.
+    second.signal(Signal::KILL);
+    second.finish();
+    second.leave();
+    let file = second.dir().join("dashboard.url");
+    assert!(file.exists());
+    let mut third = Run::start(&train.arg("--dashboard").arg("off"));
+    third.wait_for("the old address to go", |_| (!file.exists()).then_some(()));
+}
+
+/// A run that is stopped before it trains takes the address of its page along.
+#[test]
+fn a_run_that_is_stopped_early_leaves_no_address() {
+    let project = Project::tiny();
+    let mut run = Run::start(&project.train("early").ranks(2).steps(1_200));
+    address(&mut run);
+    run.signal(Signal::TERM);
+    let outcome = run.finish();
+    outcome.assert_code(34);
+    assert!(!run.dir().join("dashboard.url").exists(), "{}", outcome.tail());
 }
 
 /// Whether there is a page, or none, or none can be, a run is the same.

@@ -12,7 +12,8 @@ use rustix::process::Signal;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use tarazed_tests::harness::{Outcome, Project, Run, Train, assert_same_trace, lines, undisturbed};
+use std::process::Command;
+use tarazed_tests::harness::{Outcome, Project, Run, Train, assert_same_trace, lines, tarazed, undisturbed};
 
 /// Of the tiny model: rows of embedding and head; elements of a block.
 const ROWS: usize = 512;
@@ -311,6 +312,36 @@ fn weights_that_are_not_there_begin_no_run() {
     assert!(!away.run_dir().exists(), "{}", outcome.tail());
 }
 
+/// Heads do not show in shapes, nor does how positions turn: the weights of an import begin no run whose model means something else by
+/// them.
+#[test]
+fn imported_weights_begin_no_run_of_another_meaning() {
+    let project = Project::tiny();
+    let run = trained(&project);
+    let folder = exported(&project, &text(run.dir()), "out", &["--dtype", "f32"]);
+    let (store, sections) = imported(&project, &folder, "imported", &[]);
+    for changes in [
+        &[("model.heads", "2"), ("model.kv_heads", "1")][..],
+        &[("model.rope_theta", "500000.0")],
+        &[("model.norm_eps", "1e-6")],
+    ] {
+        let train = begun(&project, "new", &sections).ranks(1).steps(5);
+        let train = changes.iter().fold(train, |train, (key, value)| train.set(key, value));
+        let outcome = train.finish();
+        assert_refused(
+            &outcome,
+            &["model.initial: its [model] is not that of the imported weights"],
+        );
+        assert!(!train.run_dir().exists(), "{changes:?}: {}", outcome.tail());
+    }
+    // A run's data set has a tokenizer of its own, and nobody knows whether it is that of these weights.
+    let config = text(&project.config());
+    let (place, dir) = (text(&store), text(run.dir()));
+    let said = ["generate", &place, "--prompt", "The"];
+    let asked = [&said[..], &["--config", &config, "--run-dir", &dir]].concat();
+    assert_refused(&project.tarazed(&asked), &["add --tokenizer FILE"]);
+}
+
 /// CKPT-4, SUP-3: weights that were damaged behind the look-up are met by ranks: no checkpoint of the run is blamed, the object is
 /// named, and after a bounded number of tries the run halts. With the object mended, the same command begins.
 #[test]
@@ -476,6 +507,7 @@ fn what_cannot_be_imported_is_refused_by_name() {
             &["--vocabulary", "511"],
             &["--vocabulary: is 511", "vocab_size 512"],
         ),
+        ("out", &["--vocabulary", "2000000"], &["--vocabulary: "]),
         ("out", &["--config-out", "tiny.toml"], &["tiny.toml: is there already"]),
         ("out", &["--config-out", "nowhere/x.toml"], &["its folder is not there"]),
     ] {
@@ -483,6 +515,44 @@ fn what_cannot_be_imported_is_refused_by_name() {
         assert_untouched(project.path(), &before);
         assert!(!project.path().join("store").exists(), "{parts:?}");
     }
+    let odd = project.tarazed(&["import", "out", "--to", "store", "--block-elements", "100"]);
+    assert_refused(&odd, &["--block-elements: 100 is not a positive multiple of 64"]);
+    assert_untouched(project.path(), &before);
+}
+
+/// A disk that is full in the middle halts an import, and what had gone up is gone: with room, the same command does it. A limit on
+/// file sizes stands in for it, which all shards but the largest keep to.
+#[test]
+fn a_full_disk_halts_an_import_and_leaves_nothing_in_its_way() {
+    let project = Project::tiny();
+    let run = trained(&project);
+    let folder = exported(&project, &text(run.dir()), "out", &["--dtype", "f32"]);
+    let (good, _) = imported(&project, &folder, "good", &[]);
+    let sizes: Vec<u64> = files_with_ending(&good, ".safetensors")
+        .iter()
+        .map(|shard| std::fs::metadata(shard).expect("a shard").len())
+        .collect();
+    let (first, largest) = (sizes[0], sizes.iter().copied().max().unwrap_or_default());
+    assert!(first + 1024 < largest, "{sizes:?}");
+    let store = project.path().join("store");
+    let limit = (first.div_ceil(512) + 1).to_string();
+    let output = Command::new("sh")
+        .args(["-c", "trap '' XFSZ && ulimit -S -f \"$0\" && exec \"$@\"", &limit])
+        .arg(tarazed())
+        .args(["import", &text(&folder), "--to", &text(&store)])
+        .args(BLOCK)
+        .current_dir(project.path())
+        .output()
+        .expect("the program runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(
+        said.contains("tarazed: halted: ") && said.contains("no space left"),
+        "{said}"
+    );
+    assert_eq!(files(&store).len(), 0, "{:?}", files(&store).keys());
+    import(&project, &folder, &text(&store), &[]).assert_code(0);
+    assert_eq!(project.committed(&store), [0].into());
 }
 
 /// CKPT-3: a store with a chain is some run's, and an import would put it out of charge.
@@ -492,10 +562,21 @@ fn a_store_in_use_is_not_imported_into() {
     let run = trained(&project);
     let folder = exported(&project, &text(run.dir()), "out", &["--dtype", "f32"]);
     let (store, _) = imported(&project, &folder, "imported", &[]);
-    let before = files(project.path());
     let own = text(&run.dir().join("store"));
     let url = format!("file://{own}");
+    // As imports leave them that are killed: while shards go up, and between the claim and the commit.
+    let (going_up, claimed) = (project.path().join("going-up"), project.path().join("claimed"));
+    for (left, kind, count) in [(&going_up, "shards", 3), (&claimed, "commits", 1)] {
+        let names: Vec<PathBuf> = files(&store).into_keys().collect();
+        for name in names.iter().filter(|name| name.starts_with(kind)).take(count) {
+            std::fs::create_dir_all(left.join(name).parent().expect("a folder")).expect("made");
+            std::fs::copy(store.join(name), left.join(name)).expect("copied");
+        }
+    }
+    let before = files(project.path());
     for (place, part) in [
+        (text(&going_up), "holds shards of no checkpoint"),
+        (text(&claimed), "is claimed already"),
         (text(&store), "holds a chain of checkpoints already"),
         (own, "holds a chain of checkpoints already"),
         (url, "holds a chain of checkpoints already"),

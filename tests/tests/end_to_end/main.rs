@@ -14,6 +14,7 @@ mod corruption;
 mod damage;
 mod dashboard;
 mod double_loss;
+mod epochs;
 mod eval;
 mod export;
 mod import;

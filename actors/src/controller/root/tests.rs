@@ -204,6 +204,7 @@ async fn parts(paths: &RunPaths, notify: Notify) -> TreeParts {
         language: domain.language,
         weight: domain.weight,
         train_tokens: sequences * config.model.context as u64,
+        train_sequences: sequences,
     });
     let domains = domains.map(|domain| DomainRecipe {
         name: domain.name.clone(),

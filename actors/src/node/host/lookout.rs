@@ -94,16 +94,15 @@ impl Lookout {
     async fn find(&self, number: u64) -> Option<Linked> {
         let mut lost = Instant::now();
         loop {
-            match named(&self.paths).await {
-                Some(named) => match self.dial(&named, number).await {
+            if let Some(named) = named(&self.paths).await {
+                match self.dial(&named, number).await {
                     Dialed::Linked(linked) => return Some(linked),
                     Dialed::Again => {}
                     Dialed::Never(reason) => {
                         self.tree.tell(HostMessage::Yield(reason));
                         return None;
                     }
-                },
-                None => {}
+                }
             }
             if lost.elapsed() >= self.wait {
                 // Where a rank lives, its controller may come yet; it ends by itself where none does.

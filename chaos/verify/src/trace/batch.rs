@@ -9,6 +9,8 @@ const WHOLE: i64 = 1 << 32;
 /// A mixture in force.
 #[derive(Clone, Debug)]
 pub struct Mixture {
+    /// As they were decided.
+    weights: Vec<f64>,
     /// Shares of one, as printed in trace lines.
     pub shares: Vec<f64>,
     parts: Vec<i64>,
@@ -42,9 +44,19 @@ impl Mixture {
             *part += rest;
         }
         Ok(Self {
+            weights: weights.to_vec(),
             shares: weights.iter().map(|weight| weight / sum).collect(),
             parts,
         })
+    }
+
+    /// This one without some domains, whose weight goes to the others; where no other has any, all of it.
+    pub fn without(&self, left_out: impl Fn(usize) -> bool) -> Self {
+        let weights = self.weights.iter().enumerate();
+        let weights: Vec<f64> = weights
+            .map(|(domain, weight)| if left_out(domain) { 0.0 } else { *weight })
+            .collect();
+        Self::new(&weights, weights.len()).unwrap_or_else(|_| self.clone())
     }
 
     /// This one with new domains behind its own: they have these shares, its own domains the rest, in their proportions.

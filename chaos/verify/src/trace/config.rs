@@ -117,7 +117,8 @@ fn decides(table: &Table) -> Result<bool, String> {
     let is_true = |path: &str| value(table, path).is_ok_and(|value| value.as_bool() == Some(true));
     let acts_on_spikes = value(table, "policy.spikes").is_ok_and(|spikes| spikes.as_str() != Some("clip"));
     let stops = value(table, "policy.stop").is_ok_and(|stop| stop.as_table().is_some_and(|rules| !rules.is_empty()));
-    let asked = is_true("policy.persons") || is_true("policy.decay_on_plateau");
+    let limited = value(table, "mixture.epochs_max").is_ok();
+    let asked = limited || is_true("policy.persons") || is_true("policy.decay_on_plateau");
     Ok(followed || advised || acts_on_spikes || stops || asked)
 }
 

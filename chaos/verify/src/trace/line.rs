@@ -25,6 +25,8 @@ pub struct Decision {
     pub change: Option<Change>,
     /// Where it goes back to.
     pub rollback: Option<Rollback>,
+    /// The domain of which nothing is drawn any more.
+    pub limit: Option<u16>,
 }
 
 /// Domains of one data set that enter the run.
@@ -55,6 +57,7 @@ struct Effect {
     veto: Option<u64>,
     change: Option<Change>,
     rollback: Option<Rollback>,
+    limit: Option<u16>,
 }
 
 #[derive(Clone, PartialEq, Debug)]
@@ -241,10 +244,12 @@ fn decision(json: &Json) -> Result<Decision, String> {
         veto: effect.veto,
         change: effect.change,
         rollback: effect.rollback,
+        limit: effect.limit,
     })
 }
 
-/// What a kind of decision does: weights that it sets, the decision that it takes back, data that enter, or where it goes back to.
+/// What a kind of decision does: weights that it sets, the decision that it takes back, data that enter, where it goes back to, or
+/// the domain that it leaves out.
 fn effect(kind: &Json) -> Result<Effect, String> {
     let floats = |json: &Json| {
         json.list()?
@@ -309,14 +314,22 @@ fn effect(kind: &Json) -> Result<Effect, String> {
         }
         // It decides nothing: the rollback itself comes as a decision of its own.
         "rollback_notice" => body.exactly(["to"])?[0].count().map(|_| Effect::default()),
+        "epoch_limit" => Ok(Effect {
+            limit: Some(place(body.exactly(["domain"])?[0])?),
+            ..Effect::default()
+        }),
         other => Err(format!("'{other}' is no decision")),
     }
+}
+
+/// A domain's place in the run or in a data set.
+fn place(json: &Json) -> Result<u16, String> {
+    u16::try_from(json.count()?).map_err(|_| "a place beyond all domains".to_owned())
 }
 
 fn edition(json: &Json) -> Result<Edition, String> {
     let [name, domain, index, language, sequences, tokens] =
         json.exactly(["name", "domain", "index", "language", "train_sequences", "train_tokens"])?;
-    let place = |json: &Json| u16::try_from(json.count()?).map_err(|_| "a place beyond all domains".to_owned());
     if !matches!(language.text()?, "en" | "zh" | "code") {
         return Err("a language that is none".into());
     }

@@ -293,7 +293,7 @@ impl TraceCheck<'_> {
         for problem in self.within(&line) {
             self.findings.add(name(number), problem);
         }
-        let shares = self.walk.mixture().shares.clone();
+        let shares = self.walk.mixture().shares;
         let plan = self.walk.plan(self.findings);
         let proved = plan.data == line.data;
         if !proved {

@@ -7,7 +7,7 @@ use super::back::Backs;
 use super::batch::{Accounts, Mixture, places};
 use super::config::Config;
 use super::data::Domain;
-use super::line::{Change, Decision};
+use super::line::{Change, Decision, Edition};
 use super::order::{EpochOrder, batch_turn};
 use crate::report::{Findings, Unusable};
 use std::collections::{BTreeMap, BTreeSet};
@@ -75,11 +75,20 @@ pub struct Walk {
     accounts: Accounts,
     /// Mixtures by the first step (from 0) that each is in force at.
     mixtures: BTreeMap<u64, Setting>,
+    limits: Vec<Limit>,
     /// Decisions that were taken back.
     vetoed: BTreeSet<u64>,
     backs: Backs,
     next_step: u64,
     last_decision: u64,
+}
+
+/// A domain of which nothing is drawn, by a decision, from a step on and before another.
+struct Limit {
+    by: u64,
+    domain: usize,
+    from: u64,
+    until: Option<u64>,
 }
 
 /// A mixture, and the decision that set it; none for the config's, and for one that a veto brought back.
@@ -139,6 +148,7 @@ impl Walk {
                     mixture: first,
                 },
             )]),
+            limits: Vec::new(),
             vetoed: BTreeSet::new(),
             backs: Backs::default(),
             next_step: 0,
@@ -151,14 +161,39 @@ impl Walk {
         self.next_step + 1
     }
 
-    /// The mixture in force at the next step.
-    pub fn mixture(&self) -> &Mixture {
+    /// The mixture in force at the next step, without the domains that are at their limit.
+    pub fn mixture(&self) -> Mixture {
         let in_force = self.mixtures.range(..=self.next_step).next_back();
         // The first holds from step 0.
-        in_force.map_or_else(
+        let decided: &Mixture = in_force.map_or_else(
             || unreachable!("a mixture is in force at every step"),
             |(_, setting)| &setting.mixture,
-        )
+        );
+        decided.without(|domain| self.is_limited(domain, self.next_step))
+    }
+
+    fn is_limited(&self, domain: usize, step: u64) -> bool {
+        self.limits
+            .iter()
+            .any(|limit| limit.domain == domain && limit.from <= step && limit.until.is_none_or(|until| step < until))
+    }
+
+    /// Takes over that nothing is drawn of a domain from step `from` on, before other text comes for it.
+    fn limit(&mut self, by: u64, domain: usize, from: u64) -> Result<(), String> {
+        if domain >= self.domains_at(from) || self.is_limited(domain, from) {
+            return Err(format!("domain {domain} is none, or at its limit already"));
+        }
+        let brings = |edition: &Edition| usize::from(edition.domain) == domain;
+        let later = self.changes.range(from.saturating_add(1)..);
+        let mut other_text = later.filter(|(_, change)| change.editions.iter().any(brings));
+        let until = other_text.next().map(|(step, _)| *step);
+        self.limits.push(Limit {
+            by,
+            domain,
+            from,
+            until,
+        });
+        Ok(())
     }
 
     /// Training tokens consumed once the next step is done.
@@ -249,6 +284,9 @@ impl Walk {
                 "marking each sample takes {marks} bytes, above the limit of {MARKS_BYTES_MAX}"
             ));
         }
+        for limit in self.limits.iter_mut().filter(|limit| replaced.contains(&limit.domain)) {
+            limit.until = Some(limit.until.map_or(from, |until| until.min(from)));
+        }
         self.domain_counts.insert(from, names.len());
         self.names = names;
         self.lasting.insert(id);
@@ -259,7 +297,7 @@ impl Walk {
     /// What the next step trains on. Moves on to the step behind it.
     pub fn plan(&mut self, findings: &mut Findings) -> Plan {
         self.change();
-        let mixture = self.mixture().clone();
+        let mixture = self.mixture();
         let sequences = self.config.sequences(self.consumed);
         self.consumed += u64::from(sequences);
         if let Some(problem) = self.backs.begin() {
@@ -327,6 +365,11 @@ impl Walk {
                     return refuse(why);
                 }
             }
+            if let Some(domain) = decision.limit
+                && let Err(why) = self.limit(decision.id, usize::from(domain), decision.effective)
+            {
+                return refuse(why);
+            }
             if let Some(rollback) = &decision.rollback {
                 let domains = self.domains_at(decision.effective);
                 let decided = self
@@ -391,6 +434,13 @@ impl Walk {
             return Err(format!("decision {which} changes the data, which cannot be taken back"));
         }
         self.backs.veto(which, from)?;
+        if let Some(limit) = self.limits.iter_mut().find(|limit| limit.by == which) {
+            if limit.until.is_some_and(|until| until <= from) {
+                return Err(format!("decision {which} is not in force any more at step {from}"));
+            }
+            limit.until = Some(from.max(limit.from));
+            return Ok(());
+        }
         let found = self.mixtures.iter().find(|(_, setting)| setting.by == Some(which));
         let Some(step) = found.map(|(step, _)| *step) else {
             return Ok(());

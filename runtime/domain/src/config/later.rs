@@ -52,9 +52,8 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         "stages speak of the domains of [[data.domains]], and mixture.controller is \"schedule\"",
         "set another controller, or leave one of them out"
     );
-    let asked = config.mixture.controllers().any(|kind| kind != ControllerKind::Static);
     require!(
-        asked || config.policy.decides(),
+        config.mixture.decides() || config.policy.decides(),
         "data.later",
         "is decided at a decision point, and this run has none",
         "set policy.persons = true, or a mixture.controller that decides"

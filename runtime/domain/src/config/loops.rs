@@ -62,6 +62,9 @@ pub struct MixtureConfig {
     /// against the floor of its own fitted law.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub reference: BTreeMap<String, f64>,
+    /// Passes over a domain's text after which nothing more is drawn of it, whoever sets the mixture; none for no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs_max: Option<u64>,
 }
 
 impl Default for MixtureConfig {
@@ -74,6 +77,7 @@ impl Default for MixtureConfig {
             stages: Vec::new(),
             shadow: Vec::new(),
             reference: BTreeMap::new(),
+            epochs_max: None,
         }
     }
 }
@@ -91,6 +95,7 @@ impl MixtureConfig {
             stages,
             shadow,
             reference,
+            epochs_max,
         } = self;
         let mut text = format!(
             "MixtureConfig {{ controller: {controller:?}, start_steps: {start_steps}, interval_steps: {interval_steps}, \
@@ -105,6 +110,9 @@ impl MixtureConfig {
         if !reference.is_empty() {
             text += &format!(", reference: {reference:?}");
         }
+        if let Some(epochs) = epochs_max {
+            text += &format!(", epochs_max: {epochs}");
+        }
         text + " }"
     }
 
@@ -114,6 +122,12 @@ impl MixtureConfig {
         self.start_steps
             .max(1)
             .checked_next_multiple_of(self.interval_steps.max(1))
+    }
+
+    /// Whether it needs decision points.
+    #[must_use]
+    pub fn decides(&self) -> bool {
+        self.epochs_max.is_some() || self.controllers().any(|kind| kind != ControllerKind::Static)
     }
 
     /// All controllers that are asked, the one that is followed first.
@@ -286,5 +300,24 @@ impl StopRules {
     #[must_use]
     pub fn decides(&self) -> bool {
         *self != Self::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run of before the key stays that run.
+    #[test]
+    fn a_limit_of_passes_is_part_of_a_run_that_has_one() {
+        let without = MixtureConfig::default();
+        let limited = |epochs| MixtureConfig {
+            epochs_max: Some(epochs),
+            ..MixtureConfig::default()
+        };
+        assert!(!without.identity().contains("epochs_max") && !without.decides());
+        assert!(limited(4).decides());
+        assert_ne!(limited(4).identity(), limited(5).identity());
+        assert!(!toml::to_string(&without).unwrap_or_default().contains("epochs_max"));
     }
 }

@@ -10,6 +10,10 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     shadows(config)?;
     stages(config)?;
     reference(config)?;
+    // The number of a pass is of 32 bits (`SampleRef`).
+    let epochs = config.mixture.epochs_max.unwrap_or(1);
+    let remedy = "leave it out for no limit, or choose e.g. 4";
+    within("mixture.epochs_max", epochs, 1..=u64::from(u32::MAX), remedy)?;
     super::later::check(config)?;
     policy(config)
 }
@@ -225,7 +229,7 @@ fn policy(config: &Config) -> Result<(), ConfigError> {
         LearningRateSchedule::Wsd { decay_from: None, .. }
     );
     require!(
-        !on_demand || policy.decides() || config.mixture.controller != ControllerKind::Static,
+        !on_demand || policy.decides() || config.mixture.decides(),
         "optimizer.schedule.decay_from",
         "a decision is to begin the decay, and this run has no decision points",
         "give the step, or set policy.decay_on_plateau or policy.persons"

@@ -19,7 +19,8 @@
 //!   by the rate and not by the data; and by held-out losses nothing before a new evaluation;
 //! - a domain that claims nothing keeps its weight; with fewer than two claims nothing is decided.
 //!
-//! A stage of the config is a person's choice, and keeps none of them.
+//! A stage of the config is a person's choice, and keeps none of them. The limit of `mixture.epochs_max` (`epochs`) holds for
+//! every mixture, whoever set it.
 //!
 //! Data that enter the run (`arrivals`): a new domain takes the share that whoever brings it states, or else its natural
 //! share, within floor and epochs as above; the others keep their proportions. Then it is a domain like any other.
@@ -29,6 +30,7 @@
 mod ado;
 mod arrivals;
 mod curves;
+mod epochs;
 mod excess;
 mod guards;
 mod odm;
@@ -36,6 +38,7 @@ mod policy;
 mod stages;
 
 pub use arrivals::{Arrival, NewText, PLANNER, planned};
+pub use epochs::{EPOCH_LIMITER, is_limit_of_all};
 pub use guards::{EPOCHS_MAX, LN_CHANGE_MAX, PRIOR_SHARE, SPIKE_FREEZE_LINES, WEIGHT_MIN, weight_floor};
 pub use stages::Begins;
 
@@ -47,6 +50,7 @@ use super::signals::Signals;
 use super::{DomainFacts, LoopConfig};
 use crate::trace::TraceLine;
 use arrivals::Arrivals;
+use epochs::Limits;
 use guards::Guards;
 use policy::Policy;
 use std::collections::VecDeque;
@@ -70,7 +74,7 @@ pub struct Sight<'a> {
     pub effective_next: StepIndex,
     /// Signals of the line.
     pub signals: &'a Signals,
-    /// The mixture in force at the effective step by what is decided, normalised, in domain order.
+    /// The mixture decided for the effective step, normalised, in domain order; domains at their epoch limit have theirs in it.
     pub current: &'a [f64],
 }
 
@@ -176,6 +180,7 @@ pub struct Ate {
     schedule: DecisionSchedule,
     names: Vec<String>,
     guards: Guards,
+    limits: Limits,
     controller: Option<Box<dyn MixtureController>>,
     shadows: Vec<Box<dyn MixtureController>>,
     policy: Policy,
@@ -206,7 +211,8 @@ impl Ate {
         let mut engine = Self {
             schedule: DecisionSchedule::new(&config.mixture, &config.policy),
             names: facts.iter().map(|fact| fact.name.clone()).collect(),
-            guards: Guards::new(facts, normalised(&weights)),
+            guards: Guards::new(config, facts, normalised(&weights)),
+            limits: Limits::new(config, facts),
             controller: make(config.mixture.controller),
             shadows: config.mixture.shadow.iter().copied().filter_map(make).collect(),
             policy: Policy::new(config),
@@ -302,7 +308,7 @@ impl Ate {
         }
         if matches!(
             request.kind,
-            DecisionKind::Advice { .. } | DecisionKind::RollbackNotice { .. }
+            DecisionKind::Advice { .. } | DecisionKind::RollbackNotice { .. } | DecisionKind::EpochLimit { .. }
         ) {
             return Err(RequestError("only the run itself can decide that".into()));
         }
@@ -409,7 +415,7 @@ impl Ate {
     /// The mixture that will be in force at `step` by what is decided so far, normalised, in domain order.
     #[must_use]
     pub fn mixture(&self, step: StepIndex) -> Vec<f64> {
-        normalised(self.course.mixture(step))
+        normalised(&self.course.in_force(step))
     }
 
     /// What is in force, by step.
@@ -465,6 +471,7 @@ impl Ate {
         if self.schedule.is_point(line.step) {
             decisions.extend(self.decide_mixture(line.step, signals));
             decisions.extend(self.take_advice(line.step, signals));
+            decisions.extend(self.limit_epochs(line.step, signals));
             let proposals = self.policy.propose(line.step, signals, &self.course, &self.schedule);
             for (kind, effective, reason) in proposals {
                 let decision = self.decision(line.step, effective, kind, "policy", reason);
@@ -523,7 +530,8 @@ impl Ate {
         signals: &Signals,
     ) -> Option<(Vec<f64>, StepIndex, String)> {
         let effective = self.schedule.effective(line);
-        let current = self.mixture(effective);
+        // A limit is no reason to decide another mixture: other text may come.
+        let current = normalised(self.course.mixture(effective));
         let next = self.schedule.next_point(line).unwrap_or(StepsCompleted(u64::MAX));
         let sight = Sight {
             line,
@@ -546,6 +554,7 @@ impl Ate {
             } => Some((weights, effective, reason)),
             Advice::Claims(mut claims) => {
                 self.fill(&mut claims, effective);
+                self.silence_limited(&mut claims, effective);
                 if claims.claims.iter().flatten().count() < 2 {
                     return None;
                 }
@@ -591,6 +600,7 @@ impl Ate {
             let reference = &self.config.mixture.reference;
             let arrival = Arrival::of(decision.effective, change, self.sizes.len(), reference);
             self.arrivals.push(arrival);
+            self.limits.arrive(decision.effective, change);
         }
         self.take_domains(&decision.kind);
     }

@@ -9,6 +9,9 @@
 //!   whatever is decided for a step speaks of the domains that this step can train on. Where a change states shares of its
 //!   new domains alone, the others have the rest in the proportions in force before it, whatever is decided for those steps
 //!   after it.
+//! - A domain at its epoch limit has no weight from its step on, whatever mixture is decided for those steps: what is decided
+//!   stays as it is, and counts again where a veto or other text frees the domain. Where all with a weight are at theirs, none
+//!   is held back.
 //! - What contradicts is refused with the reason, never resolved in silence: two settings of one kind for one step, a veto
 //!   of what cannot be undone any more, a pin of what is pinned.
 
@@ -163,6 +166,16 @@ struct Arrival {
     shares: Option<Vec<f64>>,
 }
 
+/// A domain at its epoch limit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Limit {
+    domain: usize,
+    from: StepIndex,
+    by: DecisionId,
+    /// The first step for which a veto or other text frees it.
+    until: Option<StepIndex>,
+}
+
 /// A rollback that is decided.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Back {
@@ -187,6 +200,7 @@ pub struct Notice {
 pub struct Course {
     domain_count: usize,
     arrivals: Vec<Arrival>,
+    limits: Vec<Limit>,
     mixtures: Settings<Vec<f64>>,
     rates: Settings<f64>,
     /// With the line that they were decided on.
@@ -207,6 +221,7 @@ impl Course {
         Self {
             domain_count: weights.len(),
             arrivals: Vec::new(),
+            limits: Vec::new(),
             mixtures: Settings::new(weights),
             rates: Settings::new(1.0),
             bounds: Settings::new(None),
@@ -233,6 +248,7 @@ impl Course {
             }
             DecisionKind::Advice { weights } => check_weights(weights, self.domains_at(decision.effective)),
             DecisionKind::Data(change) => self.arrive(decision, change),
+            DecisionKind::EpochLimit { domain } => self.limit(decision, usize::from(*domain)),
             DecisionKind::Pin if self.pinned => Err("the mixture is pinned already".into()),
             DecisionKind::Pin => {
                 self.pinned = true;
@@ -324,12 +340,36 @@ impl Course {
         };
         let shares = shares.map(<[f64]>::to_vec);
         self.mixtures.set(decision, weights)?;
+        let frees =
+            |limit: &&mut Limit| replaced.contains(&limit.domain) && limit.until.is_none_or(|until| until > from);
+        for limit in self.limits.iter_mut().filter(frees) {
+            limit.until = Some(from);
+        }
         self.arrivals.push(Arrival {
             from,
             by: decision.id,
             domain_count,
             replaced,
             shares,
+        });
+        Ok(())
+    }
+
+    fn limit(&mut self, decision: &Decision, domain: usize) -> Result<(), String> {
+        let from = decision.effective;
+        let there = self.domains_at(from);
+        if domain >= there {
+            return Err(format!("it limits domain {domain}, and there are {there}"));
+        }
+        if self.is_limited(domain, from) {
+            return Err(format!("domain {domain} is at its epoch limit already"));
+        }
+        let frees = |arrival: &&Arrival| arrival.from > from && arrival.replaced.contains(&domain);
+        self.limits.push(Limit {
+            domain,
+            from,
+            by: decision.id,
+            until: self.arrivals.iter().find(frees).map(|arrival| arrival.from),
         });
         Ok(())
     }
@@ -413,12 +453,22 @@ impl Course {
             .or_else(|| self.bounds.veto(which, from))
             .or_else(|| retract(&mut self.decay, which, from))
             .or_else(|| retract(&mut self.stop, which, from))
+            .or_else(|| self.veto_limit(which, from))
             .or_else(|| self.veto_rollback(which, from))
             .or_else(|| self.veto_notice(which, from));
         settled.ok_or_else(|| format!("decision {which} is none that sets anything"))??;
         self.share_again();
         self.vetoed.insert(which);
         Ok(())
+    }
+
+    fn veto_limit(&mut self, which: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
+        let limit = self.limits.iter_mut().find(|limit| limit.by == which)?;
+        if limit.until.is_some_and(|until| until <= from) {
+            return Some(Err(format!("decision {which} is not in force any more at step {from}")));
+        }
+        limit.until = Some(from.max(limit.from));
+        Some(Ok(()))
     }
 
     fn veto_rollback(&mut self, which: DecisionId, from: StepIndex) -> Option<Result<(), String>> {
@@ -477,13 +527,53 @@ impl Course {
         Some(bounds)
     }
 
-    /// The mixture in force at a step, as decided, not normalised; in domain order.
+    /// Whether nothing is to be drawn of a domain at a step, since it is at its epoch limit.
+    #[must_use]
+    pub fn is_limited(&self, domain: usize, step: StepIndex) -> bool {
+        let holds = |limit: &Limit| limit.from <= step && limit.until.is_none_or(|until| step < until);
+        self.limits.iter().any(|limit| limit.domain == domain && holds(limit))
+    }
+
+    /// Whether it was decided that a domain comes to its epoch limit, of the text that it has at a step; vetoed or not.
+    #[must_use]
+    pub fn has_limit(&self, domain: usize, step: StepIndex) -> bool {
+        let begins = |arrival: &&Arrival| arrival.from <= step && arrival.replaced.contains(&domain);
+        let newest = self.arrivals.iter().rfind(begins);
+        let since = newest.map_or(StepIndex(0), |newest| newest.from);
+        self.limits
+            .iter()
+            .any(|limit| limit.domain == domain && limit.from >= since)
+    }
+
+    /// The mixture in force at a step, not normalised: what is decided, without the domains at their limit.
+    #[must_use]
+    pub fn in_force(&self, step: StepIndex) -> Vec<f64> {
+        let decided = self.mixture(step);
+        let kept = |(domain, weight): (usize, &f64)| if self.is_limited(domain, step) { 0.0 } else { *weight };
+        let limited: Vec<f64> = decided.iter().enumerate().map(kept).collect();
+        if limited.iter().any(|weight| *weight > 0.0) {
+            limited
+        } else {
+            decided.to_vec()
+        }
+    }
+
+    /// All that is in force by first step, as far as it is decided; some may be as the one before.
+    #[must_use]
+    pub fn segments(&self) -> Vec<(StepIndex, Vec<f64>)> {
+        let mut froms: BTreeSet<StepIndex> = self.mixtures().map(|(from, _)| from).collect();
+        froms.extend(self.limits.iter().map(|limit| limit.from));
+        froms.extend(self.limits.iter().filter_map(|limit| limit.until));
+        froms.into_iter().map(|from| (from, self.in_force(from))).collect()
+    }
+
+    /// The mixture decided for a step, not normalised, whether or not a domain is at its limit; in domain order.
     #[must_use]
     pub fn mixture(&self, step: StepIndex) -> &[f64] {
         &self.mixtures.at(step).value
     }
 
-    /// All mixtures by first step, as far as they are decided.
+    /// All mixtures by first step, as far as they are decided, limits aside.
     pub fn mixtures(&self) -> impl ExactSizeIterator<Item = (StepIndex, &[f64])> {
         self.mixtures
             .0

@@ -272,8 +272,11 @@ impl DataCursor {
     }
 
     fn segment_again(&mut self) {
-        let mixtures = self.ledger.course().mixtures();
-        self.segments = mixtures.map(|(from, weights)| Segment::new(from, weights)).collect();
+        let segments = self.ledger.course().segments();
+        self.segments = segments
+            .iter()
+            .map(|(from, weights)| Segment::new(*from, weights))
+            .collect();
     }
 
     /// Fills in what a rollback discards, which its author need not know: of each domain, the draws from the state gone

@@ -14,7 +14,7 @@ use super::course::Course;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
-use tarazed_domain::config::{Config, ControllerKind, MixtureConfig, PolicyConfig};
+use tarazed_domain::config::{Config, MixtureConfig, PolicyConfig};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Number of a decision, rising through the run from 1.
@@ -101,6 +101,13 @@ mod kind {
         RollbackNotice {
             /// Updates in the state that would be gone back to.
             to: StepsCompleted,
+        },
+        /// From the effective step on nothing is drawn of a domain that was passed over `mixture.epochs_max` times: the others
+        /// have its weight, in their proportions, whatever mixture is in force, until other text comes for it. Where no other
+        /// domain has any weight, the mixture stays whole.
+        EpochLimit {
+            /// Its place among the domains of the run.
+            domain: u16,
         },
     }
 
@@ -361,8 +368,7 @@ impl DecisionSchedule {
     pub fn new(mixture: &MixtureConfig, policy: &PolicyConfig) -> Self {
         assert!(mixture.interval_steps > 0, "mixture.interval_steps is at least 1");
         assert!(mixture.lag_steps > 0, "mixture.lag_steps is at least 1");
-        let asked = mixture.controllers().any(|kind| kind != ControllerKind::Static);
-        let first_point = mixture.first_point().filter(|_| asked || policy.decides());
+        let first_point = mixture.first_point().filter(|_| mixture.decides() || policy.decides());
         Self {
             first_point,
             interval_steps: mixture.interval_steps,

@@ -46,6 +46,8 @@ pub struct DomainFacts {
     pub weight: f64,
     /// Training tokens of one epoch.
     pub train_tokens: u64,
+    /// Training sequences of one epoch: whole ones, so a little less than its tokens.
+    pub train_sequences: u64,
 }
 
 /// What the closed loop is made from besides the data: a function of the config.

@@ -16,6 +16,7 @@
 //! | gradient noise scale | `S / |G|²` in tokens, `|G|² = (B |G_B|² - b |G_b|²) / (B - b)`, `S = (|G_b|² - |G_B|²) / (1/b - 1/B)`, both smoothed as losses are | McCandlish et al., arXiv 1812.06162, appendix A.1 |
 //! | tokens requested | `Σ_t p_d(t) · tokens(t)`, `p` the mixture in force | |
 //! | epochs | realised training tokens of the domain's present edition over the training tokens of that | |
+//! | epoch | `⌈realised sequences of the present edition / its training sequences⌉`: the pass that the newest sample is of, from 1 | |
 //!
 //! The mixture-free loss is `e_t + Σ_d w_d smoothed_d(t-1)` with the configured weights `w`: the loss as it would read
 //! under an unchanged mixture. For the noise scale `B` are the tokens of the step and `b` those of one of its `L` lanes: with
@@ -133,6 +134,11 @@ pub struct DomainSignals {
     pub tokens_requested: f64,
     /// Passes over the training part of the domain's present edition so far.
     pub epochs: f64,
+    /// The pass that the newest sample of that edition is of, from 1; 0 before the first one, or where the length of a sequence
+    /// is not known.
+    pub epoch: u64,
+    /// That pass began with this line, and it is another than the first.
+    pub epoch_begins: bool,
 }
 
 /// Held-out loss of one language.
@@ -259,6 +265,8 @@ pub struct Tsm {
     last_spike: Option<StepsCompleted>,
     bytes: Vec<BytesPerToken>,
     lanes: u32,
+    /// Tokens of one sequence; 0 where they are not known.
+    context_tokens: u64,
     gradient_square: Smoothed,
     noise_trace: Smoothed,
 }
@@ -279,6 +287,7 @@ impl Tsm {
             last_spike: None,
             bytes: Vec::new(),
             lanes: 1,
+            context_tokens: 0,
             gradient_square: Smoothed::default(),
             noise_trace: Smoothed::default(),
         }
@@ -295,6 +304,13 @@ impl Tsm {
     #[must_use]
     pub const fn with_lanes(mut self, lanes: u32) -> Self {
         self.lanes = lanes;
+        self
+    }
+
+    /// The same, for sequences of so many tokens.
+    #[must_use]
+    pub const fn with_context(mut self, context_tokens: u64) -> Self {
+        self.context_tokens = context_tokens;
         self
     }
 
@@ -318,6 +334,7 @@ impl Tsm {
                     language: Language::from_name(&edition.language).unwrap_or(Language::En),
                     weight: self.facts.get(at).map_or(0.0, |facts| facts.weight),
                     train_tokens: edition.train_tokens,
+                    train_sequences: edition.train_sequences,
                 };
                 match (self.facts.get_mut(at), self.domains.get_mut(at)) {
                     (Some(known), Some(state)) => {
@@ -498,18 +515,7 @@ impl Tsm {
                 .iter()
                 .zip(&self.domains)
                 .enumerate()
-                .map(|(domain, (fact, state))| DomainSignals {
-                    name: fact.name.clone(),
-                    train_loss: state.smoothed.value(),
-                    heldout_loss: state.heldout.map(|(loss, _)| loss),
-                    train_bits_per_byte: self.bits_per_byte(domain, state.smoothed.value(), |bytes| bytes.train),
-                    heldout_bits_per_byte: self
-                        .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
-                    tokens: state.tokens,
-                    edition_tokens: state.tokens - state.tokens_before,
-                    tokens_requested: state.tokens_requested,
-                    epochs: (state.tokens - state.tokens_before) as f64 / fact.train_tokens.max(1) as f64,
-                })
+                .map(|(domain, (fact, state))| self.domain_signals(domain, fact, state, line))
                 .collect(),
             languages: by_language
                 .into_iter()
@@ -529,6 +535,42 @@ impl Tsm {
             plateau: self.plateau(),
             divergence: self.divergence(line.step),
             gradient_noise: self.gradient_noise(),
+        }
+    }
+
+    fn domain_signals(
+        &self,
+        domain: usize,
+        fact: &DomainFacts,
+        state: &DomainState,
+        line: &TraceLine,
+    ) -> DomainSignals {
+        let edition_tokens = state.tokens - state.tokens_before;
+        let of_line = line.domains.get(&fact.name).map_or(0, |seen| seen.tokens);
+        let epoch = self.epoch(fact, edition_tokens);
+        let epoch_before = self.epoch(fact, edition_tokens.saturating_sub(of_line));
+        DomainSignals {
+            name: fact.name.clone(),
+            train_loss: state.smoothed.value(),
+            heldout_loss: state.heldout.map(|(loss, _)| loss),
+            train_bits_per_byte: self.bits_per_byte(domain, state.smoothed.value(), |bytes| bytes.train),
+            heldout_bits_per_byte: self
+                .bits_per_byte(domain, state.heldout.map(|(loss, _)| loss), |bytes| bytes.heldout),
+            tokens: state.tokens,
+            edition_tokens,
+            tokens_requested: state.tokens_requested,
+            epochs: edition_tokens as f64 / fact.train_tokens.max(1) as f64,
+            epoch,
+            epoch_begins: epoch > epoch_before.max(1),
+        }
+    }
+
+    /// The pass that the last of so many tokens is of: passes are of whole sequences.
+    fn epoch(&self, fact: &DomainFacts, edition_tokens: u64) -> u64 {
+        let pass_tokens = fact.train_sequences.saturating_mul(self.context_tokens);
+        match pass_tokens {
+            0 => 0,
+            tokens => edition_tokens.div_ceil(tokens),
         }
     }
 

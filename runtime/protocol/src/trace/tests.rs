@@ -43,6 +43,7 @@ fn decision() -> impl Strategy<Value = Decision> {
         Just(DecisionKind::Decay),
         Just(DecisionKind::Stop),
         any::<u64>().prop_map(|to| DecisionKind::RollbackNotice { to: StepsCompleted(to) }),
+        any::<u16>().prop_map(|domain| DecisionKind::EpochLimit { domain }),
         (
             prop::collection::vec(prop::option::of(finite_bits()), 0..4),
             finite_bits(),

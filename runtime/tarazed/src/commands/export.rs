@@ -3,7 +3,7 @@
 //! Weights go from the store to their files one optimizer shard at a time, each after its hash was right (CKPT-4), so the
 //! largest shard and not the model must fit into memory. The folder appears by one rename, when all of it is on the disk.
 
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, is_of_the_place};
 use crate::hugging_face::weights::{INDEX_FILE, WeightsFile, Writer, index, plan, total_bytes};
 use crate::hugging_face::{self, Dtype};
 use crate::output::print;
@@ -141,18 +141,8 @@ fn taken(to: &Path) -> Failure {
 
 /// A place that does not take a file is refused as long as it is that place; what a disk or a network does may pass.
 fn cannot_write(path: &Path, error: &Error) -> Failure {
-    let is_the_place = matches!(
-        error.kind(),
-        ErrorKind::NotFound
-            | ErrorKind::PermissionDenied
-            | ErrorKind::ReadOnlyFilesystem
-            | ErrorKind::AlreadyExists
-            | ErrorKind::NotADirectory
-            | ErrorKind::InvalidFilename
-            | ErrorKind::InvalidInput
-    );
     let cause = "cannot be written";
-    if is_the_place {
+    if is_of_the_place(error) {
         let remedy = "name a folder by --to in one that is there and that this user may write";
         return Failure::refused(path.display(), format!("{cause} ({error})"), remedy);
     }

@@ -12,6 +12,7 @@ use crate::hugging_face::tensors::{Tensors, small_file};
 use crate::output::print;
 use crate::plan::render;
 use crate::source::{IMPORT, import_digest};
+use rustix::fs::{Access, access};
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -24,14 +25,20 @@ use tarazed_domain::config::{InitialConfig, ModelConfig};
 use tarazed_domain::limits::OPTIMIZER_SHARDS_MAX;
 use tarazed_domain::{Generation, ParameterLayout, ShardLayout, StepsCompleted};
 use tarazed_store::{
-    CheckpointStore, Depth, Digest, Lineage, Manifest, Restorable, Select, ShardGeometry, ShardPayload, StoreError,
-    TraceHead, WriterId,
+    CheckpointStore, Depth, Digest, Lineage, Manifest, Select, ShardGeometry, ShardPayload, ShardRecord, StoreError,
+    TraceHead, WriterId, folder_of,
 };
 
 /// Bytes of a `config.json`.
 const CONFIG_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// The generation that shards are named by; the claim that follows makes it the first of the chain.
 const GENERATION: Generation = Generation(1);
+const STEP: StepsCompleted = StepsCompleted(0);
+/// Optimizer shards where nobody says how many: at least so many, and of so many elements at most.
+const SHARDS: u64 = 16;
+const SHARD_ELEMENTS: u64 = 1 << 26;
+/// How often a commit is tried whose answer is not known: a chain that is claimed cannot be begun anew.
+const COMMITS: usize = 4;
 
 /// Options of `tarazed import`.
 #[derive(Debug, clap::Args)]
@@ -52,9 +59,11 @@ pub struct Args {
     /// Elements of a block, as optimizer.block_elements of the run that begins with these weights.
     #[arg(long, value_name = "N", default_value_t = 65_536)]
     block_elements: usize,
-    /// Optimizer shards that the checkpoint is cut into; a run may have another number.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=OPTIMIZER_SHARDS_MAX))]
-    shards: u64,
+    /// Optimizer shards that the checkpoint is cut into, 12 bytes for each parameter; a run may have another number. A rank that begins
+    /// with them holds up to three at a time. 16 where this is absent, or as many as it takes for none to have more than 67,108,864
+    /// parameters.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=OPTIMIZER_SHARDS_MAX))]
+    shards: Option<u64>,
 }
 
 /// What is imported, before any of its values is read.
@@ -72,16 +81,18 @@ struct Found {
 ///
 /// # Errors
 /// Refused for a folder that is not of such a model, by the key or the tensor at fault, and for a store that holds a chain; halted
-/// where a disk is full; else by what the store says. What is refused has written nothing.
+/// where a disk is full; else by what the store says. What is refused before the values have been read has written nothing; what went
+/// up before something failed is removed.
 pub fn run(args: &Args) -> Result<Exit, Failure> {
     let runtime = super::runtime()?;
     let config_out = args.config_out.as_deref();
     config_out.map_or(Ok(()), check_config_out)?;
     runtime.block_on(check_target(&args.to))?;
     let found = find(args)?;
+    checkpoint::try_remote(&args.to)?;
     found.tensors.check_values()?;
-    let checkpoint = runtime.block_on(write(args, &found))?;
-    tell(args, &found, &checkpoint)?;
+    let imported = runtime.block_on(write(args, &found))?;
+    tell(args, &found, &imported)?;
     Ok(Exit::Done)
 }
 
@@ -101,18 +112,7 @@ fn check_config_out(path: &Path) -> Result<(), Failure> {
 
 /// Whether the store is free: a chain is one run's, and an import begins one.
 async fn check_target(location: &str) -> Result<(), Failure> {
-    let folder = Path::new(location.strip_prefix("file://").unwrap_or(location));
-    if folder.exists() && !folder.is_dir() {
-        return Err(Failure::refused(
-            location,
-            "is no folder",
-            "name a folder or a URL by --to",
-        ));
-    }
-    if folder.join("config.toml").is_file() {
-        let remedy = "name a store of its own by --to: a run's folder holds that run's";
-        return Err(Failure::refused(location, "is a run's folder", remedy));
-    }
+    folder_of(location).map_or(Ok(()), |folder| check_folder(&folder))?;
     let writer = WriterId::fresh(Generation(0));
     let store = match CheckpointStore::open_existing(location, writer).await {
         Ok(store) => store,
@@ -120,7 +120,34 @@ async fn check_target(location: &str) -> Result<(), Failure> {
         Err(StoreError::NotFound { .. }) => return Ok(()),
         Err(error) => return Err(checkpoint::failure(error)),
     };
-    check_free(&store).await
+    check_free(&store).await?;
+    if store.holds_shards().await.map_err(checkpoint::failure)? {
+        let cause = "holds shards of no checkpoint: an import there was killed, or is under way";
+        let remedy = "name another store by --to; one that was killed has left nothing that is of use";
+        return Err(Failure::refused(store.location(), cause, remedy));
+    }
+    Ok(())
+}
+
+/// Whether a store can be in this folder, before anything is made there.
+fn check_folder(folder: &Path) -> Result<(), Failure> {
+    let refused = |cause: &str, remedy: &str| Err(Failure::refused(folder.display(), cause, remedy));
+    if folder.exists() && !folder.is_dir() {
+        return refused("is no folder", "name a folder or a URL by --to");
+    }
+    if folder.join("config.toml").is_file() {
+        let remedy = "name a store of its own by --to: a run's folder holds that run's";
+        return refused("is a run's folder", remedy);
+    }
+    let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    let there = folder.ancestors().find(|folder| folder.exists());
+    match there.map(|there| access(there, Access::WRITE_OK | Access::EXEC_OK)) {
+        Some(Err(error)) => refused(
+            &format!("cannot be written ({error})"),
+            "name a folder by --to that this user may write",
+        ),
+        _ => Ok(()),
+    }
 }
 
 async fn check_free(store: &CheckpointStore) -> Result<(), Failure> {
@@ -131,12 +158,12 @@ async fn check_free(store: &CheckpointStore) -> Result<(), Failure> {
     if report.records == 0 && report.chain_problems.is_empty() {
         return Ok(());
     }
+    let cause = match report.checkpoints.is_empty() {
+        true => "is claimed already, by a run that has just begun or an import that was killed",
+        false => "holds a chain of checkpoints already",
+    };
     let remedy = "nothing is written into a chain that is there: name another store by --to";
-    Err(Failure::refused(
-        store.location(),
-        "holds a chain of checkpoints already",
-        remedy,
-    ))
+    Err(Failure::refused(store.location(), cause, remedy))
 }
 
 /// Reads all that is small, and every header.
@@ -159,9 +186,17 @@ fn find(args: &Args) -> Result<Found, Failure> {
             "rows are only added: name at least as many",
         ));
     }
-    model
-        .validate(args.block_elements)
-        .map_err(|unfit| Failure::refused(path.display(), format!("{}: {}", unfit.key, unfit.reason), unfit.remedy))?;
+    model.validate(args.block_elements).map_err(|unfit| {
+        let option = match unfit.key.as_str() {
+            "optimizer.block_elements" => Some("--block-elements"),
+            "model.vocabulary" if args.vocabulary.is_some() => Some("--vocabulary"),
+            _ => None,
+        };
+        match option {
+            Some(option) => Failure::refused(option, unfit.reason, "give another one"),
+            None => Failure::refused(path.display(), format!("{}: {}", unfit.key, unfit.reason), unfit.remedy),
+        }
+    })?;
     let layout = tarazed_model::parameter_layout(&model, args.block_elements);
     let tensors = Tensors::open(folder, &layout, tokens)?;
     let tokenizer = tokenizer(folder, model.vocabulary)?;
@@ -213,14 +248,45 @@ fn room(elements: usize) -> Result<Vec<f32>, Failure> {
     Ok(values)
 }
 
-async fn write(args: &Args, found: &Found) -> Result<Restorable, Failure> {
+/// What was committed, and the digest of its manifest.
+struct Imported {
+    manifest: Manifest,
+    blake3: Digest,
+}
+
+async fn write(args: &Args, found: &Found) -> Result<Imported, Failure> {
     let store = CheckpointStore::open(&args.to, WriterId::fresh(Generation(0))).await;
     let store = store.map_err(checkpoint::failure)?;
     store.self_test().await.map_err(checkpoint::failure)?;
-    let step = StepsCompleted(0);
-    let cut = ShardLayout::new(&found.layout, args.shards as usize);
-    let mut zeros = Arc::new(Vec::new());
+    let count = args.shards.unwrap_or_else(|| {
+        let needed = (found.layout.flat_elements() as u64).div_ceil(SHARD_ELEMENTS);
+        needed.clamp(SHARDS, OPTIMIZER_SHARDS_MAX)
+    });
+    let cut = ShardLayout::new(&found.layout, count as usize);
     let mut shards = Vec::with_capacity(cut.shard_count());
+    let uploaded = upload(&store, found, &cut, &mut shards).await;
+    // Hours may have passed.
+    let is_free = match uploaded {
+        Ok(()) => check_free(&store).await,
+        Err(failure) => Err(failure),
+    };
+    if let Err(failure) = is_free {
+        if let Err(error) = store.discard(&shards).await {
+            eprintln!("tarazed: shards that went up stay in {}: {error}", store.location());
+        }
+        return Err(failure);
+    }
+    commit(&store, found, &cut, shards).await
+}
+
+/// Uploads every shard, and names those that are up.
+async fn upload(
+    store: &CheckpointStore,
+    found: &Found,
+    cut: &ShardLayout,
+    shards: &mut Vec<ShardRecord>,
+) -> Result<(), Failure> {
+    let mut zeros = Arc::new(Vec::new());
     for shard in cut.shards() {
         let elements = cut.elements(shard);
         let mut master = room(elements.len())?;
@@ -229,16 +295,30 @@ async fn write(args: &Args, found: &Found) -> Result<Restorable, Failure> {
             zeros = Arc::new(room(master.len())?);
         }
         let tensors = [Arc::new(master), Arc::clone(&zeros), Arc::clone(&zeros)].map(Values);
-        let geometry = ShardGeometry::of(&cut, shard);
-        let put = store.put_shard(step, GENERATION, &geometry, ShardPayload::new(tensors));
+        let geometry = ShardGeometry::of(cut, shard);
+        let put = store.put_shard(STEP, GENERATION, &geometry, ShardPayload::new(tensors));
         shards.push(put.await.map_err(checkpoint::failure)?);
     }
-    // Hours may have passed.
-    check_free(&store).await?;
-    let fence = store.claim(GENERATION).await.map_err(checkpoint::failure)?;
+    Ok(())
+}
+
+/// Claims the store and commits; a commit of which the store does not say whether it was done is asked for again, which does no harm.
+async fn commit(
+    store: &CheckpointStore,
+    found: &Found,
+    cut: &ShardLayout,
+    shards: Vec<ShardRecord>,
+) -> Result<Imported, Failure> {
+    // The same command would find the shards, or the claim, and refuse: a person is needed.
+    let unsure = |error: StoreError| {
+        let cause = format!("all shards are up, and the checkpoint is not known to be committed ({error})");
+        let remedy = "look with `tarazed checkpoint ls`; where it is not there, remove what the store holds, or name another one by --to";
+        Failure::halted(store.location(), cause, remedy)
+    };
+    let fence = store.claim(GENERATION).await.map_err(unsure)?;
     let manifest = Manifest {
         run: import_digest(&found.model),
-        step,
+        step: STEP,
         generation: fence.generation,
         writer: store.writer(),
         block_elements: found.layout.block_elements() as u64,
@@ -249,7 +329,7 @@ async fn write(args: &Args, found: &Found) -> Result<Restorable, Failure> {
         shards,
         decisions: b"[]".to_vec(),
         trace_head: TraceHead {
-            step,
+            step: STEP,
             blake3: Digest::of(b""),
             ..TraceHead::default()
         },
@@ -262,12 +342,19 @@ async fn write(args: &Args, found: &Found) -> Result<Restorable, Failure> {
             .as_millis() as u64,
         rollback_reach_steps: None,
     };
-    store.commit(&fence, &manifest).await.map_err(checkpoint::failure)?;
-    store.at_step(step).await.map_err(checkpoint::failure)
+    let blake3 = Digest::of(&manifest.encode().map_err(checkpoint::failure)?);
+    let mut committed = store.commit(&fence, &manifest).await;
+    for _ in 1..COMMITS {
+        if matches!(committed, Err(StoreError::Retry { .. })) {
+            committed = store.commit(&fence, &manifest).await;
+        }
+    }
+    committed.map_err(unsure)?;
+    Ok(Imported { manifest, blake3 })
 }
 
 /// What was done, and the sections that a run needs: the first as comments where both go to standard output.
-fn tell(args: &Args, found: &Found, checkpoint: &Restorable) -> Result<(), Failure> {
+fn tell(args: &Args, found: &Found, checkpoint: &Imported) -> Result<(), Failure> {
     let (told, sections) = (told(args, found, checkpoint), sections(args, found, checkpoint));
     let commented = || told.lines().fold(String::new(), |text, line| text + "# " + line + "\n");
     let Some(path) = &args.config_out else {
@@ -286,7 +373,7 @@ fn tell(args: &Args, found: &Found, checkpoint: &Restorable) -> Result<(), Failu
     })
 }
 
-fn told(args: &Args, found: &Found, checkpoint: &Restorable) -> String {
+fn told(args: &Args, found: &Found, checkpoint: &Imported) -> String {
     let types = found.tensors.stored();
     let types: Vec<&str> = types
         .iter()
@@ -321,7 +408,7 @@ fn told(args: &Args, found: &Found, checkpoint: &Restorable) -> String {
 }
 
 /// `[model]`, `[model.initial]` and where the tokenizer is, as a run's config has them.
-fn sections(args: &Args, found: &Found, checkpoint: &Restorable) -> String {
+fn sections(args: &Args, found: &Found, checkpoint: &Imported) -> String {
     let ModelConfig {
         layers,
         hidden,
@@ -344,7 +431,7 @@ fn sections(args: &Args, found: &Found, checkpoint: &Restorable) -> String {
     );
     let initial = InitialConfig {
         from: from(&args.to),
-        blake3: checkpoint.object.blake3.0,
+        blake3: checkpoint.blake3.0,
     };
     // Writing to a string cannot fail.
     let _ = write!(

@@ -12,8 +12,8 @@ use crate::signals;
 use crate::telemetry::{self, ENDPOINT_VARIABLE, Role, Settings};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use tarazed_actors::controller::{self, Notice, Outcome, RunError, RunOptions};
 use tarazed_actors::rank::DeviceChoice;
 use tarazed_actors::run_folder::{Existing, FolderError, Occupied, RunFolder, Trouble};
@@ -136,9 +136,14 @@ fn train(
     let screen = Screen::start(&config, last_step, telemetry.metrics().clone())?;
     let dashboard = place.and_then(|place| open_dashboard(place, &config, last_step, &screen));
     let publish = dashboard.as_ref().map(Dashboard::publisher);
+    if let Some(dashboard) = &dashboard {
+        // Nobody else has set it.
+        let _ = heard.page.set(dashboard.address());
+    }
     if let (false, Some(publish)) = (folder.resumed, &publish) {
         publish.notify_one();
     }
+    let stale = crate::run_folder::RunFolder::new(&dir).dashboard_url();
     let (show, hear) = (screen.listener(), Arc::clone(heard));
     let ended = controller::run(RunOptions {
         config,
@@ -147,8 +152,11 @@ fn train(
         folder,
         notify: Arc::new(move |notice| {
             hear.on(&notice);
-            if let (Notice::Opened { .. }, Some(publish)) = (&notice, &publish) {
-                publish.notify_one();
+            match (&notice, &publish) {
+                (Notice::Opened { .. }, Some(publish)) => publish.notify_one(),
+                // A life that was killed has left the address of its page, and this one has none.
+                (Notice::Opened { .. }, None) => _ = std::fs::remove_file(&stale),
+                _ => {}
             }
             show(notice);
         }),
@@ -222,6 +230,8 @@ struct Heard {
     opened: AtomicBool,
     /// Step of the newest checkpoint of this life; 0 for none.
     checkpoint: AtomicU64,
+    /// Where the page is, and the file that says so.
+    page: OnceLock<dashboard::Address>,
 }
 
 impl Heard {
@@ -244,6 +254,7 @@ fn stop_on_signals(heard: Arc<Heard>) -> Result<watch::Receiver<bool>, Failure> 
             let message = "by a signal before training began; the same command begins again".to_owned();
             let exit = Exit::Stopped;
             last_words(&Failure { exit, message }.to_string());
+            heard.page.get().into_iter().for_each(dashboard::Address::withdraw);
             std::process::exit(i32::from(exit.code()));
         }
         // Nobody listens any more where the run has just ended.

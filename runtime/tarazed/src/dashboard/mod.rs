@@ -32,7 +32,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tokio::net::TcpListener;
@@ -72,11 +72,17 @@ pub struct Run {
     pub languages: BTreeMap<String, &'static str>,
 }
 
+/// Where a page is, and the file of the run folder that says so.
+#[derive(Clone, Debug)]
+pub struct Address {
+    url: String,
+    file: PathBuf,
+}
+
 /// A page that is served until this is dropped.
 #[derive(Debug)]
 pub struct Dashboard {
-    url: String,
-    file: PathBuf,
+    address: Address,
     publish: Arc<Notify>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -107,7 +113,10 @@ impl Dashboard {
         let token = Token::random().map_err(cannot)?;
         let answers = Token::random().and_then(|nonce| Answers::new(&nonce)).map_err(cannot)?;
         let url = format!("http://{}/{}/", host(bound), token.text());
-        let file = run.folder.dashboard_url();
+        let address = Address {
+            url,
+            file: run.folder.dashboard_url(),
+        };
         let site = Arc::new(Site {
             token,
             answers,
@@ -115,12 +124,11 @@ impl Dashboard {
         });
         let publish = Arc::new(Notify::new());
         let (stop, stopped) = oneshot::channel();
-        let address_file = (file.clone(), url.clone(), Arc::clone(&publish));
-        let work = move || work(runtime, listener, site, address_file, stopped);
+        let told = (address.clone(), Arc::clone(&publish));
+        let work = move || work(runtime, listener, site, told, stopped);
         let thread = std::thread::Builder::new().name("dashboard".to_owned()).spawn(work);
         Ok(Self {
-            url,
-            file,
+            address,
             publish,
             stop: Some(stop),
             thread: Some(thread.map_err(cannot)?),
@@ -130,7 +138,13 @@ impl Dashboard {
     /// Where the page is. Whoever knows it may look.
     #[must_use]
     pub fn url(&self) -> &str {
-        &self.url
+        &self.address.url
+    }
+
+    /// The same, with the file that says so.
+    #[must_use]
+    pub fn address(&self) -> Address {
+        self.address.clone()
     }
 
     /// What writes the address into the run folder when it is told so, without waiting: a folder whose run is refused keeps
@@ -151,7 +165,31 @@ impl Drop for Dashboard {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        withdraw(&self.file, &self.url);
+        self.address.withdraw();
+    }
+}
+
+impl Address {
+    /// Writes it for this user alone, in one piece.
+    fn write(&self) -> std::io::Result<()> {
+        let fresh = self.file.with_extension("url.new");
+        // One that an earlier start left behind may have other permissions.
+        let _ = std::fs::remove_file(&fresh);
+        let mut options = std::fs::OpenOptions::new();
+        let made = options.create_new(true).write(true).mode(0o600).open(&fresh);
+        made.and_then(|mut made| writeln!(made, "{}", self.url))
+            .and_then(|()| std::fs::rename(&fresh, &self.file))
+            .inspect_err(|_| {
+                let _ = std::fs::remove_file(&fresh);
+            })
+    }
+
+    /// Removes the file, unless it is another's by now: of a controller that took over.
+    pub fn withdraw(&self) {
+        if std::fs::read_to_string(&self.file).is_ok_and(|text| text.trim_end() == self.url) {
+            // One that stays names a page that is gone, and the next start writes over it, or removes it.
+            let _ = std::fs::remove_file(&self.file);
+        }
     }
 }
 
@@ -160,14 +198,15 @@ fn work(
     runtime: Runtime,
     listener: TcpListener,
     site: Arc<Site>,
-    (file, url, publish): (PathBuf, String, Arc<Notify>),
+    (address, publish): (Address, Arc<Notify>),
     stopped: oneshot::Receiver<()>,
 ) {
     runtime.block_on(async {
         let tell = async {
             publish.notified().await;
-            if let Err(e) = write(&file, &url) {
-                tracing::warn!("{}: cannot be written ({e}); the address was printed", file.display());
+            if let Err(e) = address.write() {
+                let file = address.file.display();
+                tracing::warn!("{file}: cannot be written ({e}); the address was printed");
             }
             std::future::pending::<()>().await;
         };
@@ -192,33 +231,12 @@ fn host(bound: SocketAddr) -> String {
     }
 }
 
-/// Writes the address for this user alone, in one piece.
-fn write(file: &Path, url: &str) -> std::io::Result<()> {
-    let fresh = file.with_extension("url.new");
-    // One that an earlier start left behind may have other permissions.
-    let _ = std::fs::remove_file(&fresh);
-    let mut options = std::fs::OpenOptions::new();
-    let made = options.create_new(true).write(true).mode(0o600).open(&fresh);
-    made.and_then(|mut made| writeln!(made, "{url}"))
-        .and_then(|()| std::fs::rename(&fresh, file))
-        .inspect_err(|_| {
-            let _ = std::fs::remove_file(&fresh);
-        })
-}
-
-/// Removes the address, unless it is another's by now: of a controller that took over.
-fn withdraw(file: &Path, url: &str) {
-    if std::fs::read_to_string(file).is_ok_and(|text| text.trim_end() == url) {
-        // One that stays names a page that is gone, and the next start writes over it.
-        let _ = std::fs::remove_file(file);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::exit::Exit;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     #[test]
     fn a_place_is_an_address_with_a_port_or_off() {
@@ -262,16 +280,21 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let file = dir.path().join("dashboard.url");
         std::fs::write(dir.path().join("dashboard.url.new"), "half").expect("written");
-        write(&file, "http://a/1/").expect("written");
+        let address = |file: &Path, url: &str| Address {
+            url: url.to_owned(),
+            file: file.to_owned(),
+        };
+        let (first, second) = (address(&file, "http://a/1/"), address(&file, "http://a/2/"));
+        first.write().expect("written");
         assert_eq!(std::fs::read_to_string(&file).expect("a file"), "http://a/1/\n");
         let mode = std::fs::metadata(&file).expect("a file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{mode:o}");
-        write(&file, "http://a/2/").expect("written over");
-        withdraw(&file, "http://a/1/");
+        second.write().expect("written over");
+        first.withdraw();
         assert!(file.exists(), "it is another's by now");
-        withdraw(&file, "http://a/2/");
+        second.withdraw();
         assert_eq!(std::fs::read_dir(dir.path()).expect("a folder").count(), 0);
-        withdraw(&file, "http://a/2/");
-        assert!(write(&dir.path().join("nowhere/dashboard.url"), "x").is_err());
+        second.withdraw();
+        assert!(address(&dir.path().join("nowhere/dashboard.url"), "x").write().is_err());
     }
 }

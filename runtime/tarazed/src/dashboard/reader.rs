@@ -73,8 +73,10 @@ impl Reader {
             .looked_at
             .is_none_or(|looked_at| now.saturating_duration_since(looked_at) >= interval)
         {
-            self.looked_at = Some(now);
+            let began = Instant::now();
             self.look(now_unix_ms);
+            // From its end: whoever asked meanwhile, and waited for it, is served by it, however long it took.
+            self.looked_at = Some(now + began.elapsed());
         }
         match question {
             Question::View => self.shown.clone(),
@@ -84,10 +86,14 @@ impl Reader {
 
     fn look(&mut self, now_unix_ms: u64) {
         self.read_on();
+        self.watcher.hear_of_ends(self.record.ends());
         match self.watcher.look(now_unix_ms) {
             Ok(view) => self.view = view,
-            // What was known stays.
-            Err(failure) => self.view.remark = Some(failure.message),
+            // What was known stays, and grows old.
+            Err(failure) => {
+                self.view.remark = Some(failure.message);
+                self.view.now_unix_ms = now_unix_ms;
+            }
         }
         self.shown = shown::view(&self.view, &mut self.record).to_string();
     }
@@ -135,7 +141,8 @@ impl Reader {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
-    use std::io::Write;
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::Path;
 
     const NOW: u64 = 1_000_000;
@@ -180,13 +187,44 @@ mod tests {
         let later = |ms| began + Duration::from_millis(ms);
         assert_eq!(ask(&mut reader, Question::View, later(499))["step"], 3);
         assert_eq!(ask(&mut reader, ALL, later(499))["step"], json!([1, 2, 3]));
-        assert_eq!(ask(&mut reader, ALL, later(500))["step"], json!([1, 2, 3, 4]));
-        let view = ask(&mut reader, Question::View, later(501));
+        // However long the first look took.
+        assert_eq!(ask(&mut reader, ALL, later(60_000))["step"], json!([1, 2, 3, 4]));
+        let view = ask(&mut reader, Question::View, later(60_001));
         assert_eq!((&view["step"], &view["figures"]["tokens"]), (&4.into(), &40.into()));
         assert_eq!(
-            ask(&mut reader, Question::History { after: 3 }, later(502))["step"],
+            ask(&mut reader, Question::History { after: 3 }, later(60_002))["step"],
             json!([4])
         );
+    }
+
+    /// A controller that is slow to answer is asked once, whoever waits meanwhile.
+    #[test]
+    fn a_look_that_takes_long_serves_all_who_waited_for_it() {
+        let (_dir, folder, mut reader) = reader(3);
+        std::fs::write(folder.control_token(), "00").expect("written");
+        let listener = UnixListener::bind(folder.control_socket()).expect("a socket");
+        let took = Duration::from_millis(REFRESH_INTERVAL_MS + 100);
+        let asked = std::thread::spawn(move || {
+            let mut asked = 0;
+            for connection in listener.incoming() {
+                let mut said = [0; 1];
+                // The last one says nothing.
+                let mut connection = connection.expect("a connection");
+                if connection.read(&mut said).unwrap_or(0) == 0 {
+                    return asked;
+                }
+                asked += 1;
+                // It hangs up only then.
+                std::thread::sleep(took);
+            }
+            asked
+        });
+        let began = Instant::now();
+        for waited in 0..3 {
+            assert_eq!(ask(&mut reader, Question::View, began + took * waited / 2)["step"], 3);
+        }
+        drop(UnixStream::connect(folder.control_socket()).expect("a connection"));
+        assert_eq!(asked.join().expect("no panic"), 1);
     }
 
     #[test]
@@ -217,7 +255,7 @@ mod tests {
         ask(&mut reader, Question::View, began);
         dir.close().expect("removed");
         let view = ask(&mut reader, Question::View, began + Duration::from_secs(1));
-        assert_eq!(view["step"], 3);
+        assert_eq!((&view["step"], &view["now_unix_ms"]), (&3.into(), &NOW.into()));
         let remark = view["remark"].as_str().expect("what is wrong");
         assert!(remark.contains("is gone"), "{remark}");
     }

@@ -6,7 +6,7 @@
 use super::history::{History, Line};
 use crate::screen::{by_language, decided, learn};
 use crate::watch::Incident;
-use crate::watch::look::{ROUTINE, incidents};
+use crate::watch::look::{ROUTINE, decides_an_end, incidents};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
@@ -23,6 +23,8 @@ const EVENTS_MAX: usize = 256;
 pub struct Record {
     history: History,
     decisions: Newest,
+    /// Of the decisions, all that say where the run ends.
+    ends: Vec<Decision>,
     events: Newest,
     /// Of the domains, by name.
     languages: BTreeMap<String, &'static str>,
@@ -88,6 +90,7 @@ impl Record {
             if let Ok(decision) = Decision::deserialize(raw) {
                 learn(&mut self.languages, std::slice::from_ref(&decision));
                 self.decisions.put(shown(&decision, raw), DECISIONS_MAX);
+                self.ends.extend(Some(decision).filter(decides_an_end));
             }
         }
         let held_out = text.heldout.as_ref();
@@ -126,6 +129,11 @@ impl Record {
     #[must_use]
     pub const fn history(&self) -> &History {
         &self.history
+    }
+
+    /// Stops, and vetoes of them, since this was asked last.
+    pub fn ends(&mut self) -> Vec<Decision> {
+        std::mem::take(&mut self.ends)
     }
 
     /// What happened, the newest first, as `tarazed watch` tells it; and how many lines of the file are older.

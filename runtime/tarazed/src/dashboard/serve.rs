@@ -78,8 +78,15 @@ async fn serve(stream: TcpStream, site: Arc<Site>) {
 impl Site {
     async fn answer(&self, request: &Request<Incoming>) -> Response<String> {
         let uri = request.uri();
-        let question = match route(request.method(), uri.path(), uri.query(), &self.token) {
+        let found = route(request.method(), uri.path(), uri.query(), &self.token);
+        if found != Route::NotFound && !request.body().is_end_stream() {
+            return self
+                .answers
+                .refusal(StatusCode::PAYLOAD_TOO_LARGE, "a request here has no body");
+        }
+        let question = match found {
             Route::Page => return self.answers.page(),
+            Route::Slash => return self.answers.slash(&self.token),
             Route::View => Question::View,
             Route::History { after } => Question::History { after },
             Route::NoStep => return self.answers.refusal(StatusCode::BAD_REQUEST, "after is a step, from 0"),
@@ -90,11 +97,6 @@ impl Site {
             }
             Route::NotFound => return self.answers.refusal(StatusCode::NOT_FOUND, "nothing is here"),
         };
-        if !request.body().is_end_stream() {
-            return self
-                .answers
-                .refusal(StatusCode::PAYLOAD_TOO_LARGE, "a request here has no body");
-        }
         match self.ask(question).await {
             Some(text) => self.answers.json(text),
             None => self.answers.refusal(

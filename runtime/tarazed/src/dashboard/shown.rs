@@ -14,7 +14,8 @@ pub fn view(view: &View, record: &mut Record) -> Value {
     let domains = view.domains.iter().map(|domain| {
         json!({
             "name": domain.name, "share": domain.weight, "train_loss": domain.train_loss,
-            "heldout_loss": domain.heldout_loss,
+            "heldout_loss": domain.heldout_loss, "tokens": domain.tokens,
+            "tokens_requested": domain.tokens_requested, "epochs": domain.epochs,
         })
     });
     let languages = view.languages.iter().map(|language| {
@@ -64,7 +65,7 @@ const fn tone_name(tone: Tone) -> &'static str {
 
 fn worker(worker: &Worker) -> Value {
     json!({
-        "worker": worker.worker, "rank": worker.rank, "pid": Some(worker.pid).filter(|pid| *pid > 0),
+        "worker": worker.worker, "rank": worker.rank, "node": worker.node, "pid": Some(worker.pid).filter(|pid| *pid > 0),
         "incarnation": worker.incarnation, "lanes": worker.lanes, "step": worker.step, "state": worker.state,
         "activity": worker.activity, "lane_us": worker.lane_us,
     })
@@ -138,6 +139,7 @@ mod tests {
             workers: vec![Worker {
                 worker: 1,
                 rank: Some(0),
+                node: Some("a".to_owned()),
                 lanes: Some([0, 4]),
                 state: "starting".to_owned(),
                 ..Worker::default()
@@ -147,6 +149,9 @@ mod tests {
                 weight: 1.0,
                 train_loss: Some(5.5),
                 heldout_loss: None,
+                tokens: Some(983_040),
+                tokens_requested: Some(983_040.5),
+                epochs: Some(1.25),
             }],
             languages: vec![Language {
                 name: "zh".to_owned(),
@@ -172,11 +177,21 @@ mod tests {
         assert_eq!(told["checkpoint"]["saving"]["shards"], 4);
         assert_eq!(told["rollback_notice"]["decision"], 3);
         assert_eq!(
-            (&told["workers"][0]["pid"], &told["workers"][0]["lanes"]),
-            (&Value::Null, &json!([0, 4])),
+            (
+                &told["workers"][0]["pid"],
+                &told["workers"][0]["node"],
+                &told["workers"][0]["lanes"]
+            ),
+            (&Value::Null, &"a".into(), &json!([0, 4])),
             "no process yet"
         );
-        assert_eq!(told["domains"][0]["name"], "书籍");
+        assert_eq!(
+            told["domains"][0],
+            json!({
+                "name": "书籍", "share": 1.0, "train_loss": 5.5, "heldout_loss": null, "tokens": 983_040,
+                "tokens_requested": 983_040.5, "epochs": 1.25,
+            })
+        );
         assert_eq!(told["languages"][0]["heldout_bits_per_byte"], 1.5);
         assert_eq!(
             told["incidents"]["newest"][0],

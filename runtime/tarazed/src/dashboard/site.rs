@@ -9,7 +9,8 @@
 //! would add by itself. In return the page works through `ssh -L`, a proxy, and every name of the machine.
 
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, LOCATION, REFERRER_POLICY,
+    X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Method, Response, StatusCode};
 use std::io;
@@ -75,6 +76,8 @@ pub enum Route {
     },
     /// `after` is no step.
     NoStep,
+    /// The page, but for the slash that is missing.
+    Slash,
     /// It is there, and can only be read.
     ReadOnly,
     /// Nothing is there, or nobody is told of it.
@@ -84,14 +87,18 @@ pub enum Route {
 /// For a request with this method, path and query.
 #[must_use]
 pub fn route(method: &Method, path: &str, query: Option<&str>, token: &Token) -> Route {
-    let inner = path.strip_prefix('/').and_then(|path| path.split_once('/'));
-    let Some((_, name)) = inner.filter(|(given, _)| token.is(given)) else {
+    let inner = path.strip_prefix('/').unwrap_or_default();
+    let (given, name) = inner
+        .split_once('/')
+        .map_or((inner, None), |(given, name)| (given, Some(name)));
+    if !token.is(given) {
         return Route::NotFound;
-    };
+    }
     let found = match name {
-        "" => Route::Page,
-        "view.json" => Route::View,
-        "history.json" => after(query).map_or(Route::NoStep, |after| Route::History { after }),
+        None => Route::Slash,
+        Some("") => Route::Page,
+        Some("view.json") => Route::View,
+        Some("history.json") => after(query).map_or(Route::NoStep, |after| Route::History { after }),
         _ => return Route::NotFound,
     };
     if method == Method::GET || method == Method::HEAD {
@@ -139,6 +146,17 @@ impl Answers {
     #[must_use]
     pub fn page(&self) -> Response<String> {
         self.answer(StatusCode::OK, HTML, self.page.clone())
+    }
+
+    /// Where the page is, for one who left its slash out.
+    #[must_use]
+    pub fn slash(&self, token: &Token) -> Response<String> {
+        let mut answer = self.refusal(StatusCode::PERMANENT_REDIRECT, "a slash is missing");
+        // A token is hex digits.
+        if let Ok(place) = HeaderValue::try_from(format!("/{}/", token.text())) {
+            answer.headers_mut().insert(LOCATION, place);
+        }
+        answer
     }
 
     /// JSON.
@@ -192,6 +210,7 @@ mod tests {
     fn what_is_there_is_found_by_its_path() {
         assert_eq!(get("/TOKEN/"), Route::Page);
         assert_eq!(get("/TOKEN/?whatever"), Route::Page);
+        assert_eq!(get("/TOKEN"), Route::Slash);
         assert_eq!(get("/TOKEN/view.json"), Route::View);
         assert_eq!(get("/TOKEN/history.json"), Route::History { after: 0 });
         assert_eq!(get("/TOKEN/history.json?after=120"), Route::History { after: 120 });
@@ -210,7 +229,7 @@ mod tests {
             "//",
             "*",
             "TOKEN/",
-            "/TOKEN",
+            "TOKEN",
             "//TOKEN/",
             "/TOKEN//",
             "/TOKEN/view.json/",
@@ -274,7 +293,6 @@ mod tests {
         for foreign in [
             "src=",
             "@import",
-            "url(",
             "innerHTML",
             "insertAdjacentHTML",
             "document.write",
@@ -282,6 +300,8 @@ mod tests {
         ] {
             assert!(!body.contains(foreign), "{foreign}");
         }
+        let inside = body.matches("url(#").count();
+        assert_eq!(body.matches("url(").count(), inside, "parts of the page itself");
         let addresses: Vec<&str> = body.match_indices("://").map(|(at, _)| &body[at..at + 14]).collect();
         assert_eq!(addresses, ["://www.w3.org/"], "the name of SVG, which nobody fetches");
     }

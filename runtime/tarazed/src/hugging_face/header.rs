@@ -163,7 +163,10 @@ pub fn read(file: &File) -> Result<Vec<Entry>, HeaderError> {
 }
 
 /// The tensors that a header spells, with `length` bytes of values from `start` on.
-fn entries(header: &[u8], start: u64, length: u64) -> Result<Vec<Entry>, String> {
+///
+/// # Errors
+/// In words, where they are not the file's values, all of them and once.
+pub fn entries(header: &[u8], start: u64, length: u64) -> Result<Vec<Entry>, String> {
     let Pairs(pairs) = serde_json::from_slice(header).map_err(|e| format!("its header cannot be read ({e})"))?;
     let mut found: Vec<(Entry, u64)> = Vec::new();
     for (name, value) in pairs {

@@ -6,7 +6,7 @@
 
 use super::header::{self, Entry, HeaderError, Stored};
 use super::weights::{INDEX_FILE, SINGLE_FILE, Tensor};
-use crate::exit::Failure;
+use crate::exit::{Failure, is_of_the_place};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,6 +22,9 @@ const CHUNK_VALUES: usize = 1 << 18;
 const INDEX_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Names in one message.
 const NAMES_MAX: usize = 3;
+/// How tensors end that older versions of transformers saved with a model: what follows from `rope_theta` alone, and what they
+/// themselves leave unread.
+const UNREAD: &str = ".self_attn.rotary_emb.inv_freq";
 
 /// Where a tensor's values are.
 struct Place {
@@ -188,6 +191,7 @@ fn placed(
     if !missing.is_empty() {
         return refused("tensors of the model are missing", &missing);
     }
+    held.retain(|name, _| !name.ends_with(UNREAD));
     if !held.is_empty() {
         let names: Vec<String> = held.into_keys().collect();
         return refused("the model has no such tensors", &names);
@@ -300,18 +304,10 @@ fn damaged(path: &Path, cause: impl std::fmt::Display) -> Failure {
 
 /// What a folder is, no retry changes; what a disk or a network does may pass.
 fn cannot_read(path: &Path, error: &std::io::Error) -> Failure {
-    let may_pass = !matches!(
-        error.kind(),
-        ErrorKind::NotFound
-            | ErrorKind::PermissionDenied
-            | ErrorKind::IsADirectory
-            | ErrorKind::NotADirectory
-            | ErrorKind::UnexpectedEof
-    );
     let remedy = "give a folder with all its files, which this user may read";
-    match may_pass {
-        true => Failure::io(path.display(), error, "cannot be read", remedy),
-        false => Failure::refused(path.display(), format!("cannot be read ({error})"), remedy),
+    match is_of_the_place(error) || error.kind() == ErrorKind::UnexpectedEof {
+        true => Failure::refused(path.display(), format!("cannot be read ({error})"), remedy),
+        false => Failure::io(path.display(), error, "cannot be read", remedy),
     }
 }
 
@@ -440,6 +436,17 @@ mod tests {
         }
     }
 
+    /// What older versions of transformers saved besides is not the model's.
+    #[test]
+    fn frequencies_that_follow_from_the_base_are_left_unread() {
+        let mut tensors = made();
+        let nan = f32::NAN.to_le_bytes().to_vec();
+        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", vec![1], nan));
+        let folder = folder_of(&[("model.safetensors", safetensors(&tensors))]);
+        let opened = Tensors::open(folder.path(), &layout(), 3).expect("a good folder");
+        opened.check_values().expect("they are not among the values");
+    }
+
     /// What is refused is refused with its name, and before any value is used.
     #[test]
     fn what_does_not_fit_is_refused_by_name() {
@@ -459,6 +466,8 @@ mod tests {
         assert!(message.contains("missing: model.embed_tokens.weight"), "{message}");
         let message = changed(|tensors| tensors.push(("b.bias", "F32", vec![1], vec![0; 4])));
         assert!(message.contains("no such tensors: b.bias"), "{message}");
+        let message = changed(|tensors| tensors.push(("rotary_emb.inv_freq", "F32", vec![1], vec![0; 4])));
+        assert!(message.contains("no such tensors: rotary_emb.inv_freq"), "{message}");
         let message = changed(|tensors| tensors[1].2 = vec![1, 2]);
         assert!(
             message.contains("tensor model.norm.weight has the shape [1, 2]"),
@@ -489,6 +498,8 @@ mod tests {
                 "for tensor a.weight",
             ),
             (vec![index(json!({"a.weight": 7}))], "for tensor a.weight"),
+            (vec![index(json!({"a.weight": "x\u{0}"}))], "cannot be read"),
+            (vec![index(json!({"a.weight": "x".repeat(300)}))], "cannot be read"),
             (
                 vec![index(json!({"a.weight": "x.safetensors"}))],
                 "x.safetensors: cannot be read",

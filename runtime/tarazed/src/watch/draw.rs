@@ -386,20 +386,32 @@ fn workers(workers: &[Worker], width: usize, rows: usize) -> Vec<Line> {
     };
     let lanes = |worker: &Worker| worker.lanes.map(|[from, to]| format!("{from}..{to}"));
     let lane_ms = |worker: &Worker| worker.lane_us.map(|us| format!("{:.1}", us as f64 / 1e3));
-    let rows = table(
-        vec![
-            numbers("worker", 0, &|worker| worker.worker.to_string()),
-            numbers("rank", 2, &|worker| or_dash(worker.rank)),
-            numbers("pid", 4, &|worker| or_dash(Some(worker.pid).filter(|pid| *pid > 0))),
-            numbers("incarnation", 5, &|worker| worker.incarnation.to_string()),
-            numbers("lanes", 3, &|worker| or_dash(lanes(worker))),
-            numbers("step", 1, &|worker| worker.step.to_string()),
-            Column::text("state", 0, listed.iter().map(|worker| clean(&worker.state))),
-            numbers("ms/lane", 6, &|worker| or_dash(lane_ms(worker))),
-            Column::text("does", 7, listed.iter().map(|worker| clean(&worker.activity))),
-        ],
-        width,
-    );
+    let node = |worker: &&Worker| clean(worker.node.as_deref().unwrap_or("-"));
+    let nodes = listed.iter().any(|worker| worker.node.is_some());
+    let nodes = nodes.then(|| Column::text("node", 4, listed.iter().map(node)));
+    let columns = [
+        Some(numbers("worker", 0, &|worker| worker.worker.to_string())),
+        Some(numbers("rank", 2, &|worker| or_dash(worker.rank))),
+        nodes,
+        Some(numbers("pid", 4, &|worker| {
+            or_dash(Some(worker.pid).filter(|pid| *pid > 0))
+        })),
+        Some(numbers("incarnation", 5, &|worker| worker.incarnation.to_string())),
+        Some(numbers("lanes", 3, &|worker| or_dash(lanes(worker)))),
+        Some(numbers("step", 1, &|worker| worker.step.to_string())),
+        Some(Column::text(
+            "state",
+            0,
+            listed.iter().map(|worker| clean(&worker.state)),
+        )),
+        Some(numbers("ms/lane", 6, &|worker| or_dash(lane_ms(worker)))),
+        Some(Column::text(
+            "does",
+            7,
+            listed.iter().map(|worker| clean(&worker.activity)),
+        )),
+    ];
+    let rows = table(columns.into_iter().flatten().collect(), width);
     let title = format!("workers: {}", states(workers));
     let mut lines = vec![Line::new(Tone::Title, title)];
     let tones = std::iter::once(Tone::Plain).chain(listed.iter().map(|worker| match worker.state.as_str() {
@@ -427,6 +439,10 @@ struct Grid {
 impl Grid {
     fn new(domains: &[Domain], width: usize) -> Self {
         let loss = |loss: Option<f64>| or_dash(loss.map(|loss| format!("{loss:.3}")));
+        let tokens = |domain: &Domain| {
+            let known = domain.tokens.zip(domain.tokens_requested);
+            or_dash(known.map(|(got, asked)| format!("{}/{}", progress::short(got as f64), progress::short(asked))))
+        };
         let mut entries = table(
             vec![
                 Column::text("domain", 0, domains.iter().map(|domain| clean(&domain.name))),
@@ -437,6 +453,7 @@ impl Grid {
                 ),
                 Column::numbers("loss", 1, domains.iter().map(|domain| loss(domain.train_loss))),
                 Column::numbers("held out", 2, domains.iter().map(|domain| loss(domain.heldout_loss))),
+                Column::numbers("tokens/asked", 3, domains.iter().map(tokens)),
             ],
             width,
         );

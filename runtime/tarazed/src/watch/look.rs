@@ -28,8 +28,10 @@ const INCIDENTS_MAX: usize = 32;
 const CURVE_STEPS_MAX: usize = 400;
 /// Lines over which the time left is reckoned.
 const RATE_LINES: usize = 32;
+/// What takes as long as so many steps is none: the run stood still.
+const PAUSE_STEPS: f64 = 50.0;
 /// Events of every healthy run.
-pub(crate) const ROUTINE: [&str; 3] = ["rank_ready", "generation", "checkpoint"];
+pub(crate) const ROUTINE: [&str; 4] = ["rank_ready", "generation", "checkpoint", "epoch"];
 /// Fields of an event that are shown elsewhere, or say little to a person.
 const SHOWN_ELSEWHERE: [&str; 10] = [
     "kind",
@@ -161,6 +163,12 @@ impl Watcher {
         Ok(self.view.clone())
     }
 
+    /// Stops and vetoes from before the end of the trace that is read here.
+    pub fn hear_of_ends(&mut self, decisions: impl IntoIterator<Item = Decision>) {
+        let by_number = decisions.into_iter().map(|decision| (decision.id.0, decision));
+        self.stops.extend(by_number);
+    }
+
     fn stage(&self, contact: Contact) -> Stage {
         let has_lines = self.view.step > 0;
         match contact {
@@ -190,9 +198,7 @@ impl Watcher {
                 let Ok(decision) = Decision::deserialize(&decision) else {
                     continue;
                 };
-                if matches!(decision.kind, DecisionKind::Stop | DecisionKind::Veto { .. }) {
-                    self.stops.insert(decision.id.0, decision);
-                }
+                self.hear_of_ends(Some(decision).filter(decides_an_end));
             }
         }
         if let Some(line) = lines.rev().find_map(parse::<TraceEnd>) {
@@ -308,6 +314,9 @@ impl Watcher {
                 weight: *weight,
                 train_loss: signals.and_then(|signals| signals.train_loss).or_else(|| loss_of(name)),
                 heldout_loss: signals.and_then(|signals| signals.heldout_loss),
+                tokens: signals.and_then(|signals| signals.tokens),
+                tokens_requested: signals.and_then(|signals| signals.tokens_requested),
+                epochs: signals.and_then(|signals| signals.epochs),
             }
         };
         self.view.domains = self.line.mixture.iter().map(domain).collect();
@@ -416,6 +425,9 @@ struct Signals {
 struct DomainSignals {
     train_loss: Option<f64>,
     heldout_loss: Option<f64>,
+    tokens: Option<u64>,
+    tokens_requested: Option<f64>,
+    epochs: Option<f64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -443,12 +455,29 @@ fn field<T: DeserializeOwned>(answer: &Value, key: &str) -> Option<T> {
     answer.get(key).and_then(|value| T::deserialize(value).ok())
 }
 
-/// By the pace of the newest lines.
+/// Whether a decision says where the run ends, or that it does not end there.
+pub(crate) fn decides_an_end(decision: &Decision) -> bool {
+    matches!(decision.kind, DecisionKind::Stop | DecisionKind::Veto { .. })
+}
+
+/// By the pace of the newest lines. The time in which there was no controller is no pace.
 fn time_left_s(lines: &[MetricsLine], steps: u64) -> Option<f64> {
-    let (first, last) = (lines.get(lines.len().saturating_sub(RATE_LINES))?, lines.last()?);
-    let done = last.step.checked_sub(first.step).filter(|done| *done > 0)? as f64;
-    let took_s = last.time_unix_ms.checked_sub(first.time_unix_ms)? as f64 / 1e3;
-    Some(steps.saturating_sub(last.step) as f64 * took_s / done)
+    let last = lines.last()?;
+    let newest = &lines[lines.len().saturating_sub(RATE_LINES)..];
+    let between = newest.windows(2).map(|pair| {
+        let done = pair[1].step.checked_sub(pair[0].step).filter(|done| *done > 0)?;
+        let took_ms = pair[1].time_unix_ms.checked_sub(pair[0].time_unix_ms)?;
+        Some((took_ms as f64 / done as f64, done))
+    });
+    // Steps that were done again and clocks that were set back are no pace either.
+    let mut paces: Vec<(f64, u64)> = between.flatten().collect();
+    paces.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (median_ms, _) = *paces.get(paces.len() / 2)?;
+    let paces = paces.iter().filter(|(step_ms, _)| *step_ms <= median_ms * PAUSE_STEPS);
+    let (took_ms, done) = paces.fold((0.0, 0), |(took_ms, all), (step_ms, done)| {
+        (took_ms + step_ms * *done as f64, all + done)
+    });
+    Some(steps.saturating_sub(last.step) as f64 * took_ms / done as f64 / 1e3)
 }
 
 /// The newest first, so many at most. A rank whose end was seen to begin is told once: when it is gone, with the cause. By then

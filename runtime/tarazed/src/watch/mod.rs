@@ -143,6 +143,8 @@ pub struct Worker {
     pub worker: u64,
     /// Rank in the present world.
     pub rank: Option<u64>,
+    /// Name of the node whose process starts and ends it, where there are several.
+    pub node: Option<String>,
     /// Process; 0 before it is ready.
     pub pid: u64,
     /// Which life of the slot.
@@ -170,6 +172,12 @@ pub struct Domain {
     pub train_loss: Option<f64>,
     /// Held-out loss, as last evaluated.
     pub heldout_loss: Option<f64>,
+    /// Training tokens so far.
+    pub tokens: Option<u64>,
+    /// Those that the mixtures in force asked for.
+    pub tokens_requested: Option<f64>,
+    /// Passes over its text so far.
+    pub epochs: Option<f64>,
 }
 
 /// One language's held-out text.

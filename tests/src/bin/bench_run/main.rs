@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod memory;
+mod monitor;
 mod overhead;
 mod recovery;
 mod start;
@@ -95,6 +96,15 @@ enum Part {
         #[arg(long, default_value_t = 40)]
         steps: u64,
     },
+    /// What the training state monitor costs a step.
+    Monitor {
+        /// Rounds; each runs every side once.
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+        /// Steps of each run.
+        #[arg(long, default_value_t = 60)]
+        steps: u64,
+    },
     /// What a checkpoint costs the steps around it.
     Checkpoint {
         /// Checkpoints.
@@ -141,6 +151,7 @@ fn main() -> Result<()> {
         Part::Overhead { program, rounds, steps } => {
             overhead::measure(&config, &program.canonicalize()?, ranks, rounds, steps)?
         }
+        Part::Monitor { rounds, steps } => monitor::measure(&config, ranks, rounds, steps)?,
         Part::Checkpoint { checkpoints } => checkpoint::measure(&config, ranks, checkpoints),
         Part::Memory {
             megabytes,

@@ -31,7 +31,7 @@ const UNGUARDED: &str = "TARAZED_UNGUARDED";
 const PHASES: [&str; 4] = ["forwarding", "barrier", "updating", "gathering"];
 
 /// What the runs have in common.
-struct Bench {
+pub struct Bench {
     project: Project,
     program: PathBuf,
     data: PathBuf,
@@ -40,29 +40,25 @@ struct Bench {
 }
 
 /// One run.
-struct Side {
-    step_ms: f64,
+pub struct Side {
+    pub step_ms: f64,
     /// Processor time of all ranks, per step.
-    cpu_ms: f64,
+    pub cpu_ms: f64,
     phase_ms: [f64; PHASES.len()],
     /// The first line's state hash and loss.
     first_line: (String, String),
 }
 
 pub fn measure(config: &Path, program: &Path, ranks: u32, rounds: usize, steps: u64) -> Result<Figures> {
-    let project = Project::of(config);
-    let bench = Bench {
-        data: prepared(&project),
-        program: program.to_owned(),
-        project,
-        ranks,
-        steps,
-    };
+    let bench = Bench::of(config, program, ranks, steps);
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         // The order alternates, so that neither side always meets the warmer machine.
         for guarded in [round.is_multiple_of(2), !round.is_multiple_of(2)] {
-            let side = bench.run(guarded, round);
+            let side = match guarded {
+                true => bench.run("with", round, &[("optimizer.replicas", "2")], None),
+                false => bench.run("without", round, &[("optimizer.replicas", "1")], Some(UNGUARDED)),
+            };
             if guarded { &mut with } else { &mut without }.push(side);
         }
         let (on, off) = (&with[round], &without[round]);
@@ -123,7 +119,7 @@ fn report(with: &[Side], without: &[Side]) -> Figures {
 }
 
 /// What a ratio adds, in percent.
-fn percent(ratio: f64) -> f64 {
+pub fn percent(ratio: f64) -> f64 {
     100.0 * (ratio - 1.0)
 }
 
@@ -134,8 +130,26 @@ fn prepared(project: &Project) -> PathBuf {
 }
 
 impl Bench {
-    fn run(&self, guarded: bool, round: usize) -> Side {
-        let name = format!("{}-{round}", if guarded { "with" } else { "without" });
+    pub fn of(config: &Path, program: &Path, ranks: u32, steps: u64) -> Self {
+        let project = Project::of(config);
+        Self {
+            data: prepared(&project),
+            program: program.to_owned(),
+            project,
+            ranks,
+            steps,
+        }
+    }
+
+    /// The trace of a run that was measured.
+    pub fn trace_of(&self, name: &str, round: usize) -> Vec<u8> {
+        let folder = self.project.run_dir(&format!("{name}-{round}"));
+        std::fs::read(folder.join("trace.jsonl")).expect("a trace")
+    }
+
+    /// One run with these settings, and with this variable set.
+    pub fn run(&self, name: &str, round: usize, settings: &[(&str, &str)], variable: Option<&str>) -> Side {
+        let name = format!("{name}-{round}");
         let folder = self.project.run_dir(&name);
         std::fs::create_dir_all(&folder).expect("a run folder");
         std::os::unix::fs::symlink(&self.data, folder.join("data")).expect("a link to the data");
@@ -146,11 +160,13 @@ impl Bench {
             .ranks(self.ranks)
             // The ranks must live when their time is read: the run is ended as it is dropped.
             .set("run.steps", &(self.steps + MORE_STEPS).to_string())
-            .set("optimizer.replicas", if guarded { "2" } else { "1" })
             .set("mixture.controller", "static")
             .set("evaluation.interval_steps", "0")
             .set("checkpoint.interval_steps", "0");
-        let train = if guarded { train } else { train.variable(UNGUARDED, "1") };
+        let train = settings.iter().fold(train, |train, (key, value)| train.set(key, value));
+        let train = variable
+            .into_iter()
+            .fold(train, |train, name| train.variable(name, "1"));
         let mut run = Run::start(&train);
         let (first_step, first_ms) = spent(&mut run, WARM_UP_STEPS);
         let (last_step, last_ms) = spent(&mut run, self.steps);

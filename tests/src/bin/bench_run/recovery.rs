@@ -90,6 +90,13 @@ pub fn measure(config: &Path, ranks: u32, kills: usize) -> Figures {
         .summary("all_ranks_ms", back)
 }
 
+/// The load average of the last minute.
+fn newest_load() -> f64 {
+    let text = figures::load_average();
+    let first = text.split_whitespace().next().and_then(|first| first.parse().ok());
+    first.unwrap_or(f64::NAN)
+}
+
 /// Milliseconds from then to an event.
 fn since(began_ms: u64, event: &serde_json::Value) -> f64 {
     event["time_unix_ms"].as_u64().unwrap_or_default() as f64 - began_ms as f64
@@ -108,6 +115,9 @@ pub fn measure_stops(config: &Path, ranks: u32, stops: usize, timeout_ms: u64, c
         .set("run.steps", PEACE_STEPS)
         .set("mixture.controller", "static")
         .set("evaluation.interval_steps", "0")
+        // After Young and Daly: a checkpoint each few minutes of such a run, which only a run as long as this one has time for.
+        .set("checkpoint.interval_steps", "0")
+        .set("checkpoint.interval", "auto")
         .set("fault.timeout_ms", &timeout_ms.to_string());
     let mut run = Run::start(&train);
     let mut random = Random::new(Random::seed());
@@ -134,22 +144,40 @@ pub fn measure_stops(config: &Path, ranks: u32, stops: usize, timeout_ms: u64, c
     run.wait_for_status("a whole cluster", |status| status.all_train(ranks as usize));
     let suspected = |run: &Run| run.events("rank_lost").len() + run.events("alarm").len();
     let (before, until) = (suspected(&run), Instant::now() + calm);
+    let mut loads = Vec::new();
     while Instant::now() < until && run.ended().is_none() {
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_secs(1).min(calm));
+        loads.push(newest_load());
     }
     let alarms = suspected(&run) - before;
-    let load = figures::load_average();
+    let asked: Vec<f64> = run
+        .events("checkpoint")
+        .iter()
+        .filter_map(|event| event["time_unix_ms"].as_f64())
+        .collect();
     run.signal(Signal::TERM);
     run.finish().assert_code(34);
     let seen = Summary::of(&seen_ms);
     println!("SIGSTOP to its being seen  {seen} ms, with fault.timeout_ms = {timeout_ms}");
     println!(
-        "false alarms in {} s of peace: {alarms}, at load {load}",
-        calm.as_secs()
+        "false alarms in {} s of peace: {alarms}, at load {}",
+        calm.as_secs(),
+        Summary::of(&loads)
     );
+    let apart_s: Vec<f64> = asked.windows(2).map(|pair| (pair[1] - pair[0]) / 1e3).collect();
+    match apart_s.is_empty() {
+        true => println!("checkpoints that \"auto\" asked for: {}", asked.len()),
+        false => println!(
+            "checkpoints that \"auto\" asked for: {}, {} s apart",
+            asked.len(),
+            Summary::of(&apart_s)
+        ),
+    }
     Figures::new("stops")
         .number("timeout_ms", timeout_ms as f64)
         .number("calm_s", calm.as_secs_f64())
         .number("false_alarms", alarms as f64)
+        .number("auto_checkpoints", asked.len() as f64)
+        .summary("load", Summary::of(&loads))
         .summary("seen_ms", seen)
 }

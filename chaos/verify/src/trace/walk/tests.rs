@@ -82,6 +82,7 @@ fn decisions_act_when_they_say_and_rules_are_kept() {
         veto: None,
         change: None,
         rollback: None,
+        limit: None,
     };
     let (mut walk, mut findings) = (walk(), Findings::default());
     let config = config();
@@ -118,6 +119,7 @@ fn a_veto_brings_back_what_was_before() {
         veto: None,
         change: None,
         rollback: None,
+        limit: None,
     };
     let vetoes = |id, line, which| Decision {
         id,
@@ -127,6 +129,7 @@ fn a_veto_brings_back_what_was_before() {
         veto: Some(which),
         change: None,
         rollback: None,
+        limit: None,
     };
     let (mut walk, mut findings) = (walk(), Findings::default());
     let config = config();
@@ -172,6 +175,7 @@ fn changes(
             editions,
         }),
         rollback: None,
+        limit: None,
     }
 }
 
@@ -241,6 +245,7 @@ fn changes_of_the_data_keep_the_rules() {
         veto: Some(which),
         change: None,
         rollback: None,
+        limit: None,
     };
     assert!(
         walk.decide(&config, 8, &[veto(1)])
@@ -255,6 +260,60 @@ fn changes_of_the_data_keep_the_rules() {
             .unwrap_err()
             .contains("decided already")
     );
+}
+
+/// A domain at its limit is not drawn whatever is decided, until other text comes for it; where nothing is left, all are.
+#[test]
+fn a_domain_at_its_limit_leaves_its_weight_to_the_others() {
+    let mut config = config();
+    config.decision_points = Some((1, 1));
+    let mut walk = Walk::new(&config, &domains(), [1; 32]).unwrap();
+    let mixture = |id, line, effective, weights: &[f64]| Decision {
+        change: None,
+        ..changes(id, line, effective, Vec::new(), weights)
+    };
+    let limit = |id, line, effective, domain| Decision {
+        weights: None,
+        limit: Some(domain),
+        ..mixture(id, line, effective, &[])
+    };
+    let mut decide = |decision: Decision| walk.decide(&config, decision.line, &[decision]);
+    decide(limit(1, 1, 6, 0)).unwrap();
+    decide(mixture(2, 2, 8, &[1.0, 1.0])).unwrap();
+    decide(changes(3, 3, 10, vec![edition("a", 0, 9, 0)], &[1.0, 1.0])).unwrap();
+    decide(limit(4, 4, 12, 0)).unwrap();
+    decide(limit(5, 5, 14, 1)).unwrap();
+    assert!(decide(limit(6, 6, 15, 1)).unwrap_err().contains("at its limit already"));
+    assert!(decide(limit(7, 7, 15, 2)).unwrap_err().contains("is none"));
+    let veto = Decision {
+        limit: None,
+        veto: Some(4),
+        ..limit(8, 8, 16, 0)
+    };
+    decide(veto).unwrap();
+    let mut findings = Findings::default();
+    let shares: Vec<Vec<f64>> = (0..17)
+        .map(|_| {
+            let shares = walk.mixture().shares;
+            let plan = walk.plan(&mut findings);
+            walk.settle(&plan, true, &mut findings);
+            shares
+        })
+        .collect();
+    let in_force = [
+        (0..6, [0.75, 0.25]),
+        (6..10, [0.0, 1.0]),
+        (10..12, [0.5, 0.5]),
+        (12..14, [0.0, 1.0]),
+        (14..16, [0.5, 0.5]),
+        (16..17, [1.0, 0.0]),
+    ];
+    for (steps, expected) in in_force {
+        for step in steps {
+            assert_eq!(shares[step], expected, "step {step}");
+        }
+    }
+    assert_eq!(findings.count(), 0, "{findings}");
 }
 
 /// Shares of new domains are of the mixture that comes to be in force before their step, whatever is decided or taken back for it

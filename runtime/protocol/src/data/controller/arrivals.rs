@@ -177,7 +177,7 @@ impl Ate {
         if self.adapts() {
             let count = before + new.len();
             let tokens = self.config.tokens_before(from);
-            let range = |train_tokens: &f64| share_range(count, *train_tokens, tokens);
+            let range = |train_tokens: &f64| share_range(&self.config, count, *train_tokens, tokens);
             let ranges: Vec<(f64, f64)> = new.iter().map(range).collect();
             for (share, (low, high)) in shares.iter_mut().zip(&ranges) {
                 *share = share.clamp(*low, *high);

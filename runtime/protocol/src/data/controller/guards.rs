@@ -1,8 +1,8 @@
 //! What every adaptive controller is held to, whatever it claims.
 
-use super::super::DomainFacts;
 use super::super::projection::{project, round};
 use super::super::signals::Signals;
+use super::super::{DomainFacts, LoopConfig};
 use tarazed_domain::{StepIndex, StepsCompleted};
 
 /// Largest change of a weight's logarithm in one update.
@@ -25,14 +25,20 @@ pub fn weight_floor(domain_count: usize) -> f64 {
     (1.0 / (5.0 * count)).max(0.01).min(1.0 / (2.0 * count))
 }
 
+/// Passes over a domain at most, in a run whose config may say fewer.
+fn epochs_max(config: &LoopConfig) -> f64 {
+    let limit = config.mixture.epochs_max;
+    limit.map_or(EPOCHS_MAX, |limit| EPOCHS_MAX.min(limit as f64))
+}
+
 /// The most that a domain may have after so many tokens of the run, with so many of its own text left.
 fn supply(left: f64, tokens: u64) -> f64 {
     (left / (tokens as f64).max(1.0)).max(WEIGHT_MIN)
 }
 
 /// Least and largest share that a domain of this size begins with, as one of `domain_count`, after so many tokens of the run.
-pub(super) fn share_range(domain_count: usize, train_tokens: f64, tokens: u64) -> (f64, f64) {
-    let supply = supply(EPOCHS_MAX * train_tokens, tokens);
+pub(super) fn share_range(config: &LoopConfig, domain_count: usize, train_tokens: f64, tokens: u64) -> (f64, f64) {
+    let supply = supply(epochs_max(config) * train_tokens, tokens);
     (weight_floor(domain_count).min(supply), supply)
 }
 
@@ -45,11 +51,13 @@ pub(super) struct Guards {
     pub(super) train_tokens: Vec<f64>,
     /// First step of the text that each has; none for that of the start.
     pub(super) since: Vec<Option<StepIndex>>,
+    epochs_max: f64,
 }
 
 impl Guards {
-    pub(super) fn new(facts: &[DomainFacts], prior: Vec<f64>) -> Self {
+    pub(super) fn new(config: &LoopConfig, facts: &[DomainFacts], prior: Vec<f64>) -> Self {
         Self {
+            epochs_max: epochs_max(config),
             train_tokens: facts.iter().map(|fact| fact.train_tokens as f64).collect(),
             since: vec![None; facts.len()],
             prior,
@@ -104,7 +112,7 @@ impl Guards {
         let mut low = Vec::with_capacity(current.len());
         let mut high = Vec::with_capacity(current.len());
         for (domain, weight) in current.iter().enumerate() {
-            let left = (EPOCHS_MAX * self.train_tokens[domain] - self.used(domain, signals)).max(0.0);
+            let left = (self.epochs_max * self.train_tokens[domain] - self.used(domain, signals)).max(0.0);
             let supply = supply(left, signals.tokens);
             // A weight below the floor climbs to it, one above its supply sinks to it, each at the permitted pace.
             let lowest = (weight / step).max(floor.min(supply)).min(weight * step);

@@ -8,6 +8,7 @@ mod course;
 mod cursor;
 mod decision;
 mod detectors;
+mod epochs;
 mod rollback;
 mod signals;
 mod stats;
@@ -113,6 +114,7 @@ pub fn facts(laws: &[Law]) -> Vec<DomainFacts> {
             language: law.language,
             weight: law.weight,
             train_tokens: law.train_sequences * CONTEXT_TOKENS,
+            train_sequences: law.train_sequences,
         })
         .collect()
 }

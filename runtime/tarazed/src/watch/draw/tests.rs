@@ -88,6 +88,7 @@ fn domain(name: &str, weight: f64, train_loss: Option<f64>, heldout_loss: Option
         weight,
         train_loss,
         heldout_loss,
+        ..Domain::default()
     }
 }
 
@@ -133,6 +134,49 @@ fn a_wide_terminal_shows_everything() {
             "ago  incident   recovery  cause",
             "42s  recovered    812 ms  worker 1: killed by signal 9",
             "43s  rank_lost         -  worker 1: killed by signal 9",
+        ]
+    );
+}
+
+/// What was asked of a domain stands beside what it gave, and goes first where there is no room.
+#[test]
+fn tokens_are_shown_beside_those_that_were_asked_for() {
+    let mut view = view();
+    (view.domains[0].tokens, view.domains[0].tokens_requested) = (Some(983_040), Some(1_234_567.8));
+    (view.domains[2].tokens, view.domains[2].tokens_requested) = (Some(0), Some(512.4));
+    let row = |width| page(&view, width, 40).into_iter().find(|line| line.starts_with("书籍"));
+    let head = |width| {
+        page(&view, width, 40)
+            .into_iter()
+            .find(|line| line.starts_with("domain "))
+    };
+    let wide = "domain   share   loss  held out  tokens/asked";
+    assert_eq!(head(60).as_deref(), Some(wide));
+    assert_eq!(
+        row(60).as_deref(),
+        Some("书籍     40.0%  5.614     5.702  983.0k/1.23M")
+    );
+    assert_eq!(head(44).as_deref(), Some("domain   share   loss  held out"));
+}
+
+/// With several hosts, a process is named with its own.
+#[test]
+fn workers_are_shown_with_their_nodes() {
+    let mut view = view();
+    view.workers[0].node = Some("a".to_owned());
+    view.workers[1].node = Some("rack-2".to_owned());
+    let shown = page(&view, 110, 40);
+    let head = shown
+        .iter()
+        .position(|line| line.starts_with("worker "))
+        .expect("a table");
+    assert_eq!(
+        shown[head..head + 4],
+        [
+            "worker  rank  node     pid  incarnation  lanes  step  state     ms/lane  does",
+            "     0     0  a       4101            1   0..4   120  training        -  compute",
+            "     1     1  rack-2  4102            2   4..8   120  training      8.1  compute",
+            "     2     -  -          -            1      -     0  starting        -",
         ]
     );
 }

@@ -42,7 +42,10 @@ fn metrics_line(step: u64) -> Value {
 fn signals() -> Value {
     json!({
         "step": 119, "evaluated": 100,
-        "domains": {"书籍": {"train_loss": 5.75, "heldout_loss": 6.0}, "web": {"train_loss": null}},
+        "domains": {
+            "书籍": {"train_loss": 5.75, "heldout_loss": 6.0, "tokens": 704, "tokens_requested": 701.5, "epochs": 0.5},
+            "web": {"train_loss": null},
+        },
         "languages": {"zh": {"heldout_loss": 6.0, "heldout_bits_per_byte": 1.5}, "code": {"heldout_loss": null}},
     })
 }
@@ -98,12 +101,18 @@ fn what_is_whole_is_shown_where_files_are_cut() {
         weight,
         train_loss,
         heldout_loss,
+        ..Domain::default()
     };
     assert_eq!(
         view.domains,
         [
             domain("web", 0.25, Some(5.25), None),
-            domain("书籍", 0.75, Some(5.75), Some(6.0))
+            Domain {
+                tokens: Some(704),
+                tokens_requested: Some(701.5),
+                epochs: Some(0.5),
+                ..domain("书籍", 0.75, Some(5.75), Some(6.0))
+            }
         ],
         "a domain without signals has the loss of the last step"
     );
@@ -437,6 +446,18 @@ fn the_time_left_is_by_the_pace_of_the_last_lines() {
         time_left_s(&[line(20, 1_000), line(10, 6_000)], 30),
         None,
         "steps done again"
+    );
+    let again = [line(19, 500), line(20, 1_000), line(10, 6_000), line(11, 6_500)];
+    assert_eq!(time_left_s(&again, 30), Some(9.5), "by the others");
+    let outage: Vec<_> = [1_000, 1_500, 2_000, 90_000_000, 90_000_500, 90_001_500]
+        .into_iter()
+        .enumerate()
+        .map(|(done, at)| line(done as u64, at))
+        .collect();
+    assert_eq!(
+        time_left_s(&outage, 25),
+        Some(12.5),
+        "a day without a controller; a step that took twice as long counts"
     );
     assert_eq!(time_left_s(&[line(10, 1_000), line(40, 6_000)], 30), Some(0.0));
     assert_eq!(time_left_s(&[], 30), None);
