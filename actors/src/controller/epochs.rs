@@ -1,5 +1,6 @@
 //! What a line says of passes over the data, for people: a domain begins another one, or comes to its limit. Each stands in the
-//! line in which it came, and a line is written once, so it is told once in a run, however often that is resumed.
+//! line in which it came, and a line is written once, so it is told once in a run at most, however often that is resumed: a controller
+//! that dies between the line and its event takes the event along.
 
 use super::Notice;
 use serde_json::{Value, json};

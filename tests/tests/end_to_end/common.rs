@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tarazed_tests::harness::{Project, tarazed};
 pub use tarazed_tests::harness::{assert_halted, assert_prefix, assert_refused, assert_undisturbed, wait_for_no_ranks};
 
 /// Every file below a folder, by its path in there; one that a live run removes meanwhile is none.
@@ -25,6 +27,21 @@ pub fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         }
     }
     found
+}
+
+/// What the program says where no file can grow beyond so many blocks of 512 bytes: a disk that is full in the middle.
+pub fn with_small_files(project: &Project, blocks: u64, args: &[&str]) -> Output {
+    Command::new("sh")
+        .args([
+            "-c",
+            "trap '' XFSZ && ulimit -S -f \"$0\" && exec \"$@\"",
+            &blocks.to_string(),
+        ])
+        .arg(tarazed())
+        .args(args)
+        .current_dir(project.path())
+        .output()
+        .expect("the program runs")
 }
 
 /// Fails unless a folder holds what it held before: same names, same bytes.

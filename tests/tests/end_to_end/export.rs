@@ -4,15 +4,16 @@
 //! the store gives. That these names, shapes and orders mean what Hugging Face's Llama means by them is what the parity with
 //! PyTorch tests (`tests/tests/parity.rs`); `tests/parity/check_export.py` loads a folder outside.
 
-use crate::common::{assert_halted, assert_refused, assert_untouched, damage, files, files_with_ending};
+use crate::common::{
+    assert_halted, assert_refused, assert_untouched, damage, files, files_with_ending, with_small_files,
+};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use tarazed_domain::{Generation, StepsCompleted};
 use tarazed_store::{CheckpointStore, WriterId};
-use tarazed_tests::harness::{Outcome, Project, Run, tarazed};
+use tarazed_tests::harness::{Outcome, Project, Run};
 
 /// Of the tiny model: rows of embedding and head, those of padding included; elements of a block.
 const ROWS: usize = 512;
@@ -433,13 +434,11 @@ fn a_full_disk_halts_an_export() {
     let project = Project::tiny();
     let run = trained(&project);
     let names = entries(project.path());
-    let output = Command::new("sh")
-        .args(["-c", "trap '' XFSZ && ulimit -S -f 64 && exec \"$@\"", "sh"])
-        .arg(tarazed())
-        .args(["export", &text(run.dir()), "--to", "out", "--dtype", "f32"])
-        .current_dir(project.path())
-        .output()
-        .expect("the program runs");
+    let output = with_small_files(
+        &project,
+        64,
+        &["export", &text(run.dir()), "--to", "out", "--dtype", "f32"],
+    );
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(

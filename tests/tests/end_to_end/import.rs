@@ -6,14 +6,14 @@
 
 use crate::common::{
     assert_halted, assert_prefix, assert_refused, assert_untouched, damage, files, files_with_ending, truncate,
+    with_small_files,
 };
 use crate::export::{data_set, document, exported, tensors, text, trained};
 use rustix::process::Signal;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use tarazed_tests::harness::{Outcome, Project, Run, Train, assert_same_trace, lines, tarazed, undisturbed};
+use tarazed_tests::harness::{Outcome, Project, Run, Train, assert_same_trace, lines, undisturbed};
 
 /// Of the tiny model: rows of embedding and head; elements of a block.
 const ROWS: usize = 512;
@@ -535,15 +535,9 @@ fn a_full_disk_halts_an_import_and_leaves_nothing_in_its_way() {
     let (first, largest) = (sizes[0], sizes.iter().copied().max().unwrap_or_default());
     assert!(first + 1024 < largest, "{sizes:?}");
     let store = project.path().join("store");
-    let limit = (first.div_ceil(512) + 1).to_string();
-    let output = Command::new("sh")
-        .args(["-c", "trap '' XFSZ && ulimit -S -f \"$0\" && exec \"$@\"", &limit])
-        .arg(tarazed())
-        .args(["import", &text(&folder), "--to", &text(&store)])
-        .args(BLOCK)
-        .current_dir(project.path())
-        .output()
-        .expect("the program runs");
+    let (dir, place) = (text(&folder), text(&store));
+    let asked = [&["import", &dir, "--to", &place][..], &BLOCK[..]].concat();
+    let output = with_small_files(&project, first.div_ceil(512) + 1, &asked);
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(

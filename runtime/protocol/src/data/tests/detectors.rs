@@ -5,11 +5,12 @@ use super::*;
 use std::fmt::Write as _;
 
 /// Name and lines of each curve: a mixture that adapts after ADO, a fixed one of a larger model whose rate decays at the end (WSD), and
-/// one that adapts after ODM, by steps that are larger.
-const CURVES: [(&str, &str); 3] = [
-    ("ado", include_str!("recorded/small.txt")),
-    ("static, wsd", include_str!("recorded/wsd.txt")),
-    ("odm", include_str!("recorded/odm.txt")),
+/// one that adapts after ODM, by steps that are larger. With what is held of it: at most so many of its own lines called a spike, and
+/// more than so many of the gradient norms that are 9 sigma higher.
+const CURVES: [(&str, &str, f64, f64); 3] = [
+    ("ado", include_str!("recorded/small.txt"), 0.002, 0.95),
+    ("static, wsd", include_str!("recorded/wsd.txt"), 0.01, 0.9),
+    ("odm", include_str!("recorded/odm.txt"), 0.01, 0.9),
 ];
 /// Places for events: far enough apart that none sees another, behind the warm-up and its steep fall.
 const FIRST_PLACE: usize = 600;
@@ -224,7 +225,7 @@ impl Rates {
 
 #[test]
 fn false_alarms_and_misses_on_recorded_curves() {
-    let all = CURVES.map(|(name, curve)| (name, Rates::of(&recorded(curve)).rows()));
+    let all = CURVES.map(|(name, curve, ..)| (name, Rates::of(&recorded(curve)).rows()));
     let mut table = String::from("|");
     for (name, _) in &all {
         let _infallible = write!(table, " | {name}");
@@ -236,14 +237,20 @@ fn false_alarms_and_misses_on_recorded_curves() {
         }
     }
     println!("{table} |");
-    for (name, curve) in CURVES {
+    for (name, curve, spikes_max, norms_min) in CURVES {
         let rates = Rates::of(&recorded(curve));
-        assert!(rates.spikes < 0.01 && rates.divergences == 0.0, "{name}:\n{table}");
+        assert!(
+            rates.spikes < spikes_max && rates.divergences == 0.0,
+            "{name}:\n{table}"
+        );
         assert!(
             rates.loss_4_sigma < 0.1 && rates.loss_9_sigma > 0.95,
             "{name}:\n{table}"
         );
-        assert!(rates.norm_3_sigma < 0.1 && rates.norm_9_sigma > 0.9, "{name}:\n{table}");
+        assert!(
+            rates.norm_3_sigma < 0.1 && rates.norm_9_sigma > norms_min,
+            "{name}:\n{table}"
+        );
         assert!(rates.reweighted < 0.05 && rates.single_spike == 0.0, "{name}:\n{table}");
         assert!(
             rates.slow_divergence > 0.95 && rates.fast_divergence == 1.0,
